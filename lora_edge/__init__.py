@@ -1,0 +1,93 @@
+"""lora-edge: LoRA adapters from PyTorch to ONNX Runtime, exactly, with proof.
+
+The public API. Importing this package imports no torch, transformers, peft or onnxruntime; each name
+is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
+
+# ONNX Runtime's official builds upload telemetry unless this is set before they are imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+from lora_edge.errors import (
+    AdapterError,
+    AdapterNotFoundError,
+    BaseModelError,
+    BundleError,
+    CaptureError,
+    DataError,
+    GraphError,
+    LoraEdgeError,
+    MissingDependencyError,
+    ParityError,
+    ProviderError,
+    UnsupportedAdapterError,
+    UnsupportedModelError,
+)
+
+if TYPE_CHECKING:
+    from lora_edge.adapter import Adapter, load_adapter
+    from lora_edge.bundle import Bundle, load_bundle
+    from lora_edge.exporter import add, export
+    from lora_edge.parity import Report, validate
+    from lora_edge.runtime import Runner
+    from lora_edge.training import train
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "Adapter": "lora_edge.adapter",
+    "Bundle": "lora_edge.bundle",
+    "Report": "lora_edge.parity",
+    "Runner": "lora_edge.runtime",
+    "add": "lora_edge.exporter",
+    "export": "lora_edge.exporter",
+    "load_adapter": "lora_edge.adapter",
+    "load_bundle": "lora_edge.bundle",
+    "train": "lora_edge.training",
+    "validate": "lora_edge.parity",
+}
+
+__all__ = [
+    "Adapter",
+    "AdapterError",
+    "AdapterNotFoundError",
+    "BaseModelError",
+    "Bundle",
+    "BundleError",
+    "CaptureError",
+    "DataError",
+    "GraphError",
+    "LoraEdgeError",
+    "MissingDependencyError",
+    "ParityError",
+    "ProviderError",
+    "Report",
+    "Runner",
+    "UnsupportedAdapterError",
+    "UnsupportedModelError",
+    "__version__",
+    "add",
+    "export",
+    "load_adapter",
+    "load_bundle",
+    "train",
+    "validate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    module = _LAZY.get(name)
+    if module is None:
+        raise AttributeError(f"module 'lora_edge' has no attribute {name!r}")
+    value = getattr(importlib.import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

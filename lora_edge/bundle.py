@@ -1,0 +1,307 @@
+"""The export folder: manifest, content hashes, atomic publish.
+
+Knows files and JSON; knows nothing of graphs, adapters' maths or runtimes. The layout is::
+
+    DIR/
+      lora_edge.json                         the manifest (class Manifest), with a hash of every file
+      onnx/model.onnx, onnx/model.onnx_data
+      adapters/NAME/adapter.onnx_adapter, adapters/NAME/adapter_config.json
+      parity/                                golden cases and the report of the export's own check
+      config.json, tokenizer.json, ...       copied from the base model
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lora_edge.errors import AdapterNotFoundError, BundleError
+
+MANIFEST_NAME = "lora_edge.json"
+FORMAT_VERSION = 1
+GRAPH_FILE = "onnx/model.onnx"
+DATA_FILE = "onnx/model.onnx_data"
+
+Mode = Literal["switchable", "merged"]
+Form = Literal["fused", "portable", "foreign"]
+Padding = Literal["right", "left", "either"]
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """What a runtime must know of a decoder graph, whoever made it.
+
+    Attributes:
+        form: ``fused`` (GroupQueryAttention, cache inside the operator), ``portable`` (standard
+            operators) or ``foreign`` (someone else's graph).
+        backend: what made the base graph: ``trace`` or ``optimum``.
+        padding: the side(s) on which a batch of unequal rows may be padded.
+        shared_cache: past and present may be one buffer of ``max_length`` positions.
+        layers: number of layers with a KV cache.
+        kv_heads: number of key/value heads.
+        head_dim: size of each key/value head.
+        vocab_size: size of the logits' last dimension.
+        max_length: longest sequence the model's positions allow.
+    """
+
+    form: Form
+    backend: str
+    padding: Padding
+    shared_cache: bool
+    layers: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_length: int
+
+
+@dataclass(frozen=True)
+class SiteEntry:
+    """A site of the graph: a linear layer with its own adapter inputs.
+
+    Attributes:
+        in_features: size of the input's last dimension.
+        out_features: size of the output's last dimension.
+    """
+
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True)
+class AdapterEntry:
+    """An adapter of the bundle.
+
+    Attributes:
+        name: how the runtime refers to it.
+        file: path of the ``.onnx_adapter`` relative to the bundle; empty when merged.
+        kind: human-readable kind, e.g. ``LoRA``, ``rsLoRA``, ``none``.
+        ranks: rank per site that the adapter changes (others have rank 0 or zeros).
+        digest: sha256 of the PEFT files it came from.
+        base_fingerprint: fingerprint of the base model that it was exported for.
+        proved: parity with PyTorch was checked and passed.
+    """
+
+    name: str
+    file: str
+    kind: str
+    ranks: Mapping[str, int]
+    digest: str
+    base_fingerprint: str
+    proved: bool
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Content hash and size of a file of the bundle."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """``lora_edge.json``: everything a runtime or a person needs to know about a bundle.
+
+    Attributes:
+        mode: ``switchable`` (adapters are inputs) or ``merged`` (one adapter is in the weights).
+        task: ``text-generation``.
+        precision: precision of the graph's weights, ``fp32``.
+        graph: the decoder graph's facts.
+        base: ``name_or_path``, ``model_type``, ``fingerprint`` of the base model.
+        kinds: which kinds of adapter the graph has inputs for.
+        sites: module path -> site; empty when merged.
+        adapters: name -> adapter.
+        base_check: figures of the base graph's check against eager PyTorch.
+        versions: versions of the packages that made the bundle.
+        files: relative path -> hash and size, of every other file of the bundle.
+    """
+
+    mode: Mode
+    task: str
+    precision: str
+    graph: GraphSpec
+    base: Mapping[str, str]
+    kinds: tuple[str, ...]
+    sites: Mapping[str, SiteEntry]
+    adapters: Mapping[str, AdapterEntry]
+    base_check: Mapping[str, Any]
+    versions: Mapping[str, str]
+    files: Mapping[str, FileEntry] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> str:
+        """The manifest as indented JSON with sorted keys."""
+        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> Manifest:
+        """Parse a manifest.
+
+        Raises:
+            BundleError: not a manifest, or one of a format version that this release cannot read.
+        """
+        try:
+            data = json.loads(text)
+            version = data["format_version"]
+            if version != FORMAT_VERSION:
+                raise BundleError(
+                    f"{MANIFEST_NAME} has format_version {version}; this release reads {FORMAT_VERSION}",
+                    "Use the lora-edge release that wrote the bundle, or export it again.",
+                )
+            data["graph"] = GraphSpec(**data["graph"])
+            data["kinds"] = tuple(data["kinds"])
+            data["sites"] = {k: SiteEntry(**v) for k, v in data["sites"].items()}
+            data["adapters"] = {k: AdapterEntry(**v) for k, v in data["adapters"].items()}
+            data["files"] = {k: FileEntry(**v) for k, v in data["files"].items()}
+            return Manifest(**data)
+        except (KeyError, TypeError, ValueError) as error:
+            raise BundleError(
+                f"{MANIFEST_NAME} is not a bundle manifest: {error!r}", "Export the bundle again."
+            ) from error
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk: its folder and its manifest."""
+
+    directory: Path
+    manifest: Manifest
+
+    @property
+    def graph_path(self) -> Path:
+        """Path of the ONNX graph."""
+        return self.directory / GRAPH_FILE
+
+    def adapter(self, name: str) -> AdapterEntry:
+        """The entry of an adapter.
+
+        Raises:
+            AdapterNotFoundError: the bundle has no adapter of that name.
+        """
+        entry = self.manifest.adapters.get(name)
+        if entry is None:
+            known = ", ".join(sorted(self.manifest.adapters)) or "none at all"
+            raise AdapterNotFoundError(
+                f"the bundle has no adapter {name!r}; it has {known}",
+                f"Add it with: lora-edge add {self.directory} -a {name}=PEFT_DIRECTORY",
+            )
+        return entry
+
+    def verify(self, relative: str) -> Path:
+        """Check one file against its hash and return its path.
+
+        Raises:
+            BundleError: the file is missing, or differs from the manifest.
+        """
+        path = self.directory / relative
+        entry = self.manifest.files.get(relative)
+        if entry is None or not path.is_file():
+            raise BundleError(
+                f"{self.directory}: {relative} is missing", "Copy the whole bundle folder again."
+            )
+        if path.stat().st_size != entry.bytes or hash_file(path) != entry.sha256:
+            raise BundleError(
+                f"{self.directory}: {relative} differs from its hash in {MANIFEST_NAME}",
+                "The file was changed or cut off; copy the bundle again, or export it again.",
+            )
+        return path
+
+    def verify_all(self) -> None:
+        """Check every file of the bundle against its hash.
+
+        Raises:
+            BundleError: a file is missing or differs from the manifest.
+        """
+        for relative in self.manifest.files:
+            self.verify(relative)
+
+    def write_manifest(self, manifest: Manifest) -> Bundle:
+        """Replace the manifest atomically and return the bundle that it describes."""
+        _write_atomically(self.directory / MANIFEST_NAME, manifest.to_json())
+        return Bundle(self.directory, manifest)
+
+
+def load_bundle(directory: str | os.PathLike[str]) -> Bundle:
+    """Open a bundle folder. Reads the manifest only; files are verified when they are used.
+
+    Raises:
+        BundleError: the folder is missing or is not a bundle.
+    """
+    root = Path(directory)
+    manifest = root / MANIFEST_NAME
+    if not manifest.is_file():
+        what = "does not exist" if not root.exists() else f"has no {MANIFEST_NAME}"
+        raise BundleError(
+            f"{root} is not a bundle: it {what}", "Make one with: lora-edge export BASE -o DIR"
+        )
+    return Bundle(root, Manifest.from_json(manifest.read_text(encoding="utf-8")))
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file's content, hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def file_entries(directory: Path) -> dict[str, FileEntry]:
+    """Hash every file below a folder except the manifest, by relative path."""
+    return {
+        path.relative_to(directory).as_posix(): FileEntry(hash_file(path), path.stat().st_size)
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name != MANIFEST_NAME
+    }
+
+
+@contextlib.contextmanager
+def staging(output: Path, *, force: bool = False) -> Iterator[Path]:
+    """A temporary sibling of ``output`` that replaces it when the block ends without an error.
+
+    Whatever happens in the block, nothing half-written is left: on an error the staging folder is
+    removed and ``output`` is as it was.
+
+    Raises:
+        BundleError: ``output`` exists and is not an empty folder, and ``force`` is not set.
+    """
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())) and not force:
+        raise BundleError(
+            f"{output} exists and is not empty", "Choose another folder, or pass --force to replace it."
+        )
+    if force and output.is_dir() and any(output.iterdir()) and not (output / MANIFEST_NAME).is_file():
+        raise BundleError(
+            f"{output} is not a bundle; --force replaces bundles only", "Choose another folder."
+        )
+    stage = output.parent / f".{output.name}.{uuid.uuid4().hex[:8]}.partial"
+    stage.mkdir(parents=True)
+    try:
+        yield stage
+        if output.exists():
+            retired = stage.with_suffix(".old")
+            output.rename(retired)
+            stage.rename(output)
+            shutil.rmtree(retired)
+        else:
+            stage.rename(output)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
