@@ -277,9 +277,15 @@ def staging(output: Path, *, force: bool = False) -> Iterator[Path]:
     """
     if output.exists() and not (output.is_dir() and not any(output.iterdir())) and not force:
         raise BundleError(
-            f"{output} exists and is not empty", "Choose another folder, or pass --force to replace it."
+            f"{output} exists and is not empty",
+            "Choose another folder, or pass --force to replace it.",
         )
-    if force and output.is_dir() and any(output.iterdir()) and not (output / MANIFEST_NAME).is_file():
+    if (
+        force
+        and output.is_dir()
+        and any(output.iterdir())
+        and not (output / MANIFEST_NAME).is_file()
+    ):
         raise BundleError(
             f"{output} is not a bundle; --force replaces bundles only", "Choose another folder."
         )
