@@ -1,7 +1,7 @@
 """lora-edge: LoRA adapters from PyTorch to ONNX Runtime, exactly, with proof.
 
-The public API. Importing this package imports no torch, transformers, peft or onnxruntime; each name
-is loaded when it is first used.
+The public API. Importing this package imports no torch, transformers, peft or onnxruntime; each
+name is loaded when it is first used.
 """
 
 from __future__ import annotations

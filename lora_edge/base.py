@@ -9,7 +9,6 @@ import functools
 import hashlib
 import json
 import os
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,28 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_edge.errors import BaseModelError, MissingDependencyError
+from lora_edge.tensors import TensorRecord, read_bytes, read_float32, read_header
 
 _WEIGHT_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
-_NUMPY = {
-    "F64": np.dtype("<f8"),
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "I64": np.dtype("<i8"),
-    "I32": np.dtype("<i4"),
-    "I8": np.dtype("i1"),
-    "U8": np.dtype("u1"),
-    "BOOL": np.dtype("?"),
-}
 
 
-class TensorRecord(NamedTuple):
-    """Where a tensor's bytes are: file, dtype (safetensors' name), shape, first and last byte."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
+class _File(NamedTuple):
+    path: Path
+    modified: int  # ns; so that a cache entry does not outlive the file's content
 
 
 @dataclass(frozen=True)
@@ -63,7 +48,7 @@ class Base:
 
     def keys(self) -> tuple[str, ...]:
         """Names of all tensors of the checkpoint, sorted."""
-        return tuple(sorted(_records(self.directory)))
+        return tuple(sorted(_records(self._files())))
 
     def weight(self, key: str) -> NDArray[np.float32]:
         """One tensor of the checkpoint as float32, in the checkpoint's own layout.
@@ -71,24 +56,18 @@ class Base:
         Raises:
             BaseModelError: there is no such tensor, or its dtype is not a floating-point one.
         """
-        record = _records(self.directory).get(key)
+        record = _records(self._files()).get(key)
         if record is None:
             raise BaseModelError(
                 f"{self.name_or_path} has no tensor {key!r}", "Is this the adapter's own base?"
             )
-        raw = np.fromfile(
-            record.file, np.uint8, count=record.end - record.begin, offset=record.begin
-        )
-        if record.dtype == "BF16":
-            # bfloat16 is the upper half of a float32.
-            return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32).reshape(record.shape)
-        dtype = _NUMPY.get(record.dtype)
-        if dtype is None or dtype.kind != "f":
+        try:
+            return read_float32(record)
+        except ValueError as error:
             raise BaseModelError(
-                f"{self.name_or_path}: tensor {key!r} is {record.dtype}, expected a float type",
+                f"{self.name_or_path}: {key}: {error}",
                 "Use the full-precision checkpoint as the base.",
-            )
-        return raw.view(dtype).astype(np.float32).reshape(record.shape)
+            ) from error
 
     def fingerprint(self) -> str:
         """sha256 over every tensor's name, dtype, shape and bytes; independent of the sharding.
@@ -96,7 +75,11 @@ class Base:
         The fingerprint identifies the weights that an adapter was trained on, so it does not
         depend on file names, metadata or the order of the tensors in their files.
         """
-        return _fingerprint(self.directory)
+        return _fingerprint(self._files())
+
+    def _files(self) -> tuple[_File, ...]:
+        files = sorted(self.directory.glob("*.safetensors"))
+        return tuple(_File(file, file.stat().st_mtime_ns) for file in files)
 
 
 def resolve_base(name_or_path: str | os.PathLike[str]) -> Base:
@@ -139,64 +122,24 @@ def resolve_base(name_or_path: str | os.PathLike[str]) -> Base:
     return Base(directory, name, config)
 
 
-def read_header(file: Path) -> dict[str, TensorRecord]:
-    """Read a safetensors header and check it against the file's size.
-
-    Raises:
-        BaseModelError: the file is not safetensors, or is cut off.
-    """
-    size = file.stat().st_size
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > size - 8:
-                raise ValueError(f"header of {length} bytes in a file of {size}")
-            header = json.loads(stream.read(length))
-        records = {
-            key: TensorRecord(
-                file,
-                value["dtype"],
-                tuple(value["shape"]),
-                8 + length + value["data_offsets"][0],
-                8 + length + value["data_offsets"][1],
-            )
-            for key, value in header.items()
-            if key != "__metadata__"
-        }
-    except (ValueError, KeyError, struct.error) as error:
-        raise BaseModelError(
-            f"{file} is not a whole safetensors file: {error}", "Download or copy it again."
-        ) from error
-    expected = max((record.end for record in records.values()), default=0)
-    if expected > size:
-        raise BaseModelError(
-            f"{file} is cut off: {size} bytes, expected {expected}", "Download or copy it again."
-        )
-    return records
-
-
 @functools.lru_cache(maxsize=8)
-def _records(directory: Path) -> dict[str, TensorRecord]:
+def _records(files: tuple[_File, ...]) -> dict[str, TensorRecord]:
     records: dict[str, TensorRecord] = {}
-    for file in sorted(directory.glob("*.safetensors")):
-        records.update(read_header(file))
+    for file in files:
+        try:
+            records.update(read_header(file.path))
+        except ValueError as error:
+            raise BaseModelError(str(error), "Download or copy the file again.") from error
     return records
 
 
 @functools.lru_cache(maxsize=8)
-def _fingerprint(directory: Path) -> str:
+def _fingerprint(files: tuple[_File, ...]) -> str:
     digest = hashlib.sha256()
-    for key, record in sorted(_records(directory).items()):
+    for key, record in sorted(_records(files).items()):
         digest.update(f"{key}\0{record.dtype}\0{record.shape}\0".encode())
-        with record.file.open("rb") as stream:
-            stream.seek(record.begin)
-            left = record.end - record.begin
-            while left:
-                chunk = stream.read(min(left, 1 << 20))
-                if not chunk:
-                    raise BaseModelError(f"{record.file} is cut off", "Download or copy it again.")
-                digest.update(chunk)
-                left -= len(chunk)
+        for chunk in read_bytes(record):
+            digest.update(chunk)
     return digest.hexdigest()
 
 
@@ -218,6 +161,6 @@ def _download(name: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise BaseModelError(
-            f"base model {name!r} is neither a folder nor a hub id that can be reached: {first_line}",
+            f"base model {name!r} is no folder, and no hub id that can be reached: {first_line}",
             "Check the name, your network and HF_TOKEN; or download it and give the folder.",
         ) from error

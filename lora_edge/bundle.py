@@ -3,9 +3,10 @@
 Knows files and JSON; knows nothing of graphs, adapters' maths or runtimes. The layout is::
 
     DIR/
-      lora_edge.json                         the manifest (class Manifest), with a hash of every file
+      lora_edge.json                         the manifest, with a hash of every file
       onnx/model.onnx, onnx/model.onnx_data
-      adapters/NAME/adapter.onnx_adapter, adapters/NAME/adapter_config.json
+      adapters/NAME/adapter.onnx_adapter     for the runtime
+      adapters/NAME/peft/                    the PEFT files, verbatim: what parity is proved against
       parity/                                golden cases and the report of the export's own check
       config.json, tokenizer.json, ...       copied from the base model
 """
@@ -155,7 +156,7 @@ class Manifest:
             version = data["format_version"]
             if version != FORMAT_VERSION:
                 raise BundleError(
-                    f"{MANIFEST_NAME} has format_version {version}; this release reads {FORMAT_VERSION}",
+                    f"{MANIFEST_NAME} has format_version {version}, expected {FORMAT_VERSION}",
                     "Use the lora-edge release that wrote the bundle, or export it again.",
                 )
             data["graph"] = GraphSpec(**data["graph"])

@@ -9,7 +9,7 @@
     │   └── UnsupportedModelError     readable, but refused by name
     ├── CaptureError                  the base graph could not be made, or differs from PyTorch
     ├── GraphError                    a graph pass cannot do what was asked of it
-    ├── BundleError                   a bundle (or its target folder) that is missing, damaged, in the way
+    ├── BundleError                   a bundle (or its folder) that is missing, damaged, in the way
     ├── AdapterNotFoundError          a name that the bundle does not have
     ├── ProviderError                 an execution provider that is missing or would fall back
     ├── DataError                     training data, prompts or token ids that cannot be used

@@ -2,11 +2,11 @@
 
 Knows nothing of files, graphs or runtimes. Two orientations occur and are never mixed:
 
-* PEFT's: ``lora_A [r, in]``, ``lora_B [out, r]`` (``torch.nn.Linear`` convention), written ``a``, ``b``;
-* the graph's: ``A [in, R]``, ``B [R, out]`` with the scaling folded into ``B``, in :class:`Factors`.
+* PEFT's: ``lora_A [r, in]``, ``lora_B [out, r]`` (as ``torch.nn.Linear``), written ``a``, ``b``;
+* the graph's: ``A [in, R]``, ``B [R, out]``, scaling folded into ``B``, in :class:`Factors`.
 
-Source of the formulas: Hu et al. 2021 (arXiv:2106.09685) for ``ΔW = (alpha / r) BA``; Kalajdzievski 2023
-(arXiv:2312.03732) for rsLoRA's ``alpha / sqrt(r)``; ``peft/tuners/lora/layer.py`` for both.
+Source of the formulas: Hu et al. 2021 (arXiv:2106.09685) for ``ΔW = (alpha / r) BA``; Kalajdzievski
+2023 (arXiv:2312.03732) for rsLoRA's ``alpha / sqrt(r)``; ``peft/tuners/lora/layer.py`` for both.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def scaling(alpha: float, rank: int, *, rslora: bool) -> float:
 
 
 def fold(a: NDArray[np.floating], b: NDArray[np.floating], scale: float) -> Factors:
-    """PEFT's ``a [r, in]``, ``b [out, r]`` -> the graph's factors, ``scale`` folded into B in fp32."""
+    """PEFT's ``a [r, in]``, ``b [out, r]`` -> the graph's, ``scale`` folded into B in fp32."""
     folded = b.astype(np.float32).T * np.float32(scale)
     return Factors(np.ascontiguousarray(a.astype(np.float32).T), np.ascontiguousarray(folded))
 
@@ -78,7 +78,7 @@ def row_gate(ranks: Sequence[int], weights: NDArray[np.floating]) -> FloatArray:
 
     Args:
         ranks: the rank of each concatenated adapter at the site, in order; they sum to R.
-        weights: ``[batch, len(ranks)]``, the weight of each adapter on each row (0: not on this row).
+        weights: ``[batch, len(ranks)]``, the weight of each adapter on each row (0: absent).
 
     Returns:
         ``[batch, 1, R] float32``: each adapter's weight repeated over its own columns of A.
