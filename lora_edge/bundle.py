@@ -267,28 +267,30 @@ def file_entries(directory: Path) -> dict[str, FileEntry]:
 
 
 @contextlib.contextmanager
-def staging(output: Path, *, force: bool = False) -> Iterator[Path]:
+def staging(output: Path, *, force: bool = False, marker: str = MANIFEST_NAME) -> Iterator[Path]:
     """A temporary sibling of ``output`` that replaces it when the block ends without an error.
 
     Whatever happens in the block, nothing half-written is left: on an error the staging folder is
     removed and ``output`` is as it was.
 
+    Args:
+        output: the folder to be made.
+        force: replace a non-empty ``output``, if it holds a file called ``marker``.
+        marker: the file that shows that a folder is of the kind that may be replaced.
+
     Raises:
-        BundleError: ``output`` exists and is not an empty folder, and ``force`` is not set.
+        BundleError: ``output`` exists and is not an empty folder, and ``force`` is not set; or it
+            is and the folder has no ``marker``.
     """
     if output.exists() and not (output.is_dir() and not any(output.iterdir())) and not force:
         raise BundleError(
             f"{output} exists and is not empty",
             "Choose another folder, or pass --force to replace it.",
         )
-    if (
-        force
-        and output.is_dir()
-        and any(output.iterdir())
-        and not (output / MANIFEST_NAME).is_file()
-    ):
+    if force and output.is_dir() and any(output.iterdir()) and not (output / marker).is_file():
         raise BundleError(
-            f"{output} is not a bundle; --force replaces bundles only", "Choose another folder."
+            f"{output} has no {marker}; --force replaces only what lora-edge made",
+            "Choose another folder.",
         )
     stage = output.parent / f".{output.name}.{uuid.uuid4().hex[:8]}.partial"
     stage.mkdir(parents=True)
