@@ -1,0 +1,23 @@
+"""Passes over an ONNX graph. Each takes an ``onnx_ir.Model`` and changes it in place.
+
+Knows ONNX and numpy; knows nothing of PyTorch, PEFT directories, bundles or runtimes.
+"""
+
+from lora_edge.graph.branch import branch
+from lora_edge.graph.check import check
+from lora_edge.graph.fuse import fuse
+from lora_edge.graph.merge import merge
+from lora_edge.graph.sites import Site, find_sites
+from lora_edge.graph.store import load, save_graph, save_with_data
+
+__all__ = [
+    "Site",
+    "branch",
+    "check",
+    "find_sites",
+    "fuse",
+    "load",
+    "merge",
+    "save_graph",
+    "save_with_data",
+]

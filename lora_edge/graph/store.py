@@ -1,0 +1,68 @@
+"""Loading and saving graphs beside their external data."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import onnx_ir as ir
+
+from lora_edge.errors import GraphError
+
+_INLINE_BELOW = 1024  # bytes; shapes and other small constants stay in the graph
+
+
+def load(path: str | os.PathLike[str]) -> ir.Model:
+    """Load a graph; tensors in external data files stay there until they are read.
+
+    Raises:
+        GraphError: the file is missing or is not an ONNX model.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise GraphError(f"{file} is missing", "Give the path of an ONNX model.")
+    try:
+        return ir.load(file)
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise GraphError(f"{file} is not an ONNX model: {error}", "Export it again.") from error
+
+
+def save_graph(model: ir.Model, path: str | os.PathLike[str]) -> None:
+    """Save the graph alone; its external data file, in the same folder, is left untouched.
+
+    Raises:
+        GraphError: an external tensor is not in the folder of ``path``, so that the saved reference
+            would dangle.
+    """
+    target = Path(path)
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            source = Path(tensor.base_dir) / tensor.location
+            if source.resolve().parent != target.resolve().parent:
+                raise GraphError(
+                    f"the data of {name} is in {source}, not beside {target}",
+                    "Save with save_with_data instead.",
+                )
+    ir.save(model, target)
+
+
+def save_with_data(model: ir.Model, path: str | os.PathLike[str]) -> None:
+    """Save the graph, and all tensors of 1 KiB or more in ``<path>_data`` beside it.
+
+    Tensors are streamed one by one; lazy ones are computed while they are written.
+
+    Raises:
+        GraphError: the target data file is one that the model still reads from.
+    """
+    target = Path(path)
+    data = target.with_name(target.name + "_data")
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            source = Path(tensor.base_dir) / tensor.location
+            if source.resolve() == data.resolve():
+                raise GraphError(
+                    f"{data} is being read and cannot be rewritten", "Save to another folder."
+                )
+    ir.save(model, target, external_data=data.name, size_threshold_bytes=_INLINE_BELOW)
