@@ -31,6 +31,7 @@ MANIFEST_NAME = "lora_edge.json"
 FORMAT_VERSION = 1
 GRAPH_FILE = "onnx/model.onnx"
 DATA_FILE = "onnx/model.onnx_data"
+_PARTIAL = ".partial"
 
 Mode = Literal["switchable", "merged"]
 Form = Literal["fused", "portable", "foreign"]
@@ -292,8 +293,14 @@ def staging(output: Path, *, force: bool = False, marker: str = MANIFEST_NAME) -
             f"{output} has no {marker}; --force replaces only what lora-edge made",
             "Choose another folder.",
         )
-    stage = output.parent / f".{output.name}.{uuid.uuid4().hex[:8]}.partial"
-    stage.mkdir(parents=True)
+    _remove_stale(output)
+    stage = output.parent / f".{output.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}{_PARTIAL}"
+    try:
+        stage.mkdir(parents=True)
+    except OSError as error:
+        raise BundleError(
+            f"cannot write to {output.parent}: {error.strerror}", "Choose another folder."
+        ) from error
     try:
         yield stage
         if output.exists():
@@ -305,6 +312,24 @@ def staging(output: Path, *, force: bool = False, marker: str = MANIFEST_NAME) -
             stage.rename(output)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def _remove_stale(output: Path) -> None:
+    """Remove what processes that were killed outright have left beside ``output``."""
+    for stage in output.parent.glob(f".{output.name}.*{_PARTIAL}"):
+        owner = stage.name.removeprefix(f".{output.name}.").partition("-")[0]
+        if owner.isdigit() and not _is_running(int(owner)):
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _write_atomically(path: Path, text: str) -> None:

@@ -1,0 +1,5 @@
+"""``python -m lora_edge`` is the command ``lora-edge``."""
+
+from lora_edge.cli import main
+
+main()
