@@ -1,0 +1,93 @@
+"""A tiny random Llama and three unlike adapters on disk, made with transformers and peft."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+
+from lora_edge.base import Base, resolve_base
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    directory = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=131,
+        max_position_embeddings=160,
+        initializer_range=0.25,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return resolve_base(directory)
+
+
+@pytest.fixture(scope="session")
+def adapters(base: Base, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """``narrow``: r = 3 on q and v; ``rooted``: rsLoRA r = 5 on all; ``varied``: patterns."""
+    return {
+        "narrow": make_adapter(
+            base, tmp_path_factory.mktemp("narrow"), 1, r=3, alpha=6, targets=["q_proj", "v_proj"]
+        ),
+        "rooted": make_adapter(
+            base, tmp_path_factory.mktemp("rooted"), 2, r=5, alpha=4, use_rslora=True
+        ),
+        "varied": make_adapter(
+            base,
+            tmp_path_factory.mktemp("varied"),
+            3,
+            r=4,
+            alpha=8,
+            targets=["q_proj", "o_proj", "down_proj"],
+            rank_pattern={"o_proj": 2},
+            alpha_pattern={"down_proj": 3},
+        ),
+    }
+
+
+def make_adapter(
+    base: Base,
+    directory: Path,
+    seed: int,
+    *,
+    r: int,
+    alpha: float,
+    targets: list[str] | str = "all-linear",
+    size: float = 0.3,
+    **fields: object,
+) -> Path:
+    """A PEFT directory with random factors; B is scaled by ``size`` (0: a fresh adapter)."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(base.directory)
+    config = LoraConfig(
+        r=r, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM", **fields
+    )
+    with warnings.catch_warnings():
+        # peft 0.21 asks transformers 5 for an attribute by its old name
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        wrapped = get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn_like(parameter) * size)
+    wrapped.save_pretrained(directory)
+    saved = directory / "adapter_config.json"
+    assert json.loads(saved.read_text())["r"] == r
+    return directory
