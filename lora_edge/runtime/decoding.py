@@ -1,0 +1,351 @@
+"""A batch of sequences in a decoder: token ids in, logits out, the KV cache in between.
+
+The cache belongs to one :class:`Decoding`, and a Decoding to one binding of adapters: another
+adapter in the middle of a sequence means another cache (:meth:`Decoding.switch`). Rows may have
+unequal lengths; how they are padded is the graph's affair (``GraphSpec.padding``) and never seen
+from outside.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, final
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from lora_edge.errors import DataError
+from lora_edge.lora import FloatArray
+from lora_edge.names import LOGITS_POSITIONS
+from lora_edge.runtime.binding import Binding
+
+if TYPE_CHECKING:
+    from lora_edge.runtime.decoder import Decoder
+
+IntArray = NDArray[np.int64]
+Rows = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """New tokens of all rows, laid out for one run.
+
+    Attributes:
+        ids: ``[batch, width]``, padded with 0.
+        mask: ``[batch, total]``, the cache's positions and these.
+        positions: ``[batch, width]``.
+        first: column of each row's first new token.
+        counts: number of each row's new tokens.
+    """
+
+    ids: IntArray
+    mask: IntArray
+    positions: IntArray
+    first: Sequence[int]
+    counts: Sequence[int]
+
+
+class Decoding(ABC):
+    """Sequences of one batch, with their cache. Made by :meth:`Decoder.start`.
+
+    Attributes:
+        decoder: where it runs.
+        batch: number of rows.
+        max_length: longest sequence allowed, in tokens.
+        binding: the adapters of the rows; ``binding.states`` is the key of the cache.
+        history: the token ids of each row that are in the cache.
+    """
+
+    def __init__(self, decoder: Decoder, batch: int, max_length: int, binding: Binding) -> None:
+        self.decoder = decoder
+        self.batch = batch
+        self.max_length = max_length
+        self.binding = binding
+        self.history: list[list[int]] = [[] for _ in range(batch)]
+        self._logits: Any = None
+        self._logits_array: FloatArray = np.zeros((0, 0, 0), np.float32)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Number of tokens of each row in the cache."""
+        return [len(row) for row in self.history]
+
+    def prefill(self, rows: Rows) -> FloatArray:
+        """Run the prompts; the cache must be empty.
+
+        Args:
+            rows: token ids of each row, at least one each; lengths may differ.
+
+        Returns:
+            ``[batch, vocab] float32``, the logits after each row's last token.
+
+        Raises:
+            DataError: an empty row, an id outside the vocabulary, a row that is too long, or a
+                cache that is not empty.
+        """
+        if any(self.history):
+            raise DataError(
+                "the cache is not empty", "Use extend() to go on, or start a new decoding."
+            )
+        return self.extend(rows)
+
+    def extend(self, rows: Rows) -> FloatArray:
+        """Append one or more tokens to every row; returns and raises as :meth:`prefill`."""
+        return np.stack([logits[-1] for logits in self._checked(rows, every=False)])
+
+    def extend_all(self, rows: Rows) -> list[FloatArray]:
+        """Append one or more tokens to every row.
+
+        Returns:
+            Per row ``[new tokens, vocab] float32``, the logits after each of them.
+        """
+        return self._checked(rows, every=True)
+
+    def step(self, tokens: Sequence[int | None]) -> FloatArray:
+        """Append one token to each row; a row whose token is None rests.
+
+        Returns:
+            ``[batch, vocab] float32``; the logits of a resting row mean nothing.
+
+        Raises:
+            DataError: as :meth:`prefill`, or all rows rest.
+        """
+        rows = [() if token is None else (token,) for token in tokens]
+        if not any(rows) or not all(self.history):
+            raise DataError("step() needs a prompt and a token", "Call prefill() first.")
+        return np.stack([logits[-1] for logits in self._checked(rows, every=False, rest=True)])
+
+    def switch(self, binding: Binding | None) -> Decoding:
+        """The same sequences under other adapters, in a new cache.
+
+        Keys and values that one adapter made are wrong under another, so all but each row's last
+        token are run again. Give the last tokens to :meth:`extend` of the result, or compare its
+        logits.
+
+        Returns:
+            A new decoding whose history is this one's without each row's last token.
+        """
+        fresh = self.decoder.start(self.batch, self.max_length, binding)
+        if min(self.lengths) > 1:
+            fresh.extend([row[:-1] for row in self.history])
+        elif any(self.history):
+            raise DataError(
+                "a row is shorter than two tokens", "Start a new decoding with the prompt instead."
+            )
+        return fresh
+
+    @abstractmethod
+    def _feed(self, rows: Rows, every: bool) -> list[FloatArray]:
+        """Run checked rows through the graph; an empty row rests."""
+
+    def _checked(self, rows: Rows, *, every: bool, rest: bool = False) -> list[FloatArray]:
+        if len(rows) != self.batch:
+            raise DataError(
+                f"{len(rows)} rows were given, the batch has {self.batch}", "Give one per row."
+            )
+        for index, (row, old) in enumerate(zip(rows, self.history, strict=True)):
+            if not row and not rest:
+                raise DataError(
+                    f"row {index} has no tokens, expected at least 1", "Give a non-empty prompt."
+                )
+            if len(old) + len(row) > self.max_length:
+                raise DataError(
+                    f"row {index} would have {len(old) + len(row)} tokens, more than the "
+                    f"{self.max_length} that this decoding was started for",
+                    "Start it with a larger max_length.",
+                )
+        self.decoder.check_ids(rows)
+        logits = self._feed(rows, every)
+        for old, row in zip(self.history, rows, strict=True):
+            old.extend(row)
+        return logits
+
+    def _bind_adapters(self, binding: Binding) -> Any:
+        """An IO binding with the adapters' tensors bound; they stay bound for its life."""
+        io = self.decoder.session.io_binding()
+        for name, value in binding.values.items():
+            io.bind_ortvalue_input(name, value)
+        return io
+
+    def _run(self, io: Any, chunk: _Chunk, every: bool) -> list[FloatArray]:
+        """Bind the chunk and the logits, run, and return each row's logits."""
+        decoder = self.decoder
+        batch, width = chunk.ids.shape
+        last = [
+            first + max(count, 1) - 1
+            for first, count in zip(chunk.first, chunk.counts, strict=True)
+        ]
+        if every:
+            picked = np.broadcast_to(np.arange(width, dtype=np.int64), (batch, width))
+        else:
+            picked = np.asarray(last, np.int64)[:, None]
+        arrays = {
+            "input_ids": chunk.ids,
+            "attention_mask": chunk.mask,
+            "position_ids": chunk.positions,
+            LOGITS_POSITIONS: np.ascontiguousarray(picked),
+        }
+        # The binding does not keep its values alive.
+        values = {
+            name: ort.OrtValue.ortvalue_from_numpy(array)
+            for name, array in arrays.items()
+            if name in decoder.inputs
+        }
+        for name, value in values.items():
+            io.bind_ortvalue_input(name, value)
+        kept = picked.shape[1] if decoder.picks_positions else width
+        shape = (batch, kept, decoder.spec.vocab_size)
+        if self._logits_array.shape != shape:
+            self._logits_array = np.empty(shape, np.float32)
+            self._logits = ort.OrtValue.ortvalue_from_numpy(self._logits_array)
+        io.bind_ortvalue_output("logits", self._logits)
+        decoder.session.run_with_iobinding(io)
+        if every:
+            spans = [(f, f + n) for f, n in zip(chunk.first, chunk.counts, strict=True)]
+        elif decoder.picks_positions:
+            spans = [(0, 1)] * batch
+        else:
+            spans = [(column, column + 1) for column in last]
+        return [self._logits_array[i, a:b].copy() for i, (a, b) in enumerate(spans)]
+
+
+@final
+class SharedCache(Decoding):
+    """One buffer of ``max_length`` positions per layer: present is bound onto past, nothing is
+    copied.
+
+    For GroupQueryAttention: padding on the right only; what lies behind a row's end is overwritten
+    by its next tokens.
+    """
+
+    def __init__(self, decoder: Decoder, batch: int, max_length: int, binding: Binding) -> None:
+        super().__init__(decoder, batch, max_length, binding)
+        spec = decoder.spec
+        shape = (batch, spec.kv_heads, max_length, spec.head_dim)
+        arrays = [np.zeros(shape, decoder.cache_dtype) for _ in decoder.past_names]
+        device = decoder.provider.device
+        self.cache = [ort.OrtValue.ortvalue_from_numpy(array, device) for array in arrays]
+        # On the CPU an OrtValue is a view of its array, and so has views of single rows.
+        self._arrays = arrays if device == "cpu" else []
+        self._io = self._bind_adapters(binding)
+        self._bind_cache(self._io, self.cache)
+
+    def _bind_cache(self, io: Any, cache: Sequence[Any]) -> None:
+        names = zip(self.decoder.past_names, self.decoder.present_names, cache, strict=True)
+        for past, present, value in names:
+            io.bind_ortvalue_input(past, value)
+            io.bind_ortvalue_output(present, value)
+
+    def _feed(self, rows: Rows, every: bool) -> list[FloatArray]:
+        if not any(self.history) or self.batch == 1 or max(len(row) for row in rows) == 1:
+            return self._run(self._io, self._chunk(rows, self.history), every)
+        # GroupQueryAttention takes a past and several new tokens for one row only.
+        if self._arrays:
+            return [self._feed_row(index, row, every) for index, row in enumerate(rows)]
+        return self._feed_by_token(rows, every)
+
+    def _feed_row(self, index: int, row: Sequence[int], every: bool) -> FloatArray:
+        views = [
+            ort.OrtValue.ortvalue_from_numpy(array[index : index + 1]) for array in self._arrays
+        ]
+        binding = self.binding.row(index)
+        io = self._bind_adapters(binding)
+        self._bind_cache(io, views)
+        return self._run(io, self._chunk([row], [self.history[index]]), every)[0]
+
+    def _feed_by_token(self, rows: Rows, every: bool) -> list[FloatArray]:
+        """For a cache in device memory, of which no row view can be had."""
+        history = [list(row) for row in self.history]
+        logits: list[list[FloatArray]] = [[] for _ in rows]
+        for column in range(max(len(row) for row in rows)):
+            tokens = [row[column : column + 1] for row in rows]
+            step = self._run(self._io, self._chunk(tokens, history), False)
+            for index, token in enumerate(tokens):
+                history[index].extend(token)
+                if token:
+                    logits[index].append(step[index])
+        return [np.concatenate(row if every else row[-1:]) for row in logits]
+
+    def _chunk(self, rows: Rows, history: Rows) -> _Chunk:
+        # A resting row writes its last token into its own place again: same token, same values.
+        feed = [row if row else old[-1:] for row, old in zip(rows, history, strict=True)]
+        total = [len(old) + len(row) for row, old in zip(rows, history, strict=True)]
+        width = max(len(row) for row in feed)
+        ids = np.zeros((len(feed), width), np.int64)
+        mask = np.zeros((len(feed), max(total)), np.int64)
+        positions = np.zeros((len(feed), width), np.int64)
+        for index, (row, end) in enumerate(zip(feed, total, strict=True)):
+            ids[index, : len(row)] = row
+            mask[index, :end] = 1
+            positions[index] = np.minimum(np.arange(width) + end - len(row), end - 1)
+        return _Chunk(ids, mask, positions, [0] * len(feed), [len(row) for row in feed])
+
+
+@final
+class ConcatenatedCache(Decoding):
+    """Past in, past and new out: each run's presents are the next run's pasts.
+
+    Portable graphs find a token's position from the mask, so gaps between the tokens of a row do no
+    harm. Foreign graphs may count gaps as tokens: where one would arise, the sequences are run
+    again.
+    """
+
+    def __init__(self, decoder: Decoder, batch: int, max_length: int, binding: Binding) -> None:
+        super().__init__(decoder, batch, max_length, binding)
+        spec = decoder.spec
+        self._gaps = spec.form == "portable"
+        self._left = spec.padding == "left" or (spec.padding == "either" and not self._gaps)
+        self._io = self._bind_adapters(binding)
+        self._clear()
+
+    def _clear(self) -> None:
+        spec = self.decoder.spec
+        empty = np.zeros((self.batch, spec.kv_heads, 0, spec.head_dim), self.decoder.cache_dtype)
+        self._past = [ort.OrtValue.ortvalue_from_numpy(empty) for _ in self.decoder.past_names]
+        self._mask: IntArray = np.zeros((self.batch, 0), np.int64)
+
+    def _feed(self, rows: Rows, every: bool) -> list[FloatArray]:
+        width = max(len(row) for row in rows)
+        started = self._mask.shape[1] > 0
+        gap = (
+            any(
+                row and (len(row) < width or not m[-1])
+                for row, m in zip(rows, self._mask, strict=True)
+            )
+            if started
+            else False
+        )
+        if not gap or self._gaps:
+            return self._advance(rows, self.lengths, every)
+        self._clear()
+        whole = [[*old, *row] for old, row in zip(self.history, rows, strict=True)]
+        logits = self._advance(whole, [0] * self.batch, every)
+        return [values[-max(len(row), 1) :] for values, row in zip(logits, rows, strict=True)]
+
+    def _advance(self, rows: Rows, start: Sequence[int], every: bool) -> list[FloatArray]:
+        width = max(len(row) for row in rows)
+        ids = np.zeros((self.batch, width), np.int64)
+        new = np.zeros((self.batch, width), np.int64)
+        positions = np.zeros((self.batch, width), np.int64)
+        first = [width - len(row) if self._left and row else 0 for row in rows]
+        for index, row in enumerate(rows):
+            span = slice(first[index], first[index] + len(row))
+            ids[index, span] = row
+            new[index, span] = 1
+            place = np.arange(width) - first[index] + start[index]
+            positions[index] = np.clip(place, 0, max(start[index] + len(row) - 1, 0))
+        mask = np.concatenate([self._mask, new], axis=1)
+        self._io.clear_binding_outputs()
+        for past, present, value in zip(
+            self.decoder.past_names, self.decoder.present_names, self._past, strict=True
+        ):
+            self._io.bind_ortvalue_input(past, value)
+            self._io.bind_output(present, self.decoder.provider.device)
+        chunk = _Chunk(ids, mask, positions, first, [len(row) for row in rows])
+        logits = self._run(self._io, chunk, every)
+        self._past = self._io.get_outputs()[: len(self._past)]
+        self._mask = mask
+        return logits

@@ -1,0 +1,313 @@
+"""The public face: a bundle in a session, adapters by name, logits and text out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from lora_edge.bundle import DATA_FILE, GRAPH_FILE, Bundle, GraphSpec, load_bundle
+from lora_edge.errors import BundleError, DataError
+from lora_edge.lora import FloatArray
+from lora_edge.names import NONE_ADAPTER
+from lora_edge.runtime.active import ActiveAdapters, AdapterArgument
+from lora_edge.runtime.binding import Binding
+from lora_edge.runtime.decoder import Decoder
+from lora_edge.runtime.generation import Generation
+from lora_edge.runtime.rows import token_rows
+from lora_edge.runtime.sampling import Sampling
+from lora_edge.runtime.text import TextStream
+from lora_edge.runtime.tokenizer import TOKENIZER_FILES, Message, Tokenizer, eos_ids
+
+Prompt = str | Sequence[Message]
+
+
+class Runner:
+    """Runs a bundle: one graph, any of its adapters.
+
+    Wherever ``adapter`` is asked for, it is one of these, or a list with one per row of the batch:
+
+    * ``None``: the bundle as it is. Switchable: no adapter, the base. Merged: its adapter, which is
+      in the weights and cannot be taken out.
+    * a name: that adapter; ``"none"`` is no adapter. A merged bundle takes its own adapter's name
+      only.
+    * ``{name: weight, ...}``: the weighted sum of the adapters' effects.
+
+    Args:
+        bundle: the bundle's folder, or an open :class:`~lora_edge.bundle.Bundle`.
+        provider: execution provider, e.g. ``cpu`` or ``cuda``; strict: it runs, or an error says
+            why not.
+        threads: intra-op threads; None leaves it to ONNX Runtime (one per physical core).
+        optimization: ONNX Runtime's graph optimizations: ``disable``, ``basic``, ``extended``,
+            ``all`` (None).
+        allow_fallback: let the CPU run the nodes that the provider does not take.
+
+    Raises:
+        BundleError: the folder is not a bundle, or its graph is missing, damaged or cut off. The
+            graph is checked against its hash, its weights by size (``validate`` checks their hash
+            too), adapters and tokenizer when they are first used.
+        ProviderError: the provider is not available, or would leave nodes to the CPU.
+    """
+
+    def __init__(
+        self,
+        bundle: str | os.PathLike[str] | Bundle,
+        provider: str = "cpu",
+        *,
+        threads: int | None = None,
+        optimization: str | None = None,
+        allow_fallback: bool = False,
+    ) -> None:
+        self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
+        manifest = self.bundle.manifest
+        graph = self.bundle.verify(GRAPH_FILE)
+        _check_size(self.bundle, DATA_FILE)
+        self.decoder = Decoder(
+            graph,
+            manifest.graph,
+            sites=manifest.sites,
+            provider=provider,
+            threads=threads,
+            optimization=optimization,
+            allow_fallback=allow_fallback,
+        )
+        self._active = ActiveAdapters(self.bundle, self.decoder.tensors)
+
+    @property
+    def spec(self) -> GraphSpec:
+        """The graph's facts."""
+        return self.decoder.spec
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the bundle's adapters, sorted; without ``none``."""
+        return tuple(sorted(set(self.bundle.manifest.adapters) - {NONE_ADAPTER}))
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The bundle's tokenizer.
+
+        Raises:
+            BundleError: it has none, or its files are damaged.
+        """
+        for name in TOKENIZER_FILES:
+            if name in self.bundle.manifest.files:
+                self.bundle.verify(name)
+        return Tokenizer(self.bundle.directory)
+
+    @cached_property
+    def eos_ids(self) -> frozenset[int]:
+        """The token ids that end a completion."""
+        return eos_ids(self.bundle.directory)
+
+    def binding(self, adapter: AdapterArgument, batch: int) -> Binding:
+        """What is bound for a batch, for use with :attr:`decoder`.
+
+        Raises:
+            AdapterNotFoundError: a name that the bundle does not have.
+            DataError: a list of another length than the batch, or a weight that is not finite.
+            BundleError: an adapter's file is damaged, or it was made for another base.
+        """
+        return self._active.binding(adapter, batch)
+
+    def override(self, name: str, tensors: Mapping[str, NDArray[np.floating]] | None) -> None:
+        """Use other tensors for an adapter from now on, in this process only; None undoes it.
+
+        Args:
+            name: an adapter of the bundle.
+            tensors: graph input name -> array: ``A [in, R]`` and ``B [R, out]`` of every site.
+
+        Raises:
+            AdapterNotFoundError: the bundle has no such adapter.
+            BundleError: the tensors do not fit the graph's sites.
+            DataError: the bundle is merged, or the name is ``none``.
+        """
+        self._active.override(name, tensors)
+
+    def logits(
+        self,
+        input_ids: ArrayLike | Sequence[Sequence[int]],
+        attention_mask: ArrayLike | None = None,
+        adapter: AdapterArgument = None,
+    ) -> FloatArray:
+        """The logits after every token.
+
+        Args:
+            input_ids: ``[batch, seq]`` integers, or a list of rows of unequal lengths.
+            attention_mask: ``[batch, seq]`` of 0 and 1, padded on the left or on the right; None is
+                all ones. Not for rows of unequal lengths.
+            adapter: see the class.
+
+        Returns:
+            ``[batch, seq, vocab] float32`` in the layout of ``input_ids`` (rows of unequal lengths
+            start at 0); zeros where the mask is 0.
+
+        Raises:
+            AdapterNotFoundError: a name that the bundle does not have.
+            DataError: an empty or too long row, an id outside the vocabulary, a mask with holes.
+        """
+        rows, starts, width = token_rows(input_ids, attention_mask)
+        binding = self.binding(adapter, len(rows))
+        decoding = self.decoder.start(len(rows), max(map(len, rows)), binding)
+        out = np.zeros((len(rows), width, self.spec.vocab_size), np.float32)
+        for index, values in enumerate(decoding.extend_all(rows)):
+            out[index, starts[index] : starts[index] + len(values)] = values
+        return out
+
+    def generate(
+        self,
+        prompts: str | Sequence[Prompt],
+        adapter: AdapterArgument = None,
+        max_new_tokens: int = 64,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        chat: bool = False,
+    ) -> list[str]:
+        """Complete prompts, as one batch.
+
+        Args:
+            prompts: texts; with ``chat`` also conversations (lists of ``{"role", "content"}``).
+            adapter: see the class.
+            max_new_tokens: at most so many new tokens a prompt.
+            temperature: 0 is greedy.
+            top_k: sample from the k likeliest tokens; 0 is all.
+            top_p: sample from the likeliest tokens that hold this probability; 1 is all.
+            seed: same seed and prompt, same text, whatever else is in the batch.
+            stop: a completion ends before the first of these strings.
+            chat: put the prompts through the tokenizer's chat template.
+
+        Returns:
+            The completions, without the prompts, special tokens and stop strings.
+
+        Raises:
+            AdapterNotFoundError: a name that the bundle does not have.
+            DataError: an empty prompt, one that leaves no room for ``max_new_tokens``, a setting
+                outside its range, or ``chat`` without a template.
+        """
+        rows = self._encode(prompts, chat)
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        texts = [""] * len(rows)
+        for row, piece in self._pieces(rows, adapter, max_new_tokens, sampling, stop):
+            texts[row] += piece
+        return texts
+
+    def stream(
+        self,
+        prompt: Prompt,
+        adapter: AdapterArgument = None,
+        max_new_tokens: int = 64,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        chat: bool = False,
+    ) -> Iterator[str]:
+        """Complete one prompt, piece by piece as it becomes certain.
+
+        The pieces' concatenation is what :meth:`generate` returns; arguments and errors are its
+        own.
+        """
+        rows = self._encode([prompt], chat)
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        pieces = self._pieces(rows, adapter, max_new_tokens, sampling, stop)
+        return (piece for _, piece in pieces if piece)
+
+    def generate_ids(
+        self,
+        rows: Sequence[Sequence[int]],
+        adapter: AdapterArgument = None,
+        max_new_tokens: int = 64,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+    ) -> list[list[int]]:
+        """As :meth:`generate` on token ids: each row's new ids, its end token included."""
+        ids, _, _ = token_rows(rows, None)
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        generated: list[list[int]] = [[] for _ in ids]
+        for tokens in self._generation(ids, adapter, max_new_tokens, sampling):
+            for row, token in enumerate(tokens):
+                if token is not None:
+                    generated[row].append(token)
+        return generated
+
+    def _generation(
+        self,
+        rows: Sequence[Sequence[int]],
+        adapter: AdapterArgument,
+        max_new_tokens: int,
+        sampling: Sampling,
+    ) -> Generation:
+        return Generation(
+            self.decoder,
+            rows,
+            self.binding(adapter, len(rows)),
+            max_new_tokens=max_new_tokens,
+            eos_ids=self.eos_ids,
+            sampling=sampling,
+        )
+
+    def _pieces(
+        self,
+        rows: Sequence[Sequence[int]],
+        adapter: AdapterArgument,
+        max_new_tokens: int,
+        sampling: Sampling,
+        stop: str | Sequence[str],
+    ) -> Iterator[tuple[int, str]]:
+        """(row, text) as it becomes certain. Errors in the arguments are raised here and now."""
+        generation = self._generation(rows, adapter, max_new_tokens, sampling)
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        texts = [TextStream(self.tokenizer.decode, stops) for _ in rows]
+
+        def run() -> Iterator[tuple[int, str]]:
+            for tokens in generation:
+                for row, token in enumerate(tokens):
+                    if token is not None:
+                        yield row, texts[row].push(token)
+                        if texts[row].stopped:
+                            generation.finish(row)
+            for row, text in enumerate(texts):
+                yield row, text.close()
+
+        return run()
+
+    def _encode(self, prompts: Any, chat: bool) -> list[list[int]]:
+        conversation = chat and prompts and all(isinstance(m, Mapping) for m in prompts)
+        if isinstance(prompts, str) or conversation:
+            prompts = [prompts]
+        if chat:
+            return [self.tokenizer.encode_chat(prompt) for prompt in prompts]
+        for prompt in prompts:
+            if not isinstance(prompt, str):
+                raise DataError(
+                    f"a prompt is {type(prompt).__name__}, expected text",
+                    "Pass chat=True for messages, or use generate_ids() for token ids.",
+                )
+        return [self.tokenizer.encode(prompt) for prompt in prompts]
+
+
+def _check_size(bundle: Bundle, relative: str) -> None:
+    entry = bundle.manifest.files.get(relative)
+    path = bundle.directory / relative
+    if entry is None:  # small graphs carry their weights inside
+        return
+    size = path.stat().st_size if path.is_file() else None
+    if size != entry.bytes:
+        found = "missing" if size is None else f"{size} bytes"
+        raise BundleError(
+            f"{bundle.directory}: {relative} is {found}, expected {entry.bytes} bytes",
+            "The copy was cut off; copy the whole bundle folder again.",
+        )
