@@ -1,14 +1,14 @@
 """A tiny decoder in three forms, its numpy reference, a byte tokenizer, and bundles of them.
 
 The decoder: token and position embeddings, two layers of grouped-query attention and a tanh MLP, a
-linear read-out. Six of its linears are sites. ``foreign`` has a window over *slots*, so that gaps in the
-mask change its results, as they do in graphs that count padding as tokens.
+linear read-out. Seven of its linears are sites. ``foreign`` has a window over *slots*, so that gaps
+in the mask change its results, as they do in graphs that count padding as tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def make_weights() -> dict[str, np.ndarray]:
 
 
 def make_adapters() -> dict[str, dict[str, Factors]]:
-    """Unequal ranks, some sites untouched, B never zero. ``readout`` acts on the last linear only."""
+    """Unequal ranks, some sites untouched, B never zero; ``readout`` is on the last linear only."""
     rng = np.random.default_rng(4)
 
     def factors(path: str, rank: int) -> Factors:
@@ -148,7 +148,9 @@ class _Graph:
         return name
 
     def add_output(self, value: str, name: str, shape: list[Any]) -> None:
-        self.nodes.append(helper.make_node("Identity", [value], [name]))
+        for node in self.nodes:
+            for names in (node.input, node.output):
+                names[:] = [name if n == value else n for n in names]
         self.outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
 
 
@@ -349,26 +351,23 @@ def rehash(bundle: Bundle, *relative: str) -> Bundle:
     for name in relative:
         path = bundle.directory / name
         files[name] = FileEntry(hash_file(path), path.stat().st_size)
-    from dataclasses import replace
-
     return bundle.write_manifest(replace(bundle.manifest, files=files))
 
 
-@dataclass(frozen=True)
 class Tiny:
     """Everything above, for the tests."""
 
-    forms: tuple[str, ...] = FORMS
+    forms = FORMS
     sites = SITES
     adapters = ADAPTERS
-    eos: int = EOS
-    vocab: int = VOCAB
-    length: int = LENGTH
-    spec: Callable[..., GraphSpec] = staticmethod(make_spec)
-    graph: Callable[..., onnx.ModelProto] = staticmethod(build_graph)
-    bundle: Callable[..., Bundle] = staticmethod(make_bundle)
-    rehash: Callable[..., Bundle] = staticmethod(rehash)
-    tensors: Callable[..., dict[str, np.ndarray]] = staticmethod(adapter_tensors)
+    eos = EOS
+    vocab = VOCAB
+    length = LENGTH
+    spec = staticmethod(make_spec)
+    graph = staticmethod(build_graph)
+    bundle = staticmethod(make_bundle)
+    rehash = staticmethod(rehash)
+    tensors = staticmethod(adapter_tensors)
 
     @staticmethod
     def reference(

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from lora_edge.errors import BundleError
+from lora_edge.runtime import read_adapter, write_adapter
+
+
+def tensors() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {
+        "lora.q.A": rng.standard_normal((7, 3)).astype(np.float32),
+        "lora.q.B": rng.standard_normal((3, 5)).astype(np.float32),
+        "lora.v.A": np.zeros((7, 0), np.float32),
+        "lora.v.B": np.zeros((0, 4), np.float32),
+        "lora.q.gate": np.ones((1, 1, 1), np.float32),
+    }
+
+
+def test_round_trip_keeps_every_bit_and_rank_zero(tmp_path: Path) -> None:
+    path = tmp_path / "adapter.onnx_adapter"
+    write_adapter(path, tensors())
+    read = read_adapter(path)
+    gc.collect()
+    junk = [np.full((7, 3), 9.0, np.float32) for _ in range(1000)]  # would land in freed memory
+    assert len(junk) == 1000
+    assert list(read) == sorted(tensors())
+    for name, value in tensors().items():
+        np.testing.assert_array_equal(read[name], value)
+        assert read[name].shape == value.shape
+
+
+def test_views_are_written_in_their_own_order(tmp_path: Path) -> None:
+    path = tmp_path / "adapter.onnx_adapter"
+    transposed = np.arange(6, dtype=np.float32).reshape(2, 3).T
+    write_adapter(path, {"lora.q.A": transposed})
+    np.testing.assert_array_equal(read_adapter(path)["lora.q.A"], transposed)
+
+
+def test_onnxruntime_loads_the_file_itself(tmp_path: Path) -> None:
+    path = tmp_path / "adapter.onnx_adapter"
+    write_adapter(path, tensors())
+    ort.LoraAdapter().Load(str(path))
+
+
+@pytest.mark.parametrize("kept", [0, 3, 7, 8, 20, 0.5])
+def test_a_cut_off_file_is_refused(tmp_path: Path, kept: float) -> None:
+    path = tmp_path / "adapter.onnx_adapter"
+    write_adapter(path, tensors())
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept if kept >= 1 else kept * len(content))])
+    with pytest.raises(BundleError) as error:
+        read_adapter(path)
+    assert str(path) in str(error.value)
+    assert error.value.hint
+
+
+def test_other_files_and_missing_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "adapter.onnx_adapter"
+    with pytest.raises(BundleError, match="cannot be read"):
+        read_adapter(path)
+    path.write_bytes(b"PK\x03\x04 not an adapter")
+    with pytest.raises(BundleError, match=r"is not an \.onnx_adapter file"):
+        read_adapter(path)
+
+
+def test_other_dtypes_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "adapter.onnx_adapter"
+    value = ort.OrtValue.ortvalue_from_numpy(np.ones((2, 2), np.float16))
+    adapter = ort.AdapterFormat()
+    adapter.set_adapter_version(1)
+    adapter.set_model_version(1)
+    adapter.set_parameters({"lora.q.A": value})
+    adapter.export_adapter(str(path))
+    with pytest.raises(BundleError, match=r"lora\.q\.A is float16, expected float32"):
+        read_adapter(path)
+
+
+def test_writing_into_a_missing_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="cannot be written"):
+        write_adapter(tmp_path / "missing" / "adapter.onnx_adapter", tensors())

@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lora_edge.errors import BundleError, DataError
+from lora_edge.runtime import Decoder, Decoding, Runner
+
+FORMS = ["fused", "portable", "foreign"]
+LIMIT = 2e-5  # fp32 against float64 at logits of about 3
+
+
+class Sequences:
+    """A decoding and, beside it, what the reference says of every row."""
+
+    def __init__(self, tiny: Any, form: str, decoding: Decoding, states: Any) -> None:
+        self.tiny, self.form, self.decoding, self.states = tiny, form, decoding, states
+
+    def feed(self, rows: list[list[int]]) -> float:
+        """Append tokens, all logits; the largest difference from the reference."""
+        logits = self.decoding.extend_all(rows)
+        worst = 0.0
+        for history, row, values, state in zip(
+            self.decoding.history, rows, logits, self.states, strict=True
+        ):
+            expected = self.tiny.reference(self.form, history, state)[-len(row) :]
+            assert values.shape == expected.shape
+            worst = max(worst, float(np.abs(values - expected).max()))
+        return worst
+
+
+STATES: list[Mapping[str, float]] = [{"alpha": 1.0}, {}, {"beta": -1.2}, {"alpha": 0.5, "beta": 1}]
+
+
+@pytest.fixture(scope="module")
+def runners(bundles: dict[str, Any]) -> dict[str, Runner]:
+    return {form: Runner(bundle, threads=1) for form, bundle in bundles.items()}
+
+
+def start(tiny: Any, runner: Runner, states: Any = STATES, length: int = 60) -> Sequences:
+    binding = runner.binding(list(states), len(states))
+    decoding = runner.decoder.start(len(states), length, binding)
+    return Sequences(tiny, runner.spec.form, decoding, states)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_unequal_rows_then_steps_then_chunks_then_rests(
+    tiny: Any, runners: dict[str, Runner], form: str
+) -> None:
+    rows = start(tiny, runners[form])
+    assert rows.feed(tiny.rows(19, 5, 1, 12)) < LIMIT
+    for seed in range(5):
+        assert rows.feed(tiny.rows(1, 1, 1, 1, seed=seed)) < LIMIT
+    assert rows.feed(tiny.rows(3, 1, 4, 2, seed=7)) < LIMIT
+    assert rows.feed(tiny.rows(2, 2, 2, 2, seed=8)) < LIMIT
+    logits = rows.decoding.step([5, None, 6, None])
+    for row in (0, 2):
+        expected = tiny.reference(form, rows.decoding.history[row], STATES[row])[-1]
+        np.testing.assert_allclose(logits[row], expected, atol=LIMIT)
+    assert rows.decoding.lengths == [30, 13, 13, 21]
+    assert rows.feed(tiny.rows(1, 1, 1, 1, seed=9)) < LIMIT
+    assert rows.feed(tiny.rows(1, 3, 1, 2, seed=10)) < LIMIT
+
+
+@pytest.mark.parametrize("form", FORMS)
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_split_of_the_rows_gives_the_same_logits(
+    tiny: Any, runners: dict[str, Runner], form: str, data: st.DataObject
+) -> None:
+    rows = start(tiny, runners[form], STATES[:3])
+    for _ in range(data.draw(st.integers(1, 4))):
+        sizes = data.draw(st.tuples(*[st.integers(1, 6)] * 3))
+        assert rows.feed(tiny.rows(*sizes, seed=sum(sizes))) < LIMIT
+
+
+def test_the_reference_tells_other_adapters_apart(tiny: Any, runners: dict[str, Runner]) -> None:
+    rows = start(tiny, runners["fused"])
+    rows.states = [STATES[1], STATES[0], STATES[3], STATES[2]]
+    assert rows.feed(tiny.rows(19, 5, 1, 12)) > 1000 * LIMIT
+
+
+def test_gaps_in_a_foreign_mask_would_be_wrong(tiny: Any, runners: dict[str, Runner]) -> None:
+    rows = start(tiny, runners["foreign"])
+    rows.decoding._gaps = True  # type: ignore[attr-defined]
+    assert rows.feed(tiny.rows(19, 5, 1, 12)) < LIMIT
+    rows.feed(tiny.rows(3, 1, 4, 2, seed=7))
+    assert rows.feed(tiny.rows(1, 1, 1, 1, seed=8)) > 1000 * LIMIT
+
+
+@pytest.mark.parametrize(("padding", "form"), [("right", "foreign"), ("left", "portable")])
+def test_every_padding_side_that_a_graph_may_take(
+    tiny: Any, bundles: dict[str, Any], padding: Any, form: str
+) -> None:
+    spec = replace(tiny.spec(form), padding=padding)
+    decoder = Decoder(bundles[form].graph_path, spec, sites=tiny.sites, threads=1)
+    rows = Sequences(tiny, form, decoder.start(3, 40), [{}, {}, {}])
+    assert rows.feed(tiny.rows(7, 2, 9)) < LIMIT
+    assert rows.feed(tiny.rows(1, 1, 1, seed=1)) < LIMIT
+    assert rows.feed(tiny.rows(2, 3, 1, seed=2)) < LIMIT
+
+
+def test_token_by_token_for_caches_without_row_views(tiny: Any, runners: dict[str, Runner]) -> None:
+    rows = start(tiny, runners["fused"])
+    rows.feed(tiny.rows(4, 5, 1, 2))
+    rows.decoding._arrays = []  # type: ignore[attr-defined]
+    assert rows.feed(tiny.rows(3, 1, 4, 2, seed=7)) < LIMIT
+    last = rows.decoding.extend([[1, 2, 3], [4], [5, 6], [7]])
+    for row, history in enumerate(rows.decoding.history):
+        expected = tiny.reference("fused", history, STATES[row])[-1]
+        np.testing.assert_allclose(last[row], expected, atol=LIMIT)
+
+
+def test_the_shared_cache_is_written_in_place(tiny: Any, runners: dict[str, Runner]) -> None:
+    rows = start(tiny, runners["fused"])
+    decoding: Any = rows.decoding
+    before = [value.data_ptr() for value in decoding.cache]
+    rows.feed(tiny.rows(5, 4, 1, 2))
+    assert decoding._arrays[0][0, :, :5].all()
+    assert not decoding._arrays[0][0, :, 5:].any()
+    for _ in range(3):
+        rows.feed([[1], [2], [3], [4]])
+        outputs = decoding._io.get_outputs()
+        presents = {value.data_ptr() for value in outputs}
+        assert set(before) < presents  # the presents are the pasts; the logits are the one more
+        assert len(presents) == len(before) + 1
+    assert decoding._arrays[0][0, :, 5:8].all()  # row 0: three tokens behind the prompt's five
+    assert not decoding._arrays[0][0, :, 8:].any()
+    assert [value.data_ptr() for value in decoding.cache] == before
+
+
+def test_a_graph_without_adapter_inputs(tiny: Any, tmp_path: Path) -> None:
+    for form in FORMS:
+        graph = tmp_path / f"{form}.onnx"
+        onnx.save(tiny.graph(form, sites=False, picks=form != "fused"), graph)
+        decoder = Decoder(graph, tiny.spec(form), threads=1)
+        assert decoder.picks_positions == (form != "fused")
+        rows = Sequences(tiny, form, decoder.start(2, 30), [{}, {}])
+        assert rows.feed(tiny.rows(7, 3)) < LIMIT
+        last = rows.decoding.extend([[3, 4], [5]])
+        assert last.shape == (2, tiny.vocab)
+        expected = tiny.reference(form, rows.decoding.history[1])[-1]
+        np.testing.assert_allclose(last[1], expected, atol=LIMIT)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_switching_in_mid_sequence_starts_a_new_cache(
+    tiny: Any, runners: dict[str, Runner], form: str
+) -> None:
+    runner = runners[form]
+    prompts = tiny.rows(9, 4)
+    decoding = runner.decoder.start(2, 40, runner.binding("alpha", 2))
+    decoding.prefill(prompts)
+    switched = decoding.switch(runner.binding("beta", 2))
+    logits = switched.step([row[-1] for row in decoding.history])
+    for row, prompt in enumerate(prompts):
+        expected = tiny.reference(form, prompt, {"beta": 1.0})[-1]
+        np.testing.assert_allclose(logits[row], expected, atol=LIMIT)
+    assert decoding.binding.states != switched.binding.states
+    # Control: the old cache under the new adapter is what must never happen.
+    stale = runner.decoder.start(2, 40, runner.binding("alpha", 2))
+    stale.prefill([row[:-1] for row in prompts])
+    for name, value in runner.binding("beta", 2).values.items():
+        stale._io.bind_ortvalue_input(name, value)  # type: ignore[attr-defined]
+    wrong = stale.step([row[-1] for row in prompts])
+    assert np.abs(wrong - logits).max() > 1000 * LIMIT
+
+
+def test_switch_of_a_sequence_of_one_token_is_refused(runners: dict[str, Runner]) -> None:
+    decoding = runners["fused"].decoder.start(2, 8)
+    decoding.prefill([[1, 2], [3]])
+    with pytest.raises(DataError, match="shorter than two tokens"):
+        decoding.switch(None)
+
+
+def test_optimization_levels_agree(tiny: Any, bundles: dict[str, Any]) -> None:
+    for level in ("disable", "basic", "extended", "all"):
+        runner = Runner(bundles["fused"], threads=1, optimization=level)
+        assert start(tiny, runner).feed(tiny.rows(6, 2, 3, 1)) < LIMIT
+
+
+def test_bad_calls_say_the_numbers(tiny: Any, runners: dict[str, Runner]) -> None:
+    decoder = runners["fused"].decoder
+    with pytest.raises(DataError, match="97 positions were asked for; the model has 96"):
+        decoder.start(1, 97)
+    with pytest.raises(DataError, match="the batch has 0 rows"):
+        decoder.start(0, 5)
+    with pytest.raises(DataError, match="for 2 rows, the batch has 3"):
+        decoder.start(3, 5, runners["fused"].binding(["alpha", None], 2))
+    decoding = decoder.start(2, 5)
+    for rows, what in (
+        ([[1]], "1 rows were given, the batch has 2"),
+        ([[1], []], "row 1 has no tokens"),
+        ([[1], [tiny.vocab]], "token id 264 in row 1 is outside the vocabulary of 264"),
+        ([[1], [-1]], "token id -1"),
+        ([[1], [1] * 6], "row 1 would have 6 tokens, more than the 5"),
+    ):
+        with pytest.raises(DataError, match=what):
+            decoding.prefill(rows)
+    with pytest.raises(DataError, match="needs a prompt"):
+        decoding.step([1, 2])
+    decoding.prefill([[1], [2]])
+    with pytest.raises(DataError, match="not empty"):
+        decoding.prefill([[1], [2]])
+    with pytest.raises(DataError, match="needs a prompt and a token"):
+        decoding.step([None, None])
+    assert decoding.lengths == [1, 1]
+
+
+def test_graphs_that_are_not_what_the_manifest_says(tiny: Any, bundles: dict[str, Any]) -> None:
+    path = bundles["fused"].graph_path
+    with pytest.raises(BundleError, match="adapter inputs differ from the sites"):
+        Decoder(path, tiny.spec("fused"))
+    with pytest.raises(BundleError, match=r"lacks past_key_values\.2\.key"):
+        Decoder(path, replace(tiny.spec("fused"), layers=3), sites=tiny.sites)
+    with pytest.raises(BundleError, match="shared cache"):
+        Decoder(path, replace(tiny.spec("fused"), shared_cache=False), sites=tiny.sites)
