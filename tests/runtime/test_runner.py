@@ -226,3 +226,12 @@ def test_a_damaged_tokenizer_is_refused_when_used(bundle: Bundle) -> None:
     runner.generate_ids([[1]], max_new_tokens=1)
     with pytest.raises(BundleError, match=r"tokenizer\.json differs from its hash"):
         runner.generate("x", max_new_tokens=1)
+
+
+def test_a_stop_string_ends_the_loop(
+    runners: dict[str, Runner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = iter(runners["fused"].tokenizer.encode("ab#c", special_tokens=False))
+    monkeypatch.setattr(Sampling, "choose", lambda *_: next(tokens))
+    assert runners["fused"].generate("x", max_new_tokens=50, stop="#") == ["ab"]
+    assert len(list(tokens)) == 1
