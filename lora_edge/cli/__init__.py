@@ -1,7 +1,7 @@
 """The command ``lora-edge``: one file for each verb, loaded when it is called.
 
-Data goes to stdout; progress, hints and errors go to stderr. Exit codes: 0 passed; 1 parity failed or
-unproved; 2 usage, environment or export error; 130 interrupted.
+Data goes to stdout; progress, hints and errors go to stderr. Exit codes: 0 passed; 1 parity failed
+or unproved; 2 usage, environment or export error; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -71,10 +71,9 @@ def _terminate(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
 
 def _run(arguments: Sequence[str] | None) -> int:
     try:
-        cli.main(arguments, prog_name="lora-edge", standalone_mode=False)
-        return 0
-    except click.exceptions.Exit as error:
-        return error.exit_code
+        # Without standalone mode click returns the code of ctx.exit() instead of exiting with it.
+        code = cli.main(arguments, prog_name="lora-edge", standalone_mode=False)
+        return code if isinstance(code, int) else 0
     except click.ClickException as error:
         error.show()
         return 2

@@ -1,0 +1,298 @@
+"""The attention functions that replace a model's own while it is traced, and the cache they use.
+
+transformers calls a registered attention function once per layer with the layer's query, key and
+value, so one function is all that it takes to turn any decoder into a graph with a KV cache.
+Knows nothing of exporters or files.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from lora_edge.capture.operators import GroupQueryAttention, Reshape
+from lora_edge.errors import CaptureError, UnsupportedModelError
+
+MASKED = -3e4
+"""Added to the score of a key that a query may not see; ``exp`` of it is zero in fp32 and fp16."""
+
+# Arguments that models pass on to the attention function and that do not change its result.
+_NEUTRAL = frozenset(
+    {
+        "cache_position",
+        "dropout",
+        "layer_idx",
+        "logits_to_keep",
+        "output_attentions",
+        "output_hidden_states",
+        "position_embeddings",
+        "position_ids",
+        "return_dict",
+        "use_cache",
+    }
+)
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """What a layer asks of attention.
+
+    Attributes:
+        heads: number of query heads.
+        kv_heads: number of key/value heads.
+        head_dim: size of each head.
+        scale: factor of the scores.
+        window: how many keys a query sees, itself included; 0 is all of them.
+        softcap: bound of the scores, 0 is none.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    window: int
+    softcap: float
+
+
+@dataclass(frozen=True)
+class RotaryUse:
+    """A query and key before rotation, and the tables that rotate them."""
+
+    query: Tensor
+    key: Tensor
+    cos: Tensor
+    sin: Tensor
+    interleaved: bool
+
+
+class Attention(Protocol):
+    """One way to compute attention over a past; lives for one forward pass."""
+
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """What the model's ``cache.update`` returns for new keys and values of a layer."""
+
+    def attend(
+        self, layer: int, facts: LayerFacts, query: Tensor, key: Tensor, value: Tensor
+    ) -> Tensor:
+        """``[batch, heads, seq, head_dim]`` -> ``[batch, seq, heads, head_dim]``."""
+
+
+class Survey:
+    """Computes nothing; shows what every layer asks for."""
+
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return key, value
+
+    def attend(
+        self, layer: int, facts: LayerFacts, query: Tensor, key: Tensor, value: Tensor
+    ) -> Tensor:
+        return query.transpose(1, 2)
+
+
+class Fused:
+    """One GroupQueryAttention per layer, which holds the cache and, where possible, the rotary."""
+
+    def __init__(
+        self, past: list[tuple[Tensor, Tensor]], attention_mask: Tensor, rotary: RotarySource
+    ) -> None:
+        self.presents: dict[int, tuple[Tensor, Tensor]] = {}
+        self._past = past
+        self._rotary = rotary
+        self._lengths = (attention_mask.sum(1) - 1).to(torch.int32)
+        width: Any = attention_mask.shape[1]  # a tensor while tracing
+        self._total = torch.as_tensor(width).to(torch.int32)
+
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return key, value
+
+    def attend(
+        self, layer: int, facts: LayerFacts, query: Tensor, key: Tensor, value: Tensor
+    ) -> Tensor:
+        use = self._rotary.use(query, key)
+        if use is not None:
+            query, key = use.query, use.key
+        out, present_key, present_value = GroupQueryAttention.apply(
+            *(Reshape.apply(x.transpose(1, 2), (0, 0, -1)) for x in (query, key, value)),
+            *self._past[layer],
+            self._lengths,
+            self._total,
+            use.cos if use else None,
+            use.sin if use else None,
+            facts.heads,
+            facts.scale,
+            facts.window,
+            facts.softcap,
+            bool(use and use.interleaved),
+        )
+        self.presents[layer] = (present_key, present_value)
+        return Reshape.apply(out, (0, 0, facts.heads, -1))
+
+
+class Portable:
+    """Standard operators, explicit concatenation of the cache, one additive mask per window.
+
+    The mask is made from the positions: a key is visible when it is real and
+    ``0 <= position - key position < window``, where ``key position = cumsum(attention_mask) - 1``;
+    right for padding on either side.
+    """
+
+    def __init__(
+        self,
+        past: list[tuple[Tensor, Tensor]],
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        windows: frozenset[int],
+    ) -> None:
+        self.presents: dict[int, tuple[Tensor, Tensor]] = {}
+        self._past = past
+        key_positions = attention_mask.cumsum(1) - 1
+        distance = position_ids[:, None, :, None] - key_positions[:, None, None, :]
+        causal = (distance >= 0) & (attention_mask[:, None, None, :] > 0)
+        self._masks = {
+            window: torch.where(causal & (distance < window) if window else causal, 0.0, MASKED)
+            for window in sorted(windows)
+        }
+
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        past_key, past_value = self._past[layer]
+        both = torch.cat([past_key, key], 2), torch.cat([past_value, value], 2)
+        self.presents[layer] = both
+        return both
+
+    def attend(
+        self, layer: int, facts: LayerFacts, query: Tensor, key: Tensor, value: Tensor
+    ) -> Tensor:
+        groups = facts.heads // facts.kv_heads
+        mask = self._masks[facts.window]
+        query = query * facts.scale
+        if groups > 1:  # one more axis broadcasts each key/value head over its queries, no copy
+            shape = (0, facts.kv_heads, groups, -1, facts.head_dim)
+            query = Reshape.apply(query, shape)
+            key, value, mask = key.unsqueeze(2), value.unsqueeze(2), mask.unsqueeze(1)
+        scores = torch.matmul(query, key.transpose(-1, -2))
+        if facts.softcap:
+            scores = torch.tanh(scores / facts.softcap) * facts.softcap
+        out = torch.matmul(torch.softmax(scores + mask, -1), value)
+        if groups > 1:
+            out = Reshape.apply(out, (0, facts.heads, -1, facts.head_dim))
+        return out.transpose(1, 2)
+
+
+class RotarySource(Protocol):
+    """Knows which tensors a model's rotary function returned."""
+
+    def use(self, query: Tensor, key: Tensor) -> RotaryUse | None:
+        """How to rotate inside attention, or ``None`` when these are not rotary's very results."""
+
+
+class AttentionSwap:
+    """The function that transformers calls instead of the model's attention.
+
+    Counts its calls: a layer that computes its attention elsewhere would otherwise be traced with
+    its own, which ignores the cache.
+    """
+
+    def __init__(self, model_type: str) -> None:
+        self.name = f"lora_edge_{uuid.uuid4().hex[:12]}"
+        self.attention: Attention = Survey()
+        self.facts: dict[int, LayerFacts] = {}
+        self._model_type = model_type
+        self._calls: list[int] = []
+
+    @contextmanager
+    def registered(self) -> Iterator[None]:
+        """Make the function known to transformers under ``self.name``, for the block only."""
+        # No mask function of this name exists, so transformers makes no mask at all.
+        ALL_ATTENTION_FUNCTIONS[self.name] = self
+        try:
+            yield
+        finally:
+            del ALL_ATTENTION_FUNCTIONS[self.name]
+
+    def begin(self, attention: Attention) -> None:
+        """Start a forward pass."""
+        self.attention = attention
+        self._calls = []
+
+    def check_calls(self, layers: int) -> None:
+        """Check that the pass that just ended called the function once for each layer.
+
+        Raises:
+            CaptureError: it did not.
+        """
+        if sorted(self._calls) != list(range(layers)):
+            raise CaptureError(
+                f"{self._model_type}: the attention function ran for layers {self._calls}, expected "
+                f"each of 0 to {layers - 1} once",
+                "This architecture computes attention in its own way; try the optimum backend.",
+            )
+
+    @property
+    def calls(self) -> int:
+        """How often the function ran in this pass."""
+        return len(self._calls)
+
+    def __call__(
+        self,
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        is_causal: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        layer = getattr(module, "layer_idx", None)
+        if not isinstance(layer, int):
+            self._refuse(f"{type(module).__name__} has no layer_idx")
+        if is_causal is False or getattr(module, "is_causal", True) is False:
+            self._refuse(f"{type(module).__name__} attends in both directions")
+        unknown = sorted(k for k, v in kwargs.items() if v is not None and k not in _NEUTRAL)
+        if unknown:
+            self._refuse(f"its attention takes {', '.join(unknown)}, which would be ignored")
+        if key.shape[3] != value.shape[3] or key.shape[3] != query.shape[3]:
+            self._refuse("its value heads differ in size from its key heads")
+        self._calls.append(layer)
+        if isinstance(self.attention, Survey):
+            self.facts[layer] = LayerFacts(
+                heads=int(query.shape[1]),
+                kv_heads=int(key.shape[1]),
+                head_dim=int(query.shape[3]),
+                scale=float(query.shape[3] ** -0.5 if scaling is None else scaling),
+                window=int(sliding_window or 0),
+                softcap=float(softcap or 0.0),
+            )
+        return self.attention.attend(layer, self.facts[layer], query, key, value), None
+
+    def _refuse(self, reason: str) -> None:
+        raise UnsupportedModelError(
+            f"{self._model_type} models are not supported: {reason}",
+            "Capture it with the optimum backend, or use a model of a supported family.",
+        )
+
+
+class TraceCache(Cache):  # type: ignore[misc]  # transformers is untyped here
+    """The cache that the traced model sees: empty as far as it can tell, so it makes no mask."""
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__(layers=[])
+        self._attention = attention
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        return self._attention.update(layer_idx, key_states, value_states)
+
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
+        return 0

@@ -1,0 +1,167 @@
+"""Operators that a trace emits as one node each.
+
+Each class is a ``torch.autograd.Function`` whose ``symbolic`` writes the node; ``forward`` only has
+to give the right shapes, because a trace records shapes and order, never values. None of them
+registers anything: nothing is left behind when a capture ends.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Reshape(torch.autograd.Function):
+    """``Reshape`` to a constant shape; 0 copies the input's dimension, as in ONNX."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return x.reshape([x.shape[i] if size == 0 else size for i, size in enumerate(shape)])
+
+    @staticmethod
+    def symbolic(g: Any, x: Any, shape: tuple[int, ...]) -> Any:
+        return g.op("Reshape", x, g.op("Constant", value_t=torch.tensor(shape)))
+
+
+class Linear(torch.autograd.Function):
+    """``x [..., in] @ w`` with ``w [in, out]``, or ``w [out, in]`` and ``transpose``; one MatMul."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, transpose: bool) -> Tensor:
+        return x.new_zeros(*x.shape[:-1], weight.shape[0 if transpose else 1])
+
+    @staticmethod
+    def symbolic(g: Any, x: Any, weight: Any, transpose: bool) -> Any:
+        if transpose:
+            weight = g.op("Transpose", weight, perm_i=[1, 0])
+        return g.op("MatMul", x, weight)
+
+
+class TakePositions(torch.autograd.Function):
+    """``x [batch, seq, hidden]`` at ``positions [batch, kept]`` -> ``[batch, kept, hidden]``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, positions: Tensor) -> Tensor:
+        return torch.take_along_dim(x, positions.unsqueeze(2), 1)
+
+    @staticmethod
+    def symbolic(g: Any, x: Any, positions: Any) -> Any:
+        axes = g.op("Constant", value_t=torch.tensor([2]))
+        return g.op("GatherND", x, g.op("Unsqueeze", positions, axes), batch_dims_i=1)
+
+
+class RMSNorm(torch.autograd.Function):
+    """``x / sqrt(mean(x²) + eps) * w`` over the last axis, as ``SimplifiedLayerNormalization``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def symbolic(g: Any, x: Any, weight: Any, eps: float) -> Any:
+        out = g.op(
+            "SimplifiedLayerNormalization", x, weight, axis_i=-1, epsilon_f=eps, stash_type_i=1
+        )
+        out.setType(x.type())
+        return out
+
+
+class Rotary(torch.autograd.Function):
+    """``com.microsoft.RotaryEmbedding`` on ``x [batch, heads, seq, head_dim]``.
+
+    ``cos``, ``sin``: ``[positions, rotary_dim / 2]`` tables; ``positions``: ``[batch, seq] int64``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
+    ) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def symbolic(g: Any, x: Any, positions: Any, cos: Any, sin: Any, interleaved: bool) -> Any:
+        attributes = {"interleaved_i": int(interleaved)}
+        _, heads, _, head_dim = x.type().sizes()
+        rotary_dim = 2 * cos.type().sizes()[1]
+        if rotary_dim != head_dim:
+            attributes |= {"rotary_embedding_dim_i": rotary_dim, "num_heads_i": heads}
+        out = g.op("com.microsoft::RotaryEmbedding", x, positions, cos, sin, **attributes)
+        out.setType(x.type())
+        return out
+
+
+class GroupQueryAttention(torch.autograd.Function):
+    """``com.microsoft.GroupQueryAttention``: attention and KV cache in one operator.
+
+    ``q [batch, seq, heads * head_dim]``, ``k``, ``v [batch, seq, kv_heads * head_dim]``, ``past_k``,
+    ``past_v [batch, kv_heads, past, head_dim]``, ``lengths [batch] int32`` (valid keys of each row
+    minus one), ``total [] int32`` (keys of the longest row), and ``cos``, ``sin`` (see
+    :class:`Rotary`) where the operator itself rotates.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        past_k: Tensor,
+        past_v: Tensor,
+        lengths: Tensor,
+        total: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        heads: int,
+        scale: float,
+        window: int,
+        softcap: float,
+        interleaved: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        batch, seq, _ = q.shape
+        kv_heads, head_dim = past_k.shape[1], past_k.shape[3]
+        present = past_k.new_zeros(batch, kv_heads, past_k.shape[2] + seq, head_dim)
+        return q.clone(), present, present.clone()
+
+    @staticmethod
+    def symbolic(
+        g: Any,
+        q: Any,
+        k: Any,
+        v: Any,
+        past_k: Any,
+        past_v: Any,
+        lengths: Any,
+        total: Any,
+        cos: Any,
+        sin: Any,
+        heads: int,
+        scale: float,
+        window: int,
+        softcap: float,
+        interleaved: bool,
+    ) -> Any:
+        inputs = [q, k, v, past_k, past_v, lengths, total]
+        rotary = cos is not None and not _is_none(cos)
+        if rotary:
+            inputs += [cos, sin]
+        outputs = g.op(
+            "com.microsoft::GroupQueryAttention",
+            *inputs,
+            num_heads_i=heads,
+            kv_num_heads_i=past_k.type().sizes()[1],
+            scale_f=scale,
+            local_window_size_i=window or -1,
+            softcap_f=softcap,
+            do_rotary_i=int(rotary),
+            rotary_interleaved_i=int(rotary and interleaved),
+            outputs=3,
+        )
+        for output, like in zip(outputs, (q, past_k, past_v), strict=True):
+            output.setType(like.type())
+        return outputs
+
+
+def _is_none(value: Any) -> bool:
+    return bool(value.node().mustBeNone())
