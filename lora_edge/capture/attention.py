@@ -127,6 +127,7 @@ class Fused:
             use.cos if use else None,
             use.sin if use else None,
             facts.heads,
+            facts.kv_heads,
             facts.scale,
             facts.window,
             facts.softcap,

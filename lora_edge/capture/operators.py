@@ -18,7 +18,9 @@ class Reshape(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shape: tuple[int, ...]) -> Tensor:
-        return x.reshape([x.shape[i] if size == 0 else size for i, size in enumerate(shape)])
+        # Not x.reshape: a capture replaces that method by this operator.
+        sizes = [x.shape[i] if size == 0 else size for i, size in enumerate(shape)]
+        return torch.reshape(x, sizes)
 
     @staticmethod
     def symbolic(g: Any, x: Any, shape: tuple[int, ...]) -> Any:
@@ -71,21 +73,36 @@ class RMSNorm(torch.autograd.Function):
 class Rotary(torch.autograd.Function):
     """``com.microsoft.RotaryEmbedding`` on ``x [batch, heads, seq, head_dim]``.
 
-    ``cos``, ``sin``: ``[positions, rotary_dim / 2]`` tables; ``positions``: ``[batch, seq] int64``.
+    ``cos``, ``sin``: ``[positions, rotary_dim / 2]`` tables; ``positions``: ``[batch, seq] int64``;
+    ``rotary_dim`` is 0 where the whole head is rotated.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
+        ctx: Any,
+        x: Tensor,
+        positions: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        heads: int,
+        rotary_dim: int,
+        interleaved: bool,
     ) -> Tensor:
         return x.clone()
 
     @staticmethod
-    def symbolic(g: Any, x: Any, positions: Any, cos: Any, sin: Any, interleaved: bool) -> Any:
+    def symbolic(
+        g: Any,
+        x: Any,
+        positions: Any,
+        cos: Any,
+        sin: Any,
+        heads: int,
+        rotary_dim: int,
+        interleaved: bool,
+    ) -> Any:
         attributes = {"interleaved_i": int(interleaved)}
-        _, heads, _, head_dim = x.type().sizes()
-        rotary_dim = 2 * cos.type().sizes()[1]
-        if rotary_dim != head_dim:
+        if rotary_dim:
             attributes |= {"rotary_embedding_dim_i": rotary_dim, "num_heads_i": heads}
         out = g.op("com.microsoft::RotaryEmbedding", x, positions, cos, sin, **attributes)
         out.setType(x.type())
@@ -114,14 +131,14 @@ class GroupQueryAttention(torch.autograd.Function):
         cos: Tensor | None,
         sin: Tensor | None,
         heads: int,
+        kv_heads: int,
         scale: float,
         window: int,
         softcap: float,
         interleaved: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         batch, seq, _ = q.shape
-        kv_heads, head_dim = past_k.shape[1], past_k.shape[3]
-        present = past_k.new_zeros(batch, kv_heads, past_k.shape[2] + seq, head_dim)
+        present = past_k.new_zeros(batch, kv_heads, past_k.shape[2] + seq, past_k.shape[3])
         return q.clone(), present, present.clone()
 
     @staticmethod
@@ -137,6 +154,7 @@ class GroupQueryAttention(torch.autograd.Function):
         cos: Any,
         sin: Any,
         heads: int,
+        kv_heads: int,
         scale: float,
         window: int,
         softcap: float,
@@ -150,7 +168,7 @@ class GroupQueryAttention(torch.autograd.Function):
             "com.microsoft::GroupQueryAttention",
             *inputs,
             num_heads_i=heads,
-            kv_num_heads_i=past_k.type().sizes()[1],
+            kv_num_heads_i=kv_heads,
             scale_f=scale,
             local_window_size_i=window or -1,
             softcap_f=softcap,

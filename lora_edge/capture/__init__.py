@@ -1,0 +1,93 @@
+"""A base model -> a base graph with a KV cache, and the facts that a runtime needs of it.
+
+Knows PyTorch and transformers; knows nothing of adapters, graph passes or runtimes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+from lora_edge.base import Base
+from lora_edge.bundle import GraphSpec
+from lora_edge.errors import MissingDependencyError
+
+__all__ = ["BaseGraph", "Linear", "capture"]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Sizes of a linear layer."""
+
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True)
+class BaseGraph:
+    """A captured base model.
+
+    Attributes:
+        path: the ONNX file; its weights are in ``model.onnx_data`` beside it.
+        spec: what a runtime must know of the graph.
+        linears: module path -> sizes, of every linear layer, the head included.
+        tied: the head shares the embedding's weight.
+        head: module path of the head.
+        model_type: ``model_type`` of the config.
+        versions: versions of the packages that made the graph.
+        seconds: how long the capture took.
+    """
+
+    path: Path
+    spec: GraphSpec
+    linears: Mapping[str, Linear]
+    tied: bool
+    head: str
+    model_type: str
+    versions: Mapping[str, str]
+    seconds: float
+
+
+def capture(
+    base: Base,
+    directory: Path,
+    *,
+    form: Literal["fused", "portable"] = "fused",
+) -> BaseGraph:
+    """Capture a decoder as an ONNX graph with a KV cache.
+
+    Args:
+        base: the model.
+        directory: an existing folder; ``model.onnx`` and ``model.onnx_data`` are written there.
+        form: ``fused`` or ``portable``, see :mod:`lora_edge.capture.trace`.
+
+    Raises:
+        MissingDependencyError: the extra ``export`` is not installed.
+        UnsupportedModelError: the architecture is refused.
+        BaseModelError: the model cannot be loaded.
+        CaptureError: the graph is not what it should be.
+    """
+    started = time.monotonic()
+    try:
+        from lora_edge.capture.trace import trace
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"exporting needs {error.name}, which is not installed",
+            "Install it with: pip install 'lora-edge[export]'",
+        ) from error
+    path, spec, linears, tied, head = trace(base, directory, form)
+    packages = ("torch", "transformers", "onnx")
+    return BaseGraph(
+        path=path,
+        spec=spec,
+        linears={name: Linear(*sizes) for name, sizes in linears.items()},
+        tied=tied,
+        head=head,
+        model_type=base.model_type,
+        versions={package: version(package) for package in packages},
+        seconds=time.monotonic() - started,
+    )

@@ -1,0 +1,332 @@
+"""Hugging Face's own decoder, traced with its attention swapped, in two forms.
+
+*fused*: ``com.microsoft.GroupQueryAttention`` with the KV cache inside, one operator for each RMSNorm
+and the rotary inside attention, logits at chosen positions only. *portable*: standard operators.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from lora_edge.base import Base
+from lora_edge.bundle import GraphSpec
+from lora_edge.capture.attention import (
+    AttentionSwap,
+    Fused,
+    LayerFacts,
+    Portable,
+    Survey,
+    TraceCache,
+)
+from lora_edge.capture.families import refuse_unsupported
+from lora_edge.capture.operators import TakePositions
+from lora_edge.capture.swaps import (
+    RotarySwap,
+    constant_views,
+    is_linear,
+    swapped_linears,
+    swapped_norms,
+)
+from lora_edge.capture.weights import Weight, attach, placeholders
+from lora_edge.errors import BaseModelError, CaptureError, UnsupportedModelError
+from lora_edge.names import LOGITS_POSITIONS, past_name, present_name
+
+OPSET = 18
+# Sizes that no model has, so that a traced size is known for what it is.
+_BATCH, _SEQ, _PAST = 3, 5, 7
+_PREFIX = "model."
+
+
+class _Traced(nn.Module):
+    """The function that becomes the graph."""
+
+    def __init__(
+        self, model: nn.Module, swap: AttentionSwap, rotary: RotarySwap | None, windows: set[int]
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self._swap = swap
+        self._rotary = rotary
+        self._windows = frozenset(windows)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *rest: Tensor
+    ) -> tuple[Tensor, ...]:
+        attention: Fused | Portable
+        if self._rotary is not None:
+            positions, past = rest[0], _pairs(rest[1:])
+            attention = Fused(past, attention_mask, self._rotary)
+        else:
+            positions, past = None, _pairs(rest)
+            attention = Portable(past, attention_mask, position_ids, self._windows)
+        self._swap.begin(attention)
+        logits = _forward(self.model, attention, input_ids, position_ids, positions)
+        self._swap.check_calls(len(past))
+        presents = [tensor for layer in range(len(past)) for tensor in attention.presents[layer]]
+        return (logits, *presents)
+
+
+def _pairs(tensors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(tensors[::2], tensors[1::2], strict=True))
+
+
+def _forward(
+    model: Any, attention: Any, input_ids: Tensor, position_ids: Tensor, positions: Tensor | None
+) -> Tensor:
+    """The logits, at ``positions`` only where they are given."""
+    with ExitStack() as stack:
+        if positions is not None:
+            head = model.get_output_embeddings()
+
+            def take(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:  # noqa: ARG001
+                return (TakePositions.apply(args[0], positions), *args[1:])
+
+            stack.callback(head.register_forward_pre_hook(take).remove)
+        logits: Tensor = model(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            past_key_values=TraceCache(attention),
+            use_cache=True,
+        ).logits
+        return logits
+
+
+def trace(
+    base: Base, directory: Path, form: Literal["fused", "portable"]
+) -> tuple[Path, GraphSpec, dict[str, tuple[int, int]], bool, str]:
+    """Trace a decoder into ``directory/model.onnx`` and ``directory/model.onnx_data``.
+
+    Returns:
+        The graph's path, its facts, ``(in, out)`` of each linear layer by module path, whether the
+        head is tied to the embedding, and the head's module path.
+
+    Raises:
+        UnsupportedModelError: the architecture is refused.
+        BaseModelError: transformers cannot load the model.
+        CaptureError: the trace is not what it should be.
+    """
+    refuse_unsupported(base.config)
+    swap = AttentionSwap(base.model_type)
+    with swap.registered(), torch.no_grad():
+        model = _load(base, swap.name)
+        linears = {
+            path: _sizes(module) for path, module in model.named_modules() if is_linear(module)
+        }
+        max_length = _max_length(base)
+        rotary = RotarySwap(model, max_length) if form == "fused" else None
+        facts = _survey(model, swap, rotary, base.model_type)
+        head = model.get_output_embeddings()
+        tied = head is not None and head.weight is model.get_input_embeddings().weight
+        graph = _export(model, swap, rotary, facts, directory)
+    path = directory / "model.onnx"
+    onnx.save(graph, path)
+    first = facts[0]
+    spec = GraphSpec(
+        form=form,
+        backend="trace",
+        padding="right" if form == "fused" else "either",
+        shared_cache=form == "fused",
+        layers=len(facts),
+        kv_heads=first.kv_heads,
+        head_dim=first.head_dim,
+        vocab_size=int(model.config.get_text_config().vocab_size),
+        max_length=max_length,
+    )
+    head_path = next(path for path, module in model.named_modules() if module is head)
+    return path, spec, linears, tied, head_path
+
+
+def _load(base: Base, attention: str) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(base.directory)
+        model = AutoModelForCausalLM.from_pretrained(
+            base.directory,
+            config=copy.deepcopy(config),
+            dtype=torch.float32,
+            attn_implementation=attention,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        if "attention" in first_line.lower():
+            raise UnsupportedModelError(
+                f"{base.model_type} models are refused: they have no common attention interface",
+                "Capture it with --backend optimum, in an environment with lora-edge[optimum].",
+            ) from error
+        raise BaseModelError(
+            f"{base.name_or_path} cannot be loaded as a causal language model: {first_line}",
+            "Check that transformers itself can load it.",
+        ) from error
+    return model.eval()
+
+
+def _sizes(module: Any) -> tuple[int, int]:
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    rows, columns = module.weight.shape
+    return int(rows), int(columns)
+
+
+def _max_length(base: Base) -> int:
+    for field in ("max_position_embeddings", "n_positions", "n_ctx"):
+        value = base.config.get(field)
+        if isinstance(value, int) and value > 0:
+            return value
+    raise UnsupportedModelError(
+        f"{base.model_type} models are refused: config.json does not say how long a sequence may be",
+        "Set max_position_embeddings in config.json.",
+    )
+
+
+def _survey(
+    model: nn.Module, swap: AttentionSwap, rotary: RotarySwap | None, model_type: str
+) -> list[LayerFacts]:
+    """Run the model once, untraced, to see what each layer asks of attention."""
+    ids = torch.zeros(_BATCH, _SEQ, dtype=torch.long)
+    positions = torch.arange(_SEQ)[None].expand(_BATCH, _SEQ)
+    swap.begin(Survey())
+    with rotary.applied() if rotary is not None else ExitStack():
+        _forward(model, Survey(), ids, positions, None)
+    layers = swap.calls
+    if layers == 0:
+        raise UnsupportedModelError(
+            f"{model_type} models are refused: they do not use the common attention interface",
+            "Capture it with --backend optimum, in an environment with lora-edge[optimum].",
+        )
+    swap.check_calls(layers)
+    facts = [swap.facts[layer] for layer in range(layers)]
+    for field in ("kv_heads", "head_dim"):
+        values = {getattr(fact, field) for fact in facts}
+        if len(values) > 1:
+            raise UnsupportedModelError(
+                f"{model_type} models are refused: {field} differs between layers: "
+                f"{sorted(values)}",
+                "Capture it with --backend optimum, in an environment with lora-edge[optimum].",
+            )
+    return facts
+
+
+def _export(
+    model: nn.Module,
+    swap: AttentionSwap,
+    rotary: RotarySwap | None,
+    facts: list[LayerFacts],
+    directory: Path,
+) -> onnx.ModelProto:
+    first = facts[0]
+    parts: tuple[Literal["key"], Literal["value"]] = ("key", "value")
+    past = [past_name(layer, part) for layer in range(len(facts)) for part in parts]
+    present = [present_name(layer, part) for layer in range(len(facts)) for part in parts]
+    example: dict[str, Tensor] = {
+        "input_ids": torch.zeros(_BATCH, _SEQ, dtype=torch.long),
+        "attention_mask": torch.ones(_BATCH, _SEQ + _PAST, dtype=torch.long),
+        "position_ids": torch.arange(_PAST, _PAST + _SEQ)[None].repeat(_BATCH, 1),
+    }
+    dims = {
+        "input_ids": {0: "batch", 1: "seq"},
+        "attention_mask": {0: "batch", 1: "total"},
+        "position_ids": {0: "batch", 1: "seq"},
+        "logits": {0: "batch", 1: "seq" if rotary is None else "kept"},
+    }
+    if rotary is not None:
+        example[LOGITS_POSITIONS] = torch.zeros(_BATCH, 2, dtype=torch.long)
+        dims[LOGITS_POSITIONS] = {0: "batch", 1: "kept"}
+    for name in past:
+        example[name] = torch.zeros(_BATCH, first.kv_heads, _PAST, first.head_dim)
+        dims[name] = {0: "batch", 2: "past"}
+    for name in present:
+        dims[name] = {0: "batch", 2: "total"}
+
+    traced = _Traced(model, swap, rotary, {fact.window for fact in facts})
+    buffer = io.BytesIO()
+    with ExitStack() as stack:
+        weights = stack.enter_context(placeholders(model))
+        stack.enter_context(swapped_linears(model))
+        if rotary is not None:
+            stack.enter_context(swapped_norms(model))
+            stack.enter_context(rotary.applied())
+        stack.enter_context(constant_views())
+        stack.enter_context(_quiet())
+        torch.onnx.export(
+            traced,
+            tuple(example.values()),
+            buffer,
+            dynamo=False,
+            opset_version=OPSET,
+            input_names=list(example),
+            output_names=["logits", *present],
+            dynamic_axes=dims,
+            custom_opsets={"com.microsoft": 1} if rotary is not None else None,
+            do_constant_folding=False,
+            export_params=False,
+        )
+    graph = onnx.load_from_string(buffer.getvalue())
+    _name_weights(graph)
+    missing = attach(graph, weights, directory / "model.onnx_data")
+    _check_inputs(graph, set(example), missing, weights)
+    _name_nodes(graph)
+    return graph
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what the exporter says of every trace: it is deprecated, and sizes become constants."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\..*")
+        yield
+
+
+def _name_weights(graph: onnx.ModelProto) -> None:
+    """Strip the wrapper's own name from the parameters' names."""
+    names = {value.name for value in graph.graph.input if value.name.startswith(_PREFIX)}
+    for value in graph.graph.input:
+        if value.name in names:
+            value.name = value.name.removeprefix(_PREFIX)
+    for node in graph.graph.node:
+        for index, name in enumerate(node.input):
+            if name in names:
+                node.input[index] = name.removeprefix(_PREFIX)
+
+
+def _check_inputs(
+    graph: onnx.ModelProto, expected: set[str], missing: list[str], weights: dict[str, Weight]
+) -> None:
+    strange = [value.name for value in graph.graph.input if value.name not in expected]
+    if strange or missing:
+        raise CaptureError(
+            f"the trace lost {len(missing)} of {len(weights)} weights "
+            f"({', '.join(missing[:3]) or 'none'}) and has {len(strange)} inputs that nobody asked "
+            f"for ({', '.join(strange[:3]) or 'none'})",
+            "This is a fault of lora-edge; please report it with the model's config.json.",
+        )
+
+
+def _name_nodes(graph: onnx.ModelProto) -> None:
+    """Call the MatMul of a linear layer by the layer's module path."""
+    transposed: dict[str, str] = {}
+    for node in graph.graph.node:
+        if node.op_type == "Transpose":
+            transposed[node.output[0]] = node.input[0]
+        if node.op_type == "MatMul":
+            weight = node.input[1]
+            if weight in transposed:
+                # A tied weight carries the embedding's name; the scope knows the layer's.
+                scope = node.name.removeprefix("/").split("/")[:-1]
+                if scope:
+                    node.name = scope[-1]
+            elif weight.endswith(".weight"):
+                node.name = weight.removesuffix(".weight")
