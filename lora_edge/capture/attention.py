@@ -231,8 +231,8 @@ class AttentionSwap:
         """
         if sorted(self._calls) != list(range(layers)):
             raise CaptureError(
-                f"{self._model_type}: the attention function ran for layers {self._calls}, expected "
-                f"each of 0 to {layers - 1} once",
+                f"{self._model_type}: the attention function ran for layers {self._calls}, not once "
+                f"for each of 0 to {layers - 1}",
                 "This architecture computes attention in its own way; try the optimum backend.",
             )
 

@@ -28,7 +28,7 @@ class Reshape(torch.autograd.Function):
 
 
 class Linear(torch.autograd.Function):
-    """``x [..., in] @ w`` with ``w [in, out]``, or ``w [out, in]`` and ``transpose``; one MatMul."""
+    """``x [..., in] @ w``, ``w [in, out]``, or ``[out, in]`` with ``transpose``; one MatMul."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, transpose: bool) -> Tensor:
@@ -112,8 +112,8 @@ class Rotary(torch.autograd.Function):
 class GroupQueryAttention(torch.autograd.Function):
     """``com.microsoft.GroupQueryAttention``: attention and KV cache in one operator.
 
-    ``q [batch, seq, heads * head_dim]``, ``k``, ``v [batch, seq, kv_heads * head_dim]``, ``past_k``,
-    ``past_v [batch, kv_heads, past, head_dim]``, ``lengths [batch] int32`` (valid keys of each row
+    ``q [batch, seq, heads * head_dim]``, ``k``, ``v [batch, seq, kv_heads * head_dim]``,
+    ``past_k``, ``past_v [batch, kv_heads, past, head_dim]``, ``lengths [batch] int32`` (valid keys of each row
     minus one), ``total [] int32`` (keys of the longest row), and ``cos``, ``sin`` (see
     :class:`Rotary`) where the operator itself rotates.
     """

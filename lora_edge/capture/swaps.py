@@ -1,7 +1,7 @@
 """Replacing parts of a model by single operators while it is traced, each only after a probe.
 
-A swap is made only where running the model's own code shows that the operator computes the same. All
-of them are undone when the block ends.
+A swap is made only where running the model's own code shows that the operator computes the same.
+All of them are undone when the block ends.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _norm_forward(module: nn.Module, offset: float, eps: float) -> Callable[[Ten
 
 @torch.no_grad()
 def _probe_norm(module: nn.Module) -> tuple[float, float] | None:
-    """The offset of the weight (0, or 1 as in Gemma) and epsilon, or ``None`` if it is no RMSNorm."""
+    """The weight's offset (0, or 1 as in Gemma) and epsilon; ``None`` if it is no RMSNorm."""
     values = (getattr(module, name, None) for name in _EPSILON_NAMES)
     eps = next((float(value) for value in values if isinstance(value, int | float)), None)
     weight = getattr(module, "weight", None)
@@ -114,9 +114,9 @@ def _probe_norm(module: nn.Module) -> tuple[float, float] | None:
 def constant_views() -> Iterator[None]:
     """``view`` and ``reshape`` that keep batch and sequence become a Reshape to a constant shape.
 
-    A model computes ``(batch, seq, heads, -1)`` from the shape of its input, which a trace records as
-    a chain of small nodes for each call. The trace's batch and sequence sizes occur nowhere else, so
-    a shape that starts with the tensor's own two first sizes keeps them.
+    A model computes ``(batch, seq, heads, -1)`` from the shape of its input, which a trace records
+    as a chain of small nodes for each call. The trace's batch and sequence sizes occur nowhere
+    else, so a shape that starts with the tensor's own two first sizes keeps them.
     """
     original = {name: getattr(torch.Tensor, name) for name in ("view", "reshape")}
 
@@ -213,7 +213,7 @@ class RotarySwap:
         table_cos, table_sin = self.tables[entry[0]]
         use = RotaryUse(query, key, table_cos, table_sin, bool(self._interleaved))
         if table_cos.shape[1] % 8:
-            positions, size = entry[2], 2 * table_cos.shape[1]
+            positions, size = entry[2], 2 * int(table_cos.shape[1])
             rotated = tuple(
                 Rotary.apply(
                     x,

@@ -1,7 +1,7 @@
 """Hugging Face's own decoder, traced with its attention swapped, in two forms.
 
-*fused*: ``com.microsoft.GroupQueryAttention`` with the KV cache inside, one operator for each RMSNorm
-and the rotary inside attention, logits at chosen positions only. *portable*: standard operators.
+*fused*: ``com.microsoft.GroupQueryAttention`` with the KV cache and the rotary inside, one operator
+for each RMSNorm, logits at chosen positions only. *portable*: standard operators.
 """
 
 from __future__ import annotations
@@ -148,7 +148,10 @@ def trace(
 
 def _load(base: Base, attention: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
 
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(base.directory)
         model = AutoModelForCausalLM.from_pretrained(
@@ -159,7 +162,7 @@ def _load(base: Base, attention: str) -> Any:
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        if "attention" in first_line.lower():
+        if attention in first_line or "attention" in first_line.lower():
             raise UnsupportedModelError(
                 f"{base.model_type} models are refused: they have no common attention interface",
                 "Capture it with --backend optimum, in an environment with lora-edge[optimum].",
@@ -168,6 +171,9 @@ def _load(base: Base, attention: str) -> Any:
             f"{base.name_or_path} cannot be loaded as a causal language model: {first_line}",
             "Check that transformers itself can load it.",
         ) from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     return model.eval()
 
 
@@ -184,8 +190,8 @@ def _max_length(base: Base) -> int:
         if isinstance(value, int) and value > 0:
             return value
     raise UnsupportedModelError(
-        f"{base.model_type} models are refused: config.json does not say how long a sequence may be",
-        "Set max_position_embeddings in config.json.",
+        f"{base.model_type} models are refused: config.json has no max_position_embeddings",
+        "Set it in config.json to the longest sequence that the model may see.",
     )
 
 
@@ -281,7 +287,7 @@ def _export(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what the exporter says of every trace: it is deprecated, and sizes become constants."""
+    """Silence what is said of every trace: the exporter is deprecated, sizes become constants."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", FutureWarning)
@@ -317,9 +323,10 @@ def _check_inputs(
 
 def _name_nodes(graph: onnx.ModelProto) -> None:
     """Call the MatMul of a linear layer by the layer's module path."""
+    weights = {tensor.name for tensor in graph.graph.initializer}
     transposed: dict[str, str] = {}
     for node in graph.graph.node:
-        if node.op_type == "Transpose":
+        if node.op_type == "Transpose" and node.input[0] in weights:
             transposed[node.output[0]] = node.input[0]
         if node.op_type == "MatMul":
             weight = node.input[1]
@@ -328,5 +335,5 @@ def _name_nodes(graph: onnx.ModelProto) -> None:
                 scope = node.name.removeprefix("/").split("/")[:-1]
                 if scope:
                     node.name = scope[-1]
-            elif weight.endswith(".weight"):
+            elif weight in weights:
                 node.name = weight.removesuffix(".weight")

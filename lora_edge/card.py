@@ -1,0 +1,48 @@
+"""The README of a bundle: what it is, what was measured, and how to use it."""
+
+from __future__ import annotations
+
+from lora_edge.bundle import Manifest
+
+
+def bundle_card(manifest: Manifest) -> str:
+    """Markdown for a bundle's own ``README.md``."""
+    spec = manifest.graph
+    lines = [
+        f"# {manifest.base['name_or_path']}, {manifest.mode}",
+        "",
+        f"Made by lora-edge {manifest.versions['lora-edge']}: one ONNX graph ({spec.form} form, "
+        f"{manifest.precision}) of a {manifest.base['model_type']} model.",
+        "",
+        "| adapter | kind | layers | largest rank | proved against PyTorch |",
+        "|---|---|---|---|---|",
+    ]
+    for name, entry in sorted(manifest.adapters.items()):
+        rank = max(entry.ranks.values(), default=0)
+        proved = "yes" if entry.proved else "no"
+        lines.append(f"| {name} | {entry.kind} | {len(entry.ranks)} | {rank} | {proved} |")
+    example = next((name for name in sorted(manifest.adapters) if name != "none"), "NAME")
+    lines += [
+        "",
+        "The figures of the check are in `parity/`.",
+        "",
+        "```sh",
+        f"lora-edge run . -a {example} -p 'Hello'",
+        "lora-edge validate .",
+        "```",
+        "",
+        "```python",
+        "import lora_edge",
+        'runner = lora_edge.Runner(".")',
+        f'print(runner.generate(["Hello"], adapter="{example}"))',
+        "```",
+    ]
+    if manifest.mode == "switchable":
+        path = next(iter(manifest.sites))
+        lines += [
+            "",
+            f"With plain ONNX Runtime, feed `lora.{path}.A`, `.B` and `.gate`, and so on for each "
+            f"of the {len(manifest.sites)} sites in `lora_edge.json`; "
+            "`adapters/none` holds the values for no adapter.",
+        ]
+    return "\n".join(lines) + "\n"

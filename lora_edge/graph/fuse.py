@@ -1,0 +1,100 @@
+"""Small fusions on a graph that was just traced in the fused form.
+
+Needs only the graph's structure; the weights' bytes are never read. Ensures that no operator is
+left that ``onnx.checker`` does not know: ``SimplifiedLayerNormalization`` is in the standard domain
+of ONNX Runtime alone, so what is not joined with a residual is written out, in the very pattern that
+ONNX Runtime joins again when it loads the graph.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+_NORM = "SimplifiedLayerNormalization"
+_MICROSOFT = "com.microsoft"
+
+
+def fuse(model: ir.Model) -> None:
+    """Join residual sums with the norms that follow them, and write out the other norms.
+
+    Args:
+        model: a graph of our own capture, before any branch; changed in place.
+    """
+    graph = model.graph
+    for node in list(graph):
+        if node.op_type == _NORM and not _join_residual(graph, node):
+            _write_out(graph, node)
+
+
+def _join_residual(graph: ir.Graph, norm: ir.Node) -> bool:
+    """``Add`` and norm -> ``SkipSimplifiedLayerNormalization``, whose fourth output is the sum."""
+    total, weight = norm.inputs[0], norm.inputs[1]
+    add = None if total is None else total.producer()
+    if add is None or total is None or add.op_type != "Add" or total in graph.outputs:
+        return False
+    left, right = add.inputs
+    if left is None or right is None or left.is_initializer() or right.is_initializer():
+        return False
+    order = {node: index for index, node in enumerate(graph)}
+    if any(order[use.node] < order[norm] for use in total.uses() if use.node in order):
+        return False  # somebody needs the sum before the norm is computed
+    joined = ir.node(
+        "SkipSimplifiedLayerNormalization",
+        [left, right, weight],
+        {"epsilon": norm.attributes["epsilon"].as_float()},
+        domain=_MICROSOFT,
+        num_outputs=4,
+        name=f"{norm.name}.skip",
+    )
+    normalized, mean, inverse, new_total = joined.outputs
+    mean.name = inverse.name = ""
+    names = norm.outputs[0].name, total.name
+    graph.insert_before(norm, joined)
+    for old, new in ((norm.outputs[0], normalized), (total, new_total)):
+        new.shape, new.type = old.shape, old.type
+        ir.convenience.replace_all_uses_with(old, new)
+    graph.remove([norm, add], safe=True)
+    normalized.name, new_total.name = names
+    return True
+
+
+def _write_out(graph: ir.Graph, norm: ir.Node) -> None:
+    """``x / sqrt(mean(x ** 2) + eps) * weight`` by standard operators."""
+    x, weight = norm.inputs[0], norm.inputs[1]
+    two = _constant(graph, "two", np.array(2.0, np.float32))
+    eps = norm.attributes["epsilon"].as_float()
+    epsilon = _constant(graph, f"epsilon_{eps:g}", np.array(eps, np.float32))
+    last = _constant(graph, "last_axis", np.array([-1], np.int64))
+    nodes: list[ir.Node] = []
+
+    def add(operator: str, *inputs: ir.Value | None) -> ir.Value:
+        node = ir.node(operator, list(inputs), name=f"{norm.name}.{operator.lower()}{len(nodes)}")
+        node.outputs[0].name = f"{node.name}_out"
+        nodes.append(node)
+        return node.outputs[0]
+
+    root = add("Sqrt", add("Add", add("ReduceMean", add("Pow", x, two), last), epsilon))
+    result = add("Mul", add("Div", x, root), weight)
+    old = norm.outputs[0]
+    name = old.name
+    result.shape, result.type = old.shape, old.type
+    graph.insert_before(norm, nodes)
+    ir.convenience.replace_all_uses_with(old, result)
+    graph.remove(norm, safe=True)
+    result.name = name
+
+
+def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    full_name = f"lora_edge.{name}"
+    if full_name in graph.initializers:
+        return graph.initializers[full_name]
+    tensor = ir.tensor(array, name=full_name)
+    value = ir.Value(
+        name=full_name,
+        shape=ir.Shape(array.shape),
+        type=ir.TensorType(tensor.dtype),
+        const_value=tensor,
+    )
+    graph.register_initializer(value)
+    return value
