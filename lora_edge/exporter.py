@@ -158,7 +158,7 @@ def add(
         raise
 
 
-def _silent(line: str) -> None:  # noqa: ARG001
+def _silent(line: str) -> None:
     """Progress that nobody listens to."""
 
 

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -231,8 +231,8 @@ class AttentionSwap:
         """
         if sorted(self._calls) != list(range(layers)):
             raise CaptureError(
-                f"{self._model_type}: the attention function ran for layers {self._calls}, not once "
-                f"for each of 0 to {layers - 1}",
+                f"{self._model_type}: the attention function ran for layers {self._calls}, not "
+                f"once for each of 0 to {layers - 1}",
                 "This architecture computes attention in its own way; try the optimum backend.",
             )
 
@@ -276,7 +276,7 @@ class AttentionSwap:
             )
         return self.attention.attend(layer, self.facts[layer], query, key, value), None
 
-    def _refuse(self, reason: str) -> None:
+    def _refuse(self, reason: str) -> NoReturn:
         raise UnsupportedModelError(
             f"{self._model_type} models are not supported: {reason}",
             "Capture it with the optimum backend, or use a model of a supported family.",

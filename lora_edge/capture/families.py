@@ -50,7 +50,7 @@ def _reasons(config: Mapping[str, Any]) -> Any:
         for value in rope.values()
         if isinstance(value, Mapping)
     }
-    for kind in sorted(kinds & {"longrope", "dynamic"}):
+    for kind in [kind for kind in ("longrope", "dynamic") if kind in kinds]:
         yield (
             "rope_type",
             kind,

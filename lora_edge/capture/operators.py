@@ -113,8 +113,8 @@ class GroupQueryAttention(torch.autograd.Function):
     """``com.microsoft.GroupQueryAttention``: attention and KV cache in one operator.
 
     ``q [batch, seq, heads * head_dim]``, ``k``, ``v [batch, seq, kv_heads * head_dim]``,
-    ``past_k``, ``past_v [batch, kv_heads, past, head_dim]``, ``lengths [batch] int32`` (valid keys of each row
-    minus one), ``total [] int32`` (keys of the longest row), and ``cos``, ``sin`` (see
+    ``past_k``, ``past_v [batch, kv_heads, past, head_dim]``, ``lengths [batch] int32`` (valid keys
+    of each row minus one), ``total [] int32`` (keys of the longest row), and ``cos``, ``sin`` (see
     :class:`Rotary`) where the operator itself rotates.
     """
 

@@ -58,7 +58,7 @@ def placeholders(model: nn.Module) -> Iterator[dict[str, Weight]]:
                 shape = parameter.shape[::-1] if transpose else parameter.shape
                 number = torch.full((1,), (len(weights) + 1) * 1e-3)
                 stand_in = nn.Parameter(number.expand(shape), requires_grad=False)
-                stand_in.lora_edge_tied = readers[id(parameter)] > 1  # type: ignore[attr-defined]
+                stand_in.lora_edge_tied = readers[id(parameter)] > 1
                 stand_ins[id(parameter)] = stand_in
                 weights[f"{path}.{name}" if path else name] = Weight(parameter.detach(), transpose)
     try:

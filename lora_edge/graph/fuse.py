@@ -2,8 +2,8 @@
 
 Needs only the graph's structure; the weights' bytes are never read. Ensures that no operator is
 left that ``onnx.checker`` does not know: ``SimplifiedLayerNormalization`` is in the standard domain
-of ONNX Runtime alone, so what is not joined with a residual is written out, in the very pattern that
-ONNX Runtime joins again when it loads the graph.
+of ONNX Runtime alone, so what is not joined with a residual is written out, in the very pattern
+that ONNX Runtime joins again when it loads the graph.
 """
 
 from __future__ import annotations
