@@ -256,9 +256,9 @@ def _prove(staged: Bundle, base: Base, say: Progress) -> None:
     say("validating every adapter against PyTorch")
     report = validate(staged, reference=base)
     if not report.passed:
-        failures = report.failures()
+        first = report.failures[0].reason if report.failures else "nothing was compared"
         raise ParityError(
-            f"the export does not do what PyTorch does: {failures[0] if failures else 'unproved'}",
+            f"the export is not proved to do what PyTorch does: {first}",
             "Nothing was published. An adapter without effect cannot be proved: is it trained?",
         )
 

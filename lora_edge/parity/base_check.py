@@ -85,7 +85,9 @@ def check_base(
     del reference
     cases: dict[str, dict[str, float]] = {}
     for name, start, actual in _observe(graph, rows, tails):
-        expected = [_part(full, begin, got) for full, begin, got in zip(logits, start, actual)]
+        expected = [
+            _part(full, begin, got) for full, begin, got in zip(logits, start, actual, strict=True)
+        ]
         figures = measure(expected, actual, floor, tolerance)
         limit = limits(figures, floor, tolerance, has_effect=False)
         verdict = judge(name, figures, limit, tolerance, has_effect=False)
