@@ -52,7 +52,7 @@ class Outcome:
 
 
 def collate(examples: Sequence[TokenizedExample], pad_id: int) -> dict[str, torch.Tensor]:
-    """``input_ids``, ``attention_mask``, ``labels``: ``[batch, seq] int64``, padded on the right."""
+    """``input_ids``, ``attention_mask``, ``labels``, ``[batch, seq] int64``, right-padded."""
     width = max(len(example.input_ids) for example in examples)
 
     def padded(rows: Sequence[tuple[int, ...]], fill: int) -> torch.Tensor:
@@ -118,7 +118,7 @@ def _diverged(step: int, loss: float) -> AdapterError:
     return AdapterError(f"training diverged by step {step} (loss {loss})", "Lower --lr.")
 
 
-class _Reporter(TrainerCallback):  # type: ignore[misc]  # transformers is not typed here
+class _Reporter(TrainerCallback):
     """Passes the trainer's log on, and stops a run that has diverged."""
 
     def __init__(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -111,7 +112,10 @@ def add_lora(model: Any, settings: Settings, base_name: str) -> Any:
         fan_in_fan_out=_is_conv1d(model, targets),
     )
     try:
-        wrapped = get_peft_model(model, config)
+        with warnings.catch_warnings():
+            # PEFT asks transformers for a property by its old name.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            wrapped = get_peft_model(model, config)
     except ValueError as error:
         raise AdapterError(
             f"PEFT refuses these targets: {_first_line(error)}", "Change --target-modules."

@@ -95,7 +95,7 @@ def train(
     with staging(target, force=force, marker=CONFIG_NAME) as stage:
         source = read_data(Path(data))
         found = resolve_base(base)
-        _run(found, source, settings, stage, progress, notify or (lambda _: None))
+        _run(found, source, settings, stage, progress=progress, notify=notify or (lambda _: None))
     return target
 
 
@@ -104,6 +104,7 @@ def _run(
     source: DataFile,
     settings: Settings,
     stage: Path,
+    *,
     progress: Callable[[Progress], None] | None,
     notify: Callable[[str], None],
 ) -> None:
@@ -143,7 +144,7 @@ def _run(
         wrapped.save_pretrained(stage, save_embedding_layers=False)
     (stage / "README.md").unlink(missing_ok=True)  # PEFT's form with nothing filled in
     _sort_targets(stage / CONFIG_NAME)
-    record = _record(base, source, examples, settings, outcome, trainable)
+    record = _record(base, source, examples, settings, outcome=outcome, trainable=trainable)
     (stage / RECORD_NAME).write_text(
         json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
     )
@@ -155,7 +156,8 @@ def _max_length(base: Base, settings: Settings) -> int:
         return min(_DEFAULT_LENGTH, positions or _DEFAULT_LENGTH)
     if positions and settings.max_length > positions:
         raise BaseModelError(
-            f"max_length is {settings.max_length}, but {base.name_or_path} has positions for {positions}",
+            f"max_length is {settings.max_length}, but {base.name_or_path} has "
+            f"{positions} positions",
             f"Give --max-length {positions} or less.",
         )
     return settings.max_length
@@ -198,6 +200,7 @@ def _record(
     source: DataFile,
     examples: Sequence[TokenizedExample],
     settings: Settings,
+    *,
     outcome: Outcome,
     trainable: int,
 ) -> dict[str, Any]:
