@@ -115,6 +115,8 @@ def add_lora(model: Any, settings: Settings, base_name: str) -> Any:
         with warnings.catch_warnings():
             # PEFT asks transformers for a property by its old name.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            # Refused below.
+            warnings.filterwarnings("ignore", "The following .*_pattern keys did", RuntimeWarning)
             wrapped = get_peft_model(model, config)
     except ValueError as error:
         raise AdapterError(
@@ -127,7 +129,7 @@ def add_lora(model: Any, settings: Settings, base_name: str) -> Any:
         ("alpha_pattern", settings.alpha_pattern),
     ):
         for key in pattern:
-            # PEFT's own rule (peft.utils.get_pattern_key); it ignores a key that matches nothing.
+            # PEFT's own rule (peft.utils.get_pattern_key); it passes over a key without a match.
             if not any(re.match(rf"(.*\.)?({key})$", path) for path in adapted):
                 raise AdapterError(
                     f"{option} key {key!r} matches none of the {len(adapted)} adapted modules",

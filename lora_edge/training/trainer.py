@@ -143,7 +143,7 @@ def _run(
         trainable, _ = wrapped.get_nb_trainable_parameters()
         wrapped.save_pretrained(stage, save_embedding_layers=False)
     (stage / "README.md").unlink(missing_ok=True)  # PEFT's form with nothing filled in
-    _sort_targets(stage / CONFIG_NAME)
+    _settle_order(stage / CONFIG_NAME, settings)
     record = _record(base, source, examples, settings, outcome=outcome, trainable=trainable)
     (stage / RECORD_NAME).write_text(
         json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
@@ -187,12 +187,18 @@ def _remark(
         notify(f"{len(cut)} examples lost their ends to max_length {length} ({sum(cut)} tokens)")
 
 
-def _sort_targets(config_file: Path) -> None:
-    # PEFT writes a set in the order of the process's string hashes, which differs from run to run.
+def _settle_order(config_file: Path, settings: Settings) -> None:
     config = json.loads(config_file.read_text(encoding="utf-8"))
+    # PEFT writes a set in the order of the process's string hashes, which differs from run to run.
     if isinstance(config["target_modules"], list):
         config["target_modules"] = sorted(config["target_modules"])
-    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    # PEFT sorts the patterns' keys, and the first match wins: sorted, they can mean something else.
+    for option, given in (
+        ("rank_pattern", settings.rank_pattern),
+        ("alpha_pattern", settings.alpha_pattern),
+    ):
+        config[option] = {key: config[option][key] for key in given}
+    config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _record(
