@@ -283,7 +283,7 @@ class AttentionSwap:
         )
 
 
-class TraceCache(Cache):  # type: ignore[misc]  # transformers is untyped here
+class TraceCache(Cache):
     """The cache that the traced model sees: empty as far as it can tell, so it makes no mask."""
 
     def __init__(self, attention: Attention) -> None:

@@ -1,8 +1,8 @@
 """Validation: a bundle against PyTorch now, or against the golden cases recorded from it.
 
 Each probe runs the prompts at once and then PyTorch's own greedy continuation token by token, so
-that one comparison covers prompt, cache and greedy tokens. A control with a deliberate fault must fail;
-where it does not, the case proves nothing.
+that one comparison covers prompt, cache and greedy tokens. A control with a deliberate fault must
+fail; where it does not, the case proves nothing.
 """
 
 from __future__ import annotations

@@ -1,0 +1,46 @@
+"""Arguments that several verbs share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import click
+
+
+def named_paths(pairs: Sequence[str]) -> dict[str, str]:
+    """``NAME=DIR`` options as a mapping.
+
+    Raises:
+        click.BadParameter: an option is not of that form, or a name comes twice.
+    """
+    found: dict[str, str] = {}
+    for pair in pairs:
+        name, separator, path = pair.partition("=")
+        if not (name and separator and path):
+            raise click.BadParameter(f"{pair!r} is not NAME=DIR")
+        if name in found:
+            raise click.BadParameter(f"the adapter {name!r} is given twice")
+        found[name] = path
+    return found
+
+
+def weighted_names(pairs: Sequence[str]) -> dict[str, float] | None:
+    """``NAME[=WEIGHT]`` options as a blend; ``None`` when there are none.
+
+    Raises:
+        click.BadParameter: a weight is not a finite number, or a name comes twice.
+    """
+    found: dict[str, float] = {}
+    for pair in pairs:
+        name, separator, text = pair.partition("=")
+        try:
+            weight = float(text) if separator else 1.0
+        except ValueError:
+            weight = math.nan
+        if not name or not math.isfinite(weight):
+            raise click.BadParameter(f"{pair!r} is not NAME or NAME=WEIGHT")
+        if name in found:
+            raise click.BadParameter(f"the adapter {name!r} is given twice")
+        found[name] = weight
+    return found or None

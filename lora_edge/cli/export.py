@@ -1,0 +1,69 @@
+"""``lora-edge export``: a base and adapters -> a bundle."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lora_edge.cli.arguments import named_paths
+
+
+@click.command()
+@click.argument("base")
+@click.option("-a", "--adapter", "adapters", multiple=True, metavar="NAME=DIR", help="Repeatable.")
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="The bundle's folder."
+)
+@click.option(
+    "--mode",
+    type=click.Choice(["switchable", "merged"]),
+    default="switchable",
+    show_default=True,
+    help="Adapters as inputs of one graph, or one adapter merged into the weights.",
+)
+@click.option(
+    "--form",
+    type=click.Choice(["fused", "portable"]),
+    default="fused",
+    show_default=True,
+    help="Fast operators of ONNX Runtime, or standard ONNX operators only.",
+)
+@click.option(
+    "--sites",
+    type=click.Choice(["all", "adapters"]),
+    default="all",
+    show_default=True,
+    help="Branches on all linear layers of the decoder, or only where the adapters need them.",
+)
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+def command(adapters: tuple[str, ...], output: Path, **options: Any) -> None:
+    """Export BASE (a Hugging Face folder or hub id) and PEFT adapters to one ONNX bundle.
+
+    The bundle is published only if every adapter does in it what it does in PyTorch.
+    """
+    from lora_edge.exporter import export
+
+    started = time.monotonic()
+    base = options.pop("base")
+    bundle = export(
+        base,
+        named_paths(adapters),
+        output=output,
+        progress=lambda line: click.echo(line, err=True),
+        **options,
+    )
+    written = sum(entry.bytes for entry in bundle.manifest.files.values())
+    # ru_maxrss is in KiB on Linux and in bytes on macOS.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak_mb = peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+    click.echo(
+        f"exported in {time.monotonic() - started:.1f} s, peak memory {peak_mb:.0f} MiB, "
+        f"{written:,} bytes written",
+        err=True,
+    )
+    click.echo(bundle.directory)
