@@ -86,7 +86,8 @@ def check_base(
     cases: dict[str, dict[str, float]] = {}
     for name, start, actual in _observe(graph, rows, tails):
         expected = [
-            _part(full, begin, got) for full, begin, got in zip(logits, start, actual, strict=True)
+            _part(full, begin, got)
+            for full, begin, got in zip(logits[: len(actual)], start, actual, strict=True)
         ]
         figures = measure(expected, actual, floor, tolerance)
         limit = limits(figures, floor, tolerance, has_effect=False)
