@@ -24,6 +24,8 @@ class Reshape(torch.autograd.Function):
 
     @staticmethod
     def symbolic(g: Any, x: Any, shape: tuple[int, ...]) -> Any:
+        if 0 in shape and -1 not in shape:  # the exporter's shape inference cannot do without
+            shape = (*shape[:-1], -1)
         return g.op("Reshape", x, g.op("Constant", value_t=torch.tensor(shape)))
 
 
