@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 from lora_edge.errors import UnsupportedModelError
 
-_EXPERT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_EXPERT_FIELDS = (
+    "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts",
+)  # fmt: skip
 _ALIBI = frozenset({"bloom", "mpt"})
-_OPTIMUM = "Capture it with --backend optimum, in an environment with lora-edge[optimum]."
+# The rotary kinds whose frequencies are the same at every length.
+_STATIC_ROPE = frozenset({None, "default", "linear", "llama3", "yarn"})
+_ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention"})
+# GPT-2's own eager attention reads these; transformers 4 does not tell a swapped function of them.
+_SCALED_BY_LAYER = ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn")
+
+OPTIMUM = "Capture it with --backend optimum, in an environment with lora-edge[optimum]."
+"""The way out for what tracing cannot do."""
 
 
-def refuse_unsupported(config: Mapping[str, Any]) -> None:
-    """Refuse a model that tracing is known to get wrong.
+class _Refusal(NamedTuple):
+    field: str
+    value: Any
+    reason: str
+    hint: str = OPTIMUM
+
+
+def refuse_unloadable(config: Mapping[str, Any]) -> None:
+    """Refuse a model that no backend of this release takes.
 
     Args:
         config: the content of ``config.json``.
@@ -21,39 +37,81 @@ def refuse_unsupported(config: Mapping[str, Any]) -> None:
     Raises:
         UnsupportedModelError: the field, its value and the reason.
     """
-    for field, value, reason, hint in _reasons(config):
+    _refuse(config, _unloadable(config))
+
+
+def refuse_untraceable(config: Mapping[str, Any]) -> None:
+    """Refuse a model that tracing is known to get wrong.
+
+    Args:
+        config: ``config.json`` with transformers' defaults filled in.
+
+    Raises:
+        UnsupportedModelError: the field, its value and the reason.
+    """
+    _refuse(config, _untraceable(config))
+
+
+def _refuse(config: Mapping[str, Any], refusals: Iterator[_Refusal]) -> None:
+    for field, value, reason, hint in refusals:
         raise UnsupportedModelError(
             f"{config.get('model_type')} models are refused: {field} is {value!r}: {reason}", hint
         )
 
 
-def _reasons(config: Mapping[str, Any]) -> Any:
-    for field in _EXPERT_FIELDS:
-        if (config.get(field) or 0) > 1:
-            yield field, config[field], "mixture-of-experts routing depends on the data", _OPTIMUM
-    if config.get("is_encoder_decoder"):
-        yield "is_encoder_decoder", True, "only decoders are traced", _OPTIMUM
+def _unloadable(config: Mapping[str, Any]) -> Iterator[_Refusal]:
     if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method")
-        yield (
+        yield _Refusal(
             "quantization_config",
-            method,
+            config["quantization_config"].get("quant_method"),
             "a quantized checkpoint has no full-precision weights",
             "Give the full-precision base; a QLoRA adapter works on it too.",
         )
-    if config.get("alibi") or config.get("model_type") in _ALIBI:
-        yield "alibi", True, "ALiBi positions are not in the attention operator", _OPTIMUM
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kinds = {rope.get("rope_type", rope.get("type"))}
-    kinds |= {
-        value.get("rope_type", value.get("type"))
-        for value in rope.values()
-        if isinstance(value, Mapping)
-    }
-    for kind in [kind for kind in ("longrope", "dynamic") if kind in kinds]:
-        yield (
-            "rope_type",
-            kind,
-            "its frequencies change with the length, and a trace keeps one branch only",
-            _OPTIMUM,
+    if config.get("is_encoder_decoder"):
+        yield _Refusal(
+            "is_encoder_decoder",
+            True,
+            "this release exports decoder-only language models",
+            "A later release takes encoder-decoder models through the optimum backend.",
         )
+    for field in ("vision_config", "audio_config"):
+        if config.get(field):
+            yield _Refusal(
+                field,
+                "set",
+                "this release exports text models only",
+                "Save the language model alone (model.language_model) and give that folder.",
+            )
+
+
+def _untraceable(config: Mapping[str, Any]) -> Iterator[_Refusal]:
+    for field in _EXPERT_FIELDS:
+        if (config.get(field) or 0) > 1:
+            yield _Refusal(field, config[field], "mixture-of-experts routing depends on the data")
+    if config.get("alibi") or config.get("model_type") in _ALIBI:
+        yield _Refusal("alibi", True, "ALiBi positions are not in the attention operator")
+    for field in _SCALED_BY_LAYER:
+        if config.get(field):
+            yield _Refusal(field, True, "the scores are scaled outside the attention function")
+    if config.get("scale_attn_weights") is False:
+        yield _Refusal("scale_attn_weights", False, "the attention function is not told of it")
+    strange = sorted(set(config.get("layer_types") or ()) - _ATTENTION_LAYERS)
+    if strange:
+        yield _Refusal("layer_types", strange[0], "only causal attention layers are known")
+    for kind in _rope_types(config):
+        if kind not in _STATIC_ROPE:
+            yield _Refusal(
+                "rope_type",
+                kind,
+                "its frequencies may change with the length, and a trace keeps one branch only",
+            )
+
+
+def _rope_types(config: Mapping[str, Any]) -> list[str | None]:
+    """Every rotary kind of the config; transformers 5 may nest one for each type of layer."""
+    kinds: list[str | None] = []
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = config.get(name) or {}
+        nested = [value for value in rope.values() if isinstance(value, Mapping)]
+        kinds += [part.get("rope_type", part.get("type")) for part in (rope, *nested)]
+    return kinds

@@ -28,7 +28,7 @@ from lora_edge.capture.attention import (
     Survey,
     TraceCache,
 )
-from lora_edge.capture.families import refuse_unsupported
+from lora_edge.capture.families import OPTIMUM, refuse_unloadable, refuse_untraceable
 from lora_edge.capture.operators import TakePositions
 from lora_edge.capture.swaps import (
     RotarySwap,
@@ -115,14 +115,14 @@ def trace(
         BaseModelError: transformers cannot load the model.
         CaptureError: the trace is not what it should be.
     """
-    refuse_unsupported(base.config)
+    refuse_unloadable(base.config)
     swap = AttentionSwap(base.model_type)
     with swap.registered(), torch.no_grad():
         model = _load(base, swap.name)
         linears = {
             path: _sizes(module) for path, module in model.named_modules() if is_linear(module)
         }
-        max_length = _max_length(base)
+        max_length = _max_length(model.config)
         rotary = RotarySwap(model, max_length) if form == "fused" else None
         facts = _survey(model, swap, rotary, base.model_type)
         head = model.get_output_embeddings()
@@ -154,18 +154,21 @@ def _load(base: Base, attention: str) -> Any:
     logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(base.directory)
-        model = AutoModelForCausalLM.from_pretrained(
+        refuse_untraceable(config.to_dict())
+        model, loading = AutoModelForCausalLM.from_pretrained(
             base.directory,
+            # A model keeps its config and writes into it, so this one must be its own.
             config=copy.deepcopy(config),
             dtype=torch.float32,
             attn_implementation=attention,
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         if attention in first_line or "attention" in first_line.lower():
             raise UnsupportedModelError(
                 f"{base.model_type} models are refused: they have no common attention interface",
-                "Capture it with --backend optimum, in an environment with lora-edge[optimum].",
+                OPTIMUM,
             ) from error
         raise BaseModelError(
             f"{base.name_or_path} cannot be loaded as a causal language model: {first_line}",
@@ -174,6 +177,14 @@ def _load(base: Base, attention: str) -> Any:
     finally:
         if shown:
             logging.enable_progress_bar()
+    # transformers fills these in at random and only warns.
+    random = sorted(loading["missing_keys"]) + [str(x[0]) for x in loading["mismatched_keys"]]
+    if random:
+        raise BaseModelError(
+            f"{base.name_or_path} lacks {len(random)} of its weights, or has them in another "
+            f"shape: {', '.join(random[:3])}",
+            "Download the whole checkpoint, or save it again with save_pretrained().",
+        )
     return model.eval()
 
 
@@ -184,13 +195,12 @@ def _sizes(module: Any) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
-def _max_length(base: Base) -> int:
-    for field in ("max_position_embeddings", "n_positions", "n_ctx"):
-        value = base.config.get(field)
-        if isinstance(value, int) and value > 0:
-            return value
+def _max_length(config: Any) -> int:
+    value = getattr(config, "max_position_embeddings", None)
+    if isinstance(value, int) and value > 0:
+        return value
     raise UnsupportedModelError(
-        f"{base.model_type} models are refused: config.json has no max_position_embeddings",
+        f"{config.model_type} models are refused: max_position_embeddings is {value!r}",
         "Set it in config.json to the longest sequence that the model may see.",
     )
 
@@ -208,17 +218,22 @@ def _survey(
     if layers == 0:
         raise UnsupportedModelError(
             f"{model_type} models are refused: they do not use the common attention interface",
-            "Capture it with --backend optimum, in an environment with lora-edge[optimum].",
+            OPTIMUM,
         )
     swap.check_calls(layers)
     facts = [swap.facts[layer] for layer in range(layers)]
+    if rotary is not None and facts[0].head_dim % 8:
+        raise UnsupportedModelError(
+            f"head_dim is {facts[0].head_dim}; the fused attention operator takes multiples of 8",
+            "Use --form portable.",
+        )
     for field in ("kv_heads", "head_dim"):
         values = {getattr(fact, field) for fact in facts}
         if len(values) > 1:
             raise UnsupportedModelError(
                 f"{model_type} models are refused: {field} differs between layers: "
                 f"{sorted(values)}",
-                "Capture it with --backend optimum, in an environment with lora-edge[optimum].",
+                OPTIMUM,
             )
     return facts
 
@@ -252,7 +267,8 @@ def _export(
         example[name] = torch.zeros(_BATCH, first.kv_heads, _PAST, first.head_dim)
         dims[name] = {0: "batch", 2: "past"}
     for name in present:
-        dims[name] = {0: "batch", 2: "total"}
+        # A shared cache is longer than the mask; a name of its own keeps their sizes apart.
+        dims[name] = {0: "batch", 2: "total" if rotary is None else "present"}
 
     traced = _Traced(model, swap, rotary, {fact.window for fact in facts})
     buffer = io.BytesIO()
@@ -289,10 +305,11 @@ def _export(
 def _quiet() -> Iterator[None]:
     """Silence what is said of every trace: the exporter is deprecated, sizes become constants."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings(
+            "ignore", "You are using the legacy TorchScript", DeprecationWarning
+        )
+        warnings.filterwarnings("ignore", "The feature will be removed", DeprecationWarning)
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
-        warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\..*")
         yield
 
 

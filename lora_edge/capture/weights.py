@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx.helper
+import onnx.numpy_helper
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lora_edge.capture.swaps import is_linear
 
 _ALIGNMENT = 4096  # bytes; a page, so that the runtime can map tensors
+_INLINE_BELOW = 1024  # bytes; shapes and other small constants stay in the graph
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,8 @@ def _transposed(module: nn.Module, name: str) -> bool:
 def attach(model: onnx.ModelProto, tensors: Mapping[str, Weight], data_file: Path) -> list[str]:
     """Turn graph inputs that stand for weights into initializers in an external data file.
 
+    Large constants (the rotary tables) go there too.
+
     Args:
         model: the graph; changed in place.
         tensors: graph input name -> weight.
@@ -94,20 +101,31 @@ def attach(model: onnx.ModelProto, tensors: Mapping[str, Weight], data_file: Pat
                 continue
             value = weight.value.t() if weight.transpose else weight.value
             array = value.to(torch.float32).contiguous().numpy()
-            stream.write(b"\0" * (-stream.tell() % _ALIGNMENT))
-            entry: Any = model.graph.initializer.add(
-                name=name,
-                data_type=onnx.TensorProto.FLOAT,
-                dims=array.shape,
-                data_location=onnx.TensorProto.EXTERNAL,
-            )
-            place = {
-                "location": data_file.name,
-                "offset": str(stream.tell()),
-                "length": str(array.nbytes),
-            }
-            for key, text in place.items():
-                entry.external_data.add(key=key, value=text)
-            array.tofile(stream)
+            _write(model, name, array, stream)
             model.graph.input.remove(inputs[name])
+        for node in [node for node in model.graph.node if node.op_type == "Constant"]:
+            tensor = node.attribute[0].t
+            if len(tensor.raw_data) >= _INLINE_BELOW:
+                _write(model, node.output[0], onnx.numpy_helper.to_array(tensor), stream)
+                model.graph.node.remove(node)
     return missing
+
+
+def _write(
+    model: onnx.ModelProto, name: str, array: NDArray[Any], stream: io.BufferedWriter
+) -> None:
+    stream.write(b"\0" * (-stream.tell() % _ALIGNMENT))
+    entry: Any = model.graph.initializer.add(
+        name=name,
+        data_type=onnx.helper.np_dtype_to_tensor_dtype(array.dtype),
+        dims=array.shape,
+        data_location=onnx.TensorProto.EXTERNAL,
+    )
+    place = {
+        "location": Path(stream.name).name,
+        "offset": str(stream.tell()),
+        "length": str(array.nbytes),
+    }
+    for key, text in place.items():
+        entry.external_data.add(key=key, value=text)
+    array.tofile(stream)
