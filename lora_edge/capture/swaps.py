@@ -123,6 +123,8 @@ def constant_views() -> Iterator[None]:
     def patched(name: str) -> Callable[..., Tensor]:
         def call(x: Tensor, *shape: Any) -> Tensor:
             sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], list | tuple) else shape
+            if len(sizes) == 2 and x.ndim == 3 and _int(sizes[0]) == -1 and sizes[1] == x.shape[2]:
+                return x  # OPT flattens its tokens; a gate for each row needs them unflattened
             if (
                 len(sizes) > 2
                 and x.ndim > 2
@@ -142,6 +144,10 @@ def constant_views() -> Iterator[None]:
         for name in original:
             stack.enter_context(replaced(torch.Tensor, name, patched(name)))
         yield
+
+
+def _int(size: Any) -> int:
+    return int(size) if not isinstance(size, torch.dtype) else 0
 
 
 class RotarySwap:

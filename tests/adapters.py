@@ -1,0 +1,25 @@
+"""Random adapters with non-zero B, made by PEFT itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+
+def make_adapter(base: Path, directory: Path, seed: int = 0, **settings: Any) -> Path:
+    """Save an adapter whose effect is visible and not chaotic."""
+    torch.manual_seed(seed)
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(base)
+    finally:
+        logging.enable_progress_bar()
+    config = LoraConfig(init_lora_weights=False, task_type="CAUSAL_LM", **settings)
+    adapted = get_peft_model(model, config)
+    adapted.save_pretrained(directory)
+    return directory
