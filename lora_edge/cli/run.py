@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from lora_edge.errors import DataError
     type=click.Path(path_type=Path),
     help='jsonl of {"prompt": ..., "adapter": name | null | {name: weight}}, run as one batch.',
 )
-@click.option("--max-new-tokens", default=64, show_default=True)
+@click.option("--max-new-tokens", default=64, show_default=True, help="At most so many a prompt.")
 @click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-k", default=0, show_default=True, help="0 is all.")
 @click.option("--top-p", default=1.0, show_default=True)
@@ -60,16 +61,14 @@ def command(
     rows = _read(input_file, default) if input_file is not None else []
     runner = Runner(bundle, provider)
     if input_file is None:
-        text = click.get_text_stream("stdin").read() if prompt == "-" else str(prompt)
+        text = sys.stdin.read() if prompt == "-" else str(prompt)
         rows = [(text, default)]
         if stream:
             for piece in runner.stream(text, default, **settings):
                 click.echo(piece, nl=False)
             click.echo()
             return
-    blends: Any = [adapter for _, adapter in rows]
-    merged = runner.bundle.manifest.mode == "merged"
-    adapter = blends[0] if merged or len(rows) == 1 else blends
+    adapter: Any = [blend for _, blend in rows]
     completions = runner.generate([text for text, _ in rows], adapter, **settings)
     for (text, used), completion in zip(rows, completions, strict=True):
         if as_json or input_file is not None:
@@ -86,7 +85,7 @@ def _read(file: Path, default: dict[str, float] | None) -> list[tuple[str, Any]]
         DataError: the file is missing, empty, or has a line that is not as expected.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError as error:
         raise DataError(f"{file} does not exist", "Give a jsonl file.") from error
     except UnicodeDecodeError as error:

@@ -29,21 +29,19 @@ def merge(model: ir.Model, sites: Mapping[str, Site], factors: Mapping[str, Fact
     Raises:
         GraphError: a path has no site, or the shapes do not fit.
     """
-    by_weight: dict[int, list[str]] = {}
+    by_node: dict[int, list[tuple[Site, Factors]]] = {}
     for path, pair in factors.items():
         site = sites.get(path)
         if site is None:
             raise GraphError(f"the graph has no site {path}", "Export from the adapter's own base.")
         _check_shape(site, pair)
-        by_weight.setdefault(id(site.weight), []).append(path)
-    for paths in by_weight.values():
-        changes = [(sites[path], factors[path]) for path in paths]
+        by_node.setdefault(id(site.node), []).append((site, pair))
+    for changes in by_node.values():
         weight = changes[0][0].weight
-        if len({id(site.node) for site, _ in changes}) == 1 and _readers(weight) == 1:
-            _replace(weight, changes)
+        if _readers(weight) == 1:
+            weight.const_value = _lazy(str(weight.name), _tensor(weight), changes)
         else:
-            for site, pair in changes:
-                _untie(model, site, pair)
+            _untie(model, changes)
 
 
 def _check_shape(site: Site, pair: Factors) -> None:
@@ -97,12 +95,9 @@ def _shape(tensor: ir.TensorProtocol) -> ir.Shape:
     return ir.Shape(int(dim) for dim in tensor.shape.numpy())
 
 
-def _replace(weight: ir.Value, changes: list[tuple[Site, Factors]]) -> None:
-    weight.const_value = _lazy(str(weight.name), _tensor(weight), changes)
-
-
-def _untie(model: ir.Model, site: Site, pair: Factors) -> None:
-    """Give the site's node a merged weight of its own."""
+def _untie(model: ir.Model, changes: list[tuple[Site, Factors]]) -> None:
+    """Give a node, which all sites of ``changes`` share, a merged weight of its own."""
+    site = changes[0][0]
     name = f"{site.path}.weight"
     if name in model.graph.initializers:
         name += ".merged"
@@ -111,7 +106,7 @@ def _untie(model: ir.Model, site: Site, pair: Factors) -> None:
         name=name,
         shape=_shape(tensor),
         type=ir.TensorType(tensor.dtype),
-        const_value=_lazy(name, tensor, [(site, pair)]),
+        const_value=_lazy(name, tensor, changes),
     )
     model.graph.register_initializer(value)
     node = site.node

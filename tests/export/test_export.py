@@ -117,7 +117,7 @@ def test_adapter_without_effect_is_not_published(
     shutil.copytree(adapters["plain"], dead)
     file = dead / "adapter_model.safetensors"
     save_file({k: v * ("lora_B" not in k) for k, v in load_file(file).items()}, file)
-    with pytest.raises(lora_edge.ParityError, match="dead.*no effect") as caught:
+    with pytest.raises(lora_edge.ParityError, match=r"dead.*no effect") as caught:
         lora_edge.export(base, {"dead": dead}, output=tmp_path / "out")
     assert caught.value.exit_code == 1
     assert {path.name for path in tmp_path.iterdir()} == {"dead"}
@@ -127,7 +127,7 @@ def test_adapter_of_another_base_is_refused(
     adapters: dict[str, Path], bundle: Path, tmp_path: Path
 ) -> None:
     other = make_base("llama", tmp_path / "other", hidden_size=96)
-    with pytest.raises(lora_edge.AdapterError, match="64.*96"):
+    with pytest.raises(lora_edge.AdapterError, match=r"64.*96"):
         lora_edge.export(other, {"a": adapters["plain"]}, output=tmp_path / "out")
     wrong = shutil.copytree(adapters["plain"], tmp_path / "wrong")
     (wrong / "training.json").write_text(json.dumps({"base_fingerprint": "0" * 64}))
