@@ -57,30 +57,38 @@ def capture(
     directory: Path,
     *,
     form: Literal["fused", "portable"] = "fused",
+    backend: Literal["trace", "optimum"] = "trace",
 ) -> BaseGraph:
     """Capture a decoder as an ONNX graph with a KV cache.
 
     Args:
         base: the model.
         directory: an existing folder; ``model.onnx`` and ``model.onnx_data`` are written there.
-        form: ``fused`` or ``portable``, see :mod:`lora_edge.capture.trace`.
+        form: ``fused`` or ``portable``, see :mod:`lora_edge.capture.trace`; the optimum backend
+            has one form of its own and ignores this.
+        backend: ``trace``, or ``optimum`` (see :mod:`lora_edge.capture.optimum`).
 
     Raises:
-        MissingDependencyError: the extra ``export`` is not installed.
+        MissingDependencyError: the extra ``export``, or ``optimum``, is not installed.
         UnsupportedModelError: the architecture is refused.
         BaseModelError: the model cannot be loaded.
         CaptureError: the graph is not what it should be.
     """
     started = time.monotonic()
     try:
+        from lora_edge.capture.optimum import export_with_optimum
         from lora_edge.capture.trace import trace
     except ImportError as error:
         raise MissingDependencyError(
             f"exporting needs {error.name}, which is not installed",
             "Install it with: pip install 'lora-edge[export]'",
         ) from error
-    path, spec, linears, tied, head = trace(base, directory, form)
-    packages = ("torch", "transformers", "onnx")
+    packages = ["torch", "transformers", "onnx"]
+    if backend == "optimum":
+        path, spec, linears, tied, head = export_with_optimum(base, directory)
+        packages += ["optimum", "optimum-onnx"]
+    else:
+        path, spec, linears, tied, head = trace(base, directory, form)
     return BaseGraph(
         path=path,
         spec=spec,

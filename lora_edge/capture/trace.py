@@ -6,7 +6,6 @@ for each RMSNorm, logits at chosen positions only. *portable*: standard operator
 
 from __future__ import annotations
 
-import copy
 import io
 import warnings
 from collections.abc import Iterator, Sequence
@@ -28,17 +27,17 @@ from lora_edge.capture.attention import (
     Survey,
     TraceCache,
 )
-from lora_edge.capture.families import OPTIMUM, refuse_unloadable, refuse_untraceable
+from lora_edge.capture.families import OPTIMUM
+from lora_edge.capture.load import linear_sizes, load_model, max_length
 from lora_edge.capture.operators import TakePositions
 from lora_edge.capture.swaps import (
     RotarySwap,
     constant_views,
-    is_linear,
     swapped_linears,
     swapped_norms,
 )
 from lora_edge.capture.weights import Weight, attach, placeholders
-from lora_edge.errors import BaseModelError, CaptureError, UnsupportedModelError
+from lora_edge.errors import CaptureError, UnsupportedModelError
 from lora_edge.names import LOGITS_POSITIONS, past_name, present_name
 
 OPSET = 18
@@ -115,15 +114,12 @@ def trace(
         BaseModelError: transformers cannot load the model.
         CaptureError: the trace is not what it should be.
     """
-    refuse_unloadable(base.config)
     swap = AttentionSwap(base.model_type)
     with swap.registered(), torch.no_grad():
-        model = _load(base, swap.name)
-        linears = {
-            path: _sizes(module) for path, module in model.named_modules() if is_linear(module)
-        }
-        max_length = _max_length(model.config)
-        rotary = RotarySwap(model, max_length) if form == "fused" else None
+        model = load_model(base, swap.name)
+        linears = linear_sizes(model)
+        longest = max_length(model.config)
+        rotary = RotarySwap(model, longest) if form == "fused" else None
         facts = _survey(model, swap, rotary, base.model_type)
         head = model.get_output_embeddings()
         tied = head is not None and head.weight is model.get_input_embeddings().weight
@@ -140,69 +136,10 @@ def trace(
         kv_heads=first.kv_heads,
         head_dim=first.head_dim,
         vocab_size=int(model.config.get_text_config().vocab_size),
-        max_length=max_length,
+        max_length=longest,
     )
     head_path = next(path for path, module in model.named_modules() if module is head)
     return path, spec, linears, tied, head_path
-
-
-def _load(base: Base, attention: str) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        config = AutoConfig.from_pretrained(base.directory)
-        refuse_untraceable(config.to_dict())
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            base.directory,
-            # A model keeps its config and writes into it, so this one must be its own.
-            config=copy.deepcopy(config),
-            dtype=torch.float32,
-            attn_implementation=attention,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        if attention in first_line or "attention" in first_line.lower():
-            raise UnsupportedModelError(
-                f"{base.model_type} models are refused: they have no common attention interface",
-                OPTIMUM,
-            ) from error
-        raise BaseModelError(
-            f"{base.name_or_path} cannot be loaded as a causal language model: {first_line}",
-            "Check that transformers itself can load it.",
-        ) from error
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-    # transformers fills these in at random and only warns.
-    random = sorted(loading["missing_keys"]) + [str(x[0]) for x in loading["mismatched_keys"]]
-    if random:
-        raise BaseModelError(
-            f"{base.name_or_path} lacks {len(random)} of its weights, or has them in another "
-            f"shape: {', '.join(random[:3])}",
-            "Download the whole checkpoint, or save it again with save_pretrained().",
-        )
-    return model.eval()
-
-
-def _sizes(module: Any) -> tuple[int, int]:
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    rows, columns = module.weight.shape
-    return int(rows), int(columns)
-
-
-def _max_length(config: Any) -> int:
-    value = getattr(config, "max_position_embeddings", None)
-    if isinstance(value, int) and value > 0:
-        return value
-    raise UnsupportedModelError(
-        f"{config.model_type} models are refused: max_position_embeddings is {value!r}",
-        "Set it in config.json to the longest sequence that the model may see.",
-    )
 
 
 def _survey(
