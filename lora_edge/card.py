@@ -37,7 +37,7 @@ def bundle_card(manifest: Manifest) -> str:
         f'print(runner.generate(["Hello"], adapter="{example}"))',
         "```",
     ]
-    if manifest.mode == "switchable":
+    if manifest.sites:
         path = next(iter(manifest.sites))
         lines += [
             "",
