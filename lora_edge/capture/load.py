@@ -26,6 +26,8 @@ def load_model(base: Base, attention: str | None) -> Any:
         UnsupportedModelError: the architecture is refused.
         BaseModelError: transformers cannot load the model, or would make up some of its weights.
     """
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -44,15 +46,24 @@ def load_model(base: Base, attention: str | None) -> Any:
             attn_implementation=attention or "eager",
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        if attention is not None and "attention" in first_line.lower():
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RuntimeError,
+        ImportError,
+        SafetensorError,
+        StrictDataclassError,
+    ) as error:
+        said = " ".join(str(error).split())[:300] or repr(error)
+        if attention is not None and attention in said:
             raise UnsupportedModelError(
                 f"{base.model_type} models are refused: they have no common attention interface",
                 OPTIMUM,
             ) from error
         raise BaseModelError(
-            f"{base.name_or_path} cannot be loaded as a causal language model: {first_line}",
+            f"{base.name_or_path} cannot be loaded as a causal language model: {said}",
             "Check that transformers itself can load it.",
         ) from error
     finally:
