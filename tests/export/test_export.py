@@ -101,7 +101,14 @@ def test_unseen_ranks_are_added_without_touching_the_graph(
 def test_every_family_exports_an_all_linear_adapter(family: str, form: str, tmp_path: Path) -> None:
     """`export` publishes nothing that differs from PyTorch, so returning is the proof."""
     base = make_base(family, tmp_path / "base")
-    adapter = make_adapter(base, tmp_path / "a", r=3, lora_alpha=4, target_modules="all-linear")
+    adapter = make_adapter(
+        base,
+        tmp_path / "a",
+        r=3,
+        lora_alpha=4,
+        target_modules="all-linear",
+        fan_in_fan_out=family == "gpt2",
+    )
     switchable = lora_edge.export(base, {"a": adapter}, output=tmp_path / "s", form=form)  # type: ignore[arg-type]
     assert switchable.manifest.adapters["a"].proved
     merged = lora_edge.export(base, {"a": adapter}, "merged", tmp_path / "m", form=form)  # type: ignore[arg-type]
