@@ -1,0 +1,71 @@
+"""What ships in models/: the bytes are those of CHECKSUMS, and the adapters are what they claim."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lora_edge.adapter import load_adapter
+from lora_edge.base import resolve_base
+
+MODELS = Path(__file__).resolve().parents[1] / "models"
+ADAPTERS = ("mirror",)
+SHIPPED = ("tiny-llama", "adapters", "data")
+LIMIT = 20_000_000
+
+
+def shipped_files() -> list[Path]:
+    return sorted(p for folder in SHIPPED for p in (MODELS / folder).rglob("*") if p.is_file())
+
+
+def test_checksums_hold_and_leave_no_file_out() -> None:
+    lines = (MODELS / "CHECKSUMS").read_text(encoding="utf-8").splitlines()
+    claimed = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+    found = {
+        path.relative_to(MODELS).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in shipped_files()
+    }
+    assert found == claimed
+
+
+def test_the_weights_are_small() -> None:
+    assert sum(path.stat().st_size for path in shipped_files()) <= LIMIT
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapter_was_trained_on_the_shipped_base_and_does_something(name: str) -> None:
+    adapter = load_adapter(MODELS / "adapters" / name)
+    assert adapter.base_fingerprint == resolve_base(MODELS / "tiny-llama").fingerprint()
+    assert adapter.base_model == "models/tiny-llama"
+    assert all(np.abs(module.b).max() > 0 for module in adapter.modules.values())
+
+
+def test_mirror_is_rslora_on_every_linear_layer() -> None:
+    mirror = load_adapter(MODELS / "adapters" / "mirror")
+    assert mirror.kind == "rsLoRA"
+    assert len(mirror.modules) == 7 * 3
+    assert {(m.rank, m.scaling) for m in mirror.modules.values()} == {(16, 16 / math.sqrt(16))}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_held_out_lines_are_those_of_the_recipe(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(MODELS / "recipes"))
+    monkeypatch.setattr(sys, "argv", ["tasks.py", str(tmp_path / "train"), str(tmp_path / "eval")])
+    import tasks
+
+    tasks.main()
+    held_out = MODELS / "data" / f"{name}.jsonl"
+    assert (tmp_path / "eval" / f"{name}.jsonl").read_bytes() == held_out.read_bytes()
+    record = json.loads((MODELS / "adapters" / name / "training.json").read_text())
+    made = (tmp_path / "train" / f"{name}.jsonl").read_bytes()
+    assert record["data"]["sha256"] == hashlib.sha256(made).hexdigest()
+    prompts = {json.loads(line)["prompt"] for line in made.splitlines()}
+    assert not prompts & {json.loads(line)["prompt"] for line in held_out.read_text().splitlines()}
