@@ -74,6 +74,17 @@ class Expected:
     top1: NDArray[np.int64]
     margin: FloatArray
 
+    def first(self, count: int) -> Expected:
+        """The first ``count`` positions."""
+        return Expected(
+            None if self.columns is None else self.columns[:count],
+            self.reference[:count],
+            None if self.base is None else self.base[:count],
+            self.log_total[:count],
+            self.top1[:count],
+            self.margin[:count],
+        )
+
 
 @dataclass(frozen=True)
 class Figures:

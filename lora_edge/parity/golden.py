@@ -1,27 +1,32 @@
 """Golden cases: what PyTorch gave, small enough to ship, replayable without PyTorch.
 
 One ``.npz`` file per probe under the bundle's ``parity/`` folder. It keeps every position, and of
-the vocabulary the best tokens and a seeded subset.
+the vocabulary the best tokens and a seeded subset. File names carry a hash of the content, so that
+a bundle's manifest can go from old to new files in one step.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lora_edge.bundle import Bundle
 from lora_edge.errors import BundleError
 from lora_edge.parity.compare import Expected, Floor
 from lora_edge.parity.states import Probe, Row
 
 FOLDER = "parity"
-_TOP = 8
-_SUBSET = 24
+_TOP = 6
+_SUBSET = 18
+_LEAST = 8  # columns that are kept in any case
+_BUDGET = 900_000  # bytes of all golden cases together
 
 
 @dataclass(frozen=True)
@@ -30,48 +35,63 @@ class Golden:
 
     Attributes:
         probe: the batch that was run.
-        tails: the reference's greedy continuation of each row, fed token by token.
+        tails: the continuation of each row, fed token by token; ``expected`` judges it.
         expected: for each row, the logits at every position of prompt and continuation.
-        floor: the reference's own noise on this probe.
+        floors: label of a state -> the reference's own noise in it.
         versions: packages and versions of the reference.
     """
 
     probe: Probe
     tails: tuple[Row, ...]
     expected: tuple[Expected, ...]
-    floor: Floor
-    versions: dict[str, str]
+    floors: Mapping[str, Floor]
+    versions: Mapping[str, str]
+
+    @property
+    def stem(self) -> str:
+        """What the file is called, without its hash."""
+        probe = self.probe
+        return f"adapter-{probe.adapters[0]}" if probe.kind == "adapter" else probe.kind
 
 
-def golden_path(probe: Probe) -> str:
-    """Path of a probe's file relative to the bundle."""
-    stem = f"adapter-{probe.adapters[0]}" if probe.kind == "adapter" else probe.kind
-    return f"{FOLDER}/{stem}.npz"
+def stem_of(relative: str) -> str | None:
+    """The stem of a golden file's path in a bundle; ``None`` if it is not one."""
+    path = Path(relative)
+    if path.parent.name != FOLDER or path.suffix != ".npz":
+        return None
+    return path.stem.rpartition("-")[0]
 
 
-def keep(expected: Sequence[Expected], seed: int = 0) -> tuple[Expected, ...]:
-    """Reduce whole logits to the best tokens and a seeded subset, the same for every position."""
-    kept = []
-    random = np.random.default_rng(seed)
-    for row in expected:
-        vocab = row.reference.shape[1]
-        best = np.argsort(-row.reference, axis=-1, kind="stable")[:, :_TOP]
-        columns = np.empty((len(best), min(vocab, _TOP + _SUBSET)), np.int64)
-        for position, top in enumerate(best):
-            rest = np.setdiff1d(np.arange(vocab), top)
-            some = random.choice(rest, columns.shape[1] - len(top), replace=False)
-            columns[position] = np.sort(np.concatenate([top, some]))
-        kept.append(
-            Expected(
-                columns,
-                np.take_along_axis(row.reference, columns, -1),
-                None if row.base is None else np.take_along_axis(row.base, columns, -1),
-                row.log_total,
-                row.top1,
-                row.margin,
-            )
-        )
-    return tuple(kept)
+def reduce(golden: Golden, probes: int, *, seed: int = 0) -> Golden:
+    """Keep the best tokens and a seeded subset of the vocabulary at every position.
+
+    Args:
+        golden: a case with whole logits.
+        probes: how many cases share the budget of 1 MB; the more, the smaller the subset.
+        seed: of the subset, which is the same at all positions.
+    """
+    vocab = golden.expected[0].reference.shape[1]
+    positions = sum(len(row.top1) for row in golden.expected)
+    # A column costs its id, its logit and the base's; a position its total, best token, margin.
+    affordable = int((_BUDGET / probes / positions - 20) / 12)
+    count = min(vocab, max(_LEAST, min(_TOP + _SUBSET, affordable)))
+    subset = np.sort(np.random.default_rng(seed).permutation(vocab)[: count - count // 4])
+    return replace(golden, expected=tuple(_reduced(row, subset, count) for row in golden.expected))
+
+
+def _reduced(row: Expected, subset: np.ndarray[Any, Any], count: int) -> Expected:
+    rest = row.reference.copy()
+    rest[:, subset] = -np.inf  # each token is kept once
+    few = count - len(subset)
+    best = np.argpartition(-rest, few - 1, axis=-1)[:, :few] if few else rest[:, :0]
+    columns = np.concatenate([np.broadcast_to(subset, (len(rest), len(subset))), best], axis=1)
+    columns = columns.astype(np.int64)
+    return replace(
+        row,
+        columns=columns,
+        reference=np.take_along_axis(row.reference, columns, -1),
+        base=None if row.base is None else np.take_along_axis(row.base, columns, -1),
+    )
 
 
 def save_golden(directory: Path, golden: Golden) -> str:
@@ -79,22 +99,31 @@ def save_golden(directory: Path, golden: Golden) -> str:
     arrays: dict[str, Any] = {}
     for index, row in enumerate(golden.expected):
         fields = {name: value for name, value in vars(row).items() if value is not None}
-        if "columns" in fields:
-            fields["columns"] = fields["columns"].astype(np.int32)
+        for name in fields.keys() & {"columns", "top1"}:
+            fields[name] = fields[name].astype(np.int32)
         arrays |= {f"{index}.{name}": value for name, value in fields.items()}
     facts = {
         "probe": golden.probe.to_json(),
         "tails": [list(tail) for tail in golden.tails],
-        "floor": vars(golden.floor),
-        "versions": golden.versions,
+        "floors": {name: vars(floor) for name, floor in golden.floors.items()},
+        "versions": dict(golden.versions),
     }
-    relative = golden_path(golden.probe)
-    path = directory / relative
-    path.parent.mkdir(exist_ok=True)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, facts=np.array(json.dumps(facts)), **arrays)
-    path.write_bytes(buffer.getvalue())
+    content = buffer.getvalue()
+    relative = f"{FOLDER}/{golden.stem}-{hashlib.sha256(content).hexdigest()[:8]}.npz"
+    path = directory / relative
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
     return relative
+
+
+def recorded(bundle: Bundle) -> list[Golden]:
+    """The golden cases of a bundle, the base first; raises as :func:`load_golden`."""
+    files = sorted(name for name in bundle.manifest.files if stem_of(name) is not None)
+    order = ("base", "adapter", "blend", "mixed")
+    goldens = [load_golden(bundle.directory / name) for name in files]
+    return sorted(goldens, key=lambda golden: order.index(golden.probe.kind))
 
 
 def load_golden(path: Path) -> Golden:
@@ -107,31 +136,31 @@ def load_golden(path: Path) -> Golden:
         with np.load(path, allow_pickle=False) as arrays:
             facts = json.loads(str(arrays["facts"]))
             probe = Probe.from_json(facts["probe"])
-            expected = tuple(_row(arrays, index) for index in range(len(probe.rows)))
             return Golden(
                 probe,
                 tuple(tuple(tail) for tail in facts["tails"]),
-                expected,
-                Floor(**facts["floor"]),
+                tuple(_row(arrays, index) for index in range(len(probe.rows))),
+                {name: Floor(**floor) for name, floor in facts["floors"].items()},
                 facts["versions"],
             )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BundleError(
-            f"{path} is not a golden case: {error}", "Validate again with --reference."
+            f"{path} is not a golden case: {error}", "Export the bundle again."
         ) from error
 
 
-def _row(arrays: Any, index: int) -> Expected:
-    def get(name: str) -> Any:
-        key = f"{index}.{name}"
-        return arrays[key] if key in arrays.files else None
-
-    columns = get("columns")
+def _row(arrays: Mapping[str, Any], index: int) -> Expected:
+    base = f"{index}.base"
     return Expected(
-        None if columns is None else columns.astype(np.int64),
-        get("reference"),
-        get("base"),
-        get("log_total"),
-        get("top1"),
-        get("margin"),
+        arrays[f"{index}.columns"].astype(np.int64),
+        arrays[f"{index}.reference"],
+        arrays.get(base),
+        arrays[f"{index}.log_total"],
+        arrays[f"{index}.top1"].astype(np.int64),
+        arrays[f"{index}.margin"],
     )
+
+
+def golden_stems(bundle: Bundle) -> Sequence[str]:
+    """The stems of a bundle's golden files."""
+    return [stem for name in bundle.manifest.files if (stem := stem_of(name)) is not None]

@@ -1,0 +1,169 @@
+"""One golden case against a runner: closeness and effect, controls, switching.
+
+The prompt runs at once and its continuation token by token through the cache, so that one
+comparison covers both, and the greedy tokens: where the best token is PyTorch's at every position
+of a greedy continuation, the whole continuation is PyTorch's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from lora_edge.lora import FloatArray
+from lora_edge.names import NONE_ADAPTER, lora_input
+from lora_edge.parity.compare import Expected, Tolerance, judge, limits, measure
+from lora_edge.parity.golden import Golden
+from lora_edge.parity.report import Case
+from lora_edge.parity.states import Probe, Row, State, label
+from lora_edge.runtime import Decoding, Runner
+from lora_edge.runtime.adapter_file import read_adapter
+
+_SWITCHED_STEPS = 8
+
+Tensors = dict[str, FloatArray]
+
+
+def compare(runner: Runner, golden: Golden, tolerance: Tolerance) -> list[Case]:
+    """One case for a probe; one for each row of a mixed batch, compared with that row alone."""
+    probe = golden.probe
+    actual = _observe(runner, probe, golden.tails)
+    if probe.kind == "mixed":
+        return [
+            _judged(
+                f"mixed row {index}: {label(state)}",
+                state,
+                [golden.expected[index]],
+                [actual[index]],
+                golden,
+                tolerance,
+            )
+            for index, state in enumerate(probe.states)
+        ]
+    state = probe.states[0]
+    case = _judged(probe.name, state, golden.expected, actual, golden, tolerance)
+    switchable = runner.bundle.manifest.mode == "switchable"
+    if probe.kind == "adapter" and case.status == "passed" and switchable:
+        # A merged adapter cannot be taken out; its limit is below its effect, or judge() says so.
+        return [_controlled(runner, golden, case, tolerance)]
+    return [case]
+
+
+def switching(runner: Runner, goldens: Sequence[Golden]) -> list[Case]:
+    """A -> B -> A, bit for bit, for the base and each adapter with its successor."""
+    probes = [golden for golden in goldens if golden.probe.kind in {"base", "adapter"}]
+    cases: list[Case] = []
+    for index, golden in enumerate(probes):
+        other = probes[(index + 1) % len(probes)]
+        if other is golden:
+            continue
+        first, _, again = (
+            _observe(runner, each.probe, [tail[:_SWITCHED_STEPS] for tail in each.tails])
+            for each in (golden, other, golden)
+        )
+        same = all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+        one, two = (label(each.probe.states[0]) for each in (golden, other))
+        name = f"{one} -> {two} -> {one}, bit for bit"
+        reason = "" if same else f"{one}: its outputs differ after {two} was used in between"
+        cases.append(Case(name, golden.probe.adapters, "passed" if same else "failed", reason))
+    return cases
+
+
+def _judged(
+    name: str,
+    state: State,
+    expected: Sequence[Expected],
+    actual: Sequence[FloatArray],
+    golden: Golden,
+    tolerance: Tolerance,
+) -> Case:
+    floor = golden.floors[label(state)]
+    figures = measure(expected, actual, floor, tolerance)
+    limit = limits(figures, floor, tolerance, has_effect=bool(state))
+    verdict = judge(name, figures, limit, tolerance, has_effect=bool(state))
+    adapters = tuple(adapter for adapter, _ in state)
+    return Case(name, adapters, verdict.status, verdict.reason, figures, limit)
+
+
+def _controlled(runner: Runner, golden: Golden, case: Case, tolerance: Tolerance) -> Case:
+    """Run the prompts with deliberate faults; the comparison must fail with each of them."""
+    name = golden.probe.adapters[0]
+    expected = [
+        row.first(len(prompt))
+        for row, prompt in zip(golden.expected, golden.probe.rows, strict=True)
+    ]
+    errors: dict[str, float] = {}
+    survived: list[str] = []
+    for fault, tensors in _faults(runner, name):
+        runner.override(name, tensors)
+        try:
+            actual = _observe(runner, golden.probe, [()] * len(expected))
+        finally:
+            runner.override(name, None)
+        state = golden.probe.states[0]
+        found = _judged(name, state, expected, actual, golden, tolerance)
+        if found.figures is not None:
+            errors[fault] = found.figures.effect_error
+        if found.status != "failed":
+            survived.append(fault)
+    if survived:
+        reason = f"{case.name}: the check does not notice when it is {' or '.join(survived)}"
+        return dataclasses.replace(case, status="unproved", reason=reason, controls=errors)
+    return dataclasses.replace(case, controls=errors)
+
+
+def _faults(runner: Runner, name: str) -> Iterator[tuple[str, Tensors]]:
+    own = _tensors(runner, name)
+    yield "zeroed", {key: value * 0 if key.endswith(".B") else value for key, value in own.items()}
+    for other in runner.adapters:
+        tensors = _tensors(runner, other)
+        if other != name and not all(np.array_equal(own[key], tensors[key]) for key in own):
+            yield f"replaced by {other}", tensors
+            return
+    reads = {lora_input(path, "A") for path in runner.decoder.sites}
+    yield (
+        "given its inputs in reverse order",
+        {key: value[::-1] if key in reads else value for key, value in own.items()},
+    )
+
+
+def _tensors(runner: Runner, name: str) -> Tensors:
+    return read_adapter(runner.bundle.verify(runner.bundle.adapter(name).file))
+
+
+def greedy(runner: Runner, probe: Probe) -> list[Row]:
+    """The bundle's greedy continuation of each row, ``probe.steps`` tokens, past any end token."""
+    longest = max(map(len, probe.rows)) + probe.steps
+    decoding = _start(runner, probe, longest)
+    tokens = np.argmax(decoding.prefill(probe.rows), axis=-1)
+    tails = [tokens]
+    for _ in range(probe.steps - 1):
+        tokens = np.argmax(decoding.step(tokens.tolist()), axis=-1)
+        tails.append(tokens)
+    return [tuple(row) for row in np.stack(tails, axis=1).tolist()]
+
+
+def _observe(runner: Runner, probe: Probe, tails: Sequence[Row]) -> list[FloatArray]:
+    """The bundle's logits ``[len(row) + len(tail), vocab]`` of each row, prompt and tail."""
+    longest = max(len(row) + len(tail) for row, tail in zip(probe.rows, tails, strict=True))
+    decoding = _start(runner, probe, longest)
+    parts = [[row] for row in decoding.extend_all(probe.rows)]
+    for tokens in zip(*tails, strict=True):
+        for part, logits in zip(parts, decoding.step(tokens), strict=True):
+            part.append(logits[None])
+    return [np.concatenate(part) for part in parts]
+
+
+def _start(runner: Runner, probe: Probe, longest: int) -> Decoding:
+    batch = len(probe.rows)
+    return runner.decoder.start(batch, longest, runner.binding(_argument(runner, probe), batch))
+
+
+def _argument(runner: Runner, probe: Probe) -> Any:
+    if runner.bundle.manifest.mode == "merged":
+        return None
+    choices = [dict(state) if state else NONE_ADAPTER for state in probe.states]
+    return choices if probe.kind == "mixed" else choices[0]

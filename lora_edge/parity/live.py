@@ -1,0 +1,141 @@
+"""The expected outputs from PyTorch itself: the plan's probes run through the reference.
+
+Knows bundles and the reference; knows nothing of runtimes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lora_edge.adapter import load_adapter
+from lora_edge.base import Base
+from lora_edge.bundle import Bundle
+from lora_edge.errors import AdapterError, BundleError
+from lora_edge.parity.base_check import shortest_window
+from lora_edge.parity.compare import FloatArray, Floor, expect, noise
+from lora_edge.parity.golden import Golden
+from lora_edge.parity.reference import Reference
+from lora_edge.parity.states import BASE, Probe, Row, State, adapter_probe, label, plan
+
+_STEPS = 64
+_STEPS_OF_LARGE = 16
+_LARGE = 20_000_000  # parameters
+_FLOOR_ROWS = 2
+_FLOOR_TOKENS = 40  # float64 is slow; the noise of a few positions is the noise of all
+
+
+def ask_pytorch(
+    bundle: Bundle,
+    base: Base,
+    names: Sequence[str],
+    *,
+    directories: Mapping[str, str | os.PathLike[str]],
+    steps: int | None,
+    seed: int,
+    prompts: Sequence[Row],
+    continued: Callable[[Probe], Sequence[Row]],
+    progress: Callable[[str], None],
+) -> Iterator[Golden]:
+    """Run the bundle's plan through PyTorch, probe by probe.
+
+    The bundle proposes its greedy continuation and PyTorch judges it, in one forward a row: where
+    PyTorch's best token is the proposed one at every position, it is PyTorch's own continuation
+    too. Asking PyTorch for it token by token takes minutes.
+
+    Args:
+        bundle: the bundle that is checked.
+        base: its base model.
+        names: the bundle's adapters.
+        directories: PEFT directories of adapters; the bundle's own copy is the default.
+        steps: greedy tokens after each prompt; ``None``: 64, or 16 above 20 M parameters.
+        seed: of the random prompts.
+        prompts: token ids of the user's own prompts, used before random ones.
+        continued: a probe -> the bundle's greedy continuation of each row, ``steps`` tokens.
+        progress: called with a line for each probe.
+
+    Yields:
+        A golden case with whole logits.
+
+    Raises:
+        BundleError: the base is not the bundle's, or an adapter's PEFT files are nowhere.
+        AdapterError: a given PEFT directory is not the one that was exported.
+    """
+    fingerprint = bundle.manifest.base["fingerprint"]
+    if base.fingerprint() != fingerprint:
+        raise BundleError(
+            f"{base.name_or_path} has fingerprint {base.fingerprint()[:12]}, the bundle was made "
+            f"from {fingerprint[:12]}",
+            f"Give the bundle's own base: {bundle.manifest.base['name_or_path']}",
+        )
+    sources = {name: _peft_directory(bundle, name, directories) for name in names}
+    reference = Reference(base)
+    if steps is None:
+        steps = _STEPS if reference.parameters <= _LARGE else _STEPS_OF_LARGE
+    for name, directory in sources.items():
+        reference.attach(name, directory)
+    spec = bundle.manifest.graph
+    probes = plan(
+        names,
+        vocab_size=spec.vocab_size,
+        max_length=spec.max_length,
+        steps=steps,
+        window=shortest_window(base.config),
+        seed=seed,
+        given=prompts,
+    )
+    if bundle.manifest.mode == "merged":
+        probes = (adapter_probe(names[0], probes[0].rows, probes[0].steps),)
+    floors: dict[State, Floor] = {}
+    for probe in probes:
+        progress(f"running {probe.name} in PyTorch")
+        yield _expected(reference, probe, tuple(continued(probe)), floors)
+
+
+def _peft_directory(bundle: Bundle, name: str, given: Mapping[str, str | os.PathLike[str]]) -> Path:
+    if name in given:
+        digest = load_adapter(given[name], name).digest
+        if digest != bundle.adapter(name).digest:
+            raise AdapterError(
+                f"{os.fspath(given[name])} is not the adapter that was exported as {name}: its "
+                f"digest is {digest[:12]}, expected {bundle.adapter(name).digest[:12]}",
+                f"Give the folder that {name} was exported from.",
+            )
+        return Path(given[name])
+    directory = bundle.directory / "adapters" / name / "peft"
+    if not directory.is_dir():
+        raise BundleError(
+            f"the PEFT files of adapter {name} are not in the bundle",
+            f"Give their folder with -a {name}=DIR.",
+        )
+    return directory
+
+
+def _expected(
+    reference: Reference, probe: Probe, tails: tuple[Row, ...], floors: dict[State, Floor]
+) -> Golden:
+    """Run one probe; ``floors`` holds what earlier probes measured and is added to."""
+    whole = [(*row, *tail) for row, tail in zip(probe.rows, tails, strict=True)]
+    logits = [row.astype(np.float32) for row in reference.logits(whole, probe.states)]
+    bases: list[FloatArray | None] = [None] * len(whole)
+    active = [index for index, state in enumerate(probe.states) if state]
+    plain = reference.logits([whole[i] for i in active], [BASE] * len(active))
+    for index, row in zip(active, plain, strict=True):
+        bases[index] = row.astype(np.float32)
+    for state in dict.fromkeys(probe.states):
+        if state not in floors:
+            own = [i for i, other in enumerate(probe.states) if other == state][:_FLOOR_ROWS]
+            sample = [whole[i][:_FLOOR_TOKENS] for i in own]
+            with reference.wide():
+                wide = reference.logits(sample, [state] * len(own))
+            floors[state] = noise([logits[i][:_FLOOR_TOKENS] for i in own], wide)
+    return Golden(
+        probe,
+        tails,
+        tuple(expect(y, base) for y, base in zip(logits, bases, strict=True)),
+        {label(state): floors[state] for state in probe.states},
+        reference.versions,
+    )
