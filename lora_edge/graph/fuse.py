@@ -13,18 +13,97 @@ import onnx_ir as ir
 
 _NORM = "SimplifiedLayerNormalization"
 _MICROSOFT = "com.microsoft"
+_ELEMENTWISE = frozenset({"Add", "Div", "Mul", "Sub"})
+_LIKE_FIRST = frozenset(
+    {
+        _NORM, "Cast", "Erf", "GroupQueryAttention", "LayerNormalization", "Pow", "Relu", "Sigmoid",
+        "Slice", "Split", "Tanh", "Transpose",
+    }
+)  # fmt: skip
 
 
 def fuse(model: ir.Model) -> None:
-    """Join residual sums with the norms that follow them, and write out the other norms.
+    """Undo views, join residual sums with the norms that follow them, write out the other norms.
 
     Args:
         model: a graph of our own capture, before any branch; changed in place.
     """
     graph = model.graph
+    _undo_views(graph)
     for node in list(graph):
         if node.op_type == _NORM and not _join_residual(graph, node):
             _write_out(graph, node)
+
+
+def _undo_views(graph: ir.Graph) -> None:
+    """Drop pairs of Reshape that split the last axis into heads and join it again."""
+    ranks = _ranks(graph)
+    for node in list(graph):
+        source = node.inputs[0] if node.inputs else None
+        inner = None if source is None else source.producer()
+        if inner is None or _view(node) != (0, 0, -1) or node.outputs[0] in graph.outputs:
+            continue
+        shape = _view(inner)
+        original = inner.inputs[0] if inner.inputs else None
+        if shape is None or shape[:2] != (0, 0) or original is None:
+            continue
+        if ranks.get(original) == 3:
+            ir.convenience.replace_all_uses_with(node.outputs[0], original)
+            _remove_unused(graph, [node, inner])
+
+
+def _ranks(graph: ir.Graph) -> dict[ir.Value, int]:
+    """Rank of each value, where it follows from the inputs' by simple rules.
+
+    The exporter infers nothing behind an operator that it does not know.
+    """
+    ranks = {value: len(value.shape) for value in graph.inputs if value.shape is not None}
+
+    def rank(value: ir.Value | None) -> int | None:
+        if value is None:
+            return None
+        if value.shape is not None:
+            return len(value.shape)
+        constant = ir.convenience.get_const_tensor(value)
+        return ranks.get(value) if constant is None else len(constant.shape)
+
+    for node in graph:
+        view = _view(node)
+        inputs = [rank(value) for value in node.inputs]
+        if view is not None:
+            found: int | None = len(view)
+        elif node.op_type == "MatMul" and inputs[1] == 2:
+            found = inputs[0]
+        elif node.op_type == "Gather" and inputs[0] == 2 and inputs[1] is not None:
+            found = inputs[1] + 1
+        elif node.op_type in _ELEMENTWISE:
+            found = None if None in inputs else max(x for x in inputs if x is not None)
+        elif node.op_type in _LIKE_FIRST:
+            found = inputs[0]
+        else:
+            found = rank(node.outputs[0])
+        if found is not None:
+            outputs = node.outputs if node.op_type == "Split" else node.outputs[:1]
+            ranks.update(dict.fromkeys(outputs, found))
+    return ranks
+
+
+def _remove_unused(graph: ir.Graph, nodes: list[ir.Node]) -> None:
+    """Remove each node that nobody reads any more, and its constants."""
+    for node in nodes:
+        if any(value.uses() or value in graph.outputs for value in node.outputs):
+            continue
+        sources = [value.producer() for value in node.inputs if value is not None]
+        graph.remove(node, safe=True)
+        _remove_unused(graph, [x for x in sources if x is not None and x.op_type == "Constant"])
+
+
+def _view(node: ir.Node) -> tuple[int, ...] | None:
+    """The constant shape of a Reshape."""
+    if node.op_type != "Reshape" or node.inputs[1] is None:
+        return None
+    tensor = ir.convenience.get_const_tensor(node.inputs[1])
+    return None if tensor is None else tuple(int(size) for size in tensor.numpy())
 
 
 def _join_residual(graph: ir.Graph, norm: ir.Node) -> bool:

@@ -103,6 +103,26 @@ def test_a_bias_is_no_residual() -> None:
     np.testing.assert_allclose(_run(model, feeds), _expected(biased), rtol=1e-5)
 
 
+@pytest.mark.parametrize(("shape", "left"), [("b, s, 6", 0), ("b, s, 3, 2", 2)])
+def test_views_are_undone_where_they_change_nothing(shape: str, left: int) -> None:
+    """A 4-D input comes out 3-D, so its pair of views must stay."""
+    model = ir.from_onnx_text(f"""
+    <ir_version: 8, opset_import: ["" : 18]>
+    g (float[{shape}] x) => (float[b, s, 6] out)
+    <int64[4] heads = {{0, 0, 2, 3}}, int64[3] flat = {{0, 0, -1}}>
+    {{
+        [split] h = Reshape (x, heads)
+        [join] j = Reshape (h, flat)
+        [out] out = Neg (j)
+    }}
+    """)
+    fuse(model)
+    assert _operators(model)["Reshape"] == left
+    sizes = (2, 5, 6) if left == 0 else (2, 5, 3, 2)
+    x = np.random.default_rng(0).standard_normal(sizes).astype(np.float32)
+    np.testing.assert_array_equal(_run(model, {"x": x}), -x.reshape(2, 5, 6))
+
+
 @pytest.mark.parametrize(("family", "skips"), [("llama", 4), ("gemma2", 4), ("gpt2", 0)])
 def test_a_captured_graph(family: str, skips: int, tmp_path: Path) -> None:
     base = resolve_base(make_base(family, tmp_path / "base"))
@@ -120,6 +140,8 @@ def test_a_captured_graph(family: str, skips: int, tmp_path: Path) -> None:
     used = {value for node in model.graph for value in node.inputs} | set(model.graph.outputs)
     assert all(used & set(node.outputs) for node in model.graph)
     assert operators["Identity"] == 0
+    if family == "llama":
+        assert operators["Reshape"] == 0
 
 
 def test_onnxruntime_joins_what_is_written_out(tmp_path: Path) -> None:
