@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -133,7 +134,7 @@ def load_golden(path: Path) -> Golden:
         BundleError: the file is not one.
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
             facts = json.loads(str(arrays["facts"]))
             probe = Probe.from_json(facts["probe"])
             return Golden(
@@ -143,7 +144,7 @@ def load_golden(path: Path) -> Golden:
                 {name: Floor(**floor) for name, floor in facts["floors"].items()},
                 facts["versions"],
             )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, BadZipFile, ValueError, KeyError, TypeError) as error:
         raise BundleError(
             f"{path} is not a golden case: {error}", "Export the bundle again."
         ) from error

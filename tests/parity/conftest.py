@@ -26,7 +26,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
         num_key_value_heads=2,
         vocab_size=131,
         max_position_embeddings=160,
-        initializer_range=0.25,
+        initializer_range=0.12,
         tie_word_embeddings=True,
         bos_token_id=1,
         eos_token_id=2,

@@ -1,0 +1,94 @@
+"""Golden cases: small, whole again when read, and as telling as whole logits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lora_edge.errors import BundleError
+from lora_edge.parity.compare import Floor, Tolerance, expect, measure
+from lora_edge.parity.golden import Golden, load_golden, reduce, save_golden, stem_of
+from lora_edge.parity.states import Probe, only
+
+VOCAB = 503
+
+
+@pytest.fixture
+def golden() -> Golden:
+    random = np.random.default_rng(0)
+    rows = ((1, 2, 3), (4, 5, 6, 7, 8))
+    tails = ((9, 10), (11, 12))
+    logits = [random.normal(0, 4, (len(row) + 2, VOCAB)).astype(np.float32) for row in rows]
+    bases = [row + random.normal(0, 1, row.shape).astype(np.float32) for row in logits]
+    return Golden(
+        Probe("adapter my-one.v2", "adapter", rows, (only("my-one.v2"),) * 2, 2),
+        tails,
+        tuple(expect(y, b) for y, b in zip(logits, bases, strict=True)),
+        {"my-one.v2": Floor(2e-6, 4e-7)},
+        {"torch": "2.x"},
+    )
+
+
+def test_round_trip(golden: Golden, tmp_path: Path) -> None:
+    small = reduce(golden, 4)
+    relative = save_golden(tmp_path, small)
+    assert stem_of(relative) == golden.stem == "adapter-my-one.v2"
+    again = load_golden(tmp_path / relative)
+    assert replace(again, expected=()) == replace(small, expected=())
+    for one, other in zip(small.expected, again.expected, strict=True):
+        for field in vars(one):
+            np.testing.assert_array_equal(getattr(one, field), getattr(other, field))
+    assert save_golden(tmp_path, small) == relative  # the same content has the same name
+
+
+def test_columns_are_distinct_and_hold_the_best(golden: Golden) -> None:
+    for row in reduce(golden, 4).expected:
+        assert row.columns is not None
+        assert all(len(set(columns)) == len(columns) for columns in row.columns)
+        assert all(top in columns for top, columns in zip(row.top1, row.columns, strict=True))
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 2.0])
+def test_reduced_figures_are_close_to_whole_ones(golden: Golden, scale: float) -> None:
+    floor = golden.floors["my-one.v2"]
+    actual = [row.base + np.float32(scale) * (row.reference - row.base) for row in golden.expected]
+    whole = measure(golden.expected, actual, floor, Tolerance())
+    part = measure(reduce(golden, 4).expected, actual, floor, Tolerance())
+    assert part.effect_error == pytest.approx(whole.effect_error, abs=1e-6)
+    assert part.gain == pytest.approx(whole.gain, abs=1e-6)
+    assert part.token_differences == whole.token_differences
+    assert part.kl <= whole.kl + 1e-9
+    if scale != 1.0:
+        assert part.kl > 0.3 * whole.kl
+
+
+def test_many_cases_share_the_budget(golden: Golden, tmp_path: Path) -> None:
+    long = replace(
+        golden,
+        expected=tuple(
+            expect(np.tile(row.reference, (60, 1)), np.tile(row.base, (60, 1)))
+            for row in golden.expected
+        ),
+    )
+    few, many = reduce(long, 4), reduce(long, 12)
+    assert few.expected[0].reference.shape[1] > many.expected[0].reference.shape[1] >= 8
+    assert (tmp_path / save_golden(tmp_path, many)).stat().st_size < 1_000_000 / 12
+
+
+def test_a_tiny_vocabulary_is_kept_whole(golden: Golden) -> None:
+    tiny = replace(golden, expected=(expect(golden.expected[0].reference[:, :5]),))
+    (row,) = reduce(tiny, 4).expected
+    assert row.columns is not None
+    assert sorted(row.columns[0]) == [0, 1, 2, 3, 4]
+    assert row.base is None
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"\x93NUMPY"])
+def test_damage_is_an_error(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "adapter-a-01234567.npz"
+    file.write_bytes(content)
+    with pytest.raises(BundleError, match="not a golden case"):
+        load_golden(file)

@@ -1,0 +1,74 @@
+"""The plan covers what it promises."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lora_edge.parity.states import BASE, Probe, blend_of, label, only, plan, state_of
+
+NAMES = ("a", "b", "c")
+
+
+def _plan(names: tuple[str, ...] = NAMES, **changes: int) -> tuple[Probe, ...]:
+    settings = {"vocab_size": 97, "max_length": 512, "steps": 16, **changes}
+    return plan(names, **settings)
+
+
+def test_every_state_is_there() -> None:
+    base, a, b, c, blend, mixed = _plan()
+    assert [probe.kind for probe in (base, a, blend, mixed)] == [
+        "base",
+        "adapter",
+        "blend",
+        "mixed",
+    ]
+    assert set(base.states) == {BASE}
+    assert [probe.adapters for probe in (a, b, c)] == [("a",), ("b",), ("c",)]
+    assert set(blend.states) == {(("a", 0.7), ("b", 0.3))}
+    assert len(mixed.rows) == 8
+    assert set(mixed.states) == {only("a"), only("b"), only("c"), BASE, blend.states[0]}
+    for probe in (base, mixed):
+        assert len({len(row) for row in probe.rows}) == len(probe.rows)
+
+
+def test_no_and_one_and_many_adapters() -> None:
+    assert [probe.kind for probe in _plan(())] == ["base"]
+    assert blend_of(("a",)) == (("a", 0.5),)
+    many = tuple(f"n{i}" for i in range(12))
+    assert sum(probe.kind == "adapter" for probe in _plan(many)) == 12
+    assert len(_plan(many)[-1].rows) == 8
+
+
+def test_the_seed_decides_the_prompts() -> None:
+    assert _plan() == _plan()
+    assert _plan(seed=1)[0].rows != _plan()[0].rows
+
+
+@pytest.mark.parametrize("max_length", [2, 12, 40])
+def test_prompt_and_steps_fit_the_positions(max_length: int) -> None:
+    for probe in _plan(max_length=max_length, steps=64):
+        assert probe.steps >= 1
+        assert min(map(len, probe.rows)) >= 1
+        assert max(map(len, probe.rows)) + probe.steps <= max_length
+
+
+def test_a_short_window_is_crossed_by_prompt_and_by_decode() -> None:
+    lengths = [len(row) for row in _plan(window=32)[0].rows]
+    assert max(lengths) > 32
+    assert any(length < 32 < length + 16 for length in lengths)
+
+
+def test_given_prompts_come_first() -> None:
+    probes = plan(NAMES, vocab_size=97, max_length=512, steps=4, given=[(1, 2, 3)])
+    assert probes[0].rows[0] == (1, 2, 3)
+    assert len(probes[0].rows) == 4
+
+
+def test_labels_and_json() -> None:
+    assert label(BASE) == "base"
+    assert label(state_of("a")) == "a"
+    assert label(state_of({"b": 0.3, "a": 0.7})) == "0.7 a + 0.3 b"
+    for probe in _plan():
+        assert Probe.from_json(json.loads(json.dumps(probe.to_json()))) == probe
