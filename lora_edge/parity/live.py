@@ -24,8 +24,10 @@ from lora_edge.parity.states import BASE, Probe, Row, State, adapter_probe, labe
 _STEPS = 64
 _STEPS_OF_LARGE = 16
 _LARGE = 20_000_000  # parameters
-_FLOOR_ROWS = 2
-_FLOOR_TOKENS = 40  # float64 is slow; the noise of a few positions is the noise of all
+# The floor belongs to the inputs that are compared: its largest values sit at few positions. Large
+# models are sampled all the same, because float64 is slow; their floor may be too low.
+_FLOOR_ROWS_OF_LARGE = 2
+_FLOOR_TOKENS_OF_LARGE = 40
 
 
 def ask_pytorch(
@@ -127,11 +129,14 @@ def _expected(
         bases[index] = row.astype(np.float32)
     for state in dict.fromkeys(probe.states):
         if state not in floors:
-            own = [i for i, other in enumerate(probe.states) if other == state][:_FLOOR_ROWS]
-            sample = [whole[i][:_FLOOR_TOKENS] for i in own]
+            own = [i for i, other in enumerate(probe.states) if other == state]
+            longest = max(map(len, whole))
+            if reference.parameters > _LARGE:
+                own, longest = own[:_FLOOR_ROWS_OF_LARGE], _FLOOR_TOKENS_OF_LARGE
+            sample = [whole[i][:longest] for i in own]
             with reference.wide():
                 wide = reference.logits(sample, [state] * len(own))
-            floors[state] = noise([logits[i][:_FLOOR_TOKENS] for i in own], wide)
+            floors[state] = noise([logits[i][:longest] for i in own], wide)
     return Golden(
         probe,
         tails,
