@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from lora_edge.errors import AdapterError, UnsupportedAdapterError
 from lora_edge.lora import Factors, fold, scaling
 from lora_edge.names import NONE_ADAPTER, parse_peft_key
+from lora_edge.refusals import MERGE_FIRST, config_refusals, tensor_refusal
 from lora_edge.tensors import read_float32, read_header
 
 CONFIG_FILE = "adapter_config.json"
@@ -33,64 +34,6 @@ TENSOR_FILE = "adapter_model.safetensors"
 TRAINING_FILE = "training.json"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
-# Fields that this module uses, or that change no number at inference beyond which tensors exist.
-# fmt: off
-_KNOWN_FIELDS = frozenset({
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config",
-    "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode",
-    "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
-    "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "peft_type",
-    "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
-    "target_modules", "task_type", "use_rslora",
-})
-# fmt: on
-_MERGE_FIRST = "Merge it with peft (merge_and_unload) and export the result as a base model."
-# field -> (the values at which it has no effect, the reason, the way out)
-_REFUSED_FIELDS: dict[str, tuple[tuple[Any, ...], str, str]] = {
-    "use_dora": ((False, None), "DoRA rescales the base's output rows", _MERGE_FIRST),
-    "lora_bias": ((False, None), "its B factors have a bias of their own", _MERGE_FIRST),
-    "bias": (("none", None), "it replaces biases of the base", _MERGE_FIRST),
-    "modules_to_save": ((None, []), "it replaces whole modules of the base", _MERGE_FIRST),
-    "trainable_token_indices": (
-        (None, [], {}),
-        "it replaces rows of the embedding",
-        _MERGE_FIRST,
-    ),
-    "target_parameters": (
-        (None, []),
-        "it adapts 3-D expert weights",
-        "Train with target_modules on linear layers instead.",
-    ),
-    "alora_invocation_tokens": (
-        (None, []),
-        "an activated LoRA works on some tokens only",
-        "Train a plain LoRA, or wait for a release that exports aLoRA.",
-    ),
-    "layer_replication": (
-        (None, []),
-        "it changes the base's architecture",
-        "Save the replicated model as a base of its own, and train on that.",
-    ),
-    "use_qalora": ((False, None), "QALoRA pools the input", "Train a plain LoRA."),
-    "use_bdlora": ((False, None), "BD-LoRA's factors are block-diagonal", "Train a plain LoRA."),
-    "arrow_config": ((None,), "Arrow routes between adapters per token", "Export them one by one."),
-    "kasa_config": ((None,), "KaSA truncates the base's weights", _MERGE_FIRST),
-    "velora_config": ((None,), "VeLoRA is not supported yet", "Train a plain LoRA."),
-    "monteclora_config": ((None,), "MonteCLoRA samples its factors", "Train a plain LoRA."),
-}
-_ORDINARY_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-# suffix of a tensor key that is not a plain factor -> what it is
-_TENSOR_KINDS = {
-    "lora_magnitude_vector": "a DoRA magnitude",
-    "lora_embedding_A": "an embedding LoRA factor",
-    "lora_embedding_B": "an embedding LoRA factor",
-    "lora_B.bias": "a bias of a B factor",
-    "trainable_tokens_delta": "trained token rows",
-    "base_layer.weight": "a saved weight of the base",
-    "base_layer.bias": "a trained bias of the base",
-    "modules_to_save": "a replaced module",
-}
 
 
 @dataclass(frozen=True)
@@ -222,14 +165,14 @@ def refusals(path: str | os.PathLike[str]) -> list[str]:
     """
     directory = Path(path)
     config = _read_config(directory)
-    found = [message for message, _ in _config_refusals(config)]
+    found = [message for message, _ in config_refusals(config)]
     tensor_file = directory / TENSOR_FILE
     if tensor_file.is_file():
         try:
             keys: Iterable[str] = read_header(tensor_file)
         except ValueError as error:
             return [*found, str(error)]
-        found += [_tensor_refusal(key) for key in keys if parse_peft_key(key) is None]
+        found += [tensor_refusal(key) for key in keys if parse_peft_key(key) is None]
     if not found:
         try:
             load_adapter(directory, "adapter")
@@ -264,35 +207,8 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def _config_refusals(config: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    peft_type = config.get("peft_type")
-    if peft_type != "LORA":
-        yield (
-            f"peft_type is {peft_type!r}, expected 'LORA'",
-            "If it changes linear layers only, convert it with peft.convert_to_lora().",
-        )
-        return
-    init = config.get("init_lora_weights", True)
-    if init not in _ORDINARY_INITS:
-        yield (
-            f"init_lora_weights is {init!r}: training changed the base weights too",
-            "Save it as an ordinary LoRA with save_pretrained(..., "
-            "path_initial_model_for_weight_conversion=...), then export that.",
-        )
-    for field, value in config.items():
-        if field in _REFUSED_FIELDS:
-            neutral, reason, hint = _REFUSED_FIELDS[field]
-            if value not in neutral:
-                yield f"{field} is {value!r}: {reason}", hint
-        elif field not in _KNOWN_FIELDS and value:
-            yield (
-                f"the config field {field} is {value!r}, and this release does not know it",
-                "Update lora-edge, or set the field to its default if it does not matter.",
-            )
-
-
 def _refuse_config(directory: Path, config: Mapping[str, Any]) -> None:
-    for message, hint in _config_refusals(config):
+    for message, hint in config_refusals(config):
         raise UnsupportedAdapterError(f"{directory} is refused: {message}", hint)
 
 
@@ -310,11 +226,6 @@ def _tensor_file(directory: Path) -> Path:
     raise AdapterError(f"{directory} has no {TENSOR_FILE}", "Save the adapter again with PEFT.")
 
 
-def _tensor_refusal(key: str) -> str:
-    kind = next((what for mark, what in _TENSOR_KINDS.items() if mark in key), "not a LoRA factor")
-    return f"tensor {key!r} is {kind}"
-
-
 def _read_factors(file: Path) -> dict[str, dict[str, NDArray[np.float32]]]:
     try:
         records = read_header(file)
@@ -325,16 +236,16 @@ def _read_factors(file: Path) -> dict[str, dict[str, NDArray[np.float32]]]:
         parsed = parse_peft_key(key)
         if parsed is None:
             raise UnsupportedAdapterError(
-                f"{file} is refused: {_tensor_refusal(key)}, and dropping it would change the "
+                f"{file} is refused: {tensor_refusal(key)}, and dropping it would change the "
                 "adapter",
-                _MERGE_FIRST,
+                MERGE_FIRST,
             )
         path, part = parsed
         if len(record.shape) != 2:
             raise UnsupportedAdapterError(
                 f"{file} is refused: tensor {key!r} has shape {record.shape}; only linear layers "
                 "(2-D factors) are supported",
-                _MERGE_FIRST,
+                MERGE_FIRST,
             )
         try:
             tensor = read_float32(record)

@@ -69,6 +69,16 @@ class Base:
                 "Use the full-precision checkpoint as the base.",
             ) from error
 
+    def linear_weight(self, path: str) -> NDArray[np.float32] | None:
+        """The weight of a module, though the checkpoint may leave out the path's first parts.
+
+        ``None`` when the checkpoint has none of its own for it, or more than one tensor fits.
+        """
+        wanted = f"{path}.weight"
+        keys = self.keys()
+        fitting = [wanted] if wanted in keys else [k for k in keys if wanted.endswith(f".{k}")]
+        return self.weight(fitting[0]) if len(fitting) == 1 else None
+
     def fingerprint(self) -> str:
         """sha256 over every tensor's name, dtype, shape and bytes; independent of the sharding.
 

@@ -31,7 +31,7 @@ MANIFEST_NAME = "lora_edge.json"
 FORMAT_VERSION = 1
 GRAPH_FILE = "onnx/model.onnx"
 DATA_FILE = "onnx/model.onnx_data"
-_PARTIAL = ".partial"
+_PARTIAL, _RETIRED = ".partial", ".old"
 
 Mode = Literal["switchable", "merged"]
 Form = Literal["fused", "portable", "foreign"]
@@ -283,6 +283,7 @@ def staging(output: Path, *, force: bool = False, marker: str = MANIFEST_NAME) -
         BundleError: ``output`` exists and is not an empty folder, and ``force`` is not set; or it
             is and the folder has no ``marker``.
     """
+    _remove_stale(output)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())) and not force:
         raise BundleError(
             f"{output} exists and is not empty",
@@ -293,7 +294,6 @@ def staging(output: Path, *, force: bool = False, marker: str = MANIFEST_NAME) -
             f"{output} has no {marker}; --force replaces only what lora-edge made",
             "Choose another folder.",
         )
-    _remove_stale(output)
     stage = output.parent / f".{output.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}{_PARTIAL}"
     try:
         stage.mkdir(parents=True)
@@ -304,9 +304,13 @@ def staging(output: Path, *, force: bool = False, marker: str = MANIFEST_NAME) -
     try:
         yield stage
         if output.exists():
-            retired = stage.with_suffix(".old")
+            retired = stage.with_suffix(_RETIRED)
             output.rename(retired)
-            stage.rename(output)
+            try:
+                stage.rename(output)
+            except BaseException:
+                retired.rename(output)
+                raise
             shutil.rmtree(retired)
         else:
             stage.rename(output)
@@ -315,11 +319,16 @@ def staging(output: Path, *, force: bool = False, marker: str = MANIFEST_NAME) -
 
 
 def _remove_stale(output: Path) -> None:
-    """Remove what processes that were killed outright have left beside ``output``."""
-    for stage in output.parent.glob(f".{output.name}.*{_PARTIAL}"):
-        owner = stage.name.removeprefix(f".{output.name}.").partition("-")[0]
-        if owner.isdigit() and not _is_running(int(owner)):
-            shutil.rmtree(stage, ignore_errors=True)
+    """Clear up what processes that were killed outright have left beside ``output``."""
+    for suffix in (_RETIRED, _PARTIAL):
+        for left in output.parent.glob(f".{output.name}.*{suffix}"):
+            owner = left.name.removeprefix(f".{output.name}.").partition("-")[0]
+            if not owner.isdigit() or _is_running(int(owner)):
+                continue
+            if suffix == _RETIRED and not output.exists():
+                left.rename(output)  # killed between the two renames: what was there comes back
+            else:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _is_running(process: int) -> bool:

@@ -6,24 +6,19 @@ Nothing is published before the staged bundle has passed the same check that ``v
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import shutil
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Literal
 
 from lora_edge import __version__
-from lora_edge.adapter import CONFIG_FILE, TENSOR_FILE, TRAINING_FILE, Adapter, load_adapter
+from lora_edge.adapter import Adapter, load_adapter
 from lora_edge.base import Base, resolve_base
 from lora_edge.bundle import (
     DATA_FILE,
     GRAPH_FILE,
-    AdapterEntry,
     Bundle,
     FileEntry,
     Manifest,
@@ -41,8 +36,8 @@ from lora_edge.errors import (
     MissingDependencyError,
     ParityError,
 )
-from lora_edge.lora import FloatArray, zeros
-from lora_edge.names import NONE_ADAPTER, lora_input
+from lora_edge.names import NONE_ADAPTER
+from lora_edge.packing import check_base_of, check_sites, write_adapter_folder, write_none
 
 Progress = Callable[[str], None]
 
@@ -59,6 +54,7 @@ def export(
     output: str | os.PathLike[str] = "bundle",
     *,
     form: Literal["fused", "portable"] = "fused",
+    backend: Literal["trace", "optimum"] = "trace",
     sites: Literal["all", "adapters"] = "all",
     force: bool = False,
     progress: Progress | None = None,
@@ -71,6 +67,7 @@ def export(
         mode: ``switchable`` (adapters are inputs of one graph) or ``merged`` (into the weights).
         output: the folder to make.
         form: ``fused`` (``com.microsoft`` operators) or ``portable`` (standard operators only).
+        backend: ``trace``, or ``optimum`` (needs ``lora-edge[optimum]``; has a form of its own).
         sites: put branches on ``all`` linear layers of the decoder (the head only if an adapter
             needs it), or only on those that the ``adapters`` change.
         force: replace an existing bundle.
@@ -94,9 +91,9 @@ def export(
             "Use --mode switchable for any number of adapters.",
         )
     for adapter in loaded:
-        _check_base(adapter, model.fingerprint(), model.name_or_path)
+        check_base_of(adapter, model.fingerprint(), model.name_or_path)
     with staging(Path(output), force=force) as stage:
-        manifest = _build(model, loaded, mode, stage, form, sites, say)
+        manifest = _build(model, loaded, mode, stage, form, backend, sites, say)
         staged = Bundle(stage, manifest)
         _prove(staged, model, say)
         _finish(stage)
@@ -136,22 +133,22 @@ def add(
             raise AdapterError(
                 f"the bundle already has an adapter {adapter.name!r}", "Choose another name."
             )
-        _check_base(adapter, manifest.base["fingerprint"], manifest.base["name_or_path"])
-        _check_sites(adapter, manifest.sites, "the bundle's graph")
+        check_base_of(adapter, manifest.base["fingerprint"], manifest.base["name_or_path"])
+        check_sites(adapter, manifest.sites, "the bundle's graph")
     entries, files = dict(manifest.adapters), dict(manifest.files)
     written: list[Path] = []
     try:
         for adapter in loaded:
             folder = target.directory / "adapters" / adapter.name
             written.append(folder)
-            entries[adapter.name] = _write_adapter(
+            entries[adapter.name] = write_adapter_folder(
                 target.directory, adapter, manifest.sites, manifest.base["fingerprint"]
             )
             for file in folder.rglob("*"):
                 if file.is_file():
                     name = file.relative_to(target.directory).as_posix()
                     files[name] = FileEntry(hash_file(file), file.stat().st_size)
-        return target.write_manifest(_changed(manifest, adapters=entries, files=files))
+        return target.write_manifest(dataclasses.replace(manifest, adapters=entries, files=files))
     except BaseException:
         for folder in written:
             shutil.rmtree(folder, ignore_errors=True)
@@ -168,6 +165,7 @@ def _build(
     mode: Mode,
     stage: Path,
     form: Literal["fused", "portable"],
+    backend: Literal["trace", "optimum"],
     sites: Literal["all", "adapters"],
     say: Progress,
 ) -> Manifest:
@@ -183,15 +181,15 @@ def _build(
     raw = stage / "capture"
     raw.mkdir()
     (stage / "onnx").mkdir()
-    say(f"capturing {base.name_or_path} ({base.model_type}, {form})")
-    captured = capture(base, raw, form=form)
+    say(f"capturing {base.name_or_path} ({base.model_type}, {backend}, {form})")
+    captured = capture(base, raw, form=form, backend=backend)
     linears = {
         path: SiteEntry(x.in_features, x.out_features) for path, x in captured.linears.items()
     }
     for adapter in adapters:
-        _check_sites(adapter, linears, base.name_or_path)
+        check_sites(adapter, linears, base.name_or_path)
     model = passes.load(captured.path)
-    if form == "fused":
+    if captured.spec.form == "fused":
         passes.fuse(model)
         passes.save_graph(model, captured.path)
     say("checking the base graph against PyTorch")
@@ -202,7 +200,7 @@ def _build(
         for path, entry in linears.items()
         if path in used or (sites == "all" and mode == "switchable" and path != captured.head)
     }
-    found = passes.find_sites(model, wanted)
+    found = passes.find_sites(model, wanted, base.linear_weight)
     graph_file = stage / GRAPH_FILE
     if mode == "merged":
         say(f"merging {adapters[0].name} into {len(used)} weights")
@@ -222,9 +220,9 @@ def _build(
     site_entries = wanted if mode == "switchable" else {}
     entries = {}
     if mode == "switchable":
-        entries[NONE_ADAPTER] = _write_none(stage, site_entries, fingerprint)
+        entries[NONE_ADAPTER] = write_none(stage, site_entries, fingerprint)
     for adapter in adapters:
-        entries[adapter.name] = _write_adapter(
+        entries[adapter.name] = write_adapter_folder(
             stage, adapter, site_entries if mode == "switchable" else None, fingerprint
         )
     for name in _COPIED:
@@ -271,109 +269,6 @@ def _finish(stage: Path) -> None:
 
 
 def _sign(stage: Path, manifest: Manifest) -> Manifest:
-    signed = _changed(manifest, files=file_entries(stage))
+    signed = dataclasses.replace(manifest, files=file_entries(stage))
     Bundle(stage, manifest).write_manifest(signed)
     return signed
-
-
-def _changed(manifest: Manifest, **changes: Any) -> Manifest:
-
-    return dataclasses.replace(manifest, **changes)
-
-
-def _check_base(adapter: Adapter, fingerprint: str, name: str) -> None:
-    if adapter.base_fingerprint is not None and adapter.base_fingerprint != fingerprint:
-        raise AdapterError(
-            f"adapter {adapter.name} was trained on a base with fingerprint "
-            f"{adapter.base_fingerprint[:12]}, {name} has {fingerprint[:12]}",
-            f"Export it with its own base: {adapter.base_model}",
-        )
-
-
-def _check_sites(adapter: Adapter, sites: Mapping[str, SiteEntry], where: str) -> None:
-    for path, module in adapter.modules.items():
-        site = sites.get(path)
-        if site is None:
-            near = difflib.get_close_matches(path, sites, n=3)
-            raise AdapterError(
-                f"adapter {adapter.name} changes {path}, and {where} has no such site"
-                + (f"; near misses: {', '.join(near)}" if near else ""),
-                "If the layer exists in the base, export again with this adapter (-a), so that the "
-                "graph gets a branch there; else the adapter is for another base.",
-            )
-        if (site.in_features, site.out_features) != (module.in_features, module.out_features):
-            raise AdapterError(
-                f"adapter {adapter.name}: {path} is [{module.in_features} -> "
-                f"{module.out_features}], {where} has [{site.in_features} -> {site.out_features}]",
-                f"The adapter is for another base: {adapter.base_model}",
-            )
-
-
-def _write_none(stage: Path, sites: Mapping[str, SiteEntry], fingerprint: str) -> AdapterEntry:
-    tensors: dict[str, FloatArray] = {}
-    for path, site in sites.items():
-        pair = zeros(site.in_features, site.out_features, 1)
-        tensors |= _tensors(path, pair.A, pair.B)
-    return _entry(stage, NONE_ADAPTER, "none", {}, "", fingerprint, tensors, proved=True)
-
-
-def _write_adapter(
-    directory: Path, adapter: Adapter, sites: Mapping[str, SiteEntry] | None, fingerprint: str
-) -> AdapterEntry:
-    """Write an adapter's folder; without ``sites`` (merged) only PEFT's own files."""
-    folder = directory / "adapters" / adapter.name
-    (folder / "peft").mkdir(parents=True)
-    for name in (CONFIG_FILE, TENSOR_FILE, TRAINING_FILE):
-        if (adapter.directory / name).is_file():
-            shutil.copyfile(adapter.directory / name, folder / "peft" / name)
-    tensors: dict[str, FloatArray] | None = None
-    if sites is not None:
-        tensors = {}
-        for path, site in sites.items():
-            module = adapter.modules.get(path)
-            pair = module.factors() if module else zeros(site.in_features, site.out_features, 0)
-            tensors |= _tensors(path, pair.A, pair.B)
-    return _entry(
-        directory,
-        adapter.name,
-        adapter.kind,
-        adapter.ranks(),
-        adapter.digest,
-        fingerprint,
-        tensors,
-        proved=False,
-    )
-
-
-def _tensors(path: str, a: FloatArray, b: FloatArray) -> dict[str, FloatArray]:
-    gate: NDArray[np.float32] = np.ones((1, 1, 1), np.float32)
-    return {lora_input(path, "A"): a, lora_input(path, "B"): b, lora_input(path, "gate"): gate}
-
-
-def _entry(
-    directory: Path,
-    name: str,
-    kind: str,
-    ranks: Mapping[str, int],
-    digest: str,
-    fingerprint: str,
-    tensors: dict[str, FloatArray] | None,
-    *,
-    proved: bool,
-) -> AdapterEntry:
-    file = ""
-    if tensors is not None:
-        from lora_edge.runtime.adapter_file import write_adapter
-
-        file = f"adapters/{name}/adapter.onnx_adapter"
-        (directory / file).parent.mkdir(parents=True, exist_ok=True)
-        write_adapter(directory / file, tensors)
-    return AdapterEntry(
-        name=name,
-        file=file,
-        kind=kind,
-        ranks=ranks,
-        digest=digest,
-        base_fingerprint=fingerprint,
-        proved=proved,
-    )

@@ -15,7 +15,7 @@ from lora_edge.adapter import load_adapter
 from lora_edge.base import resolve_base
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
-ADAPTERS = ("mirror",)
+ADAPTERS = ("mirror", "shout", "echo")
 SHIPPED = ("tiny-llama", "adapters", "data")
 LIMIT = 20_000_000
 
@@ -46,11 +46,21 @@ def test_an_adapter_was_trained_on_the_shipped_base_and_does_something(name: str
     assert all(np.abs(module.b).max() > 0 for module in adapter.modules.values())
 
 
-def test_mirror_is_rslora_on_every_linear_layer() -> None:
-    mirror = load_adapter(MODELS / "adapters" / "mirror")
-    assert mirror.kind == "rsLoRA"
-    assert len(mirror.modules) == 7 * 3
-    assert {(m.rank, m.scaling) for m in mirror.modules.values()} == {(16, 16 / math.sqrt(16))}
+def test_the_adapters_are_unlike_each_other() -> None:
+    loaded = {name: load_adapter(MODELS / "adapters" / name) for name in ADAPTERS}
+    shout, mirror, echo = (loaded[name].modules for name in ("shout", "mirror", "echo"))
+    assert {path.rpartition(".")[2] for path in shout} == {"q_proj", "v_proj"}
+    assert {(m.rank, m.scaling) for m in shout.values()} == {(8, 2.0)}
+    assert len(mirror) == len(echo) == 7 * 3
+    assert loaded["mirror"].kind == "rsLoRA"
+    assert {(m.rank, m.scaling) for m in mirror.values()} == {(16, 16 / math.sqrt(16))}
+    assert {(m.rank, m.alpha) for m in echo.values()} == {
+        (4, 16.0),
+        (8, 16.0),
+        (8, 4.0),
+        (12, 36.0),
+        (24, 36.0),
+    }
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

@@ -233,7 +233,7 @@ class AttentionSwap:
             raise CaptureError(
                 f"{self._model_type}: the attention function ran for layers {self._calls}, not "
                 f"once for each of 0 to {layers - 1}",
-                "This architecture computes attention in its own way; try the optimum backend.",
+                "This architecture computes attention in its own way; try --backend optimum.",
             )
 
     @property
@@ -279,7 +279,7 @@ class AttentionSwap:
     def _refuse(self, reason: str) -> NoReturn:
         raise UnsupportedModelError(
             f"{self._model_type} models are not supported: {reason}",
-            "Capture it with the optimum backend, or use a model of a supported family.",
+            "Use --backend optimum, or a model of a supported family.",
         )
 
 

@@ -60,11 +60,12 @@ def export_with_optimum(
         warnings.filterwarnings("ignore", "Exporting aten::index operator", UserWarning)
         try:
             onnx_export_from_model(model, scratch, task=_TASK, do_validation=False)
+        # How optimum-onnx says that it has no recipe for an architecture or task.
         except (ValueError, KeyError, NotImplementedError) as error:
             raise UnsupportedModelError(
                 f"{base.model_type} models are refused: optimum-onnx cannot export them: "
-                f"{str(error).strip().splitlines()[0]}",
-                "Use a model of a family in the README's table.",
+                f"{' '.join(str(error).split()) or repr(error)}",
+                "Use a model of a family that the README names; LORA_EDGE_DEBUG=1 shows where.",
             ) from error
         graph = onnx.load(str(Path(scratch) / "model.onnx"))
     path = directory / "model.onnx"

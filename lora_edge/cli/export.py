@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from pathlib import Path
@@ -34,6 +33,13 @@ from lora_edge.cli.arguments import named_paths
     help="Fast operators of ONNX Runtime, or standard ONNX operators only.",
 )
 @click.option(
+    "--backend",
+    type=click.Choice(["trace", "optimum"]),
+    default="trace",
+    show_default=True,
+    help="What makes the base graph; optimum needs lora-edge[optimum] and ignores --form.",
+)
+@click.option(
     "--sites",
     type=click.Choice(["all", "adapters"]),
     default="all",
@@ -58,12 +64,20 @@ def command(adapters: tuple[str, ...], output: Path, **options: Any) -> None:
         **options,
     )
     written = sum(entry.bytes for entry in bundle.manifest.files.values())
-    # ru_maxrss is in KiB on Linux and in bytes on macOS.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak_mb = peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)
     click.echo(
-        f"exported in {time.monotonic() - started:.1f} s, peak memory {peak_mb:.0f} MiB, "
+        f"exported in {time.monotonic() - started:.1f} s, {_peak_memory()}, "
         f"{written:,} bytes written",
         err=True,
     )
     click.echo(bundle.directory)
+
+
+def _peak_memory() -> str:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return "peak memory unknown"
+    # ru_maxrss is in KiB on Linux and in bytes on macOS.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    mebibytes = peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+    return f"peak memory {mebibytes:.0f} MiB"

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from lora_edge.bundle import MANIFEST_NAME
-from lora_edge.errors import LoraEdgeError
+from lora_edge.errors import BaseModelError, LoraEdgeError
 
 
 @click.command()
@@ -102,6 +102,11 @@ def _strengths(adapter: Any, base: str) -> dict[str, float]:
     model = resolve_base(base)
     found = {}
     for name, module in adapter.modules.items():
-        weight = model.weight(f"{name}.weight")
+        weight = model.linear_weight(name)
+        if weight is None:
+            raise BaseModelError(
+                f"{base} has no weight of its own for {name}",
+                "Is this the adapter's base? A tied head has none; leave out --base.",
+            )
         found[name] = float(np.linalg.norm(delta(module.factors())) / np.linalg.norm(weight))
     return found

@@ -136,8 +136,9 @@ def _find_by_content(
         found += lookup.find(matrix.T)
     if not found:
         raise GraphError(
-            f"the weight of {path} {matrix.shape} is nowhere in the graph",
-            "Is the graph made from this base model, in fp32, and not quantized?",
+            f"the weight of {path} {matrix.shape} is in no node of the graph that takes a branch",
+            "Is the graph made from this base, in fp32 and not quantized? A layer whose neighbours "
+            "work on flattened tokens takes none either: --backend trace keeps them apart.",
         )
     if len(found) > 1:
         named = [entry for entry in found if _name_agrees(path, entry[0].node)]

@@ -1,8 +1,8 @@
 """The shipped models, in both forms and merged: they pass, and no adapter's effect is off by 1e-4.
 
 The logit error is judged by its floor and not by 1e-4: on the adapters' own prompts PyTorch in
-float32 is itself 1e-4 to 3e-4 from PyTorch in float64, and so are the bundles (merged ones up to
-8e-4, because the merged weights are rounded once more).
+float32 is itself 1e-4 to 3e-4 from PyTorch in float64, and the bundles' errors are of that size or
+a few times it.
 """
 
 from __future__ import annotations

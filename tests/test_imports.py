@@ -1,0 +1,100 @@
+"""The rules of the house: imports point one way, heavy ones stay where they belong."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "lora_edge"
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "names": set(),
+    "tensors": set(),
+    "lora": set(),
+    "refusals": set(),
+    "bundle": {"errors"},
+    "base": {"errors", "tensors"},
+    "adapter": {"errors", "lora", "names", "refusals", "tensors"},
+    "card": {"bundle"},
+    "capture": {"base", "bundle", "errors", "names"},
+    "graph": {"errors", "lora", "names"},
+    "runtime": {"bundle", "errors", "lora", "names"},
+    "parity": {"adapter", "base", "bundle", "errors", "lora", "names", "runtime"},
+    "packing": {"adapter", "bundle", "errors", "lora", "names", "runtime"},
+    "training": {"base", "bundle", "errors"},
+}
+TORCH = {"torch", "transformers", "peft", "accelerate", "optimum"}
+ONNX = {"onnx", "onnx_ir", "onnxscript"}
+
+
+def _imports(file: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            found.add(str(node.module))
+    return found
+
+
+def _files(part: str) -> list[Path]:
+    folder = ROOT / part
+    return sorted(folder.rglob("*.py")) if folder.is_dir() else [ROOT / f"{part}.py"]
+
+
+@pytest.mark.parametrize("part", ALLOWED)
+def test_imports_point_one_way(part: str) -> None:
+    own = {name for file in _files(part) for name in _imports(file) if "lora_edge." in name}
+    assert {name.split(".")[1] for name in own} - {part} <= ALLOWED[part]
+
+
+def test_every_part_has_a_rule() -> None:
+    parts = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert parts - {"__init__", "__main__", "__pycache__", "cli", "exporter"} == set(ALLOWED)
+
+
+def test_heavy_imports_stay_where_they_belong() -> None:
+    for file in ROOT.rglob("*.py"):
+        part = file.relative_to(ROOT).parts[0]
+        heavy = {name.split(".")[0] for name in _imports(file)}
+        if part not in {"capture", "training"} and file.name != "reference.py":
+            assert not heavy & TORCH, file
+        if part not in {"capture", "graph"}:
+            assert not heavy & ONNX, file
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["import lora_edge", "from lora_edge.cli import main; main(['--help'])"]
+    + [
+        f"from lora_edge.cli import main; main(['{verb}', '--help'])"
+        for verb in ("train", "export", "add", "run", "validate", "inspect")
+    ],
+)
+def test_help_and_import_need_no_torch_and_switch_telemetry_off(code: str) -> None:
+    script = (
+        f"import atexit, os, sys\n"
+        f"def report():\n"
+        f"    heavy = {TORCH | {'onnx', 'onnxruntime'}!r} & set(sys.modules)\n"
+        f"    print(sorted(heavy), os.environ['ORT_DISABLE_TELEMETRY'], file=sys.stderr)\n"
+        f"atexit.register(report)\n{code}"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stderr.strip().splitlines()[-1] == "[] 1"
+
+
+def test_public_names_are_the_documented_ones() -> None:
+    import lora_edge
+
+    assert dir(lora_edge) == sorted(lora_edge.__all__)
+    for name in lora_edge.__all__:
+        assert getattr(lora_edge, name) is not None
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = lora_edge.nothing  # type: ignore[attr-defined]
