@@ -23,7 +23,6 @@ from lora_edge.bundle import (
     FileEntry,
     Manifest,
     Mode,
-    SiteEntry,
     file_entries,
     hash_file,
     load_bundle,
@@ -183,11 +182,8 @@ def _build(
     (stage / "onnx").mkdir()
     say(f"capturing {base.name_or_path} ({base.model_type}, {backend}, {form})")
     captured = capture(base, raw, form=form, backend=backend)
-    linears = {
-        path: SiteEntry(x.in_features, x.out_features) for path, x in captured.linears.items()
-    }
     for adapter in adapters:
-        check_sites(adapter, linears, base.name_or_path)
+        check_sites(adapter, captured.linears, base.name_or_path)
     model = passes.load(captured.path)
     if captured.spec.form == "fused":
         passes.fuse(model)
@@ -197,7 +193,7 @@ def _build(
     used = {path for adapter in adapters for path in adapter.modules}
     wanted = {
         path: entry
-        for path, entry in linears.items()
+        for path, entry in captured.linears.items()
         if path in used or (sites == "all" and mode == "switchable" and path != captured.head)
     }
     found = passes.find_sites(model, wanted, base.linear_weight)

@@ -13,18 +13,10 @@ from pathlib import Path
 from typing import Literal
 
 from lora_edge.base import Base
-from lora_edge.bundle import GraphSpec
+from lora_edge.bundle import GraphSpec, SiteEntry
 from lora_edge.errors import MissingDependencyError
 
-__all__ = ["BaseGraph", "Linear", "capture"]
-
-
-@dataclass(frozen=True)
-class Linear:
-    """Sizes of a linear layer."""
-
-    in_features: int
-    out_features: int
+__all__ = ["BaseGraph", "capture"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +36,7 @@ class BaseGraph:
 
     path: Path
     spec: GraphSpec
-    linears: Mapping[str, Linear]
+    linears: Mapping[str, SiteEntry]
     tied: bool
     head: str
     model_type: str
@@ -92,7 +84,7 @@ def capture(
     return BaseGraph(
         path=path,
         spec=spec,
-        linears={name: Linear(*sizes) for name, sizes in linears.items()},
+        linears={name: SiteEntry(*sizes) for name, sizes in linears.items()},
         tied=tied,
         head=head,
         model_type=base.model_type,
