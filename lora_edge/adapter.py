@@ -5,54 +5,68 @@ this module does not understand, in the config or in the tensors, it refuses: an
 and is silently wrong is worse than one that does not load. Needs no PyTorch and no peft.
 
 Sources: ``peft/tuners/lora/config.py`` for the fields, ``peft/utils/other.py:get_pattern_key`` for
-the pattern matching, ``peft/tuners/lora/layer.py:update_layer`` for the scaling.
+the pattern matching, ``peft/tuners/lora/layer.py`` for scaling and layouts,
+``peft/utils/save_and_load.py`` for what is saved.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lora_edge.errors import AdapterError, UnsupportedAdapterError
-from lora_edge.lora import Factors, fold, scaling
-from lora_edge.names import NONE_ADAPTER, parse_peft_key
-from lora_edge.refusals import MERGE_FIRST, config_refusals, tensor_refusal
-from lora_edge.tensors import read_float32, read_header
+from lora_edge.lora import Factors, WideArray, dora_gain, fold, scaling, ungrouped
+from lora_edge.names import NONE_ADAPTER, PeftPart
+from lora_edge.peft_directory import (
+    CONFIG_FILE,
+    Tensors,
+    read_config,
+    read_tensors,
+    read_training,
+    tensor_file,
+    unknown_keys,
+)
+from lora_edge.refusals import Mode, Refusal, config_refusals
 
-CONFIG_FILE = "adapter_config.json"
-TENSOR_FILE = "adapter_model.safetensors"
-TRAINING_FILE = "training.json"
+FloatArray = NDArray[np.float32]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+# PEFT saves these of a model for classification though no config field names them.
+_TASK_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score")}
 
 
 @dataclass(frozen=True)
-class LoraModule:
-    """One adapted linear layer, in PEFT's orientation.
+class LowRank:
+    """The low-rank pair of one module, in PEFT's orientation.
 
     Attributes:
         path: module path in the base model.
-        a: ``lora_A`` ``[r, in] float32``.
-        b: ``lora_B`` ``[out, r] float32``.
+        kind: what the module is: ``linear`` (Conv1D of GPT-2 too), ``embedding`` or ``conv``.
+        a: ``[r, in]``; an embedding's ``[r, vocab]``; a convolution's ``[r, channels, *kernel]``.
+        b: ``[out, r]``; a convolution's ``[out, r / groups]``.
         alpha: the alpha that applies to this module.
         scaling: the factor on ``b @ a``.
+        magnitude: DoRA's m, ``[out]``; ``None`` without DoRA.
+        bias: ``lora_bias``'s bias of B, ``[out]``, not scaled; ``None`` without.
     """
 
     path: str
-    a: NDArray[np.float32]
-    b: NDArray[np.float32]
+    kind: Literal["linear", "embedding", "conv"]
+    a: FloatArray
+    b: FloatArray
     alpha: float
     scaling: float
+    magnitude: FloatArray | None = None
+    bias: FloatArray | None = None
 
     @property
     def rank(self) -> int:
@@ -61,8 +75,8 @@ class LoraModule:
 
     @property
     def in_features(self) -> int:
-        """Size of the layer's input."""
-        return int(self.a.shape[1])
+        """Size of the input: of a convolution channels * kernel, of an embedding the vocabulary."""
+        return math.prod(self.a.shape[1:])
 
     @property
     def out_features(self) -> int:
@@ -70,20 +84,56 @@ class LoraModule:
         return int(self.b.shape[0])
 
     def factors(self) -> Factors:
-        """The pair in the graph's orientation, the scaling folded into B in fp32."""
-        return fold(self.a, self.b, self.scaling)
+        """The pair in the graph's orientation, scaling folded into B in fp32; without DoRA."""
+        a = self.a.reshape(self.rank, -1)
+        b = self.b if self.b.shape[1] == self.rank else ungrouped(self.b, self.rank)
+        return fold(a, b, self.scaling)
+
+    def delta(self) -> WideArray:
+        """``s BA`` as ``[out, in] float64``, without DoRA."""
+        a = self.a.reshape(self.rank, -1).astype(np.float64)
+        b = self.b if self.b.shape[1] == self.rank else ungrouped(self.b, self.rank)
+        change: WideArray = self.scaling * (b.astype(np.float64) @ a)
+        return change
+
+    def gain(self, weight: WideArray) -> WideArray | None:
+        """DoRA's g of each output, from the base's ``W [out, in]``; ``None`` without DoRA."""
+        if self.magnitude is None:
+            return None
+        return dora_gain(self.magnitude, weight + self.delta())
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Trained rows of an embedding, which replace the base's.
+
+    Attributes:
+        path: module path of the embedding (or of an output layer).
+        indices: token ids, ``k`` of them.
+        rows: ``[k, dim]``.
+    """
+
+    path: str
+    indices: tuple[int, ...]
+    rows: FloatArray
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter, read and understood completely.
+    """A PEFT adapter of type LoRA, read and understood completely.
 
     Attributes:
         name: what the user calls it.
         directory: the PEFT directory.
         config: ``adapter_config.json``.
-        kind: ``LoRA`` or ``rsLoRA``.
-        modules: module path -> factors and scale, sorted by path.
+        modules: module path -> low-rank pair, sorted by path.
+        saved: parameter path -> the values that replace the base's (``modules_to_save``, trained
+            biases).
+        tokens: module path -> trained rows.
+        base_copies: parameter path -> a copy of the base's values that PEFT saved along; an adapter
+            in which they differ from the base's is refused when it meets the base.
+        invocation: token ids that activate an aLoRA; empty for any other adapter.
+        labels: names of the task head's outputs, when the trainer recorded them.
         base_model: ``base_model_name_or_path`` of the config.
         base_fingerprint: fingerprint of the base it was trained on, when the trainer recorded it.
         digest: sha256 over config and tensors.
@@ -93,16 +143,52 @@ class Adapter:
     name: str
     directory: Path
     config: Mapping[str, Any]
-    kind: str
-    modules: Mapping[str, LoraModule]
+    modules: Mapping[str, LowRank]
+    saved: Mapping[str, FloatArray]
+    tokens: Mapping[str, TokenRows]
+    base_copies: Mapping[str, FloatArray]
+    invocation: tuple[int, ...]
+    labels: tuple[str, ...]
     base_model: str | None
     base_fingerprint: str | None
     digest: str
     warnings: tuple[str, ...]
 
+    @property
+    def kind(self) -> str:
+        """What it is, for people: ``LoRA``, ``rsLoRA``, ``DoRA + 2 saved parameters`` …."""
+        name = "LoRA"
+        if self.config.get("use_rslora"):
+            name = "rsLoRA"
+        if any(module.magnitude is not None for module in self.modules.values()):
+            name = "DoRA" if name == "LoRA" else "DoRA (rsLoRA)"
+        if self.invocation:
+            name = "aLoRA"
+        extras = []
+        if any(module.bias is not None for module in self.modules.values()):
+            extras.append("bias of B")
+        if self.saved:
+            extras.append(f"{len(self.saved)} saved parameters")
+        if self.tokens:
+            extras.append(f"{sum(len(x.indices) for x in self.tokens.values())} token rows")
+        return " + ".join([name, *extras])
+
     def ranks(self) -> dict[str, int]:
         """Rank per module path."""
         return {path: module.rank for path, module in self.modules.items()}
+
+    def check_mode(self, mode: Mode) -> None:
+        """Check that a mode can take the adapter.
+
+        Raises:
+            UnsupportedAdapterError: it cannot; the field and the way out are named.
+        """
+        for refusal in config_refusals(self.config):
+            if mode in refusal.modes:
+                raise UnsupportedAdapterError(
+                    f"adapter {self.name} is refused in {mode} mode: {refusal.message}",
+                    refusal.hint,
+                )
 
 
 def check_name(name: str) -> str:
@@ -133,159 +219,74 @@ def load_adapter(path: str | os.PathLike[str], name: str | None = None) -> Adapt
     Raises:
         AdapterError: the folder or a file is missing or damaged; a key or pattern matches nothing;
             shapes or ranks contradict each other; NaN or Inf.
-        UnsupportedAdapterError: the adapter carries something that would not be exported exactly.
+        UnsupportedAdapterError: the adapter carries something that no mode would export exactly.
     """
     directory = Path(path)
-    config = _read_config(directory)
-    _refuse_config(directory, config)
-    tensor_file = _tensor_file(directory)
-    factors = _read_factors(tensor_file)
-    modules, warnings = _modules(directory, config, factors)
+    config = read_config(directory)
+    for refusal in config_refusals(config):
+        if len(refusal.modes) > 1:
+            raise UnsupportedAdapterError(
+                f"{directory} is refused: {refusal.message}", refusal.hint
+            )
+    file = tensor_file(directory)
+    tensors = read_tensors(file)
+    modules, warnings = _modules(directory, config, tensors)
+    saved, copies = _saved(config, tensors, modules)
     digest = hashlib.sha256()
-    for file in (directory / CONFIG_FILE, tensor_file):
-        digest.update(file.read_bytes())
+    for part in (directory / CONFIG_FILE, file):
+        digest.update(part.read_bytes())
+    training = read_training(directory)
+    fingerprint = training.get("base_fingerprint")
+    tokens = _tokens(directory, config, tensors)
+    if not modules and not saved and not tokens:
+        raise AdapterError(f"{directory} changes nothing", "Save the adapter again with PEFT.")
     return Adapter(
         name=check_name(name if name is not None else directory.resolve().name),
         directory=directory,
         config=config,
-        kind="rsLoRA" if config.get("use_rslora") else "LoRA",
         modules=modules,
+        saved=saved,
+        tokens=tokens,
+        base_copies=copies,
+        invocation=tuple(int(token) for token in config.get("alora_invocation_tokens") or ()),
+        labels=tuple(str(label) for label in training.get("labels") or ()),
         base_model=config.get("base_model_name_or_path"),
-        base_fingerprint=_base_fingerprint(directory),
+        base_fingerprint=str(fingerprint) if fingerprint else None,
         digest=digest.hexdigest(),
         warnings=warnings,
     )
 
 
-def refusals(path: str | os.PathLike[str]) -> list[str]:
-    """Everything for which :func:`load_adapter` would refuse the adapter, one line each.
+def refusals(path: str | os.PathLike[str]) -> list[Refusal]:
+    """Everything for which an adapter would be refused without looking at a base, and in which
+    modes.
 
     Raises:
         AdapterError: the folder has no readable config.
     """
     directory = Path(path)
-    config = _read_config(directory)
-    found = [message for message, _ in config_refusals(config)]
-    tensor_file = directory / TENSOR_FILE
-    if tensor_file.is_file():
-        try:
-            keys: Iterable[str] = read_header(tensor_file)
-        except ValueError as error:
-            return [*found, str(error)]
-        found += [tensor_refusal(key) for key in keys if parse_peft_key(key) is None]
-    if not found:
-        try:
+    found = list(config_refusals(read_config(directory)))
+    try:
+        for key in unknown_keys(tensor_file(directory)):
+            found.append(Refusal(f"tensor {key!r} is of a kind that is not known", ""))
+        if not any(len(refusal.modes) > 1 for refusal in found):
             load_adapter(directory, "adapter")
-        except AdapterError as error:
-            found.append(str(error))
+    except (AdapterError, ValueError) as error:
+        found.append(Refusal(str(error), getattr(error, "hint", "")))
     return found
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
-    file = directory / CONFIG_FILE
-    if not file.is_file():
-        if not directory.is_dir():
-            raise AdapterError(
-                f"adapter {directory} is not a folder", "Give the folder that PEFT saved."
-            )
-        nested = sorted(child.parent.name for child in directory.glob(f"*/{CONFIG_FILE}"))
-        if nested:
-            raise AdapterError(
-                f"{directory} holds several saved adapters: {', '.join(nested)}",
-                f"Give one of them, e.g. {directory / nested[0]}",
-            )
-        raise AdapterError(
-            f"{directory} has no {CONFIG_FILE}",
-            "Give the folder that PEFT's save_pretrained wrote.",
-        )
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{file} cannot be read: {error}", "Save the adapter again.") from error
-    if not isinstance(config, dict):
-        raise AdapterError(f"{file} is not a JSON object", "Save the adapter again.")
-    return config
-
-
-def _refuse_config(directory: Path, config: Mapping[str, Any]) -> None:
-    for message, hint in config_refusals(config):
-        raise UnsupportedAdapterError(f"{directory} is refused: {message}", hint)
-
-
-def _tensor_file(directory: Path) -> Path:
-    file = directory / TENSOR_FILE
-    if file.is_file():
-        return file
-    pickle = directory / "adapter_model.bin"
-    if pickle.is_file():
-        raise UnsupportedAdapterError(
-            f"{pickle} is a pickle, which can run code when it is loaded",
-            "Convert it where you trust it: PeftModel.from_pretrained(...) and "
-            "save_pretrained(..., safe_serialization=True).",
-        )
-    raise AdapterError(f"{directory} has no {TENSOR_FILE}", "Save the adapter again with PEFT.")
-
-
-def _read_factors(file: Path) -> dict[str, dict[str, NDArray[np.float32]]]:
-    try:
-        records = read_header(file)
-    except ValueError as error:
-        raise AdapterError(str(error), "Copy the adapter again.") from error
-    factors: dict[str, dict[str, NDArray[np.float32]]] = {}
-    for key, record in records.items():
-        parsed = parse_peft_key(key)
-        if parsed is None:
-            raise UnsupportedAdapterError(
-                f"{file} is refused: {tensor_refusal(key)}, and dropping it would change the "
-                "adapter",
-                MERGE_FIRST,
-            )
-        path, part = parsed
-        if len(record.shape) != 2:
-            raise UnsupportedAdapterError(
-                f"{file} is refused: tensor {key!r} has shape {record.shape}; only linear layers "
-                "(2-D factors) are supported",
-                MERGE_FIRST,
-            )
-        try:
-            tensor = read_float32(record)
-        except ValueError as error:
-            raise AdapterError(f"{file}: {key}: {error}", "Save the adapter in fp32.") from error
-        if not np.isfinite(tensor).all():
-            bad = int(tensor.size - np.isfinite(tensor).sum())
-            raise AdapterError(
-                f"{file}: tensor {key!r} has {bad} values that are NaN or Inf",
-                "The training diverged; use an earlier checkpoint.",
-            )
-        factors.setdefault(path, {})[part] = tensor
-    if not factors:
-        raise AdapterError(f"{file} holds no LoRA factors", "Save the adapter again with PEFT.")
-    return factors
-
-
 def _modules(
-    directory: Path,
-    config: Mapping[str, Any],
-    factors: Mapping[str, Mapping[str, NDArray[np.float32]]],
-) -> tuple[dict[str, LoraModule], tuple[str, ...]]:
+    directory: Path, config: Mapping[str, Any], tensors: Tensors
+) -> tuple[dict[str, LowRank], tuple[str, ...]]:
     rank_pattern: Mapping[str, int] = config.get("rank_pattern") or {}
     alpha_pattern: Mapping[str, float] = config.get("alpha_pattern") or {}
     unused = {("rank_pattern", key) for key in rank_pattern}
     unused |= {("alpha_pattern", key) for key in alpha_pattern}
-    modules: dict[str, LoraModule] = {}
+    factors = dict(_pairs(directory, tensors))
+    modules: dict[str, LowRank] = {}
     for path in sorted(factors):
-        missing = {"A", "B"} - set(factors[path])
-        if missing:
-            raise AdapterError(
-                f"{directory}: module {path} has no lora_{missing.pop()}", "Save the adapter again."
-            )
-        a, b = factors[path]["A"], factors[path]["B"]
-        if a.shape[0] != b.shape[1]:
-            raise AdapterError(
-                f"{directory}: module {path}: lora_A is {a.shape}, lora_B is {b.shape}; "
-                "their ranks differ",
-                "Save the adapter again with PEFT.",
-            )
+        kind, a, b = factors[path]
         rank_key = _first_match(rank_pattern, path)
         alpha_key = _first_match(alpha_pattern, path)
         unused -= {("rank_pattern", rank_key), ("alpha_pattern", alpha_key)}
@@ -299,22 +300,167 @@ def _modules(
             alpha_pattern[alpha_key] if alpha_key is not None else config.get("lora_alpha", 8),
             "lora_alpha",
         )
-        scale = scaling(alpha, a.shape[0], rslora=bool(config.get("use_rslora")))
-        modules[path] = LoraModule(path, a, b, alpha, scale)
+        modules[path] = LowRank(
+            path,
+            kind,
+            a,
+            b,
+            alpha,
+            scaling(alpha, a.shape[0], rslora=bool(config.get("use_rslora"))),
+            _vector(directory, "lora_magnitude_vector", path, tensors.get("magnitude", {}), b),
+            _vector(directory, "lora_B.bias", path, tensors.get("B.bias", {}), b),
+        )
+    _check_extras(directory, config, tensors, modules)
     if unused:
         field, key = sorted(unused)[0]
         raise AdapterError(
             f"{directory}: {field} has the key {key!r}, which decides for none of the adapter's "
-            f"{len(modules)} modules (one is {next(iter(modules))})",
+            f"{len(modules)} modules (one is {next(iter(modules), 'none')})",
             f"Correct or remove the key in {CONFIG_FILE}; PEFT ignores it in silence.",
         )
     dead = [path for path, module in modules.items() if not module.b.any() or not module.a.any()]
     warnings: tuple[str, ...] = ()
-    if len(dead) == len(modules):
-        warnings = ("all its factors B (or A) are zero: the adapter changes nothing",)
+    if dead and len(dead) == len(modules):
+        warnings = ("all its factors B (or A) are zero: they change nothing",)
     elif dead:
         warnings = (f"{len(dead)} of {len(modules)} modules are zero, e.g. {dead[0]}",)
     return modules, warnings
+
+
+_Pair = tuple[Literal["linear", "embedding", "conv"], FloatArray, FloatArray]
+_PAIRS: tuple[tuple[PeftPart, PeftPart], ...] = (("A", "B"), ("embedding_A", "embedding_B"))
+
+
+def _pairs(directory: Path, tensors: Tensors) -> Iterable[tuple[str, _Pair]]:
+    """Each module's kind, a and b (2-D); both must be there and their ranks must agree."""
+    for parts in _PAIRS:
+        first, second = (tensors.get(part, {}) for part in parts)
+        for path in {**first, **second}:
+            missing = [
+                part for part, side in zip(parts, (first, second), strict=True) if path not in side
+            ]
+            if missing:
+                raise AdapterError(
+                    f"{directory}: module {path} has no lora_{missing[0]}",
+                    "Save the adapter again.",
+                )
+            a, b = first[path], second[path]
+            kind: Literal["linear", "embedding", "conv"] = "linear"
+            if parts[0] == "embedding_A":
+                kind = "embedding"
+            elif a.ndim > 2:
+                kind = "conv"
+            flat = b.reshape(b.shape[0], -1)
+            groups = a.shape[0] // max(flat.shape[1], 1)
+            fits = flat.shape[1] == a.shape[0] or (
+                kind == "conv" and flat.shape[1] * groups == a.shape[0] and groups > 0
+            )
+            if a.ndim < 2 or b.ndim != a.ndim or not fits:
+                raise AdapterError(
+                    f"{directory}: module {path}: lora_A is {a.shape}, lora_B is {b.shape}; "
+                    "their ranks differ",
+                    "Save the adapter again with PEFT.",
+                )
+            yield path, (kind, a, flat)
+
+
+def _vector(
+    directory: Path, what: str, path: str, vectors: Mapping[str, FloatArray], b: FloatArray
+) -> FloatArray | None:
+    vector = vectors.get(path)
+    if vector is None:
+        return None
+    if vector.size != b.shape[0]:
+        raise AdapterError(
+            f"{directory}: module {path}: {what} is {vector.shape}, expected [{b.shape[0]}]",
+            "Save the adapter again with PEFT.",
+        )
+    return vector.reshape(-1)
+
+
+def _check_extras(
+    directory: Path,
+    config: Mapping[str, Any],
+    tensors: Tensors,
+    modules: Mapping[str, LowRank],
+) -> None:
+    """DoRA and ``lora_bias``: the tensors are there where, and only where, the config says so."""
+    extras: tuple[tuple[str, PeftPart, str], ...] = (
+        ("use_dora", "magnitude", "lora_magnitude_vector"),
+        ("lora_bias", "B.bias", "lora_B.bias"),
+    )
+    for field, part, what in extras:
+        held = set(tensors.get(part, {}))
+        lost = sorted(held - set(modules))
+        if lost:
+            raise AdapterError(
+                f"{directory}: {what} of {lost[0]} has no factors beside it",
+                "Save the adapter again with PEFT.",
+            )
+        wanted = set(modules) if config.get(field) else set()
+        if field == "lora_bias":  # embeddings have no bias
+            wanted = {path for path in wanted if modules[path].kind != "embedding"}
+        if held != wanted:
+            odd = min(held ^ wanted)
+            raise AdapterError(
+                f"{directory}: {field} is {config.get(field)!r}, but module {odd} "
+                f"{'has' if odd in held else 'lacks'} a {what}",
+                "The config and the tensors are from different adapters; save it again.",
+            )
+    for path, module in modules.items():
+        if module.magnitude is not None and module.b.shape[1] != module.rank:
+            raise UnsupportedAdapterError(
+                f"{directory} is refused: {path} is a grouped convolution with DoRA",
+                "PEFT itself cannot run it; train a plain LoRA.",
+            )
+
+
+def _saved(
+    config: Mapping[str, Any], tensors: Tensors, modules: Mapping[str, LowRank]
+) -> tuple[dict[str, FloatArray], dict[str, FloatArray]]:
+    """The parameters that replace the base's, and copies of the base's that were saved along."""
+    names = [*(config.get("modules_to_save") or ())]
+    names += _TASK_HEADS.get(str(config.get("task_type")), ())
+    bias = config.get("bias", "none")
+    saved: dict[str, FloatArray] = {}
+    copies = {f"{path}.weight": array for path, array in tensors.get("base", {}).items()}
+    for path, array in tensors.get("saved", {}).items():
+        module, _, own_name = path.rpartition(".")
+        replaces = _is_saved_module(module, names) or (
+            own_name == "bias" and (bias == "all" or (bias == "lora_only" and module in modules))
+        )
+        (saved if replaces else copies)[path] = array
+    return dict(sorted(saved.items())), copies
+
+
+def _is_saved_module(module: str, names: Iterable[str]) -> bool:
+    """Whether a module, or one above it, is one that ``modules_to_save`` names."""
+    parts = module.split(".")
+    above = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    # PEFT compares with str.endswith, so "norm" hits "layernorm" too.
+    return any(path.endswith(name) for path in above for name in names)
+
+
+def _tokens(directory: Path, config: Mapping[str, Any], tensors: Tensors) -> dict[str, TokenRows]:
+    wanted = config.get("trainable_token_indices")
+    found: dict[str, TokenRows] = {}
+    for path, rows in tensors.get("tokens", {}).items():
+        indices = wanted
+        if isinstance(wanted, Mapping):
+            indices = next((v for k, v in wanted.items() if f".{path}".endswith(f".{k}")), None)
+        if not indices or rows.shape[0] != len(indices):
+            raise AdapterError(
+                f"{directory}: {path} has {rows.shape[0]} trained token rows, but "
+                f"trainable_token_indices is {wanted!r}",
+                "The config and the tensors are from different adapters; save it again.",
+            )
+        found[path] = TokenRows(path, tuple(int(index) for index in indices), rows)
+    if wanted and not found:
+        raise AdapterError(
+            f"{directory}: trainable_token_indices is {wanted!r}, but no tensor holds trained rows",
+            "Save the adapter again with PEFT.",
+        )
+    return found
 
 
 def _number(value: Any, field: str) -> float:
@@ -336,16 +482,3 @@ def _first_match(pattern: Mapping[str, Any], path: str) -> str | None:
                 f"Correct it in {CONFIG_FILE}.",
             ) from error
     return None
-
-
-def _base_fingerprint(directory: Path) -> str | None:
-    file = directory / TRAINING_FILE
-    if not file.is_file():
-        return None
-    try:
-        value = json.loads(file.read_text(encoding="utf-8")).get("base_fingerprint")
-    except (OSError, ValueError, AttributeError) as error:
-        raise AdapterError(
-            f"{file} cannot be read: {error}", "Remove it, or copy the adapter again."
-        ) from error
-    return str(value) if value else None

@@ -69,14 +69,13 @@ class Base:
                 "Use the full-precision checkpoint as the base.",
             ) from error
 
-    def linear_weight(self, path: str) -> NDArray[np.float32] | None:
-        """The weight of a module, though the checkpoint may leave out the path's first parts.
+    def parameter(self, path: str) -> NDArray[np.float32] | None:
+        """A parameter of the model, though the checkpoint may leave out the path's first parts.
 
         ``None`` when the checkpoint has none of its own for it, or more than one tensor fits.
         """
-        wanted = f"{path}.weight"
         keys = self.keys()
-        fitting = [wanted] if wanted in keys else [k for k in keys if wanted.endswith(f".{k}")]
+        fitting = [path] if path in keys else [k for k in keys if path.endswith(f".{k}")]
         return self.weight(fitting[0]) if len(fitting) == 1 else None
 
     def fingerprint(self) -> str:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora_edge.errors import AdapterNotFoundError, BundleError
+from lora_edge.names import FACTOR_PARTS, Part
 
 MANIFEST_NAME = "lora_edge.json"
 FORMAT_VERSION = 1
@@ -36,6 +37,7 @@ _PARTIAL, _RETIRED = ".partial", ".old"
 Mode = Literal["switchable", "merged"]
 Form = Literal["fused", "portable", "foreign"]
 Padding = Literal["right", "left", "either"]
+SiteKind = Literal["linear", "embedding", "conv", "norm", "head"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class GraphSpec:
         head_dim: size of each key/value head.
         vocab_size: size of the logits' last dimension.
         max_length: longest sequence the model's positions allow.
+        head: module path of the layer that makes the logits.
     """
 
     form: Form
@@ -64,19 +67,28 @@ class GraphSpec:
     head_dim: int
     vocab_size: int
     max_length: int
+    head: str = ""
 
 
 @dataclass(frozen=True)
 class SiteEntry:
-    """A site of the graph: a linear layer with its own adapter inputs.
+    """A layer of the model as an adapter sees it; in a manifest, with the inputs that it has.
 
     Attributes:
-        in_features: size of the input's last dimension.
-        out_features: size of the output's last dimension.
+        in_features: size of the input's last dimension; of an embedding the vocabulary, of a
+            convolution all channels times the kernel's size.
+        out_features: size of the output's last dimension (a convolution's channels).
+        kind: ``linear``, ``embedding``, ``conv``, ``norm``, or ``head``: a linear layer whose
+            outputs are a task's labels, and which adapters replace.
+        transposed: the checkpoint keeps the weight of this linear layer as ``[in, out]``.
+        parts: the graph inputs ``lora.<path>.<part>`` that the site has.
     """
 
     in_features: int
     out_features: int
+    kind: SiteKind = "linear"
+    transposed: bool = False
+    parts: tuple[Part, ...] = FACTOR_PARTS
 
 
 @dataclass(frozen=True)
@@ -91,6 +103,9 @@ class AdapterEntry:
         digest: sha256 of the PEFT files it came from.
         base_fingerprint: fingerprint of the base model that it was exported for.
         proved: parity with PyTorch was checked and passed.
+        alone: why it is neither blended nor weighted, e.g. ``DoRA``; empty where it may be.
+        invocation: token ids that activate an aLoRA; empty for any other adapter.
+        labels: names of the outputs of its task head.
     """
 
     name: str
@@ -100,6 +115,9 @@ class AdapterEntry:
     digest: str
     base_fingerprint: str
     proved: bool
+    alone: str = ""
+    invocation: tuple[int, ...] = ()
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -120,8 +138,11 @@ class Manifest:
         precision: precision of the graph's weights, ``fp32``.
         graph: the decoder graph's facts.
         base: ``name_or_path``, ``model_type``, ``fingerprint`` of the base model.
-        kinds: which kinds of adapter the graph has inputs for.
+        kinds: which kinds of adapter the graph has inputs for, e.g. ``lora``, ``dora``.
         sites: module path -> site; empty when merged.
+        uncovered: module path -> layer that an adapter could change and that has no inputs.
+        tied: module paths of the embedding and of the output layer that shares its weight; empty
+            where none does.
         adapters: name -> adapter.
         base_check: figures of the base graph's check against eager PyTorch.
         versions: versions of the packages that made the bundle.
@@ -139,6 +160,8 @@ class Manifest:
     base_check: Mapping[str, Any]
     versions: Mapping[str, str]
     files: Mapping[str, FileEntry] = field(default_factory=dict)
+    uncovered: Mapping[str, SiteEntry] = field(default_factory=dict)
+    tied: tuple[str, ...] = ()
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
@@ -162,14 +185,20 @@ class Manifest:
                 )
             data["graph"] = GraphSpec(**data["graph"])
             data["kinds"] = tuple(data["kinds"])
-            data["sites"] = {k: SiteEntry(**v) for k, v in data["sites"].items()}
-            data["adapters"] = {k: AdapterEntry(**v) for k, v in data["adapters"].items()}
+            data["tied"] = tuple(data["tied"])
+            for layers in ("sites", "uncovered"):
+                data[layers] = {k: SiteEntry(**_tuples(v)) for k, v in data[layers].items()}
+            data["adapters"] = {k: AdapterEntry(**_tuples(v)) for k, v in data["adapters"].items()}
             data["files"] = {k: FileEntry(**v) for k, v in data["files"].items()}
             return Manifest(**data)
         except (KeyError, TypeError, ValueError) as error:
             raise BundleError(
                 f"{MANIFEST_NAME} is not a bundle manifest: {error!r}", "Export the bundle again."
             ) from error
+
+
+def _tuples(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence, Set
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from lora_edge import __version__
 from lora_edge.adapter import Adapter, load_adapter
@@ -23,20 +23,33 @@ from lora_edge.bundle import (
     FileEntry,
     Manifest,
     Mode,
+    SiteEntry,
     file_entries,
     hash_file,
     load_bundle,
     staging,
 )
 from lora_edge.card import bundle_card
+from lora_edge.effects import (
+    KINDS,
+    Weights,
+    check_copies,
+    check_modules,
+    kind_of,
+    parameter_changes,
+    parts_of_kinds,
+    site_changes,
+)
 from lora_edge.errors import (
     AdapterError,
+    BaseModelError,
     BundleError,
     MissingDependencyError,
     ParityError,
 )
-from lora_edge.names import NONE_ADAPTER
-from lora_edge.packing import check_base_of, check_sites, write_adapter_folder, write_none
+from lora_edge.lora import SiteChange
+from lora_edge.names import NONE_ADAPTER, Part
+from lora_edge.packing import check_base_of, check_parts, write_adapter_folder, write_none
 
 Progress = Callable[[str], None]
 
@@ -55,6 +68,7 @@ def export(
     form: Literal["fused", "portable"] = "fused",
     backend: Literal["trace", "optimum"] = "trace",
     sites: Literal["all", "adapters"] = "all",
+    kinds: Sequence[str] = ("lora",),
     force: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -69,6 +83,9 @@ def export(
         backend: ``trace``, or ``optimum`` (needs ``lora-edge[optimum]``; has a form of its own).
         sites: put branches on ``all`` linear layers of the decoder (the head only if an adapter
             needs it), or only on those that the ``adapters`` change.
+        kinds: kinds of adapters, of ``lora``, ``dora``, ``bias``, ``norm``, ``embedding`` and
+            ``conv``, for which a switchable graph gets inputs wherever they are possible, for
+            adapters to come. What the given adapters need they get in any case.
         force: replace an existing bundle.
         progress: called with one line for each stage.
 
@@ -89,10 +106,16 @@ def export(
             f"a merged bundle holds exactly one adapter, got {len(loaded)}",
             "Use --mode switchable for any number of adapters.",
         )
+    unknown = sorted(set(kinds) - set(KINDS))
+    if unknown:
+        raise AdapterError(
+            f"{unknown[0]!r} is no kind of adapter", f"Kinds are {', '.join(KINDS)}."
+        )
     for adapter in loaded:
+        adapter.check_mode(mode)
         check_base_of(adapter, model.fingerprint(), model.name_or_path)
     with staging(Path(output), force=force) as stage:
-        manifest = _build(model, loaded, mode, stage, form, backend, sites, say)
+        manifest = _build(model, loaded, mode, stage, form, backend, sites, tuple(kinds), say)
         staged = Bundle(stage, manifest)
         _prove(staged, model, say)
         _finish(stage)
@@ -102,6 +125,7 @@ def export(
 def add(
     bundle: str | os.PathLike[str] | Bundle,
     adapters: Mapping[str, str | os.PathLike[str]],
+    base: str | os.PathLike[str] | None = None,
 ) -> Bundle:
     """Add adapters to a switchable bundle; its graph and weights are not touched.
 
@@ -110,6 +134,8 @@ def add(
     Args:
         bundle: the bundle or its folder.
         adapters: name -> PEFT directory.
+        base: the bundle's base model; needed for adapters whose tensors follow from its weights
+            (DoRA, trained biases and tokens, ``modules_to_save``).
 
     Returns:
         The bundle with its new manifest.
@@ -127,13 +153,20 @@ def add(
             "Export a switchable one with: lora-edge export BASE --mode switchable",
         )
     loaded = [load_adapter(path, name) for name, path in adapters.items()]
+    weights = None if base is None else _weights_of(resolve_base(base), target)
+    layers = {**manifest.uncovered, **manifest.sites}
+    changes: dict[str, Mapping[str, SiteChange]] = {}
     for adapter in loaded:
         if adapter.name in manifest.adapters:
             raise AdapterError(
                 f"the bundle already has an adapter {adapter.name!r}", "Choose another name."
             )
+        adapter.check_mode("switchable")
         check_base_of(adapter, manifest.base["fingerprint"], manifest.base["name_or_path"])
-        check_sites(adapter, manifest.sites, "the bundle's graph")
+        check_modules(adapter, layers, "the bundle's base")
+        check_copies(adapter, weights, manifest.tied)
+        changes[adapter.name] = site_changes(adapter, layers, weights, manifest.tied)
+        check_parts(adapter, changes[adapter.name], manifest.sites)
     entries, files = dict(manifest.adapters), dict(manifest.files)
     written: list[Path] = []
     try:
@@ -141,7 +174,11 @@ def add(
             folder = target.directory / "adapters" / adapter.name
             written.append(folder)
             entries[adapter.name] = write_adapter_folder(
-                target.directory, adapter, manifest.sites, manifest.base["fingerprint"]
+                target.directory,
+                adapter,
+                manifest.sites,
+                changes[adapter.name],
+                manifest.base["fingerprint"],
             )
             for file in folder.rglob("*"):
                 if file.is_file():
@@ -152,6 +189,16 @@ def add(
         for folder in written:
             shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def _weights_of(base: Base, bundle: Bundle) -> Weights:
+    if base.fingerprint() != bundle.manifest.base["fingerprint"]:
+        raise BaseModelError(
+            f"{base.name_or_path} has fingerprint {base.fingerprint()[:12]}, the bundle was made "
+            f"from {bundle.manifest.base['fingerprint'][:12]}",
+            f"Give the bundle's own base: {bundle.manifest.base['name_or_path']}",
+        )
+    return base.parameter
 
 
 def _silent(line: str) -> None:
@@ -166,6 +213,7 @@ def _build(
     form: Literal["fused", "portable"],
     backend: Literal["trace", "optimum"],
     sites: Literal["all", "adapters"],
+    kinds: tuple[str, ...],
     say: Progress,
 ) -> Manifest:
     try:
@@ -183,44 +231,47 @@ def _build(
     say(f"capturing {base.name_or_path} ({base.model_type}, {backend}, {form})")
     captured = capture(base, raw, form=form, backend=backend)
     for adapter in adapters:
-        check_sites(adapter, captured.linears, base.name_or_path)
+        check_modules(adapter, captured.modules, base.name_or_path)
+        check_copies(adapter, base.parameter, captured.tied)
     model = passes.load(captured.path)
     if captured.spec.form == "fused":
         passes.fuse(model)
         passes.save_graph(model, captured.path)
     say("checking the base graph against PyTorch")
     figures = check_base(captured, base)
-    used = {path for adapter in adapters for path in adapter.modules}
-    wanted = {
-        path: entry
-        for path, entry in captured.linears.items()
-        if path in used or (sites == "all" and mode == "switchable" and path != captured.head)
-    }
-    found = passes.find_sites(model, wanted, base.linear_weight)
     graph_file = stage / GRAPH_FILE
+    fingerprint = base.fingerprint()
+    entries = {}
     if mode == "merged":
-        say(f"merging {adapters[0].name} into {len(used)} weights")
-        factors = {path: module.factors() for path, module in adapters[0].modules.items()}
-        passes.merge(model, found, factors)
+        covered: dict[str, SiteEntry] = {}
+        changes = parameter_changes(adapters[0], captured.modules, captured.tied)
+        say(f"merging {adapters[0].name} into {len(changes)} parameters")
+        owners = {path.rpartition(".")[0] for path in changes} & set(captured.modules)
+        layers = {path: captured.modules[path] for path in sorted(owners)}
+        found = passes.find_sites(model, layers, base.parameter)
+        passes.merge(model, found, changes, base.parameter)
         passes.save_with_data(model, graph_file)
     else:
-        say(f"adding branches to {len(found)} linear layers")
-        passes.branch(model, found)
+        given = {
+            adapter.name: site_changes(adapter, captured.modules, base.parameter, captured.tied)
+            for adapter in adapters
+        }
+        # The head is the largest site and adapters seldom touch it.
+        offered = set(captured.modules) - {captured.head} if sites == "all" else set()
+        covered = _covered(captured.modules, offered, list(given.values()), kinds)
+        say(f"adding branches to {len(covered)} layers")
+        passes.branch(model, passes.find_sites(model, covered, base.parameter))
         # Beside its data, which is moved and never rewritten.
         passes.save_graph(model, captured.path)
         captured.path.rename(graph_file)
         (raw / "model.onnx_data").rename(stage / DATA_FILE)
+        entries[NONE_ADAPTER] = write_none(stage, covered, fingerprint, {})
     passes.check(graph_file)
     shutil.rmtree(raw)
-    fingerprint = base.fingerprint()
-    site_entries = wanted if mode == "switchable" else {}
-    entries = {}
-    if mode == "switchable":
-        entries[NONE_ADAPTER] = write_none(stage, site_entries, fingerprint)
     for adapter in adapters:
-        entries[adapter.name] = write_adapter_folder(
-            stage, adapter, site_entries if mode == "switchable" else None, fingerprint
-        )
+        own = None if mode == "merged" else given[adapter.name]
+        entries[adapter.name] = write_adapter_folder(stage, adapter, covered, own, fingerprint)
+        _say_cost(adapter, stage / entries[adapter.name].file, say)
     for name in _COPIED:
         if (base.directory / name).is_file():
             shutil.copyfile(base.directory / name, stage / name)
@@ -234,14 +285,48 @@ def _build(
             "model_type": base.model_type,
             "fingerprint": fingerprint,
         },
-        kinds=("lora",) if mode == "switchable" else (),
-        sites=site_entries,
+        kinds=tuple(sorted({kind_of(x, part) for x in covered.values() for part in x.parts})),
+        sites=covered,
         adapters=entries,
         base_check=figures,
         versions={"lora-edge": __version__, "onnxruntime": version("onnxruntime")}
         | dict(captured.versions),
+        uncovered={
+            path: dataclasses.replace(entry, parts=())
+            for path, entry in captured.modules.items()
+            if mode == "switchable" and path not in covered
+        },
+        tied=captured.tied,
     )
     return _sign(stage, manifest)
+
+
+def _covered(
+    modules: Mapping[str, SiteEntry],
+    offered: Set[str],
+    given: Sequence[Mapping[str, SiteChange]],
+    kinds: tuple[str, ...],
+) -> dict[str, SiteEntry]:
+    """The layers that get inputs, and which: what the kinds offer and what the adapters need."""
+    covered = {}
+    for path, entry in modules.items():
+        wanted = set(parts_of_kinds(entry, kinds)) if path in offered else set()
+        for changes in given:
+            wanted |= set(changes.get(path, SiteChange()).parts())
+        if wanted:
+            parts = tuple(part for part in get_args(Part) if part in wanted)
+            covered[path] = dataclasses.replace(entry, parts=parts)
+    return covered
+
+
+def _say_cost(adapter: Adapter, file: Path, say: Progress) -> None:
+    """Say what an adapter costs that replaces whole weights instead of low-rank parts of them."""
+    whole = [path for path, value in adapter.saved.items() if value.ndim > 1]
+    if whole and file.is_file():
+        say(
+            f"{adapter.name} replaces {', '.join(whole)} whole: its file is "
+            f"{file.stat().st_size / 1e6:,.1f} MB, and so is what is read for each token"
+        )
 
 
 def _prove(staged: Bundle, base: Base, say: Progress) -> None:

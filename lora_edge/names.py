@@ -2,21 +2,47 @@
 
 A *module path* is the dotted path of a module in the base model as transformers builds it
 (``model.layers.0.self_attn.q_proj``). It is the only identity of a site: the graph's inputs, the
-``.onnx_adapter`` files, the manifest and the reports all use it. This module makes and parses every
-such name; nothing else may.
+``.onnx_adapter`` files, the manifest and the reports all use it. A *parameter path* is a module
+path and the parameter's own name (``model.norm.weight``). This module makes and parses every such
+name; nothing else may.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast, get_args
 
-Part = Literal["A", "B", "gate"]
-PARTS: tuple[Part, ...] = ("A", "B", "gate")
+Part = Literal["A", "B", "gate", "G", "bias", "weight", "W", "c"]
+"""A site's graph inputs; what each is for is said in :mod:`lora_edge.graph.branch`."""
 
-_INPUT = re.compile(r"lora\.(?P<path>.+)\.(?P<part>A|B|gate)")
+FACTOR_PARTS: tuple[Part, ...] = ("A", "B", "gate")
+"""What every low-rank site has."""
+
+STACKED_PARTS: tuple[Part, ...] = ("G", "bias", "weight")
+"""What is stacked over the resident adapters, ``[S, size]``, and read through :data:`SELECT`."""
+
+SELECT = "lora.select"
+"""Graph input ``[batch | 1, seq | 1, S]``: the weight of each of the S resident adapters."""
+
+PeftPart = Literal[
+    "A", "B", "B.bias", "magnitude", "embedding_A", "embedding_B", "tokens", "base", "saved"
+]
+"""What a tensor of a PEFT file is; ``base`` is a copy of a weight of the base, ``saved`` a whole
+parameter that replaces the base's."""
+
+_INPUT = re.compile(rf"lora\.(?P<path>.+)\.(?P<part>{'|'.join(get_args(Part))})")
 _PEFT_PREFIX = "base_model.model."
-_PEFT_KEY = re.compile(r"(?P<path>.+)\.(?P<part>lora_A|lora_B)\.weight")
+_PEFT_KEYS: tuple[tuple[PeftPart, re.Pattern[str]], ...] = (
+    ("A", re.compile(r"(.+)\.lora_A\.weight")),
+    ("B", re.compile(r"(.+)\.lora_B\.weight")),
+    ("B.bias", re.compile(r"(.+)\.lora_B\.bias")),
+    ("magnitude", re.compile(r"(.+)\.lora_magnitude_vector(?:\.weight)?")),
+    ("embedding_A", re.compile(r"(.+)\.lora_embedding_A")),
+    ("embedding_B", re.compile(r"(.+)\.lora_embedding_B")),
+    ("tokens", re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta")),
+    ("base", re.compile(r"(.+)\.base_layer\.weight")),
+)
+_BASE_LAYER = ".base_layer."
 
 NONE_ADAPTER = "none"
 """The adapter that ships in every switchable bundle and changes nothing (rank 1, zeros)."""
@@ -26,36 +52,41 @@ LOGITS_POSITIONS = "logits_positions"
 
 
 class GraphInput(NamedTuple):
-    """A parsed graph input name: which site it belongs to, and which of its three tensors it is."""
+    """A parsed graph input name: which site it belongs to, and which of its tensors it is."""
 
     path: str
     part: Part
 
 
+class PeftKey(NamedTuple):
+    """A parsed key of a PEFT file: a module path (``saved``: a parameter path), and what it is."""
+
+    path: str
+    part: PeftPart
+
+
 def lora_input(path: str, part: Part) -> str:
-    """Name of a site's graph input, ``lora.<module path>.<A|B|gate>``."""
+    """Name of a site's graph input, ``lora.<module path>.<part>``."""
     return f"lora.{path}.{part}"
 
 
 def parse_lora_input(name: str) -> GraphInput | None:
-    """Parse a graph input name; ``None`` when it is not an adapter input."""
+    """Parse a site's graph input name; ``None`` when it is none (:data:`SELECT` is none)."""
     match = _INPUT.fullmatch(name)
-    if match is None:
+    return None if match is None else GraphInput(match["path"], cast(Part, match["part"]))
+
+
+def parse_peft_key(key: str) -> PeftKey | None:
+    """Split the key of a PEFT tensor; ``None`` when it is of no kind that is known here."""
+    name = key.removeprefix(_PEFT_PREFIX)
+    for part, pattern in _PEFT_KEYS:
+        match = pattern.fullmatch(name)
+        if match is not None:
+            return PeftKey(match[1], part)
+    if re.search(r"(^|\.)(lora_|original_module|modules_to_save|token_adapter)", name):
         return None
-    part = match["part"]
-    return GraphInput(match["path"], "A" if part == "A" else "B" if part == "B" else "gate")
-
-
-def parse_peft_key(key: str) -> tuple[str, Literal["A", "B"]] | None:
-    """Split a PEFT tensor key into ``(module path, "A" | "B")``.
-
-    ``None`` when the key is not a plain LoRA factor (``….lora_A.weight``, ``….lora_B.weight``).
-    """
-    match = _PEFT_KEY.fullmatch(key)
-    if match is None:
-        return None
-    path = match["path"].removeprefix(_PEFT_PREFIX)
-    return path, ("A" if match["part"] == "lora_A" else "B")
+    # A trained bias of an adapted layer is saved below the wrapper that PEFT put around the layer.
+    return PeftKey(name.replace(_BASE_LAYER, "."), "saved") if "." in name else None
 
 
 def past_name(layer: int, part: Literal["key", "value"]) -> str:

@@ -5,20 +5,22 @@ Knows adapters and bundles; knows nothing of graphs, captures or PyTorch.
 
 from __future__ import annotations
 
-import difflib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from lora_edge.adapter import CONFIG_FILE, TENSOR_FILE, TRAINING_FILE, Adapter
+from lora_edge.adapter import Adapter
 from lora_edge.bundle import AdapterEntry, SiteEntry
+from lora_edge.effects import alone, kind_of
 from lora_edge.errors import AdapterError
-from lora_edge.lora import FloatArray, zeros
-from lora_edge.names import NONE_ADAPTER, lora_input
+from lora_edge.lora import FloatArray, Head, SiteChange, zeros
+from lora_edge.names import NONE_ADAPTER, SELECT, STACKED_PARTS, lora_input
+from lora_edge.peft_directory import CONFIG_FILE, TENSOR_FILE, TRAINING_FILE
 from lora_edge.runtime.adapter_file import write_adapter
+
+Changes = Mapping[str, SiteChange]
 
 
 def check_base_of(adapter: Adapter, fingerprint: str, name: str) -> None:
@@ -35,55 +37,51 @@ def check_base_of(adapter: Adapter, fingerprint: str, name: str) -> None:
         )
 
 
-def check_sites(adapter: Adapter, sites: Mapping[str, SiteEntry], where: str) -> None:
-    """Check that every layer that an adapter changes is there, in the adapter's shape.
+def check_parts(adapter: Adapter, changes: Changes, sites: Mapping[str, SiteEntry]) -> None:
+    """Check that a bundle's graph has the inputs that carry an adapter.
 
     Raises:
-        AdapterError: a layer is missing (near misses are named), or has another shape.
+        AdapterError: it lacks one; the site and the kind are named.
     """
-    for path, module in adapter.modules.items():
+    for path, change in changes.items():
         site = sites.get(path)
-        if site is None:
-            near = difflib.get_close_matches(path, sites, n=3)
+        missing = [part for part in change.parts() if site is None or part not in site.parts]
+        if missing:
+            kinds = ("lora",) if site is None else {kind_of(site, part) for part in missing}
             raise AdapterError(
-                f"adapter {adapter.name} changes {path}, and {where} has no such site"
-                + (f"; near misses: {', '.join(near)}" if near else ""),
-                "If the layer exists in the base, export again with this adapter (-a), so that the "
-                "graph gets a branch there; else the adapter is for another base.",
-            )
-        if (site.in_features, site.out_features) != (module.in_features, module.out_features):
-            raise AdapterError(
-                f"adapter {adapter.name}: {path} is [{module.in_features} -> "
-                f"{module.out_features}], {where} has [{site.in_features} -> {site.out_features}]",
-                f"The adapter is for another base: {adapter.base_model}",
+                f"adapter {adapter.name} needs {', '.join(sorted(kinds))} at {path}, and the "
+                f"bundle's graph has no input {lora_input(path, missing[0])}",
+                "Export again with this adapter (-a), or with --kinds "
+                f"lora,{','.join(sorted(set(kinds) - {'lora'})) or '…'}.",
             )
 
 
-def write_none(stage: Path, sites: Mapping[str, SiteEntry], fingerprint: str) -> AdapterEntry:
-    """Write the adapter that changes nothing: rank 1, zeros, at every site."""
-    tensors: dict[str, FloatArray] = {}
-    for path, site in sites.items():
-        pair = zeros(site.in_features, site.out_features, 1)
-        tensors |= _tensors(path, pair.A, pair.B)
-    return _entry(stage, NONE_ADAPTER, "none", {}, "", fingerprint, tensors, proved=True)
+def write_none(
+    stage: Path, sites: Mapping[str, SiteEntry], fingerprint: str, heads: Mapping[str, Head]
+) -> AdapterEntry:
+    """Write the adapter that changes nothing: rank 1, zeros, at every site; the base's heads."""
+    changes = {
+        path: SiteChange(zeros(site.in_features, site.out_features, 1))
+        for path, site in sites.items()
+        if "A" in site.parts
+    }
+    changes |= {path: SiteChange(head=head) for path, head in heads.items()}
+    return _entry(stage, NONE_ADAPTER, "none", {}, "", fingerprint, changes, sites, proved=True)
 
 
 def write_adapter_folder(
-    directory: Path, adapter: Adapter, sites: Mapping[str, SiteEntry] | None, fingerprint: str
+    directory: Path,
+    adapter: Adapter,
+    sites: Mapping[str, SiteEntry],
+    changes: Changes | None,
+    fingerprint: str,
 ) -> AdapterEntry:
-    """Write an adapter's folder; without ``sites`` (merged) only PEFT's own files."""
+    """Write an adapter's folder; without ``changes`` (merged) only PEFT's own files."""
     folder = directory / "adapters" / adapter.name
     (folder / "peft").mkdir(parents=True)
     for name in (CONFIG_FILE, TENSOR_FILE, TRAINING_FILE):
         if (adapter.directory / name).is_file():
             shutil.copyfile(adapter.directory / name, folder / "peft" / name)
-    tensors: dict[str, FloatArray] | None = None
-    if sites is not None:
-        tensors = {}
-        for path, site in sites.items():
-            module = adapter.modules.get(path)
-            pair = module.factors() if module else zeros(site.in_features, site.out_features, 0)
-            tensors |= _tensors(path, pair.A, pair.B)
     return _entry(
         directory,
         adapter.name,
@@ -91,14 +89,40 @@ def write_adapter_folder(
         adapter.ranks(),
         adapter.digest,
         fingerprint,
-        tensors,
+        changes,
+        sites,
         proved=False,
+        alone=alone(adapter, sites),
+        invocation=adapter.invocation,
+        labels=adapter.labels,
     )
 
 
-def _tensors(path: str, a: FloatArray, b: FloatArray) -> dict[str, FloatArray]:
-    gate: NDArray[np.float32] = np.ones((1, 1, 1), np.float32)
-    return {lora_input(path, "A"): a, lora_input(path, "B"): b, lora_input(path, "gate"): gate}
+def graph_tensors(changes: Changes, sites: Mapping[str, SiteEntry]) -> dict[str, FloatArray]:
+    """Every input of a graph for one adapter: what it changes, and zeros for the rest.
+
+    ``lora.select`` and the gates are ones, so that the file alone switches the adapter on.
+    """
+    tensors: dict[str, FloatArray] = {}
+    one = np.ones((1, 1, 1), np.float32)
+    for path, site in sites.items():
+        change = changes.get(path, SiteChange())
+        if "A" in site.parts:
+            # A convolution of no output channels is no convolution.
+            nothing = zeros(site.in_features, site.out_features, int(site.kind == "conv"))
+            pair = change.factors or nothing
+            tensors[lora_input(path, "A")], tensors[lora_input(path, "B")] = pair.A, pair.B
+            tensors[lora_input(path, "gate")] = one
+        for part, vector in change.stacked().items():
+            if part in site.parts:
+                empty = np.zeros(site.out_features, np.float32)
+                tensors[lora_input(path, part)] = (empty if vector is None else vector)[None]
+        if change.head is not None:
+            tensors[lora_input(path, "W")] = change.head.W[None]
+            tensors[lora_input(path, "c")] = change.head.c[None, None]
+    if any(set(site.parts) & set(STACKED_PARTS) for site in sites.values()):
+        tensors[SELECT] = one
+    return tensors
 
 
 def _entry(
@@ -108,15 +132,19 @@ def _entry(
     ranks: Mapping[str, int],
     digest: str,
     fingerprint: str,
-    tensors: dict[str, FloatArray] | None,
+    changes: Changes | None,
+    sites: Mapping[str, SiteEntry],
     *,
     proved: bool,
+    alone: str = "",
+    invocation: tuple[int, ...] = (),
+    labels: tuple[str, ...] = (),
 ) -> AdapterEntry:
     file = ""
-    if tensors is not None:
+    if changes is not None:
         file = f"adapters/{name}/adapter.onnx_adapter"
         (directory / file).parent.mkdir(parents=True, exist_ok=True)
-        write_adapter(directory / file, tensors)
+        write_adapter(directory / file, graph_tensors(changes, sites))
     return AdapterEntry(
         name=name,
         file=file,
@@ -125,4 +153,7 @@ def _entry(
         digest=digest,
         base_fingerprint=fingerprint,
         proved=proved,
+        alone=alone,
+        invocation=invocation,
+        labels=labels,
     )

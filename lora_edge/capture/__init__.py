@@ -26,8 +26,8 @@ class BaseGraph:
     Attributes:
         path: the ONNX file; its weights are in ``model.onnx_data`` beside it.
         spec: what a runtime must know of the graph.
-        linears: module path -> sizes, of every linear layer, the head included.
-        tied: the head shares the embedding's weight.
+        modules: module path -> sizes and kind, of every layer that an adapter may change.
+        tied: module paths of the embedding and of the head that shares its weight, or ().
         head: module path of the head.
         model_type: ``model_type`` of the config.
         versions: versions of the packages that made the graph.
@@ -36,8 +36,8 @@ class BaseGraph:
 
     path: Path
     spec: GraphSpec
-    linears: Mapping[str, SiteEntry]
-    tied: bool
+    modules: Mapping[str, SiteEntry]
+    tied: tuple[str, ...]
     head: str
     model_type: str
     versions: Mapping[str, str]
@@ -77,14 +77,14 @@ def capture(
         ) from error
     packages = ["torch", "transformers", "onnx"]
     if backend == "optimum":
-        path, spec, linears, tied, head = export_with_optimum(base, directory)
+        path, spec, modules, tied, head = export_with_optimum(base, directory)
         packages += ["optimum", "optimum-onnx"]
     else:
-        path, spec, linears, tied, head = trace(base, directory, form)
+        path, spec, modules, tied, head = trace(base, directory, form)
     return BaseGraph(
         path=path,
         spec=spec,
-        linears={name: SiteEntry(*sizes) for name, sizes in linears.items()},
+        modules=modules,
         tied=tied,
         head=head,
         model_type=base.model_type,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
 from torch import nn
 
 from lora_edge.base import Base
+from lora_edge.bundle import SiteEntry
 from lora_edge.capture.families import OPTIMUM, refuse_unloadable, refuse_untraceable
 from lora_edge.capture.swaps import is_linear
 from lora_edge.errors import BaseModelError, UnsupportedModelError
@@ -95,13 +97,40 @@ def max_length(config: Any) -> int:
     )
 
 
-def linear_sizes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Module path -> ``(in, out)`` of every linear layer."""
-    return {path: _sizes(module) for path, module in model.named_modules() if is_linear(module)}
+def model_layers(model: nn.Module) -> dict[str, SiteEntry]:
+    """Module path -> sizes and kind, of every layer that an adapter may change."""
+    found = {path: _layer(module) for path, module in model.named_modules()}
+    return {path: entry for path, entry in found.items() if entry is not None}
 
 
-def _sizes(module: Any) -> tuple[int, int]:
+def tied_pair(model: Any) -> tuple[str, ...]:
+    """Module paths of the embedding and of the output layer that shares its weight, or ()."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or embedding is None or head.weight is not embedding.weight:
+        return ()
+    return path_of(model, embedding), path_of(model, head)
+
+
+def path_of(model: nn.Module, wanted: nn.Module) -> str:
+    """The module path of a module of a model."""
+    found: str = next(path for path, module in model.named_modules() if module is wanted)
+    return found
+
+
+def _layer(module: Any) -> SiteEntry | None:
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, nn.Parameter):
+        return None
+    shape = tuple(int(size) for size in weight.shape)
     if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    rows, columns = module.weight.shape
-    return int(rows), int(columns)
+        return SiteEntry(shape[1], shape[0])
+    if is_linear(module):  # Conv1D of GPT-2
+        return SiteEntry(shape[0], shape[1], transposed=True)
+    if isinstance(module, nn.Embedding):
+        return SiteEntry(shape[0], shape[1], kind="embedding")
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        size = math.prod(shape[2:])
+        return SiteEntry(module.in_channels * size, module.out_channels, kind="conv")
+    if weight.ndim == 1 and "Norm" in type(module).__name__:
+        return SiteEntry(shape[0], shape[0], kind="norm")
+    return None

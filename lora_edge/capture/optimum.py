@@ -15,8 +15,8 @@ import onnx
 import torch
 
 from lora_edge.base import Base
-from lora_edge.bundle import GraphSpec
-from lora_edge.capture.load import linear_sizes, load_model, max_length
+from lora_edge.bundle import GraphSpec, SiteEntry
+from lora_edge.capture.load import load_model, max_length, model_layers, path_of, tied_pair
 from lora_edge.errors import CaptureError, MissingDependencyError, UnsupportedModelError
 from lora_edge.names import past_name
 
@@ -26,12 +26,12 @@ _INLINE_BELOW = 1024  # bytes
 
 def export_with_optimum(
     base: Base, directory: Path
-) -> tuple[Path, GraphSpec, dict[str, tuple[int, int]], bool, str]:
+) -> tuple[Path, GraphSpec, dict[str, SiteEntry], tuple[str, ...], str]:
     """Export a decoder into ``directory/model.onnx`` and ``directory/model.onnx_data``.
 
     Returns:
-        The graph's path, its facts, ``(in, out)`` of each linear layer by module path, whether the
-        head is tied to the embedding, and the head's module path.
+        The graph's path, its facts, its layers by module path, the embedding and the head where
+        they share their weight (see :func:`tied_pair`), and the head's module path.
 
     Raises:
         MissingDependencyError: optimum-onnx is not installed.
@@ -49,10 +49,8 @@ def export_with_optimum(
         ) from error
     # Only an eager model keeps its softcap, and only the loaded model decides that.
     model = load_model(base, None)
-    linears = linear_sizes(model)
-    head = model.get_output_embeddings()
-    tied = head.weight is model.get_input_embeddings().weight
-    head_path = next(path for path, module in model.named_modules() if module is head)
+    modules, tied = model_layers(model), tied_pair(model)
+    head = path_of(model, model.get_output_embeddings())
     with tempfile.TemporaryDirectory(dir=directory) as scratch, warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", FutureWarning)
@@ -80,6 +78,7 @@ def export_with_optimum(
         head_dim=head_dim,
         vocab_size=int(model.config.vocab_size),
         max_length=max_length(model.config),
+        head=head,
     )
     onnx.save(
         graph,
@@ -88,7 +87,7 @@ def export_with_optimum(
         location="model.onnx_data",
         size_threshold=_INLINE_BELOW,
     )
-    return path, spec, linears, tied, head_path
+    return path, spec, modules, tied, head
 
 
 def _cache(graph: onnx.ModelProto) -> tuple[int, int, int]:

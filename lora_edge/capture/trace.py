@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_edge.base import Base
-from lora_edge.bundle import GraphSpec
+from lora_edge.bundle import GraphSpec, SiteEntry
 from lora_edge.capture.attention import (
     AttentionSwap,
     Fused,
@@ -28,7 +28,7 @@ from lora_edge.capture.attention import (
     TraceCache,
 )
 from lora_edge.capture.families import OPTIMUM
-from lora_edge.capture.load import linear_sizes, load_model, max_length
+from lora_edge.capture.load import load_model, max_length, model_layers, path_of, tied_pair
 from lora_edge.capture.operators import TakePositions
 from lora_edge.capture.swaps import (
     RotarySwap,
@@ -102,12 +102,12 @@ def _forward(
 
 def trace(
     base: Base, directory: Path, form: Literal["fused", "portable"]
-) -> tuple[Path, GraphSpec, dict[str, tuple[int, int]], bool, str]:
+) -> tuple[Path, GraphSpec, dict[str, SiteEntry], tuple[str, ...], str]:
     """Trace a decoder into ``directory/model.onnx`` and ``directory/model.onnx_data``.
 
     Returns:
-        The graph's path, its facts, ``(in, out)`` of each linear layer by module path, whether the
-        head is tied to the embedding, and the head's module path.
+        The graph's path, its facts, its layers by module path, the embedding and the head where
+        they share their weight (see :func:`tied_pair`), and the head's module path.
 
     Raises:
         UnsupportedModelError: the architecture is refused.
@@ -117,12 +117,12 @@ def trace(
     swap = AttentionSwap(base.model_type)
     with swap.registered(), torch.no_grad():
         model = load_model(base, swap.name)
-        linears = linear_sizes(model)
+        modules = model_layers(model)
         longest = max_length(model.config)
         rotary = RotarySwap(model, longest) if form == "fused" else None
         facts = _survey(model, swap, rotary, base.model_type)
-        head = model.get_output_embeddings()
-        tied = head is not None and head.weight is model.get_input_embeddings().weight
+        tied = tied_pair(model)
+        head = path_of(model, model.get_output_embeddings())
         graph = _export(model, swap, rotary, facts, directory)
     path = directory / "model.onnx"
     onnx.save(graph, path)
@@ -137,9 +137,9 @@ def trace(
         head_dim=first.head_dim,
         vocab_size=int(model.config.get_text_config().vocab_size),
         max_length=longest,
+        head=head,
     )
-    head_path = next(path for path, module in model.named_modules() if module is head)
-    return path, spec, linears, tied, head_path
+    return path, spec, modules, tied, head
 
 
 def _survey(

@@ -18,7 +18,10 @@ from lora_edge.cli.arguments import named_paths
     metavar="NAME=DIR",
     help="Repeatable.",
 )
-def command(bundle: str, adapters: tuple[str, ...]) -> None:
+@click.option(
+    "--base", help="The bundle's base, for adapters whose tensors follow from its weights (DoRA …)."
+)
+def command(bundle: str, adapters: tuple[str, ...], base: str | None) -> None:
     """Add PEFT adapters to BUNDLE; its graph and weights are not touched. Needs no PyTorch.
 
     They are unproved until `lora-edge validate BUNDLE --reference BASE` has seen them.
@@ -26,7 +29,7 @@ def command(bundle: str, adapters: tuple[str, ...]) -> None:
     from lora_edge.exporter import add
 
     named = named_paths(adapters)
-    result = add(bundle, named)
+    result = add(bundle, named, base)
     for name in named:
         click.echo(f"added {name}: unproved until validate --reference has seen it", err=True)
     click.echo(result.directory)

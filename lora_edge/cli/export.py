@@ -46,6 +46,13 @@ from lora_edge.cli.arguments import named_paths
     show_default=True,
     help="Branches on all linear layers of the decoder, or only where the adapters need them.",
 )
+@click.option(
+    "--kinds",
+    default="lora",
+    show_default=True,
+    help="Comma-separated: kinds of adapters to come that the graph takes on any layer: lora, "
+    "dora, bias, norm, embedding, conv. What the given adapters need is added in any case.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 def command(adapters: tuple[str, ...], output: Path, **options: Any) -> None:
     """Export BASE (a Hugging Face folder or hub id) and PEFT adapters to one ONNX bundle.
@@ -56,6 +63,7 @@ def command(adapters: tuple[str, ...], output: Path, **options: Any) -> None:
 
     started = time.monotonic()
     base = options.pop("base")
+    options["kinds"] = [kind.strip() for kind in options["kinds"].split(",") if kind.strip()]
     bundle = export(
         base,
         named_paths(adapters),

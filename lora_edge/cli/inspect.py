@@ -102,7 +102,7 @@ def _strengths(adapter: Any, base: str) -> dict[str, float]:
     model = resolve_base(base)
     found = {}
     for name, module in adapter.modules.items():
-        weight = model.linear_weight(name)
+        weight = model.parameter(f"{name}.weight")
         if weight is None:
             raise BaseModelError(
                 f"{base} has no weight of its own for {name}",

@@ -1,10 +1,11 @@
-"""Finding the sites: which node, and which of its columns, is a given linear layer of the model.
+"""Finding the sites: which node, and which of its columns, is a given layer of the model.
 
-Content first, names second. A weight of the checkpoint is looked up, row by row, among the columns
-of every matrix that the graph multiplies with; that finds whole, transposed and packed layouts
-alike, whatever the exporter called its nodes. Equal weights are told apart by the node's name, and
-what stays ambiguous is refused. A graph of our own capture names its nodes by module path, and
-there the names are enough.
+Content first, names second. A linear layer's weight in the checkpoint is looked up, row by row,
+among the columns of every matrix that the graph multiplies with; that finds whole, transposed and
+packed layouts alike, whatever the exporter called its nodes. Equal weights are told apart by the
+node's name, and what stays ambiguous is refused. A graph of our own capture names its nodes by
+module path and its weights by parameter path, and there the names are enough. Embeddings,
+convolutions and norms are found by the initializer that they read.
 """
 
 from __future__ import annotations
@@ -20,26 +21,30 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lora_edge.errors import GraphError
+from lora_edge.names import Part
 
 
-class LinearShape(Protocol):
-    """What is asked of a linear layer: its sizes."""
+class Layer(Protocol):
+    """What is asked of a layer: its kind, its sizes, and the inputs that it is to have."""
 
+    @property
+    def kind(self) -> str: ...
     @property
     def in_features(self) -> int: ...
     @property
     def out_features(self) -> int: ...
+    @property
+    def parts(self) -> tuple[Part, ...]: ...
 
 
 @dataclass(frozen=True)
 class Site:
-    """A linear layer of the model as it stands in the graph.
+    """A layer of the model as it stands in the graph.
 
     Attributes:
         path: module path.
-        in_features: size of ``x``'s last dimension.
-        out_features: number of columns of ``y`` that belong to this layer.
-        node: the MatMul or Gemm.
+        layer: kind, sizes and inputs.
+        node: the MatMul or Gemm, Gather, Conv, or whatever multiplies with a norm's weight.
         y: the value that the branch is added to, ``[batch, seq, >= out]``.
         start: first column of ``y`` that belongs to this layer (0 unless projections are packed).
         width: number of columns of ``y``; larger than ``out_features`` when packed.
@@ -48,8 +53,7 @@ class Site:
     """
 
     path: str
-    in_features: int
-    out_features: int
+    layer: Layer
     node: ir.Node
     y: ir.Value
     start: int
@@ -58,11 +62,25 @@ class Site:
     transposed: bool
 
     @property
+    def in_features(self) -> int:
+        """Size of ``x``'s last dimension."""
+        return self.layer.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Number of columns of ``y`` that belong to this layer."""
+        return self.layer.out_features
+
+    @property
     def x(self) -> ir.Value:
-        """The layer's input, ``[batch, seq, in]``, as the graph is now.
+        """The layer's input, ``[batch, seq, in]`` (an embedding's ids), as the graph is now.
 
         Not stored: a branch on the layer before may have put its sum in the place of the value.
         """
+        if self.layer.kind == "embedding":
+            ids = self.node.inputs[1]
+            assert ids is not None
+            return ids
         x = self.node.inputs[0]
         flattened = self.y is not self.node.outputs[0]
         source = x.producer().inputs[0] if flattened else x  # type: ignore[union-attr]
@@ -81,21 +99,23 @@ class _Multiplication(NamedTuple):
     width: int
 
 
+Weights = Callable[[str], "NDArray[np.floating] | None"]
+"""Parameter path -> the checkpoint's value, ``None`` where it has none of its own."""
+
+
 def find_sites(
-    model: ir.Model,
-    linears: Mapping[str, LinearShape],
-    weight: Callable[[str], NDArray[np.float32] | None] | None = None,
+    model: ir.Model, layers: Mapping[str, Layer], weights: Weights | None = None
 ) -> dict[str, Site]:
-    """Find linear layers in a graph.
+    """Find layers in a graph.
 
     Args:
         model: the graph.
-        linears: module path -> sizes, of the layers to find.
-        weight: gives a layer's weight from the checkpoint, ``[out, in]`` or ``[in, out]``, or
-            ``None`` if the checkpoint has none of its own. Without it, nodes are found by name.
+        layers: module path -> layer, of those to find.
+        weights: gives the checkpoint's parameters; a linear weight ``[out, in]`` or ``[in, out]``.
+            Without it, everything is found by name.
 
     Returns:
-        module path -> site, in the order of ``linears``.
+        module path -> site, in the order of ``layers``.
 
     Raises:
         GraphError: a layer is not in the graph, or is there more than once.
@@ -104,26 +124,80 @@ def find_sites(
     named = {m.node.name: m for m in multiplications if m.node.name}
     sites: dict[str, Site] = {}
     lookup: _ContentIndex | None = None
-    for path, shape in linears.items():
+    for path, layer in layers.items():
+        if layer.kind not in ("linear", "head"):
+            sites[path] = _find_by_weight(model, path, layer, weights)
+            continue
         exact = named.get(path)
         if exact is not None and (exact.in_features, exact.width) == (
-            shape.in_features,
-            shape.out_features,
+            layer.in_features,
+            layer.out_features,
         ):
-            sites[path] = _site(path, shape, exact, 0)
+            sites[path] = _site(path, layer, exact, 0)
             continue
-        if weight is None:
+        if weights is None:
             raise GraphError(
-                f"the graph has no node for {path} [{shape.in_features} -> {shape.out_features}]",
+                f"the graph has no node for {path} [{layer.in_features} -> {layer.out_features}]",
                 "Give the base model, so that its weights can be looked up in the graph.",
             )
         lookup = lookup or _ContentIndex(multiplications)
-        sites[path] = _find_by_content(path, shape, weight(path), lookup)
+        sites[path] = _find_by_content(path, layer, weights(f"{path}.weight"), lookup)
     return sites
 
 
+def find_initializer(
+    model: ir.Model, parameter: str, weights: Weights | None = None
+) -> ir.Value | None:
+    """The initializer of a parameter: by name, else the only one of the checkpoint's values."""
+    named = model.graph.initializers.get(parameter)
+    values = None if named is not None or weights is None else weights(parameter)
+    if named is not None or values is None:
+        return named
+    same = []
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if (
+            tensor is not None
+            and tuple(tensor.shape.numpy()) == values.shape
+            and np.array_equal(tensor.numpy(), values)
+        ):
+            same.append(value)
+    return same[0] if len(same) == 1 else None
+
+
+_OPERATORS = {"embedding": ("Gather",), "conv": ("Conv",)}
+_NORMS = ("LayerNormalization", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
+
+
+def _find_by_weight(model: ir.Model, path: str, layer: Layer, weights: Weights | None) -> Site:
+    """The node that reads a layer's weight: of an embedding, a convolution or a norm."""
+    weight = find_initializer(model, f"{path}.weight", weights)
+    value = weight
+    if weight is not None and layer.kind == "norm":
+        value = _with_offset(weight)
+    operators = _OPERATORS.get(layer.kind, (*_NORMS, "Mul"))
+    readers = [] if value is None else [use.node for use in value.uses()]
+    nodes = [node for node in readers if node.op_type in operators]
+    if weight is None or len(nodes) != 1:
+        raise GraphError(
+            f"the {layer.kind} layer {path} cannot be told in the graph: {len(nodes)} nodes read "
+            "its weight",
+            "Use the trace backend, or leave this layer out of the adapter.",
+        )
+    y = nodes[0].outputs[0]
+    return Site(path, layer, nodes[0], y, 0, layer.out_features, weight, transposed=False)
+
+
+def _with_offset(weight: ir.Value) -> ir.Value:
+    """``1 + weight`` where a norm reads that (Gemma), else the weight."""
+    uses = tuple(weight.uses())
+    if len(uses) == 1 and uses[0].node.op_type == "Add":
+        return uses[0].node.outputs[0]
+    return weight
+
+
 def _find_by_content(
-    path: str, shape: LinearShape, matrix: NDArray[np.float32] | None, lookup: _ContentIndex
+    path: str, shape: Layer, matrix: NDArray[np.floating] | None, lookup: _ContentIndex
 ) -> Site:
     if matrix is None:
         raise GraphError(
@@ -154,11 +228,10 @@ def _find_by_content(
     return _site(path, shape, multiplication, start)
 
 
-def _site(path: str, shape: LinearShape, m: _Multiplication, start: int) -> Site:
+def _site(path: str, layer: Layer, m: _Multiplication, start: int) -> Site:
     return Site(
         path=path,
-        in_features=shape.in_features,
-        out_features=shape.out_features,
+        layer=layer,
         node=m.node,
         y=m.y,
         start=start,
@@ -250,7 +323,7 @@ class _ContentIndex:
             for column, digest in enumerate(by_weight[key]):
                 self._columns[digest].append((index, column))
 
-    def find(self, matrix: NDArray[np.float32]) -> list[tuple[_Multiplication, int]]:
+    def find(self, matrix: NDArray[np.floating]) -> list[tuple[_Multiplication, int]]:
         """Nodes that hold all rows of ``matrix [out, in]`` as consecutive output columns."""
         wanted = _hash_rows(matrix)
         return [

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lora_edge.lora import FloatArray
-from lora_edge.names import NONE_ADAPTER, lora_input
+from lora_edge.names import NONE_ADAPTER, SELECT, lora_input
 from lora_edge.parity.compare import Expected, Tolerance, judge, limits, measure
 from lora_edge.parity.golden import Golden
 from lora_edge.parity.report import Case
@@ -117,13 +117,16 @@ def _controlled(runner: Runner, golden: Golden, case: Case, tolerance: Tolerance
 
 def _faults(runner: Runner, name: str) -> Iterator[tuple[str, Tensors]]:
     own = _tensors(runner, name)
-    yield "zeroed", {key: value * 0 if key.endswith(".B") else value for key, value in own.items()}
+    kept = {key for key in own if key == SELECT or key.endswith((".A", ".gate"))}
+    yield "zeroed", {key: value * (1 if key in kept else 0) for key, value in own.items()}
     for other in runner.adapters:
         tensors = _tensors(runner, other)
         if other != name and not all(np.array_equal(own[key], tensors[key]) for key in own):
             yield f"replaced by {other}", tensors
             return
     reads = {lora_input(path, "A") for path in runner.decoder.sites}
+    if not any(own[key].size for key in reads & set(own)):
+        return
     yield (
         "given its inputs in reverse order",
         {key: value[::-1] if key in reads else value for key, value in own.items()},

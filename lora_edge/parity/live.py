@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_edge.adapter import load_adapter
+from lora_edge.adapter import Adapter, load_adapter
 from lora_edge.base import Base
 from lora_edge.bundle import Bundle
 from lora_edge.errors import AdapterError, BundleError
@@ -19,11 +19,12 @@ from lora_edge.parity.base_check import shortest_window
 from lora_edge.parity.compare import FloatArray, Floor, expect, noise
 from lora_edge.parity.golden import Golden
 from lora_edge.parity.reference import Reference
-from lora_edge.parity.states import BASE, Probe, Row, State, adapter_probe, label, plan
+from lora_edge.parity.states import BASE, Probe, Row, State, label, plan
 
 _STEPS = 64
 _STEPS_OF_LARGE = 16
 _LARGE = 20_000_000  # parameters
+_REACHED_TOKENS = 4
 # The floor belongs to the inputs that are compared: its largest values sit at few positions. Large
 # models are sampled all the same, because float64 is slow; their floor may be too low.
 _FLOOR_ROWS_OF_LARGE = 2
@@ -80,6 +81,7 @@ def ask_pytorch(
     for name, directory in sources.items():
         reference.attach(name, directory)
     spec = bundle.manifest.graph
+    alone = {name: bundle.adapter(name).alone for name in names}
     probes = plan(
         names,
         vocab_size=spec.vocab_size,
@@ -88,13 +90,22 @@ def ask_pytorch(
         window=shortest_window(base.config),
         seed=seed,
         given=prompts,
+        blendable=[name for name in names if reference.can_blend(name) and not alone[name]],
+        reach={name: _reach(load_adapter(path, name)) for name, path in sources.items()},
     )
     if bundle.manifest.mode == "merged":
-        probes = (adapter_probe(names[0], probes[0].rows, probes[0].steps),)
+        probes = tuple(probe for probe in probes if probe.kind == "adapter")
     floors: dict[State, Floor] = {}
     for probe in probes:
         progress(f"running {probe.name} in PyTorch")
         yield _expected(reference, probe, tuple(continued(probe)), floors)
+
+
+def _reach(adapter: Adapter) -> list[Row]:
+    """What a prompt must hold for the adapter to show what it changes."""
+    trained = sorted({index for tokens in adapter.tokens.values() for index in tokens.indices})
+    invocations = [adapter.invocation] if adapter.invocation else []
+    return [*invocations, *((index,) for index in trained[:_REACHED_TOKENS])]
 
 
 def _peft_directory(bundle: Bundle, name: str, given: Mapping[str, str | os.PathLike[str]]) -> Path:
@@ -121,7 +132,8 @@ def _expected(
 ) -> Golden:
     """Run one probe; ``floors`` holds what earlier probes measured and is added to."""
     whole = [(*row, *tail) for row, tail in zip(probe.rows, tails, strict=True)]
-    logits = [row.astype(np.float32) for row in reference.logits(whole, probe.states)]
+    prompts = [len(row) for row in probe.rows]
+    logits = [row.astype(np.float32) for row in reference.logits(whole, probe.states, prompts)]
     bases: list[FloatArray | None] = [None] * len(whole)
     active = [index for index, state in enumerate(probe.states) if state]
     plain = reference.logits([whole[i] for i in active], [BASE] * len(active))
@@ -135,7 +147,7 @@ def _expected(
                 own, longest = own[:_FLOOR_ROWS_OF_LARGE], _FLOOR_TOKENS_OF_LARGE
             sample = [whole[i][:longest] for i in own]
             with reference.wide():
-                wide = reference.logits(sample, [state] * len(own))
+                wide = reference.logits(sample, [state] * len(own), [prompts[i] for i in own])
             floors[state] = noise([logits[i][:longest] for i in own], wide)
     return Golden(
         probe,

@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,17 @@ from numpy.typing import NDArray
 from lora_edge.base import Base
 from lora_edge.errors import BaseModelError, MissingDependencyError
 from lora_edge.parity.states import State
+from lora_edge.peft_directory import read_config
+
+# Fields of an adapter that PEFT cannot hold beside another one in the same model, and the values at
+# which it can.
+_APART: dict[str, tuple[Any, ...]] = {
+    "alora_invocation_tokens": (None, []),
+    "bias": (None, "none"),
+    "modules_to_save": (None, []),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, [], {}),
+}
 
 
 @dataclass(frozen=True)
@@ -55,67 +67,69 @@ class Reference:
                 "Install it with: pip install 'lora-edge[export]'.",
             ) from error
         self._torch = torch
-        self._names: dict[str, str] = {}
         self.base = base
         self.versions = {
             "torch": str(torch.__version__),
             "transformers": str(transformers.__version__),
             "peft": str(peft.__version__),
         }
-        with _quiet():
-            try:
-                # A config of its own: a capture that swaps the attention must not reach this one.
-                config = transformers.AutoConfig.from_pretrained(base.directory)
-                model = transformers.AutoModelForCausalLM.from_pretrained(
-                    base.directory,
-                    config=config,
-                    dtype=torch.float32,
-                    attn_implementation="eager",
-                )
-            except Exception as error:  # transformers' loaders raise whatever their parts raise
-                raise BaseModelError(
-                    f"transformers cannot load {base.name_or_path}: {error}",
-                    "Check the folder with AutoModelForCausalLM.from_pretrained.",
-                ) from error
-        self._model: Any = model.eval()
+        self._shared: Any = self._load()
+        self._wide = False
+        self._names: dict[str, str] = {}
+        self._apart: dict[str, Path] = {}
+        self._invocations: dict[str, tuple[int, ...]] = {}
+        # One at a time: each has a base model of its own.
+        self._loaded: tuple[str, Any] | None = None
 
     @property
     def parameters(self) -> int:
         """Number of the base model's parameters, adapters included once attached."""
-        return sum(int(parameter.numel()) for parameter in self._model.parameters())
+        return sum(int(parameter.numel()) for parameter in self._shared.parameters())
 
     def attach(self, name: str, directory: str | os.PathLike[str]) -> None:
-        """Load a PEFT directory under ``name``; it is inactive until a state asks for it."""
-        from peft import PeftModel
+        """Load a PEFT directory under ``name``; it is inactive until a state asks for it.
 
+        What PEFT cannot hold beside other adapters (biases, ``modules_to_save``, …) gets a base
+        model of its own, loaded when a state first asks for it.
+        """
+        config = read_config(Path(directory))
+        self._invocations[name] = tuple(config.get("alora_invocation_tokens") or ())
+        if any(config.get(field) not in neutral for field, neutral in _APART.items()):
+            self._apart[name] = Path(directory)
+            return
         # PEFT's adapter names are module names, which must not have dots.
         inner = f"adapter{len(self._names)}"
-        with _quiet():
-            if isinstance(self._model, PeftModel):
-                self._model.load_adapter(os.fspath(directory), adapter_name=inner)
-            else:
-                self._model = PeftModel.from_pretrained(
-                    self._model, os.fspath(directory), adapter_name=inner
-                ).eval()
+        self._shared = self._attached(self._shared, directory, inner)
         self._names[name] = inner
 
+    def can_blend(self, name: str) -> bool:
+        """Whether PEFT can have the adapter active beside another, or at another weight."""
+        return name not in self._apart
+
     def logits(
-        self, rows: Sequence[Sequence[int]], states: Sequence[State]
+        self,
+        rows: Sequence[Sequence[int]],
+        states: Sequence[State],
+        prompts: Sequence[int] | None = None,
     ) -> list[NDArray[np.floating]]:
         """Logits of every position, each row alone.
 
         Args:
             rows: token ids.
             states: what is active on each row.
+            prompts: how many tokens of each row are its prompt, which decides where an aLoRA
+                begins; all of them when omitted.
 
         Returns:
             ``[len, vocab]`` per row; float32, or float64 inside :meth:`wide`.
         """
         found: list[NDArray[np.floating]] = []
-        for row, state in zip(rows, states, strict=True):
-            with self._torch.inference_mode(), self._active(state):
+        lengths = [len(row) for row in rows] if prompts is None else prompts
+        for row, state, length in zip(rows, states, lengths, strict=True):
+            with self._active(state) as model, self._torch.inference_mode():
                 ids = self._torch.tensor([list(row)], dtype=self._torch.int64)
-                found.append(self._model(input_ids=ids, use_cache=False).logits[0].numpy())
+                offsets = self._offsets(row, state, length)
+                found.append(model(input_ids=ids, use_cache=False, **offsets).logits[0].numpy())
         return found
 
     def greedy(self, rows: Sequence[Sequence[int]], state: State, steps: int) -> list[Greedy]:
@@ -125,10 +139,14 @@ class Reference:
             tokens: list[int] = []
             margins: list[float] = []
             feed, cache = list(row), None
-            with self._torch.inference_mode(), self._active(state):
-                for _ in range(steps):
+            with self._active(state) as model, self._torch.inference_mode():
+                for step in range(steps):
                     ids = self._torch.tensor([feed], dtype=self._torch.int64)
-                    out = self._model(input_ids=ids, past_key_values=cache, use_cache=True)
+                    # Counted from the end of what is fed: of one token, all is active or nothing.
+                    offsets = self._offsets(row, state, len(row))
+                    if offsets and step:
+                        offsets = {"alora_offsets": [x and 1 for x in offsets["alora_offsets"]]}
+                    out = model(input_ids=ids, past_key_values=cache, use_cache=True, **offsets)
                     best = out.logits[0, -1].topk(2)
                     cache, feed = out.past_key_values, [int(best.indices[0])]
                     tokens += feed
@@ -142,25 +160,86 @@ class Reference:
 
         Parts that the model itself computes in float32 (its norms, its softmax) stay so.
         """
-        self._model.double()
+        self._wide = True
+        for model in self._models():
+            model.double()
         try:
             yield
         finally:
-            self._model.float()
+            self._wide = False
+            for model in self._models():
+                model.float()
+
+    def _models(self) -> list[Any]:
+        return [self._shared, *([self._loaded[1]] if self._loaded else [])]
+
+    def _load(self) -> Any:
+        import transformers
+
+        with _quiet():
+            try:
+                # A config of its own: a capture that swaps the attention must not reach this one.
+                config = transformers.AutoConfig.from_pretrained(self.base.directory)
+                model = transformers.AutoModelForCausalLM.from_pretrained(
+                    self.base.directory,
+                    config=config,
+                    dtype=self._torch.float32,
+                    attn_implementation="eager",
+                )
+            except Exception as error:  # transformers' loaders raise whatever their parts raise
+                raise BaseModelError(
+                    f"transformers cannot load {self.base.name_or_path}: {error}",
+                    "Check the folder with AutoModelForCausalLM.from_pretrained.",
+                ) from error
+        return model.eval()
+
+    def _attached(self, model: Any, directory: str | os.PathLike[str], inner: str) -> Any:
+        from peft import PeftModel
+
+        with _quiet():
+            if isinstance(model, PeftModel):
+                model.load_adapter(os.fspath(directory), adapter_name=inner)
+                return model
+            adapted = PeftModel.from_pretrained(model, os.fspath(directory), adapter_name=inner)
+            return adapted.eval()
+
+    def _offsets(self, row: Sequence[int], state: State, prompt: int) -> dict[str, Any]:
+        """Where an aLoRA begins, counted from the end of the row as PEFT counts."""
+        invocation = next((x for name, _ in state if (x := self._invocations[name])), ())
+        if not invocation:
+            return {}
+        starts = [
+            start
+            for start in range(prompt - len(invocation) + 1)
+            if tuple(row[start : start + len(invocation)]) == invocation
+        ]
+        return {"alora_offsets": [len(row) - starts[-1] if starts else None]}
 
     @contextlib.contextmanager
-    def _active(self, state: State) -> Iterator[None]:
-        if not self._names:
-            yield
-            return
-        if not state:
-            with self._model.disable_adapter():
-                yield
-            return
-        weights = {self._names[name]: weight for name, weight in state}
-        self._model.base_model.set_adapter(list(weights))
-        with _scaled(self._model, weights):
-            yield
+    def _active(self, state: State) -> Iterator[Any]:
+        """The model in which a state is active."""
+        apart = [name for name, _ in state if name in self._apart]
+        if apart:
+            if len(state) > 1 or state[0][1] != 1.0:
+                raise ValueError(f"PEFT cannot blend or weight {apart[0]}")
+            yield self._apart_model(apart[0])
+        elif not self._names:
+            yield self._shared
+        elif not state:
+            with self._shared.disable_adapter():
+                yield self._shared
+        else:
+            weights = {self._names[name]: weight for name, weight in state}
+            self._shared.base_model.set_adapter(list(weights))
+            with _scaled(self._shared, weights):
+                yield self._shared
+
+    def _apart_model(self, name: str) -> Any:
+        if self._loaded is None or self._loaded[0] != name:
+            self._loaded = None
+            model = self._attached(self._load(), self._apart[name], "only")
+            self._loaded = name, model.double() if self._wide else model
+        return self._loaded[1]
 
 
 @contextlib.contextmanager

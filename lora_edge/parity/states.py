@@ -141,11 +141,16 @@ def plan(
     window: int | None = None,
     seed: int = 0,
     given: Sequence[Row] = (),
+    blendable: Sequence[str] | None = None,
+    reach: Mapping[str, Sequence[Row]] | None = None,
 ) -> tuple[Probe, ...]:
     """The probes of a switchable bundle: the base, each adapter, a blend, a mixed batch.
 
     Args:
         adapters: names of the bundle's adapters.
+        blendable: those of them that may be blended and weighted; all when omitted.
+        reach: adapter -> token sequences without which it changes nothing, or not all that it
+            changes (an aLoRA's invocation, trained tokens).
         vocab_size: of the model.
         max_length: positions that the model has; prompt and steps stay within it.
         steps: tokens decoded after each prompt.
@@ -157,13 +162,34 @@ def plan(
     longest = max(1, max_length - steps)
     rows = prompts(vocab_size, lengths_for(window), seed=seed, longest=longest, given=given)
     probes = [Probe("base", "base", rows, (BASE,) * len(rows), steps)]
-    probes += [adapter_probe(name, rows, steps) for name in adapters]
+    wanted = reach or {}
+    for name in adapters:
+        # The first row stays without: an aLoRA that is not invoked must change nothing.
+        reaching = [
+            row if not i else reached(row, wanted.get(name, ())) for i, row in enumerate(rows)
+        ]
+        probes.append(adapter_probe(name, tuple(reaching), steps))
     if adapters:
-        blend = blend_of(adapters)
-        probes.append(Probe(f"blend {label(blend)}", "blend", rows, (blend,) * len(rows), steps))
+        free = adapters if blendable is None else blendable
+        blend = blend_of(free) if free else None
+        if blend:
+            name = f"blend {label(blend)}"
+            probes.append(Probe(name, "blend", rows, (blend,) * len(rows), steps))
         mixed = prompts(vocab_size, _MIXED_LENGTHS, seed=seed + 1, longest=longest)
-        probes.append(Probe("mixed rows", "mixed", mixed, _mixed_states(adapters, blend), steps))
+        states = _mixed_states(adapters, blend)
+        own = [
+            reached(row, [x for name, _ in state for x in wanted.get(name, ())])
+            for row, state in zip(mixed, states, strict=True)
+        ]
+        probes.append(Probe("mixed rows", "mixed", tuple(own), states, steps))
     return tuple(probes)
+
+
+def reached(row: Row, sequences: Sequence[Row]) -> Row:
+    """The row with token sequences written into it, one after the other, from a third on."""
+    written = [token for sequence in sequences for token in sequence]
+    start = max(0, min(len(row) // 3, len(row) - len(written)))
+    return (*row[:start], *written, *row[start + len(written) :])
 
 
 def adapter_probe(name: str, rows: tuple[Row, ...], steps: int) -> Probe:
@@ -171,6 +197,6 @@ def adapter_probe(name: str, rows: tuple[Row, ...], steps: int) -> Probe:
     return Probe(f"adapter {name}", "adapter", rows, (only(name),) * len(rows), steps)
 
 
-def _mixed_states(adapters: Sequence[str], blend: State) -> tuple[State, ...]:
-    distinct = [*map(only, adapters[: MIXED_ROWS - 2]), BASE, blend]
+def _mixed_states(adapters: Sequence[str], blend: State | None) -> tuple[State, ...]:
+    distinct = [*map(only, adapters[: MIXED_ROWS - 2]), BASE, *([blend] if blend else [])]
     return tuple(distinct[i % len(distinct)] for i in range(MIXED_ROWS))

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from lora_edge.bundle import Bundle
 from lora_edge.errors import AdapterNotFoundError, BundleError, DataError
-from lora_edge.lora import Factors, concatenate
-from lora_edge.names import NONE_ADAPTER, PARTS, lora_input
+from lora_edge.lora import Head, SiteChange, concatenate
+from lora_edge.names import NONE_ADAPTER
 from lora_edge.runtime.adapter_file import read_adapter
-from lora_edge.runtime.binding import Binding, State, Tensors, Values
+from lora_edge.runtime.binding import Binding, Changes, State, Tensors, TokenGates, Values
+from lora_edge.runtime.changes import parse_changes
 
 Choice = str | Mapping[str, float] | None
 """What one row may ask for: off (None), an adapter's name, or a blend ``{name: weight}``."""
@@ -34,7 +35,7 @@ class ActiveAdapters:
     """The adapters of one bundle, loaded when first used, combined on request.
 
     One adapter is bound as it was loaded: switching is a change of pointers. Blends and mixed
-    batches are concatenated along the rank, and the last few of each are kept.
+    batches are concatenated along the rank and stacked, and the last few of each are kept.
 
     Args:
         bundle: the bundle; files are verified against its manifest before they are read.
@@ -44,11 +45,11 @@ class ActiveAdapters:
     def __init__(self, bundle: Bundle, tensors: Tensors) -> None:
         self._bundle = bundle
         self._tensors = tensors
-        self._factors: dict[str, Mapping[str, Factors]] = {}
+        self._changes: dict[str, Changes] = {}
         self._bound: dict[str, Values] = {}
         self._blends: OrderedDict[Hashable, Values] = OrderedDict()
         self._mixed: OrderedDict[Hashable, Values] = OrderedDict()
-        self._off = tensors.off()
+        self._nothing = tensors.off()
 
     def binding(self, adapter: AdapterArgument, batch: int) -> Binding:
         """What to bind for a batch.
@@ -59,12 +60,14 @@ class ActiveAdapters:
 
         Raises:
             AdapterNotFoundError: a name that the bundle does not have.
-            DataError: a list of another length than the batch, or a weight that is not finite.
+            DataError: a list of another length than the batch, a weight that is not finite, a
+                blend of an adapter that cannot be blended, or no adapter where the base has no
+                task head.
             BundleError: an adapter's file is damaged, or it was made for another base.
         """
         states = self.states(adapter, batch)
         if self._bundle.manifest.mode == "merged":
-            return self._off
+            return self._nothing
         if len(set(states)) == 1:
             return self._alike(states[0])
         return self._rows(states)
@@ -85,11 +88,11 @@ class ActiveAdapters:
             )
         return tuple(self._state(choice) for choice in adapter)
 
-    def factors(self, name: str) -> Mapping[str, Factors]:
-        """An adapter's factors at the sites that it touches; raises as :meth:`binding`."""
-        if name not in self._factors:
-            self._factors[name] = self._load(name)
-        return self._factors[name]
+    def changes(self, name: str) -> Changes:
+        """What an adapter changes at the sites that it touches; raises as :meth:`binding`."""
+        if name not in self._changes:
+            self._changes[name] = self._load(name)
+        return self._changes[name]
 
     def override(self, name: str, tensors: Mapping[str, NDArray[np.floating]] | None) -> None:
         """Use other tensors for an adapter from now on, in this process only.
@@ -110,13 +113,15 @@ class ActiveAdapters:
                 f"the tensors of {name!r} cannot be replaced",
                 "Only the adapters of a switchable bundle can.",
             )
-        loaded = None if tensors is None else self._parse(f"override of {name!r}", tensors)
-        self._factors.pop(name, None)
+        loaded = None
+        if tensors is not None:
+            loaded = parse_changes(f"override of {name!r}", tensors, self._tensors.sites)
+        self._changes.pop(name, None)
         self._bound.pop(name, None)
         self._blends.clear()
         self._mixed.clear()
         if loaded is not None:
-            self._factors[name] = loaded
+            self._changes[name] = loaded
 
     def _state(self, choice: Choice) -> State:
         merged = self._bundle.manifest.mode == "merged"
@@ -143,7 +148,15 @@ class ActiveAdapters:
             weights[name] = float(weight)
         if merged:
             return self._merged_state(weights)
-        return tuple(sorted((n, w) for n, w in weights.items() if n != NONE_ADAPTER and w != 0.0))
+        state = tuple(sorted((n, w) for n, w in weights.items() if n != NONE_ADAPTER and w != 0.0))
+        for name, weight in state:
+            reason = self._bundle.adapter(name).alone
+            if reason and (len(state) > 1 or weight != 1.0):
+                raise DataError(
+                    f"adapter {name!r} cannot be blended or weighted: {reason}",
+                    "Use it alone on its row, at weight 1.",
+                )
+        return state
 
     def _merged_state(self, weights: Mapping[str, float]) -> State:
         if list(weights.values()) != [1.0]:
@@ -154,46 +167,95 @@ class ActiveAdapters:
         return ()
 
     def _alike(self, state: State) -> Binding:
+        heads, labels = self._heads((state,))
         if not state:
-            return self._off
+            return Binding(((),), {**self._nothing.values, **heads[0]}, labels=labels)
         if len(state) == 1:
             name, weight = state[0]
             if name not in self._bound:
-                self._bound[name] = self._tensors.factors(self.factors(name))
-            return Binding((state,), {**self._bound[name], **self._tensors.gate(weight)})
-        values = _recall(self._blends, state)
-        if values is None:
-            blend = self._concatenate(state)
-            values = _keep(self._blends, state, self._tensors.factors(blend))
-        return Binding((state,), {**values, **self._tensors.gate(1.0)})
+                changes = self.changes(name)
+                self._bound[name] = self._tensors.changes(changes, [changes])
+            values, gates = self._bound[name], None
+            invocation = self._bundle.adapter(name).invocation
+            if invocation:
+                layouts: dict[tuple[int, ...], tuple[str, ...]] = {(1,): self._tensors.gates}
+                weights = np.full((1, 1), weight, np.float32)
+                gates = TokenGates(weights, (invocation,), layouts, self._tensors)
+            everything = {**values, **self._tensors.weight(weight), **heads[0]}
+            return Binding((state,), everything, token_gates=gates, labels=labels)
+        blended = _recall(self._blends, state)
+        if blended is None:
+            blend = self._blend(state)
+            blended = _keep(self._blends, state, self._tensors.changes(blend, [blend]))
+        return Binding(
+            (state,), {**blended, **self._tensors.weight(1.0), **heads[0]}, labels=labels
+        )
 
     def _rows(self, states: tuple[State, ...]) -> Binding:
         names = tuple(sorted({name for state in states for name, _ in state}))
         values = _recall(self._mixed, names)
         if values is None:
-            together = self._concatenate([(name, 1.0) for name in names])
-            values = _keep(self._mixed, names, self._tensors.factors(together))
+            together = self._blend([(name, 1.0) for name in names])
+            each = [self.changes(name) for name in names]
+            values = _keep(self._mixed, names, self._tensors.changes(together, each))
         weights = np.zeros((len(states), len(names)), np.float32)
         for row, state in enumerate(states):
             for name, weight in state:
                 weights[row, names.index(name)] = weight
         ranks = {path: [self._rank(name, path) for name in names] for path in self._tensors.sites}
-        gates, arrays = self._tensors.row_gates(ranks, weights)
-        return Binding(states, {**values, **gates}, arrays)
+        by_row, arrays = self._tensors.row_weights(ranks, weights)
+        heads, labels = self._heads(states)
+        invocations = tuple(self._bundle.adapter(name).invocation for name in names)
+        gates = None
+        if any(invocations):
+            layouts = self._tensors.layouts(ranks)
+            gates = TokenGates(weights, invocations, layouts, self._tensors)
+        return Binding(
+            states, {**values, **by_row, **heads[0]}, {**arrays, **heads[1]}, gates, labels
+        )
+
+    def _heads(
+        self, states: tuple[State, ...]
+    ) -> tuple[tuple[Values, Mapping[str, NDArray[np.float32]]], tuple[int, ...]]:
+        """The task heads of the rows, their arrays, and each row's number of labels."""
+        values: Values = {}
+        arrays: dict[str, NDArray[np.float32]] = {}
+        labels: tuple[int, ...] = ()
+        for path in self._tensors.heads:
+            heads = [self._head(state, path) for state in states]
+            made, own = self._tensors.head(heads, path)
+            values, arrays = values | made, arrays | own
+            labels = tuple(head.labels for head in heads)
+        return (values, arrays), labels
+
+    def _head(self, state: State, path: str) -> Head:
+        base = self.changes(NONE_ADAPTER).get(path, SiteChange()).head
+        own = [self.changes(name).get(path, SiteChange()).head for name, _ in state]
+        head = next((head for head in own if head is not None), base)
+        if head is None:
+            raise DataError(
+                f"the base has no task head {path}, and no adapter that brings one was chosen",
+                f"Choose an adapter: {', '.join(sorted(self._bundle.manifest.adapters))}",
+            )
+        return head
 
     def _rank(self, name: str, path: str) -> int:
-        factors = self.factors(name).get(path)
-        return 0 if factors is None else factors.rank
+        return self.changes(name).get(path, SiteChange()).rank
 
-    def _concatenate(self, parts: Sequence[tuple[str, float]]) -> dict[str, Factors]:
+    def _blend(self, parts: Sequence[tuple[str, float]]) -> dict[str, SiteChange]:
+        """The weighted sum of adapters: pairs side by side, vectors added."""
         together = {}
         for path in self._tensors.sites:
-            touching = [(self.factors(n)[path], w) for n, w in parts if path in self.factors(n)]
-            if touching:
-                together[path] = concatenate(touching)
+            touching = [(self.changes(n)[path], w) for n, w in parts if path in self.changes(n)]
+            pairs = [(x.factors, w) for x, w in touching if x.factors is not None]
+            together[path] = SiteChange(
+                factors=concatenate(pairs) if pairs else None,
+                bias=_weighted([(x.bias, w) for x, w in touching]),
+                weight=_weighted([(x.weight, w) for x, w in touching]),
+            )
         return together
 
-    def _load(self, name: str) -> Mapping[str, Factors]:
+    def _load(self, name: str) -> Changes:
         entry = self._bundle.adapter(name)
         base = self._bundle.manifest.base["fingerprint"]
         if entry.base_fingerprint != base:
@@ -203,38 +265,14 @@ class ActiveAdapters:
                 f"Add it again: lora-edge add {self._bundle.directory} -a {name}=PEFT_DIRECTORY",
             )
         path = self._bundle.verify(entry.file)
-        return self._parse(str(path), read_adapter(path))
+        return parse_changes(str(path), read_adapter(path), self._tensors.sites)
 
-    def _parse(
-        self, source: str, tensors: Mapping[str, NDArray[np.floating]]
-    ) -> dict[str, Factors]:
-        """Tensors by input name -> factors by module path, sites of rank 0 left out."""
-        hint = "The file is not of this bundle; add the adapter again."
-        sites = self._tensors.sites
-        unknown = set(tensors) - {lora_input(path, part) for path in sites for part in PARTS}
-        if unknown:
-            raise BundleError(f"{source}: {min(unknown)} is not an input of the graph", hint)
-        factors = {}
-        for path, site in sites.items():
-            names = lora_input(path, "A"), lora_input(path, "B")
-            missing = [name for name in names if name not in tensors]
-            if missing:
-                raise BundleError(f"{source}: {missing[0]} is missing", hint)
-            a, b = (np.ascontiguousarray(tensors[name], np.float32) for name in names)
-            rank = a.shape[-1] if a.ndim else 0
-            expected = (site.in_features, rank), (rank, site.out_features)
-            if (a.shape, b.shape) != expected:
-                raise BundleError(
-                    f"{source}: {path} has A {list(a.shape)} and B {list(b.shape)}, expected "
-                    f"[{site.in_features}, R] and [R, {site.out_features}]",
-                    hint,
-                )
-            gate = tensors.get(lora_input(path, "gate"))
-            if gate is not None and (gate.shape != (1, 1, 1) or gate.item() != 1.0):
-                raise BundleError(f"{source}: the gate of {path} is not [1, 1, 1] of 1", hint)
-            if rank:
-                factors[path] = Factors(a, b)
-        return factors
+
+def _weighted(
+    parts: Sequence[tuple[NDArray[np.float32] | None, float]],
+) -> NDArray[np.float32] | None:
+    terms = [np.float32(weight) * vector for vector, weight in parts if vector is not None]
+    return sum(terms[1:], terms[0]) if terms else None
 
 
 def _recall(cache: OrderedDict[Hashable, T], key: Hashable) -> T | None:

@@ -15,7 +15,8 @@ from lora_edge.bundle import GraphSpec, SiteEntry
 from lora_edge.errors import BundleError, DataError
 from lora_edge.names import (
     LOGITS_POSITIONS,
-    PARTS,
+    SELECT,
+    STACKED_PARTS,
     lora_input,
     parse_lora_input,
     past_name,
@@ -141,8 +142,14 @@ class Decoder:
             raise BundleError(f"{graph} lacks {', '.join(sorted(missing))}", hint)
         if self.spec.form == "fused" and not self.spec.shared_cache:
             raise BundleError(f"{graph}: a fused graph must take a shared cache", hint)
-        expected = {lora_input(path, part) for path in self.sites for part in PARTS}
-        found = {name for name in self.inputs if parse_lora_input(name) is not None}
+        expected = {
+            lora_input(path, part) for path, site in self.sites.items() for part in site.parts
+        }
+        if any(set(STACKED_PARTS) & set(site.parts) for site in self.sites.values()):
+            expected.add(SELECT)
+        found = {
+            name for name in self.inputs if name == SELECT or parse_lora_input(name) is not None
+        }
         if found != expected:
             odd = sorted(found ^ expected)
             raise BundleError(

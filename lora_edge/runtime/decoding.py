@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from lora_edge.errors import DataError
 from lora_edge.lora import FloatArray
-from lora_edge.names import LOGITS_POSITIONS
-from lora_edge.runtime.binding import Binding
+from lora_edge.names import LOGITS_POSITIONS, lora_input
+from lora_edge.runtime.binding import Binding, Values
 
 if TYPE_CHECKING:
     from lora_edge.runtime.decoder import Decoder
@@ -39,6 +39,7 @@ class _Chunk:
         positions: ``[batch, width]``.
         first: column of each row's first new token.
         counts: number of each row's new tokens.
+        row: which row of the batch it is, when it is one alone.
     """
 
     ids: IntArray
@@ -46,6 +47,7 @@ class _Chunk:
     positions: IntArray
     first: Sequence[int]
     counts: Sequence[int]
+    row: int | None = None
 
 
 class Decoding(ABC):
@@ -65,6 +67,7 @@ class Decoding(ABC):
         self.max_length = max_length
         self.binding = binding
         self.history: list[list[int]] = [[] for _ in range(batch)]
+        self._starts: IntArray | None = None
         self._logits: Any = None
         self._logits_array: FloatArray = np.zeros((0, 0, 0), np.float32)
 
@@ -118,24 +121,58 @@ class Decoding(ABC):
             raise DataError("step() needs a prompt and a token", "Call prefill() first.")
         return np.stack([logits[-1] for logits in self._checked(rows, every=False, rest=True)])
 
-    def switch(self, binding: Binding | None) -> Decoding:
-        """The same sequences under other adapters, in a new cache.
+    def switch(self, binding: Binding | None, upcoming: Rows | None = None) -> Decoding:
+        """The same sequences under other adapters, in a new cache; this decoding stays as it is.
 
-        Keys and values that one adapter made are wrong under another, so all but each row's last
-        token are run again. Give the last tokens to :meth:`extend` of the result, or compare its
-        logits.
+        Keys and values that one adapter made are wrong under another, so the tokens are run again:
+        all but each row's last one, which is for :meth:`extend` of the result; or all of them, when
+        ``upcoming`` says what comes after them.
 
-        Returns:
-            A new decoding whose history is this one's without each row's last token.
+        An aLoRA leaves everything before its invocation as the base made it. Where this decoding
+        has no adapter and ``upcoming`` holds every row's invocation, the cache is copied and
+        nothing is run again.
+
+        Args:
+            binding: the adapters to switch to.
+            upcoming: the tokens of each row that :meth:`extend` will be given next.
         """
         fresh = self.decoder.start(self.batch, self.max_length, binding)
-        if min(self.lengths) > 1:
-            fresh.extend([row[:-1] for row in self.history])
-        elif any(self.history):
-            raise DataError(
-                "a row is shorter than two tokens", "Start a new decoding with the prompt instead."
-            )
+        if upcoming is None:
+            if min(self.lengths) > 1:
+                upcoming = [row[-1:] for row in self.history]
+                fresh._run_again([row[:-1] for row in self.history], upcoming)
+            elif any(self.history):
+                raise DataError(
+                    "a row is shorter than two tokens",
+                    "Start a new decoding with the prompt instead.",
+                )
+        elif not self._kept_for(fresh, upcoming):
+            fresh._run_again(self.history, upcoming)
         return fresh
+
+    def _kept_for(self, fresh: Decoding, upcoming: Rows) -> bool:
+        """Copy the cache if no adapter made it and none of the new ones begins within it."""
+        gates = fresh.binding.token_gates
+        if gates is None or any(self.binding.states):
+            return False
+        starts = gates.starts(_joined(self.history, upcoming))
+        later = starts >= np.array(self.lengths)[:, None]
+        if not (later | (gates.weights == 0)).all():
+            return False
+        fresh.history = [list(row) for row in self.history]
+        fresh._starts = starts
+        fresh._copy_cache(self)
+        return True
+
+    def _run_again(self, rows: Rows, upcoming: Rows) -> None:
+        """Fill the empty cache; where an aLoRA begins is decided by the whole prompt."""
+        if self.binding.token_gates is not None:
+            self._starts = self.binding.token_gates.starts(_joined(rows, upcoming))
+        self.extend(rows)
+
+    @abstractmethod
+    def _copy_cache(self, other: Any) -> None:
+        """Take over the keys and values of another decoding of the same kind."""
 
     @abstractmethod
     def _feed(self, rows: Rows, every: bool) -> list[FloatArray]:
@@ -158,6 +195,9 @@ class Decoding(ABC):
                     "Start it with a larger max_length.",
                 )
         self.decoder.check_ids(rows)
+        gates = self.binding.token_gates
+        if gates is not None and self._starts is None:
+            self._starts = gates.starts(rows)
         logits = self._feed(rows, every)
         for old, row in zip(self.history, rows, strict=True):
             old.extend(row)
@@ -194,6 +234,7 @@ class Decoding(ABC):
             for name, array in arrays.items()
             if name in decoder.inputs
         }
+        values |= self._gates(chunk, picked)
         for name, value in values.items():
             io.bind_ortvalue_input(name, value)
         kept = picked.shape[1] if decoder.picks_positions else width
@@ -210,6 +251,23 @@ class Decoding(ABC):
         else:
             spans = [(column, column + 1) for column in last]
         return [self._logits_array[i, a:b].copy() for i, (a, b) in enumerate(spans)]
+
+    def _gates(self, chunk: _Chunk, picked: IntArray) -> Values:
+        """The gates that depend on the tokens of a chunk; the head sees those that are picked."""
+        gates, starts = self.binding.token_gates, self._starts
+        if gates is None or starts is None:
+            return {}
+        if chunk.row is not None:
+            gates, starts = gates.row(chunk.row), starts[chunk.row : chunk.row + 1]
+        values = gates.values(starts, chunk.positions)
+        if self.decoder.picks_positions:
+            seen = np.take_along_axis(chunk.positions, picked, 1)
+            values |= gates.values(starts, seen, lora_input(self.decoder.spec.head, "gate"))
+        return values
+
+
+def _joined(rows: Rows, more: Rows) -> list[list[int]]:
+    return [[*row, *rest] for row, rest in zip(rows, more, strict=True)]
 
 
 @final
@@ -254,7 +312,12 @@ class SharedCache(Decoding):
         binding = self.binding.row(index)
         io = self._bind_adapters(binding)
         self._bind_cache(io, views)
-        return self._run(io, self._chunk([row], [self.history[index]]), every)[0]
+        chunk = replace(self._chunk([row], [self.history[index]]), row=index)
+        return self._run(io, chunk, every)[0]
+
+    def _copy_cache(self, other: SharedCache) -> None:
+        for mine, theirs in zip(self.cache, other.cache, strict=True):
+            mine.update_inplace(theirs.numpy())
 
     def _feed_by_token(self, rows: Rows, every: bool) -> list[FloatArray]:
         """For a cache in device memory, of which no row view can be had."""
@@ -306,6 +369,9 @@ class ConcatenatedCache(Decoding):
         empty = np.zeros((self.batch, spec.kv_heads, 0, spec.head_dim), self.decoder.cache_dtype)
         self._past = [ort.OrtValue.ortvalue_from_numpy(empty) for _ in self.decoder.past_names]
         self._mask: IntArray = np.zeros((self.batch, 0), np.int64)
+
+    def _copy_cache(self, other: ConcatenatedCache) -> None:
+        self._past, self._mask = list(other._past), other._mask
 
     def _feed(self, rows: Rows, every: bool) -> list[FloatArray]:
         width = max(len(row) for row in rows)
