@@ -80,6 +80,8 @@ class SiteEntry:
         out_features: size of the output's last dimension (a convolution's channels).
         kind: ``linear``, ``embedding``, ``conv``, ``norm``, or ``head``: a linear layer whose
             outputs are a task's labels, and which adapters replace.
+        bias: the base has a bias there.
+        rank: number of dimensions of the activations that a norm works on.
         transposed: the checkpoint keeps the weight of this linear layer as ``[in, out]``.
         parts: the graph inputs ``lora.<path>.<part>`` that the site has.
     """
@@ -87,6 +89,8 @@ class SiteEntry:
     in_features: int
     out_features: int
     kind: SiteKind = "linear"
+    bias: bool = False
+    rank: int = 3
     transposed: bool = False
     parts: tuple[Part, ...] = FACTOR_PARTS
 

@@ -58,7 +58,7 @@ def parts_of_kinds(entry: SiteEntry, kinds: tuple[str, ...]) -> tuple[Part, ...]
         "linear": (*FACTOR_PARTS, "G", "bias"),
         "embedding": (*FACTOR_PARTS, "G"),
         "conv": (*FACTOR_PARTS, "G", "bias"),
-        "norm": ("weight", "bias"),
+        "norm": ("weight", "bias") if entry.bias else ("weight",),
         "head": ("W", "c"),
     }
     wanted = (entry.kind, "dora") if entry.kind in ("embedding", "conv") else ("dora",)

@@ -166,7 +166,7 @@ def add(
         check_modules(adapter, layers, "the bundle's base")
         check_copies(adapter, weights, manifest.tied)
         changes[adapter.name] = site_changes(adapter, layers, weights, manifest.tied)
-        check_parts(adapter, changes[adapter.name], manifest.sites)
+        check_parts(adapter, changes[adapter.name], layers)
     entries, files = dict(manifest.adapters), dict(manifest.files)
     written: list[Path] = []
     try:

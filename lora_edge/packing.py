@@ -37,22 +37,26 @@ def check_base_of(adapter: Adapter, fingerprint: str, name: str) -> None:
         )
 
 
-def check_parts(adapter: Adapter, changes: Changes, sites: Mapping[str, SiteEntry]) -> None:
+def check_parts(adapter: Adapter, changes: Changes, layers: Mapping[str, SiteEntry]) -> None:
     """Check that a bundle's graph has the inputs that carry an adapter.
+
+    Args:
+        adapter: names it in the error.
+        changes: what it changes.
+        layers: module path -> layer of the base, with the inputs that it has, if any.
 
     Raises:
         AdapterError: it lacks one; the site and the kind are named.
     """
     for path, change in changes.items():
-        site = sites.get(path)
-        missing = [part for part in change.parts() if site is None or part not in site.parts]
+        missing = [part for part in change.parts() if part not in layers[path].parts]
         if missing:
-            kinds = ("lora",) if site is None else {kind_of(site, part) for part in missing}
+            kinds = {kind_of(layers[path], part) for part in missing}
             raise AdapterError(
                 f"adapter {adapter.name} needs {', '.join(sorted(kinds))} at {path}, and the "
                 f"bundle's graph has no input {lora_input(path, missing[0])}",
                 "Export again with this adapter (-a), or with --kinds "
-                f"lora,{','.join(sorted(set(kinds) - {'lora'})) or '…'}.",
+                f"{','.join(sorted({'lora', *kinds}))}.",
             )
 
 

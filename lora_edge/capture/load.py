@@ -122,15 +122,16 @@ def _layer(module: Any) -> SiteEntry | None:
     if not isinstance(weight, nn.Parameter):
         return None
     shape = tuple(int(size) for size in weight.shape)
+    bias = getattr(module, "bias", None) is not None
     if isinstance(module, nn.Linear):
-        return SiteEntry(shape[1], shape[0])
+        return SiteEntry(shape[1], shape[0], bias=bias)
     if is_linear(module):  # Conv1D of GPT-2
-        return SiteEntry(shape[0], shape[1], transposed=True)
+        return SiteEntry(shape[0], shape[1], bias=bias, transposed=True)
     if isinstance(module, nn.Embedding):
         return SiteEntry(shape[0], shape[1], kind="embedding")
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         size = math.prod(shape[2:])
-        return SiteEntry(module.in_channels * size, module.out_channels, kind="conv")
+        return SiteEntry(module.in_channels * size, module.out_channels, kind="conv", bias=bias)
     if weight.ndim == 1 and "Norm" in type(module).__name__:
-        return SiteEntry(shape[0], shape[0], kind="norm")
+        return SiteEntry(shape[0], shape[0], kind="norm", bias=bias)
     return None

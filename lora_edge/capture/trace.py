@@ -10,6 +10,7 @@ import io
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -120,7 +121,8 @@ def trace(
         modules = model_layers(model)
         longest = max_length(model.config)
         rotary = RotarySwap(model, longest) if form == "fused" else None
-        facts = _survey(model, swap, rotary, base.model_type)
+        with _ranks(model, modules):
+            facts = _survey(model, swap, rotary, base.model_type)
         tied = tied_pair(model)
         head = path_of(model, model.get_output_embeddings())
         graph = _export(model, swap, rotary, facts, directory)
@@ -140,6 +142,22 @@ def trace(
         head=head,
     )
     return path, spec, modules, tied, head
+
+
+@contextmanager
+def _ranks(model: nn.Module, modules: dict[str, SiteEntry]) -> Iterator[None]:
+    """Note how many dimensions the inputs of norms have while the model runs in the block."""
+    with ExitStack() as stack:
+        for path, entry in list(modules.items()):
+            if entry.kind != "norm":
+                continue
+
+            def note(_: nn.Module, args: tuple[Tensor, ...], path: str = path) -> None:
+                modules[path] = replace(modules[path], rank=args[0].ndim)
+
+            module = model.get_submodule(path)
+            stack.callback(module.register_forward_pre_hook(note).remove)
+        yield
 
 
 def _survey(

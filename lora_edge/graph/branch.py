@@ -30,7 +30,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from lora_edge.errors import GraphError
-from lora_edge.graph.sites import Site
+from lora_edge.graph.sites import Site, effective_weight
 from lora_edge.names import SELECT, STACKED_PARTS, Part, lora_input
 
 _FLOAT = ir.TensorType(ir.DataType.FLOAT)
@@ -289,10 +289,10 @@ def _branch_norm(made: _Branch) -> None:
     """
     site, graph = made.site, made.graph
     node = site.node
-    index = next(i for i, value in enumerate(node.inputs) if _reads(value, site.weight))
-    weight = node.inputs[index]
+    weight: ir.Value = effective_weight(site.weight)
+    index = next(i for i, value in enumerate(node.inputs) if value is weight)
     if made.has("weight"):
-        weight = made.node("Add", [weight, made.selected("weight", site.out_features)], "changed")
+        weight = made.node("Add", [weight, _selected_norm(made, "weight")], "changed")
     if node.op_type == "Mul":
         if made.has("bias"):
             raise GraphError(f"the norm {site.path} has no bias", "Export without this adapter.")
@@ -303,7 +303,7 @@ def _branch_norm(made: _Branch) -> None:
     ones = _ones(graph, site.out_features)
     total = made.node("Mul", [site.y, weight], "scaled")
     if made.has("bias"):
-        change = made.selected("bias", site.out_features)
+        change = _selected_norm(made, "bias")
         bias = change if bias is None else made.node("Add", [bias, change], "changed_bias")
     if bias is not None:
         total = made.node("Add", [total, bias], "shifted")
@@ -314,12 +314,14 @@ def _branch_norm(made: _Branch) -> None:
     _take_place(graph, site.y, total, made.nodes, node)
 
 
-def _reads(value: ir.Value | None, weight: ir.Value) -> bool:
-    """Whether an input is a weight, or an offset plus the weight."""
-    if value is None or value is weight:
-        return value is not None
-    producer = value.producer()
-    return producer is not None and producer.op_type == "Add" and weight in producer.inputs
+def _selected_norm(made: _Branch, part: Part) -> ir.Value:
+    """``select @ part``, beside all heads of a norm that works on ``[batch, seq, heads, dim]``."""
+    value = made.selected(part, made.site.out_features)
+    extra = made.site.layer.rank - 3
+    if not extra:
+        return value
+    axes = made.constant(f"{part}.axes", list(range(1, 1 + extra)))
+    return made.node("Unsqueeze", [value, axes], f"{part}.heads")
 
 
 def _ones(graph: ir.Graph, size: int) -> ir.Value:

@@ -34,6 +34,8 @@ class Layer(Protocol):
     @property
     def out_features(self) -> int: ...
     @property
+    def rank(self) -> int: ...
+    @property
     def parts(self) -> tuple[Part, ...]: ...
 
 
@@ -174,7 +176,7 @@ def _find_by_weight(model: ir.Model, path: str, layer: Layer, weights: Weights |
     weight = find_initializer(model, f"{path}.weight", weights)
     value = weight
     if weight is not None and layer.kind == "norm":
-        value = _with_offset(weight)
+        value = effective_weight(weight)
     operators = _OPERATORS.get(layer.kind, (*_NORMS, "Mul"))
     readers = [] if value is None else [use.node for use in value.uses()]
     nodes = [node for node in readers if node.op_type in operators]
@@ -188,11 +190,11 @@ def _find_by_weight(model: ir.Model, path: str, layer: Layer, weights: Weights |
     return Site(path, layer, nodes[0], y, 0, layer.out_features, weight, transposed=False)
 
 
-def _with_offset(weight: ir.Value) -> ir.Value:
-    """``1 + weight`` where a norm reads that (Gemma), else the weight."""
+def effective_weight(weight: ir.Value) -> ir.Value:
+    """What a norm multiplies with: its weight, or ``1 + weight`` (Gemma)."""
     uses = tuple(weight.uses())
-    if len(uses) == 1 and uses[0].node.op_type == "Add":
-        return uses[0].node.outputs[0]
+    if len(uses) == 1 and uses[0].node.op_type in ("Add", "Cast"):
+        return effective_weight(uses[0].node.outputs[0])
     return weight
 
 

@@ -43,8 +43,9 @@ def test_each_linear_is_one_named_matmul_in_out(family: str, form: Form, tmp_pat
     tensors = _tensors(model)
     nodes = {node.name: node for node in model.graph.node if node.op_type == "MatMul"}
     readers = {name: [n for n in model.graph.node if name in n.input] for name in tensors}
-    assert set(graph.linears) <= set(nodes)
-    for path, linear in graph.linears.items():
+    linears = {path: x for path, x in graph.modules.items() if x.kind == "linear"}
+    assert set(linears) <= set(nodes)
+    for path, linear in linears.items():
         if path == graph.head and graph.tied:
             continue
         weight = tensors[f"{path}.weight"]

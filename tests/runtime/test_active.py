@@ -109,7 +109,7 @@ def test_rows_alike_take_the_plain_path_without_copies(bundle: Bundle) -> None:
     one, two = adapters.binding("alpha", 1), adapters.binding({"alpha": 0.25}, 3)
     rows = adapters.binding(["alpha", {"alpha": 1.0}, {"alpha": 1, "beta": 0}], 3)
     assert one.values[name] is two.values[name] is rows.values[name]
-    assert one.values[name].data_ptr() == adapters.factors("alpha")[path].A.ctypes.data
+    assert one.values[name].data_ptr() == adapters.changes("alpha")[path].factors.A.ctypes.data
     assert rows.batch is None
     gate = two.values[f"lora.{path}.gate"]
     assert gate.numpy().tolist() == [[[0.25]]]
@@ -218,7 +218,7 @@ def test_an_adapter_of_another_base_is_refused_naming_both(bundle: Bundle) -> No
         (lambda t: t.update({"lora.lm_head.A": np.ones((32, 2), np.float32)}), "lm_head has A"),
         (
             lambda t: t.update({"lora.lm_head.gate": np.full((1, 1, 1), 2, np.float32)}),
-            r"the gate of lm_head is not \[1, 1, 1\] of 1",
+            r"lora.lm_head.gate is not \[1, 1, 1\] of 1",
         ),
     ],
 )
