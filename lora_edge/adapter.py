@@ -26,12 +26,14 @@ from numpy.typing import NDArray
 from lora_edge.errors import AdapterError, UnsupportedAdapterError
 from lora_edge.lora import Factors, fold, scaling
 from lora_edge.names import NONE_ADAPTER, parse_peft_key
-from lora_edge.refusals import MERGE_FIRST, config_refusals, tensor_refusal
+from lora_edge.peft_types import MERGE_FIRST
+from lora_edge.refusals import config_refusals, tensor_refusal
 from lora_edge.tensors import read_float32, read_header
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 TRAINING_FILE = "training.json"
+ORIGINAL_CONFIG_FILE = "original_config.json"  # of the adapter that was converted to this LoRA
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 

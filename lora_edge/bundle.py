@@ -91,6 +91,8 @@ class AdapterEntry:
         digest: sha256 of the PEFT files it came from.
         base_fingerprint: fingerprint of the base model that it was exported for.
         proved: parity with PyTorch was checked and passed.
+        conversion: for a LoRA that approximates an adapter of another type: ``peft_type``, the
+            ``rank`` asked for, ``worst_error`` and ``mean_error`` of ΔW over its layers.
     """
 
     name: str
@@ -100,6 +102,7 @@ class AdapterEntry:
     digest: str
     base_fingerprint: str
     proved: bool
+    conversion: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from lora_edge.bundle import (
     staging,
 )
 from lora_edge.card import bundle_card
+from lora_edge.convert import Conversion, converting
 from lora_edge.errors import (
     AdapterError,
     BundleError,
@@ -55,6 +56,7 @@ def export(
     form: Literal["fused", "portable"] = "fused",
     backend: Literal["trace", "optimum"] = "trace",
     sites: Literal["all", "adapters"] = "all",
+    convert: int | float | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -69,6 +71,10 @@ def export(
         backend: ``trace``, or ``optimum`` (needs ``lora-edge[optimum]``; has a form of its own).
         sites: put branches on ``all`` linear layers of the decoder (the head only if an adapter
             needs it), or only on those that the ``adapters`` change.
+        convert: approximate adapters of other types than LoRA by LoRAs of this rank, or, between 0
+            and 1, of the ranks that keep this share of each delta's energy; ``None`` refuses them.
+            The bundle is proved against the converted adapters; the error of the conversion itself
+            goes to ``progress`` and into the manifest.
         force: replace an existing bundle.
         progress: called with one line for each stage.
 
@@ -83,19 +89,20 @@ def export(
     """
     say = progress or _silent
     model = resolve_base(base)
-    loaded = [load_adapter(path, name) for name, path in (adapters or {}).items()]
-    if mode == "merged" and len(loaded) != 1:
-        raise AdapterError(
-            f"a merged bundle holds exactly one adapter, got {len(loaded)}",
-            "Use --mode switchable for any number of adapters.",
-        )
-    for adapter in loaded:
-        check_base_of(adapter, model.fingerprint(), model.name_or_path)
-    with staging(Path(output), force=force) as stage:
-        manifest = _build(model, loaded, mode, stage, form, backend, sites, say)
-        staged = Bundle(stage, manifest)
-        _prove(staged, model, say)
-        _finish(stage)
+    with converting(adapters or {}, model, convert, say) as (paths, conversions):
+        loaded = [load_adapter(path, name) for name, path in paths.items()]
+        if mode == "merged" and len(loaded) != 1:
+            raise AdapterError(
+                f"a merged bundle holds exactly one adapter, got {len(loaded)}",
+                "Use --mode switchable for any number of adapters.",
+            )
+        for adapter in loaded:
+            check_base_of(adapter, model.fingerprint(), model.name_or_path)
+        with staging(Path(output), force=force) as stage:
+            manifest = _build(model, loaded, mode, stage, form, backend, sites, say)
+            staged = Bundle(stage, _note_conversions(stage, manifest, conversions))
+            _prove(staged, model, say)
+            _finish(stage)
     return load_bundle(output)
 
 
@@ -242,6 +249,15 @@ def _build(
         | dict(captured.versions),
     )
     return _sign(stage, manifest)
+
+
+def _note_conversions(
+    stage: Path, manifest: Manifest, conversions: Mapping[str, Conversion]
+) -> Manifest:
+    entries = dict(manifest.adapters)
+    for name, conversion in conversions.items():
+        entries[name] = dataclasses.replace(entries[name], conversion=conversion.facts())
+    return _sign(stage, dataclasses.replace(manifest, adapters=entries))
 
 
 def _prove(staged: Bundle, base: Base, say: Progress) -> None:

@@ -13,7 +13,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_edge.adapter import CONFIG_FILE, TENSOR_FILE, TRAINING_FILE, Adapter
+from lora_edge.adapter import (
+    CONFIG_FILE,
+    ORIGINAL_CONFIG_FILE,
+    TENSOR_FILE,
+    TRAINING_FILE,
+    Adapter,
+)
 from lora_edge.bundle import AdapterEntry, SiteEntry
 from lora_edge.errors import AdapterError
 from lora_edge.lora import FloatArray, zeros
@@ -74,7 +80,7 @@ def write_adapter_folder(
     """Write an adapter's folder; without ``sites`` (merged) only PEFT's own files."""
     folder = directory / "adapters" / adapter.name
     (folder / "peft").mkdir(parents=True)
-    for name in (CONFIG_FILE, TENSOR_FILE, TRAINING_FILE):
+    for name in (CONFIG_FILE, TENSOR_FILE, TRAINING_FILE, ORIGINAL_CONFIG_FILE):
         if (adapter.directory / name).is_file():
             shutil.copyfile(adapter.directory / name, folder / "peft" / name)
     tensors: dict[str, FloatArray] | None = None

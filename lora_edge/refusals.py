@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from lora_edge.peft_types import MERGE_FIRST, type_refusal
+
 # Fields that this module uses, or that change no number at inference beyond which tensors exist.
 # fmt: off
 _KNOWN_FIELDS = frozenset({
@@ -19,7 +21,6 @@ _KNOWN_FIELDS = frozenset({
     "target_modules", "task_type", "use_rslora",
 })
 # fmt: on
-MERGE_FIRST = "Merge it with peft (merge_and_unload) and export the result as a base model."
 # field -> (the values at which it has no effect, the reason, the way out)
 _REFUSED_FIELDS: dict[str, tuple[tuple[Any, ...], str, str]] = {
     "use_dora": ((False, None), "DoRA rescales the base's output rows", MERGE_FIRST),
@@ -71,10 +72,7 @@ def config_refusals(config: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     """Each reason to refuse an adapter for its config, and the way out."""
     peft_type = config.get("peft_type")
     if peft_type != "LORA":
-        yield (
-            f"peft_type is {peft_type!r}, expected 'LORA'",
-            "If it changes linear layers only, convert it with peft.convert_to_lora().",
-        )
+        yield type_refusal(peft_type)
         return
     init = config.get("init_lora_weights", True)
     if init not in _ORDINARY_INITS:
