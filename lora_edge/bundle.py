@@ -110,6 +110,8 @@ class AdapterEntry:
         alone: why it is neither blended nor weighted, e.g. ``DoRA``; empty where it may be.
         invocation: token ids that activate an aLoRA; empty for any other adapter.
         labels: names of the outputs of its task head.
+        conversion: for a LoRA that approximates an adapter of another type: ``peft_type``, the
+            ``rank`` asked for, ``worst_error`` and ``mean_error`` of ΔW over its layers.
     """
 
     name: str
@@ -122,6 +124,7 @@ class AdapterEntry:
     alone: str = ""
     invocation: tuple[int, ...] = ()
     labels: tuple[str, ...] = ()
+    conversion: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,16 @@ def bundle_card(manifest: Manifest) -> str:
         rank = max(entry.ranks.values(), default=0)
         proved = "yes" if entry.proved else "no"
         lines.append(f"| {name} | {entry.kind} | {len(entry.ranks)} | {rank} | {proved} |")
+    for name, entry in sorted(manifest.adapters.items()):
+        if entry.conversion is not None:
+            made = entry.conversion
+            lines += [
+                "",
+                f"{name} is a LoRA that approximates an adapter of type {made['peft_type']} "
+                f"(`--convert {made['rank']}`): relative error of ΔW {made['mean_error']:.2e} in "
+                f"the mean over its layers, {made['worst_error']:.2e} at worst. The proof is of "
+                "the LoRA.",
+            ]
     example = next((name for name in sorted(manifest.adapters) if name != "none"), "NAME")
     lines += [
         "",

@@ -28,7 +28,7 @@ from lora_edge.lora import (
     row_replacement,
 )
 from lora_edge.names import FACTOR_PARTS, Part
-from lora_edge.refusals import MERGE_FIRST
+from lora_edge.peft_types import MERGE_FIRST
 
 Weights = Callable[[str], "NDArray[np.floating] | None"]
 """Parameter path -> the base's value in the checkpoint's layout; ``None`` where it has none."""

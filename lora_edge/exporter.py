@@ -30,6 +30,7 @@ from lora_edge.bundle import (
     staging,
 )
 from lora_edge.card import bundle_card
+from lora_edge.convert import Conversion, converting
 from lora_edge.effects import (
     KINDS,
     Weights,
@@ -69,6 +70,7 @@ def export(
     backend: Literal["trace", "optimum"] = "trace",
     sites: Literal["all", "adapters"] = "all",
     kinds: Sequence[str] = ("lora",),
+    convert: int | float | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -86,6 +88,10 @@ def export(
         kinds: kinds of adapters, of ``lora``, ``dora``, ``bias``, ``norm``, ``embedding`` and
             ``conv``, for which a switchable graph gets inputs wherever they are possible, for
             adapters to come. What the given adapters need they get in any case.
+        convert: approximate adapters of other types than LoRA by LoRAs of this rank, or, between 0
+            and 1, of the ranks that keep this share of each delta's energy; ``None`` refuses them.
+            The bundle is proved against the converted adapters; the error of the conversion itself
+            goes to ``progress`` and into the manifest.
         force: replace an existing bundle.
         progress: called with one line for each stage.
 
@@ -100,25 +106,26 @@ def export(
     """
     say = progress or _silent
     model = resolve_base(base)
-    loaded = [load_adapter(path, name) for name, path in (adapters or {}).items()]
-    if mode == "merged" and len(loaded) != 1:
-        raise AdapterError(
-            f"a merged bundle holds exactly one adapter, got {len(loaded)}",
-            "Use --mode switchable for any number of adapters.",
-        )
     unknown = sorted(set(kinds) - set(KINDS))
     if unknown:
         raise AdapterError(
             f"{unknown[0]!r} is no kind of adapter", f"Kinds are {', '.join(KINDS)}."
         )
-    for adapter in loaded:
-        adapter.check_mode(mode)
-        check_base_of(adapter, model.fingerprint(), model.name_or_path)
-    with staging(Path(output), force=force) as stage:
-        manifest = _build(model, loaded, mode, stage, form, backend, sites, tuple(kinds), say)
-        staged = Bundle(stage, manifest)
-        _prove(staged, model, say)
-        _finish(stage)
+    with converting(adapters or {}, model, convert, say) as (paths, conversions):
+        loaded = [load_adapter(path, name) for name, path in paths.items()]
+        if mode == "merged" and len(loaded) != 1:
+            raise AdapterError(
+                f"a merged bundle holds exactly one adapter, got {len(loaded)}",
+                "Use --mode switchable for any number of adapters.",
+            )
+        for adapter in loaded:
+            adapter.check_mode(mode)
+            check_base_of(adapter, model.fingerprint(), model.name_or_path)
+        with staging(Path(output), force=force) as stage:
+            manifest = _build(model, loaded, mode, stage, form, backend, sites, tuple(kinds), say)
+            staged = Bundle(stage, _note_conversions(stage, manifest, conversions))
+            _prove(staged, model, say)
+            _finish(stage)
     return load_bundle(output)
 
 
@@ -327,6 +334,15 @@ def _say_cost(adapter: Adapter, file: Path, say: Progress) -> None:
             f"{adapter.name} replaces {', '.join(whole)} whole: its file is "
             f"{file.stat().st_size / 1e6:,.1f} MB, and so is what is read for each token"
         )
+
+
+def _note_conversions(
+    stage: Path, manifest: Manifest, conversions: Mapping[str, Conversion]
+) -> Manifest:
+    entries = dict(manifest.adapters)
+    for name, conversion in conversions.items():
+        entries[name] = dataclasses.replace(entries[name], conversion=conversion.facts())
+    return _sign(stage, dataclasses.replace(manifest, adapters=entries))
 
 
 def _prove(staged: Bundle, base: Base, say: Progress) -> None:

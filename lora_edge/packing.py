@@ -17,7 +17,12 @@ from lora_edge.effects import alone, kind_of
 from lora_edge.errors import AdapterError
 from lora_edge.lora import FloatArray, Head, SiteChange, zeros
 from lora_edge.names import NONE_ADAPTER, SELECT, STACKED_PARTS, lora_input
-from lora_edge.peft_directory import CONFIG_FILE, TENSOR_FILE, TRAINING_FILE
+from lora_edge.peft_directory import (
+    CONFIG_FILE,
+    ORIGINAL_CONFIG_FILE,
+    TENSOR_FILE,
+    TRAINING_FILE,
+)
 from lora_edge.runtime.adapter_file import write_adapter
 
 Changes = Mapping[str, SiteChange]
@@ -83,7 +88,7 @@ def write_adapter_folder(
     """Write an adapter's folder; without ``changes`` (merged) only PEFT's own files."""
     folder = directory / "adapters" / adapter.name
     (folder / "peft").mkdir(parents=True)
-    for name in (CONFIG_FILE, TENSOR_FILE, TRAINING_FILE):
+    for name in (CONFIG_FILE, TENSOR_FILE, TRAINING_FILE, ORIGINAL_CONFIG_FILE):
         if (adapter.directory / name).is_file():
             shutil.copyfile(adapter.directory / name, folder / "peft" / name)
     return _entry(

@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 
 from lora_edge.errors import AdapterError, UnsupportedAdapterError
 from lora_edge.names import PeftPart, parse_peft_key
-from lora_edge.refusals import MERGE_FIRST
+from lora_edge.peft_types import MERGE_FIRST
 from lora_edge.tensors import TensorRecord, read_float32, read_header
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 TRAINING_FILE = "training.json"
+ORIGINAL_CONFIG_FILE = "original_config.json"  # of the adapter that was converted to this LoRA
 
 Tensors = Mapping[PeftPart, Mapping[str, NDArray[np.float32]]]
 """What a tensor is -> path -> the tensor."""

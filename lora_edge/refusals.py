@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
+from lora_edge.peft_types import MERGE_FIRST, type_refusal
+
 Mode = Literal["switchable", "merged"]
 MODES: tuple[Mode, ...] = ("switchable", "merged")
 
@@ -33,7 +35,6 @@ _KNOWN_FIELDS = frozenset({
     "trainable_token_indices", "use_dora", "use_rslora",
 })
 # fmt: on
-MERGE_FIRST = "Merge it with peft (merge_and_unload) and export the result as a base model."
 # field -> (the values at which it has no effect, the reason, the way out)
 _REFUSED_FIELDS: dict[str, tuple[tuple[Any, ...], str, str]] = {
     "layer_replication": (
@@ -64,10 +65,7 @@ def config_refusals(config: Mapping[str, Any]) -> Iterable[Refusal]:
     """Each reason to refuse an adapter for its config."""
     peft_type = config.get("peft_type")
     if peft_type != "LORA":
-        yield Refusal(
-            f"peft_type is {peft_type!r}, expected 'LORA'",
-            "If it changes linear layers only, convert it with peft.convert_to_lora().",
-        )
+        yield Refusal(*type_refusal(peft_type))
         return
     init = config.get("init_lora_weights", True)
     if init not in _ORDINARY_INITS:

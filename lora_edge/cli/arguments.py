@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 
@@ -23,6 +24,25 @@ def named_paths(pairs: Sequence[str]) -> dict[str, str]:
             raise click.BadParameter(f"the adapter {name!r} is given twice")
         found[name] = path
     return found
+
+
+def conversion_rank(text: str | None) -> int | float | None:
+    """A rank, or a share between 0 and 1; ``None`` stays.
+
+    Raises:
+        click.BadParameter: it is neither.
+    """
+    if text is None:
+        return None
+    with contextlib.suppress(ValueError):
+        if int(text) >= 1:
+            return int(text)
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < 1:
+            return float(text)
+    raise click.BadParameter(
+        f"{text!r} is not a whole number from 1 on, or a share between 0 and 1"
+    )
 
 
 def weighted_names(pairs: Sequence[str]) -> dict[str, float] | None:

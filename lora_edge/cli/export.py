@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from lora_edge.cli.arguments import named_paths
+from lora_edge.cli.arguments import conversion_rank, named_paths
 
 
 @click.command()
@@ -52,6 +52,14 @@ from lora_edge.cli.arguments import named_paths
     show_default=True,
     help="Comma-separated: kinds of adapters to come that the graph takes on any layer: lora, "
     "dora, bias, norm, embedding, conv. What the given adapters need is added in any case.",
+)
+@click.option(
+    "--convert",
+    metavar="RANK",
+    callback=lambda _context, _parameter, text: conversion_rank(text),
+    help="Approximate adapters of other PEFT types (LoHa, LoKr, VeRA, MiSS ...) by LoRAs of this "
+    "rank, or of the ranks that keep this share (0 to 1) of each delta's energy, and say how far "
+    "off they are.",
 )
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 def command(adapters: tuple[str, ...], output: Path, **options: Any) -> None:

@@ -51,6 +51,12 @@ def _bundle(path: Path) -> tuple[dict[str, Any], str]:
         lines.append(
             f"  {name}: {entry.kind}, {ranks}{len(entry.ranks)} sites, {held:,} bytes, {proved}"
         )
+        if entry.conversion is not None:
+            lines.append(
+                f"    approximates a {entry.conversion['peft_type']}: relative error of ΔW "
+                f"{entry.conversion['mean_error']:.2e} in the mean, "
+                f"{entry.conversion['worst_error']:.2e} at worst"
+            )
     return facts, "\n".join(lines)
 
 
