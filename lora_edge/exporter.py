@@ -89,8 +89,9 @@ def export(
             f"a merged bundle holds exactly one adapter, got {len(loaded)}",
             "Use --mode switchable for any number of adapters.",
         )
+    fingerprint = model.fingerprint()  # reads every weight: a file that is cut off is named here
     for adapter in loaded:
-        check_base_of(adapter, model.fingerprint(), model.name_or_path)
+        check_base_of(adapter, fingerprint, model.name_or_path)
     with staging(Path(output), force=force) as stage:
         manifest = _build(model, loaded, mode, stage, form, backend, sites, say)
         staged = Bundle(stage, manifest)
