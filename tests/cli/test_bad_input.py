@@ -291,8 +291,16 @@ def test_an_adapter_that_the_disk_has_no_room_for(bundle: Path, adapter: Path) -
 
 def _killed(number: signal.Signals, stage: str, *arguments: object) -> Result:
     """Start an export and kill it when it says that it is at a stage."""
+
+    def hear_interrupts() -> None:  # which a shell's background job would ignore
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
     process = subprocess.Popen(
-        _command("export", *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        _command("export", *arguments),
+        preexec_fn=hear_interrupts,  # noqa: PLW1509  no thread holds a lock that it needs
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert process.stderr is not None
     lines = []
