@@ -5,8 +5,7 @@ from __future__ import annotations
 import io
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,19 +13,8 @@ import pytest
 import lora_edge
 from lora_edge.cli import main
 
-MODELS = Path(__file__).resolve().parents[2] / "models"
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a command left: exit code and both streams."""
-
-    code: int
-    out: str
-    err: str
-
-
-Cli = Callable[..., Result]
+sys.path.insert(0, str(Path(__file__).parent))
+from commands import MODELS, Cli, Result
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import Cli, Result
+from commands import Cli, Result
 
 WEIGHTS = "adapter_model.safetensors"
 PROGRESS = ("capturing ", "checking the base graph ", "adding branches ", "validating every ")

@@ -13,7 +13,7 @@ import pytest
 import lora_edge
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import MODELS, Cli
+from commands import MODELS, Cli
 
 PROMPT = "Word: river Answer:"
 

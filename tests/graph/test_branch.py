@@ -13,7 +13,7 @@ from lora_edge.graph import branch, find_sites
 from lora_edge.lora import Factors, zeros
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import BATCH, SEQ, Run, Shape, Small, draw, factors, lora_feeds
+from small_graphs import BATCH, SEQ, Run, Shape, Small, draw, factors, lora_feeds
 
 X = draw(BATCH, SEQ, 6, seed=42)
 

@@ -14,7 +14,7 @@ from lora_edge.graph import find_sites, merge
 from lora_edge.lora import Factors, delta
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import BATCH, SEQ, Run, Shape, Small, draw, factors
+from small_graphs import BATCH, SEQ, Run, Shape, Small, draw, factors
 
 X = draw(BATCH, SEQ, 6, seed=42)
 W = draw(6, 5, seed=1)
