@@ -93,6 +93,8 @@ def test_an_adapter_that_lacks_a_file(name: str, cli: Cli, bundle: Path, adapter
         ('{"prompt": 3}\n', ":1 has no text in 'prompt'"),
         ('{"prompt": "a", "adapter": "nobody"}', "nobody"),
         ('{"prompt": "a", "adapter": {"shout": NaN}}', "finite"),
+        ('{"prompt": "a", "adapter": {"shout": "much"}}', "expected a number"),
+        ('{"prompt": "a", "adapter": 3}', "expected a name"),
     ],
 )
 def test_a_jsonl_file_that_is_not_as_expected(
@@ -177,6 +179,13 @@ def test_a_truncated_base(cli: Cli, base: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("choice", ["nobody", "nobody=0.5"])
 def test_an_unknown_adapter_at_run_time(choice: str, cli: Cli, bundle: Path) -> None:
     _refused(cli("run", bundle, "-a", choice, "-p", "x"), "'nobody'", "echo, mirror, none, shout")
+
+
+@pytest.mark.parametrize(
+    "setting", ["--max-new-tokens=0", "--max-new-tokens=100000", "--top-p=2", "--temperature=-1"]
+)
+def test_a_setting_outside_its_range(setting: str, cli: Cli, bundle: Path) -> None:
+    _refused(cli("run", bundle, "-p", "x", setting), setting.partition("=")[2])
 
 
 # --- the output ----------------------------------------------------------------------------------
