@@ -106,7 +106,7 @@ class AdapterEntry:
         ranks: rank per site that the adapter changes (others have rank 0 or zeros).
         digest: sha256 of the PEFT files it came from.
         base_fingerprint: fingerprint of the base model that it was exported for.
-        proved: parity with PyTorch was checked and passed.
+        proved: parity with PyTorch was checked, and passed when it last was.
         alone: why it is neither blended nor weighted, e.g. ``DoRA``; empty where it may be.
         invocation: token ids that activate an aLoRA; empty for any other adapter.
         labels: names of the outputs of its task head.

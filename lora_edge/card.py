@@ -14,7 +14,7 @@ def bundle_card(manifest: Manifest) -> str:
         f"Made by lora-edge {manifest.versions['lora-edge']}: one ONNX graph ({spec.form} form, "
         f"{manifest.precision}) of a {manifest.base['model_type']} model.",
         "",
-        "| adapter | kind | layers | largest rank | proved against PyTorch |",
+        "| adapter | kind | layers | largest rank | proved at export |",
         "|---|---|---|---|---|",
     ]
     for name, entry in sorted(manifest.adapters.items()):
@@ -34,7 +34,8 @@ def bundle_card(manifest: Manifest) -> str:
     example = next((name for name in sorted(manifest.adapters) if name != "none"), "NAME")
     lines += [
         "",
-        "The figures of the check are in `parity/`.",
+        "The figures of the last check against PyTorch are in `parity/`; `lora-edge inspect .` "
+        "shows what is proved now, adapters that were added since included.",
         "",
         "```sh",
         f"lora-edge run . -a {example} -p 'Hello'",

@@ -118,9 +118,10 @@ def export(
                 f"a merged bundle holds exactly one adapter, got {len(loaded)}",
                 "Use --mode switchable for any number of adapters.",
             )
+        fingerprint = model.fingerprint()  # reads every weight: one that is cut off is named here
         for adapter in loaded:
             adapter.check_mode(mode)
-            check_base_of(adapter, model.fingerprint(), model.name_or_path)
+            check_base_of(adapter, fingerprint, model.name_or_path)
         with staging(Path(output), force=force) as stage:
             manifest = _build(model, loaded, mode, stage, form, backend, sites, tuple(kinds), say)
             staged = Bundle(stage, _note_conversions(stage, manifest, conversions))

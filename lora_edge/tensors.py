@@ -62,6 +62,8 @@ def read_header(file: Path) -> dict[str, TensorRecord]:
                 f"{file} is cut off: tensor {key!r} ends at byte {record.end}, the file at {size}"
             )
         dtype = _FLOATS.get(record.dtype)
+        if min(record.shape, default=0) < 0:
+            raise ValueError(f"{file}: tensor {key!r} has the shape {record.shape}")
         if dtype and record.end - record.begin != math.prod(record.shape) * dtype.itemsize:
             raise ValueError(
                 f"{file}: tensor {key!r} of shape {record.shape} and dtype {record.dtype} "

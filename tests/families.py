@@ -46,6 +46,14 @@ SUPPORTED = (
     "olmo2", "granite", "gpt_neox", "opt",
 )  # fmt: skip
 
+# family -> (changes to its config, what the refusal names)
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "mixtral": ({"num_local_experts": 4}, "num_local_experts"),  # mixture of experts
+    "bloom": ({}, "alibi"),
+    # Its attention is its own, not transformers' common interface.
+    "gptj": ({"n_layer": 2, "n_embd": 64, "n_head": 4, "rotary_dim": 16}, "attention"),
+}
+
 
 def make_base(family: str, directory: Path, **changes: Any) -> Path:
     """Save a random model whose every parameter is perturbed, so that none is one or zero."""

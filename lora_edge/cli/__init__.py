@@ -92,9 +92,13 @@ def _run(arguments: Sequence[str] | None) -> int:
             errno.ENOSPC: "The disk is full; free some space, nothing half-written was left.",
             errno.EFBIG: "The file is larger than this system allows; nothing was left.",
             errno.EACCES: "Check the permissions of the folder.",
+            # numpy and others write short without an error number.
+            None: "Is the disk full? Free some space; nothing half-written was left.",
         }
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        _complain(what, hints.get(error.errno or 0, ""))
+        if error.errno is None:
+            what = f"a file could not be written or read whole: {error}"
+        _complain(what, hints.get(error.errno, "Check the path, its folder and the disk."))
         return 2
     except Exception as error:  # noqa: BLE001  an uncaught exception would exit with 1, "parity failed"
         _complain(
@@ -109,4 +113,4 @@ def _complain(message: str, hint: str) -> None:
         traceback.print_exc()
     click.echo(f"error: {' '.join(message.split())}", err=True)
     if hint:
-        click.echo(f"hint: {hint}", err=True)
+        click.echo(f"hint: {' '.join(hint.split())}", err=True)

@@ -8,14 +8,14 @@ of a greedy continuation, the whole continuation is PyTorch's.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from lora_edge.lora import FloatArray
 from lora_edge.names import NONE_ADAPTER, SELECT, lora_input
-from lora_edge.parity.compare import Expected, Tolerance, judge, limits, measure
+from lora_edge.parity.compare import Expected, Tolerance, expect, judge, limits, measure
 from lora_edge.parity.golden import Golden
 from lora_edge.parity.report import Case
 from lora_edge.parity.states import Probe, Row, State, label
@@ -25,6 +25,8 @@ from lora_edge.runtime.adapter_file import read_adapter
 _SWITCHED_STEPS = 8
 
 Tensors = dict[str, FloatArray]
+Trial = tuple[str, Sequence[Expected], Sequence[FloatArray]]
+"""A deliberate fault: what it is, and what is then compared."""
 
 
 def compare(runner: Runner, golden: Golden, tolerance: Tolerance) -> list[Case]:
@@ -45,10 +47,10 @@ def compare(runner: Runner, golden: Golden, tolerance: Tolerance) -> list[Case]:
         ]
     state = probe.states[0]
     case = _judged(probe.name, state, golden.expected, actual, golden, tolerance)
-    switchable = runner.bundle.manifest.mode == "switchable"
-    if probe.kind == "adapter" and case.status == "passed" and switchable:
-        # A merged adapter cannot be taken out; its limit is below its effect, or judge() says so.
-        return [_controlled(runner, golden, case, tolerance)]
+    if probe.kind == "adapter" and case.status == "passed":
+        switchable = runner.bundle.manifest.mode == "switchable"
+        trials = _faulty_runs(runner, golden) if switchable else _faulty_outputs(golden, actual)
+        return [_controlled(golden, case, trials, tolerance)]
     return [case]
 
 
@@ -88,23 +90,12 @@ def _judged(
     return Case(name, adapters, verdict.status, verdict.reason, figures, limit)
 
 
-def _controlled(runner: Runner, golden: Golden, case: Case, tolerance: Tolerance) -> Case:
-    """Run the prompts with deliberate faults; the comparison must fail with each of them."""
-    name = golden.probe.adapters[0]
-    expected = [
-        row.first(len(prompt))
-        for row, prompt in zip(golden.expected, golden.probe.rows, strict=True)
-    ]
+def _controlled(golden: Golden, case: Case, trials: Iterable[Trial], tolerance: Tolerance) -> Case:
+    """Make the comparison with deliberate faults; it must fail with each of them."""
     errors: dict[str, float] = {}
     survived: list[str] = []
-    for fault, tensors in _faults(runner, name):
-        runner.override(name, tensors)
-        try:
-            actual = _observe(runner, golden.probe, [()] * len(expected))
-        finally:
-            runner.override(name, None)
-        state = golden.probe.states[0]
-        found = _judged(name, state, expected, actual, golden, tolerance)
+    for fault, expected, actual in trials:
+        found = _judged(case.name, golden.probe.states[0], expected, actual, golden, tolerance)
         if found.figures is not None:
             errors[fault] = found.figures.effect_error
         if found.status != "failed":
@@ -113,6 +104,38 @@ def _controlled(runner: Runner, golden: Golden, case: Case, tolerance: Tolerance
         reason = f"{case.name}: the check does not notice when it is {' or '.join(survived)}"
         return dataclasses.replace(case, status="unproved", reason=reason, controls=errors)
     return dataclasses.replace(case, controls=errors)
+
+
+def _faulty_runs(runner: Runner, golden: Golden) -> Iterator[Trial]:
+    """The prompts run again with other tensors in the adapter's place."""
+    name = golden.probe.adapters[0]
+    expected = [
+        row.first(len(prompt))
+        for row, prompt in zip(golden.expected, golden.probe.rows, strict=True)
+    ]
+    for fault, tensors in _faults(runner, name):
+        runner.override(name, tensors)
+        try:
+            yield fault, expected, _observe(runner, golden.probe, [()] * len(expected))
+        finally:
+            runner.override(name, None)
+
+
+def _faulty_outputs(golden: Golden, actual: Sequence[FloatArray]) -> Iterator[Trial]:
+    """A merged adapter cannot be taken out: its outputs, or what is expected, are exchanged.
+
+    The base's logits must not pass for the adapter's, nor the bundle's own outputs where the
+    opposite effect is expected. Both are at the kept columns, which are taken for the vocabulary.
+    """
+    bases = [row.reference if row.base is None else row.base for row in golden.expected]
+    rows = list(zip(golden.expected, bases, strict=True))
+    yield "absent", [expect(row.reference, base) for row, base in rows], bases
+    opposite = [expect(base - (row.reference - base), base) for row, base in rows]
+    own = [
+        logits if row.columns is None else np.take_along_axis(logits, row.columns, -1)
+        for row, logits in zip(golden.expected, actual, strict=True)
+    ]
+    yield "expected to do the opposite", opposite, own
 
 
 def _faults(runner: Runner, name: str) -> Iterator[tuple[str, Tensors]]:

@@ -44,9 +44,10 @@ def validate(
 ) -> Report:
     """Check that a bundle does what PyTorch does.
 
-    With ``reference``, against eager PEFT in float32. An adapter that passes and was unproved is
-    marked as proved, and its golden cases are recorded. Without, against the golden cases (needs no
-    PyTorch); an adapter without any is unproved, which is not a pass.
+    With ``reference``, against eager PEFT in float32. The manifest then says of each adapter
+    whether it is proved; the golden cases of one that passes for the first time are recorded, and
+    one that fails is unproved until it passes again. Without, against the golden cases (needs no
+    PyTorch); an unproved adapter is not a pass.
 
     Args:
         bundle: the bundle or its folder.
@@ -97,7 +98,8 @@ def validate(
         goldens.append(golden if reference is None else reduce(golden, len(names) + 3))
         versions |= golden.versions
     cases += switching(runner, goldens)
-    cases += _unproved(names, goldens)
+    if reference is None:
+        cases += _unproved(target, names, goldens)
     report = Report(
         bundle=str(target.directory),
         mode=target.manifest.mode,
@@ -108,7 +110,7 @@ def validate(
         seconds=time.monotonic() - started,
     )
     if reference is not None:
-        _record(target, report, goldens)
+        _record(target, report, goldens, say)
     return report
 
 
@@ -116,28 +118,30 @@ def _silent(line: str) -> None:
     """Progress that nobody listens to."""
 
 
-def _unproved(names: Sequence[str], goldens: Sequence[Golden]) -> Iterable[Case]:
+def _unproved(bundle: Bundle, names: Sequence[str], goldens: Sequence[Golden]) -> Iterable[Case]:
     covered = {golden.probe.adapters[0] for golden in goldens if golden.probe.kind == "adapter"}
     for name in names:
-        if name not in covered:
-            case = f"adapter {name}"
-            reason = f"{case}: it was never compared with PyTorch; validate with --reference BASE"
-            yield Case(case, (name,), "unproved", reason)
+        if name in covered and bundle.adapter(name).proved:
+            continue
+        case = f"adapter {name}"
+        what = "did not pass when it was last" if name in covered else "was never"
+        reason = f"{case}: it {what} compared with PyTorch; validate with --reference BASE"
+        yield Case(case, (name,), "unproved", reason)
 
 
-def _record(bundle: Bundle, report: Report, goldens: Sequence[Golden]) -> None:
-    """Mark as proved what newly passed and record its goldens; nothing where nothing is new.
+def _record(
+    bundle: Bundle, report: Report, goldens: Sequence[Golden], say: Callable[[str], None]
+) -> None:
+    """Mark what passed as proved and what did not as unproved, and record new goldens.
 
-    New files get new names, and the manifest is replaced before old files go: whenever it is
-    interrupted, the bundle is whole.
+    Nothing is written where nothing is new. New files get new names, and the manifest is replaced
+    before old files go: whenever it is interrupted, the bundle is whole.
     """
     manifest = bundle.manifest
-    entries = {
-        name: entry
-        if entry.proved or not report.adapter_passed(name)
-        else dataclasses.replace(entry, proved=True)
-        for name, entry in manifest.adapters.items()
-    }
+    entries = dict(manifest.adapters)
+    for name in report.adapters:
+        passed = report.adapter_passed(name)
+        entries[name] = dataclasses.replace(entries[name], proved=passed)
     ready = [g for g in goldens if all(entries[name].proved for name in g.probe.adapters)]
     if entries == dict(manifest.adapters) and {g.stem for g in ready} <= set(golden_stems(bundle)):
         return
@@ -158,6 +162,9 @@ def _record(bundle: Bundle, report: Report, goldens: Sequence[Golden]) -> None:
         for name in stale:
             (bundle.directory / name).unlink(missing_ok=True)
     except OSError as error:
+        if not report.passed:  # the report matters more than that it could not be recorded
+            say(f"{bundle.directory} cannot be written ({error.strerror}); it keeps its old record")
+            return
         raise BundleError(
             f"what was proved cannot be recorded in {bundle.directory}: {error.strerror}",
             "Make the folder writable, and check the disk space.",

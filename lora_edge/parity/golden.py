@@ -1,8 +1,9 @@
 """Golden cases: what PyTorch gave, small enough to ship, replayable without PyTorch.
 
-One ``.npz`` file per probe under the bundle's ``parity/`` folder. It keeps every position, and of
-the vocabulary the best tokens and a seeded subset. File names carry a hash of the content, so that
-a bundle's manifest can go from old to new files in one step.
+One ``.npz`` file per probe under the bundle's ``parity/`` folder. It keeps every position (fewer
+where dozens of adapters share the room), and of the vocabulary the best tokens and a seeded subset.
+File names carry a hash of the content, so that a bundle's manifest can go from old to new files in
+one step.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ from lora_edge.parity.states import Probe, Row
 FOLDER = "parity"
 _TOP = 6
 _SUBSET = 18
-_LEAST = 8  # columns that are kept in any case
+_LEAST = 5  # columns that are kept in any case; without room for them, the continuation is cut
 _BUDGET = 900_000  # bytes of all golden cases together
+# Bytes: a column is its id, its logit and the base's; a position its total, best token, margin.
+_COLUMN, _POSITION = 12, 20
 
 
 @dataclass(frozen=True)
@@ -68,16 +71,34 @@ def reduce(golden: Golden, probes: int, *, seed: int = 0) -> Golden:
 
     Args:
         golden: a case with whole logits.
-        probes: how many cases share the budget of 1 MB; the more, the smaller the subset.
+        probes: how many cases share the budget of 1 MB; the more, the smaller the subset, and in
+            the end the shorter the continuation.
         seed: of the subset, which is the same at all positions.
     """
+    share = _BUDGET / probes
+    golden = _shortened(golden, int(share / (_POSITION + _COLUMN * _LEAST)))
     vocab = golden.expected[0].reference.shape[1]
     positions = sum(len(row.top1) for row in golden.expected)
-    # A column costs its id, its logit and the base's; a position its total, best token, margin.
-    affordable = int((_BUDGET / probes / positions - 20) / 12)
+    affordable = int((share / positions - _POSITION) / _COLUMN)
     count = min(vocab, max(_LEAST, min(_TOP + _SUBSET, affordable)))
     subset = np.sort(np.random.default_rng(seed).permutation(vocab)[: count - count // 4])
     return replace(golden, expected=tuple(_reduced(row, subset, count) for row in golden.expected))
+
+
+def _shortened(golden: Golden, positions: int) -> Golden:
+    """The case with so many positions at most: its continuation is cut, down to one token."""
+    prompts = [len(row) for row in golden.probe.rows]
+    steps = max(1, (positions - sum(prompts)) // len(prompts))
+    if steps >= golden.probe.steps:
+        return golden
+    return replace(
+        golden,
+        probe=replace(golden.probe, steps=steps),
+        tails=tuple(tail[:steps] for tail in golden.tails),
+        expected=tuple(
+            row.first(length + steps) for row, length in zip(golden.expected, prompts, strict=True)
+        ),
+    )
 
 
 def _reduced(row: Expected, subset: np.ndarray[Any, Any], count: int) -> Expected:

@@ -75,8 +75,17 @@ class Report:
         return tuple(case for case in self.cases if case.status != "passed")
 
     def adapter_passed(self, name: str) -> bool:
-        """The adapter was compared on its own, and every case that it took part in passed."""
-        mine = [case for case in self.cases if name in case.adapters]
+        """The adapter was compared on its own, and every case that it took part in passed.
+
+        A case that it shares with an adapter that fails alone does not count against it.
+        """
+        broken = {case.adapters for case in self.failures if len(case.adapters) == 1}
+        mine = [
+            case
+            for case in self.cases
+            if name in case.adapters
+            and not any((other,) in broken for other in case.adapters if other != name)
+        ]
         alone = any(case.adapters == (name,) and case.figures for case in mine)
         return alone and all(case.status == "passed" for case in mine)
 

@@ -139,7 +139,10 @@ class ActiveAdapters:
             if merged or name != NONE_ADAPTER:
                 self._bundle.adapter(name)
             if isinstance(weight, bool) or not isinstance(weight, int | float | np.number):
-                raise DataError(f"the weight of {name!r} is {weight!r}, expected a number", "")
+                raise DataError(
+                    f"the weight of {name!r} is {weight!r}, expected a number",
+                    "A blend is written {'name': weight, ...}.",
+                )
             if not math.isfinite(weight):
                 raise DataError(
                     f"the weight of {name!r} is {weight}, expected a finite number",

@@ -2,8 +2,7 @@
 
 Knows nothing of bundles or sessions. The format is a FlatBuffer of named tensors without a
 checksum: a file that was changed inside reads without an error, so whoever opens one verifies its
-    hash first. Tensors
-of rank 0 (a zero-size dimension) survive the round trip.
+hash first. Tensors of rank 0 (a zero-size dimension) survive the round trip.
 """
 
 from __future__ import annotations
@@ -42,9 +41,9 @@ def write_adapter(path: Path, tensors: Mapping[str, FloatArray]) -> None:
     try:
         adapter.export_adapter(str(path))
     except RuntimeError as error:
+        # ONNX Runtime names its own source line and signature, not the system's reason.
         raise BundleError(
-            f"{path} cannot be written: {_first_line(error)}",
-            "Check the folder and the disk space.",
+            f"{path} cannot be written whole", "Check the folder and the disk space."
         ) from error
     finally:
         del values, arrays

@@ -45,7 +45,10 @@ class Generation:
         longest = max((len(prompt) for prompt in prompts), default=0)
         limit = decoder.spec.max_length
         if max_new_tokens < 1:
-            raise DataError(f"max_new_tokens is {max_new_tokens}, expected at least 1", "")
+            raise DataError(
+                f"max_new_tokens is {max_new_tokens}, expected at least 1",
+                "For the logits of a prompt alone there is logits().",
+            )
         if longest + max_new_tokens > limit:
             room = limit - longest
             raise DataError(

@@ -11,6 +11,7 @@ from typing import Any
 from lora_edge.errors import AdapterError
 
 ALL_LINEAR = "all-linear"
+_DEFAULT = "Correct it, or leave it out for the default."
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,10 @@ class Settings:
         for name in ("alpha", "epochs", "lr"):
             _require_positive(name, getattr(self, name))
         if not 0.0 <= self.dropout < 1.0:
-            raise AdapterError(f"dropout is {self.dropout}, expected 0 <= dropout < 1")
+            raise AdapterError(
+                f"dropout is {self.dropout}, expected 0 <= dropout < 1",
+                "0 leaves it out; 0.05 to 0.1 is common.",
+            )
         for key, rank in self.rank_pattern.items():
             _require(f"rank_pattern[{key!r}]", rank, at_least=1)
         for key, alpha in self.alpha_pattern.items():
@@ -91,9 +95,11 @@ class Settings:
 
 def _require(name: str, value: int, *, at_least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise AdapterError(f"{name} is {value!r}, expected a whole number of at least {at_least}")
+        raise AdapterError(
+            f"{name} is {value!r}, expected a whole number of at least {at_least}", _DEFAULT
+        )
 
 
 def _require_positive(name: str, value: float) -> None:
     if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
-        raise AdapterError(f"{name} is {value!r}, expected a number above 0")
+        raise AdapterError(f"{name} is {value!r}, expected a number above 0", _DEFAULT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
@@ -15,7 +16,7 @@ from lora_edge.graph import check, fuse, load, save_graph
 from lora_edge.parity.base_check import check_base
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from families import SUPPORTED, make_base
+from families import REFUSED, SUPPORTED, make_base
 
 
 def _capture(directory: Path, form: str, folder: Path) -> BaseGraph:
@@ -79,19 +80,15 @@ def test_nothing_global_is_left_behind(tmp_path: Path) -> None:
     assert set(ALL_ATTENTION_FUNCTIONS.keys()) == before
 
 
-@pytest.mark.parametrize(
-    ("family", "changes", "field"),
-    [
-        ("mixtral", {"num_local_experts": 4}, "num_local_experts"),
-        ("bloom", {}, "alibi"),
-        ("gptj", {"n_layer": 2, "n_embd": 64, "n_head": 4, "rotary_dim": 16}, "attention"),
-    ],
-)
+@pytest.mark.parametrize("family", REFUSED)
 def test_unsupported_families_are_refused_by_name(
-    family: str, changes: dict[str, int], field: str, tmp_path: Path
+    family: str, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
+    changes, field = REFUSED[family]
     base = make_base(family, tmp_path / "base", **changes)
     with pytest.raises(UnsupportedModelError, match=field) as caught:
         _capture(base, "fused", tmp_path / "out")
     assert family in str(caught.value)
     assert caught.value.hint
+    record_property("family", family)
+    record_property("refusal", str(caught.value))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -98,8 +99,15 @@ def test_unseen_ranks_are_added_without_touching_the_graph(
 
 @pytest.mark.parametrize("form", ["fused", "portable"])
 @pytest.mark.parametrize("family", SUPPORTED)
-def test_every_family_exports_an_all_linear_adapter(family: str, form: str, tmp_path: Path) -> None:
-    """`export` publishes nothing that differs from PyTorch, so returning is the proof."""
+def test_every_family_exports_an_all_linear_adapter(
+    family: str, form: str, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """`export` publishes nothing that differs from PyTorch, so returning is the proof.
+
+    What is recorded makes the README's table (`ci/families`).
+    """
+    record_property("family", family)
+    record_property("form", form)
     base = make_base(family, tmp_path / "base")
     adapter = make_adapter(
         base,
@@ -109,10 +117,14 @@ def test_every_family_exports_an_all_linear_adapter(family: str, form: str, tmp_
         target_modules="all-linear",
         fan_in_fan_out=family == "gpt2",
     )
-    switchable = lora_edge.export(base, {"a": adapter}, output=tmp_path / "s", form=form)  # type: ignore[arg-type]
-    assert switchable.manifest.adapters["a"].proved
-    merged = lora_edge.export(base, {"a": adapter}, "merged", tmp_path / "m", form=form)  # type: ignore[arg-type]
-    assert merged.manifest.adapters["a"].proved
+    for mode in ("switchable", "merged"):
+        bundle = lora_edge.export(base, {"a": adapter}, mode, tmp_path / mode, form=form)  # type: ignore[arg-type]
+        assert bundle.manifest.adapters["a"].proved
+        (report,) = (bundle.directory / "parity").glob("report-*.json")
+        cases = json.loads(report.read_text())["cases"]
+        figures = [case["figures"] for case in cases if case["figures"] and case["adapters"]]
+        for figure in ("logit_error", "effect_error"):
+            record_property(f"{mode} {figure}", max(each[figure] for each in figures))
 
 
 def test_adapter_without_effect_is_not_published(

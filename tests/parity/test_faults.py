@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 
 from lora_edge.base import Base
-from lora_edge.bundle import Bundle, FileEntry, hash_file, load_bundle
+from lora_edge.bundle import Bundle, FileEntry, file_entries, hash_file, load_bundle
 from lora_edge.exporter import add, export
 from lora_edge.parity import validate
+from lora_edge.parity.compare import Verdict
 from lora_edge.runtime import write_adapter
 from lora_edge.runtime.adapter_file import read_adapter
 
@@ -105,3 +107,87 @@ def test_an_adapter_without_effect_is_unproved(
     assert "fresh" in case.reason
     assert "no effect" in case.reason
     assert not load_bundle(tmp_path / "bundle").adapter("fresh").proved
+
+
+def test_a_failure_withdraws_the_proof_until_it_passes_again(
+    good: Path, base: Base, tmp_path: Path
+) -> None:
+    bundle = _with(good, tmp_path / "bundle", _doubled)
+    name = bundle.adapter("rooted").file
+    assert bundle.adapter("rooted").proved
+    assert not validate(bundle, base).passed
+    withdrawn = load_bundle(bundle.directory)
+    proved = {name: entry.proved for name, entry in withdrawn.manifest.adapters.items()}
+    # The blend of narrow and rooted failed too, and that is rooted's fault alone.
+    assert proved == {"narrow": True, "none": True, "rooted": False, "varied": True}
+    withdrawn.verify_all()
+    # With the right file again, the goldens agree, but PyTorch has not seen it since.
+    shutil.copyfile(good / name, bundle.directory / name)
+    entry = FileEntry(hash_file(good / name), (good / name).stat().st_size)
+    withdrawn.write_manifest(
+        replace(withdrawn.manifest, files={**withdrawn.manifest.files, name: entry})
+    )
+    report = validate(bundle.directory)
+    assert [case.adapters for case in report.failures] == [("rooted",)]
+    assert report.failures[0].status == "unproved"
+    assert "did not pass" in report.failures[0].reason
+    assert validate(bundle.directory, base).passed
+    assert load_bundle(bundle.directory).adapter("rooted").proved
+    assert validate(bundle.directory).passed
+
+
+@pytest.fixture(scope="module")
+def merged(
+    base: Base, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """Merged bundles by what is in their weights: the adapter once, twice, or not at all."""
+    root = tmp_path_factory.mktemp("merged")
+    twice = Path(shutil.copytree(adapters["rooted"], root / "twice-adapter"))
+    config = json.loads((twice / "adapter_config.json").read_text())
+    (twice / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 8}))
+    found = {}
+    for name, path in (("once", adapters["rooted"]), ("twice", twice)):
+        found[name] = root / name
+        export(base.directory, {"rooted": path}, "merged", root / name, form="portable")
+    found["never"] = root / "never"
+    export(base.directory, {}, output=root / "never", form="portable", sites="adapters")
+    return found
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(
+    ("graph", "words"), [("never", "does nothing"), ("twice", "times PyTorch's effect")]
+)
+def test_a_merged_bundle_with_another_graph_fails(
+    graph: str, words: str, source: str, merged: dict[str, Path], base: Base, tmp_path: Path
+) -> None:
+    bundle = load_bundle(shutil.copytree(merged["once"], tmp_path / "bundle"))
+    shutil.rmtree(bundle.directory / "onnx")
+    shutil.copytree(merged[graph] / "onnx", bundle.directory / "onnx")
+    bundle = bundle.write_manifest(replace(bundle.manifest, files=file_entries(bundle.directory)))
+    report = validate(bundle, base if source == "reference" else None)
+    (case,) = report.failures
+    assert case.status == "failed"
+    assert "rooted" in case.reason
+    assert words in case.reason
+    proved = load_bundle(bundle.directory).adapter("rooted").proved
+    assert proved == (source == "goldens")  # PyTorch alone gives and takes the proof
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_merged_bundle_has_controls(
+    source: str, merged: dict[str, Path], base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = base if source == "reference" else None
+    (case,) = validate(merged["once"], reference).cases
+    assert case.status == "passed"
+    assert case.controls is not None
+    assert case.controls == pytest.approx({"absent": 1, "expected to do the opposite": 2}, rel=1e-3)
+
+    def blind(*_: object, **__: object) -> Verdict:
+        return Verdict("passed")
+
+    monkeypatch.setattr("lora_edge.parity.checks.judge", blind)
+    (case,) = validate(merged["once"]).cases
+    assert case.status == "unproved"
+    assert "absent or expected to do the opposite" in case.reason

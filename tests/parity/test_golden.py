@@ -11,7 +11,7 @@ import pytest
 from lora_edge.errors import BundleError
 from lora_edge.parity.compare import Floor, Tolerance, expect, measure
 from lora_edge.parity.golden import Golden, load_golden, reduce, save_golden, stem_of
-from lora_edge.parity.states import Probe, only
+from lora_edge.parity.states import Probe, label, only, plan
 
 VOCAB = 503
 
@@ -65,17 +65,35 @@ def test_reduced_figures_are_close_to_whole_ones(golden: Golden, scale: float) -
         assert part.kl > 0.3 * whole.kl
 
 
-def test_many_cases_share_the_budget(golden: Golden, tmp_path: Path) -> None:
-    long = replace(
-        golden,
-        expected=tuple(
-            expect(np.tile(row.reference, (60, 1)), np.tile(row.base, (60, 1)))
-            for row in golden.expected
-        ),
-    )
-    few, many = reduce(long, 4), reduce(long, 12)
-    assert few.expected[0].reference.shape[1] > many.expected[0].reference.shape[1] >= 8
-    assert (tmp_path / save_golden(tmp_path, many)).stat().st_size < 1_000_000 / 12
+def _of_plan(probe: Probe) -> Golden:
+    """Synthetic logits of the plan's own size; noise, which does not compress."""
+    random = np.random.default_rng(len(probe.name))
+    tails = tuple(tuple(random.integers(0, 300, probe.steps).tolist()) for _ in probe.rows)
+    expected = []
+    for row, state in zip(probe.rows, probe.states, strict=True):
+        logits = random.normal(0, 4, (len(row) + probe.steps, 300)).astype(np.float32)
+        base = logits + random.normal(0, 1, logits.shape).astype(np.float32)
+        expected.append(expect(logits, base if state else None))
+    floors = {label(state): Floor(2e-6, 4e-7) for state in probe.states}
+    return Golden(probe, tails, tuple(expected), floors, {"torch": "2.x"})
+
+
+@pytest.mark.parametrize(("count", "window"), [(3, None), (12, None), (12, 128), (40, 128)])
+def test_all_cases_together_stay_within_a_megabyte(
+    count: int, window: int | None, tmp_path: Path
+) -> None:
+    names = [f"adapter-{index}" for index in range(count)]
+    probes = plan(names, vocab_size=300, max_length=512, steps=64, window=window)
+    small = [reduce(_of_plan(probe), count + 3) for probe in probes]
+    size = sum((tmp_path / save_golden(tmp_path, golden)).stat().st_size for golden in small)
+    assert size <= 1_000_000
+    for golden, probe in zip(small, probes, strict=True):
+        assert (golden.probe.rows, golden.probe.states) == (probe.rows, probe.states)
+        assert golden.probe.steps == probe.steps or count > 12
+        for row, prompt, tail in zip(golden.expected, probe.rows, golden.tails, strict=True):
+            assert row.reference.shape[1] >= 5
+            assert len(row.top1) == len(prompt) + len(tail)
+            assert len(tail) == golden.probe.steps >= 1
 
 
 def test_a_tiny_vocabulary_is_kept_whole(golden: Golden) -> None:

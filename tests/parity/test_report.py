@@ -35,6 +35,17 @@ def test_an_adapter_passes_by_a_comparison_of_its_own() -> None:
     assert not _report(GOOD, row).adapter_passed("a")
 
 
+def test_a_shared_failure_is_the_fault_of_the_one_that_fails_alone() -> None:
+    good_b = Case("adapter b", ("b",), "passed", "", FIGURES, LIMITS)
+    shared = Case("blend a + b", ("a", "b"), "failed", "blend a + b: wrong", FIGURES, LIMITS)
+    explained = _report(GOOD, DEAD, shared)
+    assert explained.adapter_passed("a")
+    assert not explained.adapter_passed("b")
+    unexplained = _report(GOOD, good_b, shared)
+    assert not unexplained.adapter_passed("a")
+    assert not unexplained.adapter_passed("b")
+
+
 def test_json_is_strict_and_versioned() -> None:
     data = json.loads(_report(BASE, GOOD, SWITCH).to_json())
     assert data["schema_version"] == 1

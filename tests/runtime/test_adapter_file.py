@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -84,3 +86,21 @@ def test_other_dtypes_are_refused(tmp_path: Path) -> None:
 def test_writing_into_a_missing_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="cannot be written"):
         write_adapter(tmp_path / "missing" / "adapter.onnx_adapter", tensors())
+
+
+def test_a_file_that_the_disk_has_no_room_for_is_an_error(tmp_path: Path) -> None:
+    """ONNX Runtime writes it; a short write must not pass for a whole one."""
+    path = tmp_path / "adapter.onnx_adapter"
+    script = (
+        "import resource, sys; from pathlib import Path; import numpy as np\n"
+        "from lora_edge.errors import BundleError; from lora_edge.runtime import write_adapter\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
+        "try: write_adapter(Path(sys.argv[1]), {'x': np.ones((99, 99), np.float32)})\n"
+        "except BundleError as error: print(error, '|', error.hint)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, path], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == (
+        f"{path} cannot be written whole | Check the folder and the disk space."
+    )

@@ -1,0 +1,69 @@
+"""The naming contract: what is made is parsed, and nothing else is."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_edge.names import (
+    PARTS,
+    lora_input,
+    parse_lora_input,
+    parse_peft_key,
+    past_name,
+    present_name,
+)
+
+PATHS = st.from_regex(r"[a-z_]{1,8}(\.([a-z_]{1,8}|[0-9]{1,3}|lora|A|B|gate)){0,5}", fullmatch=True)
+
+
+@given(path=PATHS, part=st.sampled_from(PARTS))
+def test_an_input_name_is_parsed_as_it_was_made(path: str, part: str) -> None:
+    name = lora_input(path, part)  # type: ignore[arg-type]
+    assert parse_lora_input(name) == (path, part)
+
+
+@given(path=PATHS, part=st.sampled_from(["A", "B"]))
+def test_a_peft_key_is_parsed_with_or_without_its_prefix(path: str, part: str) -> None:
+    for prefix in ("base_model.model.", ""):
+        assert parse_peft_key(f"{prefix}{path}.lora_{part}.weight") == (path, part)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "input_ids", "past_key_values.0.key", "lora.A", "lora.q.C", "lora.q.A.rank", "q.A",
+        "lora.q.gate ", "Lora.q.A",
+    ],
+)  # fmt: skip
+def test_other_inputs_are_no_adapter_inputs(name: str) -> None:
+    assert parse_lora_input(name) is None
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "base_model.model.q.lora_A",
+        "base_model.model.q.lora_A.default.weight.old",
+        "base_model.model.q.lora_B.bias",
+        "base_model.model.q.lora_magnitude_vector",
+        "base_model.model.embed.lora_embedding_A",
+        "base_model.model.q.weight",
+        "lora_A.weight",
+    ],
+)
+def test_other_tensors_are_no_factors(key: str) -> None:
+    assert parse_peft_key(key) is None
+
+
+def test_names_of_the_graph() -> None:
+    """The names that other runtimes expect, and that old bundles have."""
+    path = "model.layers.0.self_attn.q_proj"
+    assert [lora_input(path, part) for part in PARTS] == [
+        f"lora.{path}.A",
+        f"lora.{path}.B",
+        f"lora.{path}.gate",
+    ]
+    assert past_name(3, "key") == "past_key_values.3.key"
+    assert present_name(11, "value") == "present.11.value"

@@ -1,0 +1,65 @@
+"""The README's table of families is the test's own: the same families, all passed."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from families import REFUSED, SUPPORTED
+
+ROOT = Path(__file__).parents[1]
+_spec = importlib.util.spec_from_file_location("ci_families", ROOT / "ci" / "families.py")
+assert _spec is not None
+assert _spec.loader is not None
+maker = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(maker)
+
+RESULT = """<testsuites><testsuite>
+<testcase name="a"><properties><property name="family" value="opt"/>
+<property name="form" value="fused"/><property name="switchable logit_error" value="1.25e-07"/>
+</properties><failure>no</failure></testcase>
+<testcase name="b"><properties><property name="family" value="bloom"/>
+<property name="refusal" value="bloom models are refused"/></properties></testcase>
+</testsuite></testsuites>"""
+
+
+def _rows(text: str) -> list[list[str]]:
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def _readme() -> list[list[str]]:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.count(maker.BEGIN) == text.count(maker.END) == 1
+    return _rows(text.partition(maker.BEGIN)[2].partition(maker.END)[0])
+
+
+def test_the_table_lists_each_supported_family_in_both_forms() -> None:
+    rows = [row for row in _readme() if len(row) == 7][1:]
+    assert [row[:2] for row in rows] == [
+        [family, form] for family in sorted(SUPPORTED) for form in ("fused", "portable")
+    ]
+    for row in rows:
+        assert all(re.fullmatch(r"\d\.\de-\d\d", figure) for figure in row[2:6])
+        assert row[6] == "yes"
+
+
+def test_the_table_says_how_each_refused_family_is_refused() -> None:
+    rows = dict(row for row in _readme() if len(row) == 2)
+    del rows["refused"]
+    assert set(rows) == set(REFUSED)
+    for family, (_, field) in REFUSED.items():
+        assert f"{family} models are refused" in rows[family]
+        assert field in rows[family]
+
+
+def test_a_failure_is_written_as_one() -> None:
+    rows = _rows(maker.table(RESULT))
+    assert rows[1] == ["opt", "fused", "1.2e-07", "-", "-", "-", "NO"]
+    assert rows[3] == ["bloom", "bloom models are refused"]
+    once = maker.written(f"before\n{maker.BEGIN}\nold\n{maker.END}\nafter\n", "new")
+    assert once == f"before\n{maker.BEGIN}\n\nnew\n\n{maker.END}\nafter\n"
+    assert maker.written(once, "new") == once
