@@ -39,10 +39,10 @@ def test_weights_are_read_by_key_and_by_module_path(tmp_path: Path) -> None:
         np.testing.assert_array_equal(base.weight(key), tensor.astype(np.float32))
     up = TENSORS["model.layers.0.mlp.up_proj.weight"]
     for path in ("model.layers.0.mlp.up_proj", "wrapper.model.layers.0.mlp.up_proj"):
-        found = base.linear_weight(path)
+        found = base.parameter(f"{path}.weight")
         assert found is not None
         np.testing.assert_array_equal(found, up)
-    assert base.linear_weight("lm_head") is None
+    assert base.parameter("lm_head.weight") is None
     with pytest.raises(BaseModelError, match=r"lm_head\.weight"):
         base.weight("lm_head.weight")
 

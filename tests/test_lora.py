@@ -62,7 +62,7 @@ def test_a_row_gate_gives_each_row_its_own_sum() -> None:
     ranks = [2, 0, 3]
     pairs = [_pair(rank) for rank in ranks]
     weights = np.array([[1, 0, 0], [0, 1, 0.5], [0.25, 1, -1]])
-    gate = row_gate(ranks, weights)
+    gate = row_gate(ranks, weights[:, None, :])
     assert (gate.shape, gate.dtype) == ((3, 1, 5), np.float32)
     together = concatenate([(pair, 1.0) for pair in pairs])
     x = RANDOM.normal(size=(3, 4, 7))

@@ -7,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_edge.names import (
-    PARTS,
+    FACTOR_PARTS,
+    SELECT,
+    STACKED_PARTS,
     lora_input,
     parse_lora_input,
     parse_peft_key,
@@ -18,7 +20,7 @@ from lora_edge.names import (
 PATHS = st.from_regex(r"[a-z_]{1,8}(\.([a-z_]{1,8}|[0-9]{1,3}|lora|A|B|gate)){0,5}", fullmatch=True)
 
 
-@given(path=PATHS, part=st.sampled_from(PARTS))
+@given(path=PATHS, part=st.sampled_from((*FACTOR_PARTS, *STACKED_PARTS, "W", "c")))
 def test_an_input_name_is_parsed_as_it_was_made(path: str, part: str) -> None:
     name = lora_input(path, part)  # type: ignore[arg-type]
     assert parse_lora_input(name) == (path, part)
@@ -31,8 +33,30 @@ def test_a_peft_key_is_parsed_with_or_without_its_prefix(path: str, part: str) -
 
 
 @pytest.mark.parametrize(
+    ("tail", "part"),
+    [
+        ("lora_B.bias", "B.bias"),
+        ("lora_magnitude_vector", "magnitude"),
+        ("lora_magnitude_vector.weight", "magnitude"),
+        ("lora_embedding_A", "embedding_A"),
+        ("lora_embedding_B", "embedding_B"),
+        ("token_adapter.trainable_tokens_delta", "tokens"),
+        ("base_layer.weight", "base"),
+    ],
+)
+def test_what_else_an_adapter_holds(tail: str, part: str) -> None:
+    assert parse_peft_key(f"base_model.model.a.q.{tail}") == ("a.q", part)
+
+
+def test_saved_parameters_have_parameter_paths() -> None:
+    assert parse_peft_key("base_model.model.a.norm.weight") == ("a.norm.weight", "saved")
+    assert parse_peft_key("base_model.model.a.q.base_layer.bias") == ("a.q.bias", "saved")
+
+
+@pytest.mark.parametrize(
     "name",
     [
+        SELECT,
         "input_ids", "past_key_values.0.key", "lora.A", "lora.q.C", "lora.q.A.rank", "q.A",
         "lora.q.gate ", "Lora.q.A",
     ],
@@ -46,11 +70,11 @@ def test_other_inputs_are_no_adapter_inputs(name: str) -> None:
     [
         "base_model.model.q.lora_A",
         "base_model.model.q.lora_A.default.weight.old",
-        "base_model.model.q.lora_B.bias",
-        "base_model.model.q.lora_magnitude_vector",
-        "base_model.model.embed.lora_embedding_A",
-        "base_model.model.q.weight",
+        "base_model.model.q.lora_C.weight",
+        "base_model.model.q.modules_to_save.default.weight",
+        "base_model.model.q.original_module.weight",
         "lora_A.weight",
+        "weight",
     ],
 )
 def test_other_tensors_are_no_factors(key: str) -> None:
@@ -60,7 +84,7 @@ def test_other_tensors_are_no_factors(key: str) -> None:
 def test_names_of_the_graph() -> None:
     """The names that other runtimes expect, and that old bundles have."""
     path = "model.layers.0.self_attn.q_proj"
-    assert [lora_input(path, part) for part in PARTS] == [
+    assert [lora_input(path, part) for part in FACTOR_PARTS] == [
         f"lora.{path}.A",
         f"lora.{path}.B",
         f"lora.{path}.gate",

@@ -114,6 +114,14 @@ class _Branch:
             self.graph, name, [x if isinstance(x, int) else f"{name}.{x}" for x in shape]
         )
 
+    def pair(self) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """A, B, whose rank is A's, and the gate."""
+        site = self.site
+        a = self.input("A", [site.in_features, "rank"])
+        shape = [f"{a.name}.rank", site.out_features]
+        b = _graph_input(self.graph, lora_input(site.path, "B"), shape)
+        return a, b, self.input("gate", ["batch", "seq", "rank"])
+
     def selected(self, part: Part, size: int) -> ir.Value:
         """``select @ part``, ``[batch | 1, seq | 1, size]``."""
         stacked = self.input(part, ["S", size])
@@ -180,10 +188,7 @@ def _delta(made: _Branch) -> ir.Value:
     site = made.site
     terms: list[ir.Value] = []
     if made.has("A"):
-        a = made.input("A", [site.in_features, "rank"])
-        b = made.input("B", ["rank", site.out_features])
-        # B's rank is A's: one name for both would be as good, but each tensor has its own.
-        gate = made.input("gate", ["batch", "seq", "rank"])
+        a, b, gate = made.pair()
         if site.layer.kind == "embedding":
             down = made.node("Gather", [a, site.x], "down")
         else:
@@ -237,9 +242,7 @@ def _convolution_delta(made: _Branch) -> ir.Value:
                 f"{site.path} is a dilated convolution, and PEFT's A is not dilated",
                 "PEFT itself cannot run it; leave it out of target_modules.",
             )
-        a = made.input("A", [site.in_features, "rank"])
-        b = made.input("B", ["rank", site.out_features])
-        gate = made.input("gate", ["batch", "seq", "rank"])
+        a, b, gate = made.pair()
         kernel = [int(x) for x in site.weight.shape.numpy()[2:]]  # type: ignore[union-attr]
         shape = [-1, site.in_features // math.prod(kernel), *kernel]
         down_weight = made.node("Transpose", [a], "A.turned", {"perm": [1, 0]})

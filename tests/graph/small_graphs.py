@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_edge.lora import Factors
+from lora_edge.names import FACTOR_PARTS, Part
 
 BATCH, SEQ = 2, 3
 FLOAT = ir.TensorType(ir.DataType.FLOAT)
@@ -21,6 +22,9 @@ class Shape:
 
     in_features: int
     out_features: int
+    kind: str = "linear"
+    rank: int = 3
+    parts: tuple[Part, ...] = FACTOR_PARTS
 
 
 def draw(*shape: int, seed: int = 0) -> Array:

@@ -121,8 +121,8 @@ def test_packed_projections_get_their_deltas_by_slice(transposed: bool, run: Run
     """One of them with rank 0; given in another order than they lie in."""
     small = _packed(transposed=transposed)
     model = small.model(small.nodes[-1].outputs[0])
-    weights = {"a.q": Q.T, "a.k": K.T, "a.v": V.T}
-    sites = find_sites(model, PACKED, lambda path: np.ascontiguousarray(weights[path]))
+    weights = {f"a.{name}.weight": x.T.copy() for name, x in (("q", Q), ("k", K), ("v", V))}
+    sites = find_sites(model, PACKED, weights.get)
     branch(model, dict(reversed(sites.items())))
     pairs = {"a.q": factors(6, 5, 2), "a.k": zeros(6, 3, 0), "a.v": factors(6, 4, 3, seed=5)}
     gate = np.float32([[[1.0]], [[-0.5]]])
@@ -142,8 +142,8 @@ def test_packed_projections_get_their_deltas_by_slice(transposed: bool, run: Run
 def test_a_packed_node_with_a_column_uncovered_is_refused(left_out: str) -> None:
     small = _packed(transposed=False)
     model = small.model(small.nodes[-1].outputs[0])
-    weights = {"a.q": Q.T, "a.k": K.T, "a.v": V.T}
-    sites = find_sites(model, PACKED, lambda path: np.ascontiguousarray(weights[path]))
+    weights = {f"a.{name}.weight": x.T.copy() for name, x in (("q", Q), ("k", K), ("v", V))}
+    sites = find_sites(model, PACKED, weights.get)
     del sites[left_out]
     with pytest.raises(GraphError, match="are no site") as caught:
         branch(model, sites)

@@ -16,7 +16,7 @@ from small_graphs import Shape, Small, draw
 
 Q, K, V = (draw(n, 6, seed=n) for n in (5, 3, 4))  # the checkpoint's: [out, in]
 PACKED = {"a.q": Shape(6, 5), "a.k": Shape(6, 3), "a.v": Shape(6, 4)}
-CHECKPOINT = {"a.q": Q, "a.k": K, "a.v": V}
+CHECKPOINT = {"a.q.weight": Q, "a.k.weight": K, "a.v.weight": V}
 
 
 def _packed(*, transposed: bool = False) -> Small:
@@ -47,7 +47,9 @@ def test_packed_projections_are_slices_of_one_node(transposed: bool) -> None:
 def test_a_checkpoint_that_stores_in_by_out_is_found_too() -> None:
     small = Small(6)
     model = small.model(small.linear(small.x, "conv1d", np.ascontiguousarray(Q.T)))
-    site = find_sites(model, {"a.q": Shape(6, 5)}, {"a.q": np.ascontiguousarray(Q.T)}.get)["a.q"]
+    site = find_sites(model, {"a.q": Shape(6, 5)}, {"a.q.weight": np.ascontiguousarray(Q.T)}.get)[
+        "a.q"
+    ]
     assert (site.start, site.transposed) == (0, False)
 
 
