@@ -118,7 +118,7 @@ class _Branch:
         """A, B, whose rank is A's, and the gate."""
         site = self.site
         a = self.input("A", [site.in_features, "rank"])
-        shape = [f"{a.name}.rank", site.out_features]
+        shape: list[int | str] = [f"{a.name}.rank", site.out_features]
         b = _graph_input(self.graph, lora_input(site.path, "B"), shape)
         return a, b, self.input("gate", ["batch", "seq", "rank"])
 
