@@ -216,7 +216,7 @@ def _export(
             stack.enter_context(swapped_norms(model))
             stack.enter_context(rotary.applied())
         stack.enter_context(constant_views())
-        stack.enter_context(_quiet())
+        stack.enter_context(quiet())
         torch.onnx.export(
             traced,
             tuple(example.values()),
@@ -231,15 +231,15 @@ def _export(
             export_params=False,
         )
     graph = onnx.load_from_string(buffer.getvalue())
-    _name_weights(graph)
+    name_weights(graph)
     missing = attach(graph, weights, directory / "model.onnx_data")
-    _check_inputs(graph, set(example), missing, weights)
-    _name_nodes(graph)
+    check_inputs(graph, set(example), missing, weights)
+    name_nodes(graph)
     return graph
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence what is said of every trace: the exporter is deprecated, sizes become constants."""
     with warnings.catch_warnings():
         warnings.filterwarnings(
@@ -250,7 +250,7 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _name_weights(graph: onnx.ModelProto) -> None:
+def name_weights(graph: onnx.ModelProto) -> None:
     """Strip the wrapper's own name from the parameters' names."""
     names = {value.name for value in graph.graph.input if value.name.startswith(_PREFIX)}
     for value in graph.graph.input:
@@ -262,9 +262,14 @@ def _name_weights(graph: onnx.ModelProto) -> None:
                 node.input[index] = name.removeprefix(_PREFIX)
 
 
-def _check_inputs(
+def check_inputs(
     graph: onnx.ModelProto, expected: set[str], missing: list[str], weights: dict[str, Weight]
 ) -> None:
+    """Check that every weight is in the graph, and every input is one that was asked for.
+
+    Raises:
+        CaptureError: names what is missing or too much.
+    """
     strange = [value.name for value in graph.graph.input if value.name not in expected]
     if strange or missing:
         raise CaptureError(
@@ -275,14 +280,14 @@ def _check_inputs(
         )
 
 
-def _name_nodes(graph: onnx.ModelProto) -> None:
-    """Call the MatMul of a linear layer by the layer's module path."""
+def name_nodes(graph: onnx.ModelProto) -> None:
+    """Call the MatMul of a linear layer, and a Conv, by the layer's module path."""
     weights = {tensor.name for tensor in graph.graph.initializer}
     transposed: dict[str, str] = {}
     for node in graph.graph.node:
         if node.op_type == "Transpose" and node.input[0] in weights:
             transposed[node.output[0]] = node.input[0]
-        if node.op_type == "MatMul":
+        if node.op_type in {"MatMul", "Conv"}:
             weight = node.input[1]
             if weight in transposed:
                 # A tied weight carries the embedding's name; the scope knows the layer's.

@@ -79,7 +79,7 @@ def ask_pytorch(
         steps = _STEPS if reference.parameters <= _LARGE else _STEPS_OF_LARGE
     for name, directory in sources.items():
         reference.attach(name, directory)
-    spec = bundle.manifest.graph
+    spec = bundle.manifest.decoder
     probes = plan(
         names,
         vocab_size=spec.vocab_size,

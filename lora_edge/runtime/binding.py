@@ -5,16 +5,18 @@ Knows names and tensors; knows nothing of bundles or sessions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
 from lora_edge.bundle import SiteEntry
+from lora_edge.errors import BundleError
 from lora_edge.lora import Factors, FloatArray, row_gate, zeros
-from lora_edge.names import lora_input
+from lora_edge.names import PARTS, lora_input, parse_lora_input
 
 State = tuple[tuple[str, float], ...]
 """One row's adapter state, canonical: (name, weight) sorted by name; empty when off."""
@@ -54,6 +56,23 @@ class Binding:
                 shared[id(gate)] = ort.OrtValue.ortvalue_from_numpy(gate[index : index + 1])
             values[name] = shared[id(gate)]
         return Binding((self.states[index],), values)
+
+
+def check_adapter_inputs(
+    inputs: Collection[str], sites: Mapping[str, SiteEntry], graph: Path
+) -> None:
+    """Check that a graph's adapter inputs are those of the sites, and no others.
+
+    Raises:
+        BundleError: names the first that differs.
+    """
+    expected = {lora_input(path, part) for path in sites for part in PARTS}
+    odd = sorted({name for name in inputs if parse_lora_input(name) is not None} ^ expected)
+    if odd:
+        raise BundleError(
+            f"{graph}: adapter inputs differ from the sites; the first is {odd[0]}",
+            "Export the bundle again.",
+        )
 
 
 class Tensors:
