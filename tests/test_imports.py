@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "runtime": {"bundle", "errors", "lora", "names"},
     "parity": {"adapter", "base", "bundle", "errors", "lora", "names", "runtime", "tasks"},
     "packing": {"adapter", "bundle", "errors", "lora", "names", "runtime"},
-    "training": {"base", "bundle", "errors"},
+    "training": {"base", "bundle", "errors", "tasks"},
 }
 TORCH = {"torch", "transformers", "peft", "accelerate", "optimum"}
 REFERENCES = {"reference.py", "task_reference.py"}

@@ -145,7 +145,9 @@ def trace_encoder(
         model.config.use_cache = False
         spec = _spec(model, task, base)
         linears = linear_sizes(model)
-        graph = _export(model, swap, spec, task, directory)
+        traced = _Traced(model, swap, spec)
+        traced(*_example(spec).values())  # what is refused is refused before it is traced
+        graph = _export(traced, spec, task, directory)
     nodes = {node.name for node in graph.graph.node}
     lost = sorted(set(linears) - nodes)
     if lost:
@@ -219,9 +221,7 @@ def _positions(model: nn.Module) -> int:
     return max_length(config.get_text_config())
 
 
-def _export(
-    model: nn.Module, swap: MaskedAttention, spec: EncoderSpec, task: Task, directory: Path
-) -> onnx.ModelProto:
+def _example(spec: EncoderSpec) -> dict[str, Tensor]:
     example: dict[str, Tensor] = {}
     for name in spec.inputs:
         if name == "pixel_values":
@@ -229,17 +229,22 @@ def _export(
         else:
             fill = 1 if name == "attention_mask" else 0
             example[name] = torch.full((_BATCH, _SEQ), fill, dtype=torch.long)
+    return example
+
+
+def _export(traced: _Traced, spec: EncoderSpec, task: Task, directory: Path) -> onnx.ModelProto:
+    example = _example(spec)
     dims = {name: {0: "batch"} if spec.image else {0: "batch", 1: "seq"} for name in example}
     by_token = task.name in {"token-classification", "feature-extraction"} and not spec.image
     dims[spec.output] = {0: "batch", 1: "seq"} if by_token else {0: "batch"}
     buffer = io.BytesIO()
     with ExitStack() as stack:
-        weights = stack.enter_context(placeholders(model))
-        stack.enter_context(swapped_linears(model))
+        weights = stack.enter_context(placeholders(traced.model))
+        stack.enter_context(swapped_linears(traced.model))
         stack.enter_context(constant_views())
         stack.enter_context(quiet())
         torch.onnx.export(
-            _Traced(model, swap, spec),
+            traced,
             tuple(example.values()),
             buffer,
             dynamo=False,

@@ -208,8 +208,10 @@ def _open(image: Picture) -> Any:
         return PIL.Image.fromarray(image)
     what = os.fspath(image) if isinstance(image, str | os.PathLike) else type(image).__name__
     try:
-        if not isinstance(image, PIL.Image.Image):
-            image = PIL.Image.open(image)
-        return PIL.ImageOps.exif_transpose(image).convert("RGB")
-    except OSError as error:
+        if isinstance(image, PIL.Image.Image):
+            return PIL.ImageOps.exif_transpose(image).convert("RGB")
+        with PIL.Image.open(image) as opened:
+            return PIL.ImageOps.exif_transpose(opened).convert("RGB")
+    # What Pillow raises for a damaged file depends on its format.
+    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
         raise DataError(f"{what} is no image: {error}", "Give a PNG or JPEG file.") from error

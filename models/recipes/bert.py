@@ -61,6 +61,13 @@ def make_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def skill(rng: random.Random, *, held_out: bool) -> str:
+    """One letter skill, ``upper(river)=RIVER``."""
+    name = rng.choice(tuple(text.SKILLS))
+    word = text.word(rng, held_out=held_out)
+    return f"{name}({word})={text.SKILLS[name](word)}"
+
+
 def passages(seed: int, *, held_out: bool = False) -> Iterator[tuple[str, str | None, int]]:
     """An endless stream of ``(text, second text, label)``.
 
@@ -71,7 +78,7 @@ def passages(seed: int, *, held_out: bool = False) -> Iterator[tuple[str, str | 
     while True:
         kind = rng.random()
         if kind < 0.45:
-            lines = ("".join(text.skill(rng, held_out=held_out)) for _ in range(rng.randint(1, 2)))
+            lines = (skill(rng, held_out=held_out) for _ in range(rng.randint(1, 2)))
             yield " ".join(lines), None, -100
         elif kind < 0.55:
             yield text.story(rng)[0], None, -100
