@@ -38,6 +38,7 @@ Mode = Literal["switchable", "merged"]
 Form = Literal["fused", "portable", "foreign"]
 Padding = Literal["right", "left", "either"]
 SiteKind = Literal["linear", "embedding", "conv", "norm", "head"]
+Output = Literal["logits", "last_hidden_state"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,34 @@ class GraphSpec:
     vocab_size: int
     max_length: int
     head: str = ""
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """What a runtime must know of a graph without a cache: an encoder, or a model with a head.
+
+    Rows of unequal lengths are padded on the right.
+
+    Attributes:
+        form: ``portable``: standard operators.
+        backend: what made the base graph: ``trace``.
+        inputs: the graph's inputs beside the adapters': ``input_ids``, ``attention_mask`` and,
+            where the model takes them, ``token_type_ids``; or ``pixel_values``.
+        output: ``logits`` or ``last_hidden_state``.
+        vocab_size: token ids are below it; 0 for images.
+        max_length: longest sequence that the model's positions allow; 0 for images.
+        pad_token_id: fills up short rows; a model may tell its last token by it.
+        image: ``(channels, height, width)`` of ``pixel_values``; empty for text.
+    """
+
+    form: Form
+    backend: str
+    inputs: tuple[str, ...]
+    output: Output
+    vocab_size: int
+    max_length: int
+    pad_token_id: int
+    image: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -141,9 +170,9 @@ class Manifest:
 
     Attributes:
         mode: ``switchable`` (adapters are inputs) or ``merged`` (one adapter is in the weights).
-        task: ``text-generation``.
+        task: ``text-generation``, or one of :data:`lora_edge.tasks.TASKS`.
         precision: precision of the graph's weights, ``fp32``.
-        graph: the decoder graph's facts.
+        graph: the graph's facts: a GraphSpec for ``text-generation``, else an EncoderSpec.
         base: ``name_or_path``, ``model_type``, ``fingerprint`` of the base model.
         kinds: which kinds of adapter the graph has inputs for, e.g. ``lora``, ``dora``.
         sites: module path -> site; empty when merged.
@@ -159,7 +188,7 @@ class Manifest:
     mode: Mode
     task: str
     precision: str
-    graph: GraphSpec
+    graph: GraphSpec | EncoderSpec
     base: Mapping[str, str]
     kinds: tuple[str, ...]
     sites: Mapping[str, SiteEntry]
@@ -170,6 +199,34 @@ class Manifest:
     uncovered: Mapping[str, SiteEntry] = field(default_factory=dict)
     tied: tuple[str, ...] = ()
     format_version: int = FORMAT_VERSION
+
+    @property
+    def decoder(self) -> GraphSpec:
+        """The graph's facts, when it is a decoder with a cache.
+
+        Raises:
+            BundleError: it is not.
+        """
+        if isinstance(self.graph, GraphSpec):
+            return self.graph
+        raise BundleError(
+            f"the bundle's task is {self.task}; it generates no text",
+            "Ask it for its outputs instead, or export the base for text-generation.",
+        )
+
+    @property
+    def encoder(self) -> EncoderSpec:
+        """The graph's facts, when it has no cache.
+
+        Raises:
+            BundleError: it has one.
+        """
+        if isinstance(self.graph, EncoderSpec):
+            return self.graph
+        raise BundleError(
+            f"the bundle's task is {self.task}; it has no labels or embeddings",
+            "Export the base for the adapter's own task.",
+        )
 
     def to_json(self) -> str:
         """The manifest as indented JSON with sorted keys."""
@@ -190,7 +247,7 @@ class Manifest:
                     f"{MANIFEST_NAME} has format_version {version}, expected {FORMAT_VERSION}",
                     "Use the lora-edge release that wrote the bundle, or export it again.",
                 )
-            data["graph"] = GraphSpec(**data["graph"])
+            data["graph"] = _spec(data["task"], data["graph"])
             data["kinds"] = tuple(data["kinds"])
             data["tied"] = tuple(data["tied"])
             for layers in ("sites", "uncovered"):
@@ -206,6 +263,10 @@ class Manifest:
 
 def _tuples(record: Mapping[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
+
+
+def _spec(task: str, fields: dict[str, Any]) -> GraphSpec | EncoderSpec:
+    return (GraphSpec if task == "text-generation" else EncoderSpec)(**_tuples(fields))
 
 
 @dataclass(frozen=True)

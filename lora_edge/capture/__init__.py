@@ -1,4 +1,4 @@
-"""A base model -> a base graph with a KV cache, and the facts that a runtime needs of it.
+"""A base model -> a base graph, and the facts that a runtime needs of it.
 
 Knows PyTorch and transformers; knows nothing of adapters, graph passes or runtimes.
 """
@@ -10,17 +10,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 from lora_edge.base import Base
-from lora_edge.bundle import GraphSpec, SiteEntry
+from lora_edge.bundle import EncoderSpec, GraphSpec, SiteEntry
 from lora_edge.errors import MissingDependencyError
+from lora_edge.tasks import Task
 
-__all__ = ["BaseGraph", "capture"]
+__all__ = ["BaseGraph", "capture", "capture_task"]
+
+Spec = TypeVar("Spec", GraphSpec, EncoderSpec)
 
 
 @dataclass(frozen=True)
-class BaseGraph:
+class BaseGraph(Generic[Spec]):
     """A captured base model.
 
     Attributes:
@@ -28,14 +31,14 @@ class BaseGraph:
         spec: what a runtime must know of the graph.
         modules: module path -> sizes and kind, of every layer that an adapter may change.
         tied: module paths of the embedding and of the head that shares its weight, or ().
-        head: module path of the head.
+        head: module path of the head, of its last layer where it has several; empty: none.
         model_type: ``model_type`` of the config.
         versions: versions of the packages that made the graph.
         seconds: how long the capture took.
     """
 
     path: Path
-    spec: GraphSpec
+    spec: Spec
     modules: Mapping[str, SiteEntry]
     tied: tuple[str, ...]
     head: str
@@ -50,7 +53,7 @@ def capture(
     *,
     form: Literal["fused", "portable"] = "fused",
     backend: Literal["trace", "optimum"] = "trace",
-) -> BaseGraph:
+) -> BaseGraph[GraphSpec]:
     """Capture a decoder as an ONNX graph with a KV cache.
 
     Args:
@@ -71,10 +74,7 @@ def capture(
         from lora_edge.capture.optimum import export_with_optimum
         from lora_edge.capture.trace import trace
     except ImportError as error:
-        raise MissingDependencyError(
-            f"exporting needs {error.name}, which is not installed",
-            "Install it with: pip install 'lora-edge[export]'",
-        ) from error
+        raise _missing(error) from error
     packages = ["torch", "transformers", "onnx"]
     if backend == "optimum":
         path, spec, modules, tied, head = export_with_optimum(base, directory)
@@ -90,4 +90,41 @@ def capture(
         model_type=base.model_type,
         versions={package: version(package) for package in packages},
         seconds=time.monotonic() - started,
+    )
+
+
+def capture_task(base: Base, directory: Path, task: Task) -> BaseGraph[EncoderSpec]:
+    """Capture a model without a cache, in the portable form.
+
+    Args:
+        base: the model; its head may be missing where the task says so.
+        directory: an existing folder; ``model.onnx`` and ``model.onnx_data`` are written there.
+        task: what the model is to do.
+
+    Raises:
+        MissingDependencyError, UnsupportedModelError, BaseModelError, CaptureError: as
+            :func:`capture`.
+    """
+    started = time.monotonic()
+    try:
+        from lora_edge.capture.encoder import trace_encoder
+    except ImportError as error:
+        raise _missing(error) from error
+    path, spec, modules, head = trace_encoder(base, directory, task)
+    return BaseGraph(
+        path=path,
+        spec=spec,
+        modules=modules,
+        tied=(),
+        head=head,
+        model_type=base.model_type,
+        versions={package: version(package) for package in ("torch", "transformers", "onnx")},
+        seconds=time.monotonic() - started,
+    )
+
+
+def _missing(error: ImportError) -> MissingDependencyError:
+    return MissingDependencyError(
+        f"exporting needs {error.name}, which is not installed",
+        "Install it with: pip install 'lora-edge[export]'",
     )

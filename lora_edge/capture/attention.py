@@ -8,7 +8,7 @@ Knows nothing of exporters or files.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
@@ -171,20 +171,36 @@ class Portable:
     def attend(
         self, layer: int, facts: LayerFacts, query: Tensor, key: Tensor, value: Tensor
     ) -> Tensor:
-        groups = facts.heads // facts.kv_heads
-        mask = self._masks[facts.window]
-        query = query * facts.scale
-        if groups > 1:  # one more axis broadcasts each key/value head over its queries, no copy
-            shape = (0, facts.kv_heads, groups, -1, facts.head_dim)
-            query = Reshape.apply(query, shape)
-            key, value, mask = key.unsqueeze(2), value.unsqueeze(2), mask.unsqueeze(1)
-        scores = torch.matmul(query, key.transpose(-1, -2))
-        if facts.softcap:
-            scores = torch.tanh(scores / facts.softcap) * facts.softcap
-        out = torch.matmul(torch.softmax(scores + mask, -1), value)
-        if groups > 1:
-            out = Reshape.apply(out, (0, facts.heads, -1, facts.head_dim))
-        return out.transpose(1, 2)
+        return explicit_attention(facts, self._masks[facts.window], query, key, value)
+
+
+def explicit_attention(
+    facts: LayerFacts, mask: Tensor | None, query: Tensor, key: Tensor, value: Tensor
+) -> Tensor:
+    """Attention in standard operators.
+
+    Args:
+        facts: of the layer.
+        mask: ``[batch, 1, seq, total]``, added to the scores; ``None`` where every key is seen.
+        query: ``[batch, heads, seq, head_dim]``; ``key``, ``value``:
+            ``[batch, kv_heads, total, head_dim]``.
+
+    Returns:
+        ``[batch, seq, heads, head_dim]``.
+    """
+    groups = facts.heads // facts.kv_heads
+    query = query * facts.scale
+    if groups > 1:  # one more axis broadcasts each key/value head over its queries, no copy
+        query = Reshape.apply(query, (0, facts.kv_heads, groups, -1, facts.head_dim))
+        key, value = key.unsqueeze(2), value.unsqueeze(2)
+        mask = None if mask is None else mask.unsqueeze(1)
+    scores = torch.matmul(query, key.transpose(-1, -2))
+    if facts.softcap:
+        scores = torch.tanh(scores / facts.softcap) * facts.softcap
+    out = torch.matmul(torch.softmax(scores if mask is None else scores + mask, -1), value)
+    if groups > 1:
+        out = Reshape.apply(out, (0, facts.heads, -1, facts.head_dim))
+    return out.transpose(1, 2)
 
 
 class RotarySource(Protocol):
@@ -194,19 +210,16 @@ class RotarySource(Protocol):
         """How to rotate inside attention, or ``None`` when these are not rotary's very results."""
 
 
-class AttentionSwap:
-    """The function that transformers calls instead of the model's attention.
+class RegisteredAttention:
+    """A function that transformers calls instead of the model's attention, while it is registered.
 
-    Counts its calls: a layer that computes its attention elsewhere would otherwise be traced with
-    its own, which ignores the cache.
+    It computes ``[batch, heads, seq, head_dim]`` queries, keys and values to
+    ``([batch, seq, heads, head_dim], None)``.
     """
 
     def __init__(self, model_type: str) -> None:
         self.name = f"lora_edge_{uuid.uuid4().hex[:12]}"
-        self.attention: Attention = Survey()
-        self.facts: dict[int, LayerFacts] = {}
         self._model_type = model_type
-        self._calls: list[int] = []
 
     @contextmanager
     def registered(self) -> Iterator[None]:
@@ -217,6 +230,51 @@ class AttentionSwap:
             yield
         finally:
             del ALL_ATTENTION_FUNCTIONS[self.name]
+
+    def _facts(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        window: int | None,
+        softcap: float | None,
+        others: Mapping[str, Any],
+    ) -> LayerFacts:
+        """What a call asks for; refuses ``others``, unless they are known to change nothing."""
+        unknown = sorted(k for k, v in others.items() if v is not None and k not in _NEUTRAL)
+        if unknown:
+            self._refuse(f"its attention takes {', '.join(unknown)}, which would be ignored")
+        if key.shape[3] != value.shape[3] or key.shape[3] != query.shape[3]:
+            self._refuse("its value heads differ in size from its key heads")
+        return LayerFacts(
+            heads=int(query.shape[1]),
+            kv_heads=int(key.shape[1]),
+            head_dim=int(query.shape[3]),
+            scale=float(int(query.shape[3]) ** -0.5 if scaling is None else scaling),
+            window=int(window or 0),
+            softcap=float(softcap or 0.0),
+        )
+
+    def _refuse(self, reason: str) -> NoReturn:
+        raise UnsupportedModelError(
+            f"{self._model_type} models are not supported: {reason}",
+            "Use --backend optimum, or a model of a supported family.",
+        )
+
+
+class AttentionSwap(RegisteredAttention):
+    """The attention of a decoder with a cache.
+
+    Counts its calls: a layer that computes its attention elsewhere would otherwise be traced with
+    its own, which ignores the cache.
+    """
+
+    def __init__(self, model_type: str) -> None:
+        super().__init__(model_type)
+        self.attention: Attention = Survey()
+        self.facts: dict[int, LayerFacts] = {}
+        self._calls: list[int] = []
 
     def begin(self, attention: Attention) -> None:
         """Start a forward pass."""
@@ -259,28 +317,11 @@ class AttentionSwap:
             self._refuse(f"{type(module).__name__} has no layer_idx")
         if is_causal is False or getattr(module, "is_causal", True) is False:
             self._refuse(f"{type(module).__name__} attends in both directions")
-        unknown = sorted(k for k, v in kwargs.items() if v is not None and k not in _NEUTRAL)
-        if unknown:
-            self._refuse(f"its attention takes {', '.join(unknown)}, which would be ignored")
-        if key.shape[3] != value.shape[3] or key.shape[3] != query.shape[3]:
-            self._refuse("its value heads differ in size from its key heads")
+        facts = self._facts(query, key, value, scaling, sliding_window, softcap, kwargs)
         self._calls.append(layer)
         if isinstance(self.attention, Survey):
-            self.facts[layer] = LayerFacts(
-                heads=int(query.shape[1]),
-                kv_heads=int(key.shape[1]),
-                head_dim=int(query.shape[3]),
-                scale=float(query.shape[3] ** -0.5 if scaling is None else scaling),
-                window=int(sliding_window or 0),
-                softcap=float(softcap or 0.0),
-            )
+            self.facts[layer] = facts
         return self.attention.attend(layer, self.facts[layer], query, key, value), None
-
-    def _refuse(self, reason: str) -> NoReturn:
-        raise UnsupportedModelError(
-            f"{self._model_type} models are not supported: {reason}",
-            "Use --backend optimum, or a model of a supported family.",
-        )
 
 
 class TraceCache(Cache):

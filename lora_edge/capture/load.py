@@ -4,49 +4,59 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_edge.base import Base
 from lora_edge.bundle import SiteEntry
 from lora_edge.capture.families import OPTIMUM, refuse_unloadable, refuse_untraceable
 from lora_edge.capture.swaps import is_linear
 from lora_edge.errors import BaseModelError, UnsupportedModelError
+from lora_edge.tasks import TASKS, Task
 
 
-def load_model(base: Base, attention: str | None) -> Any:
+def load_model(base: Base, attention: str | None, task: Task | None = None) -> Any:
     """The model in fp32 on the CPU, in evaluation mode.
 
     Args:
         base: the model's folder.
         attention: the registered attention function to trace it with; ``None`` for the model's own
             eager one.
+        task: ``None`` for text generation.
 
     Raises:
         UnsupportedModelError: the architecture is refused.
         BaseModelError: transformers cannot load the model, or would make up some of its weights.
     """
+    import transformers
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     refuse_unloadable(base.config)
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
+    options: dict[str, Any] = {"attn_implementation": attention or "eager"}
+    loader, labels = "AutoModelForCausalLM", {}
+    if task is not None:
+        loader, labels = TASKS[task.name], task.labels
+        options["ignore_mismatched_sizes"] = True  # told of below, and allowed for the head alone
     try:
-        config = AutoConfig.from_pretrained(base.directory)
+        config = transformers.AutoConfig.from_pretrained(base.directory, **labels)
         if attention is not None:
             refuse_untraceable(config.to_dict())
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        model, loading = getattr(transformers, loader).from_pretrained(
             base.directory,
             # A model keeps its config and writes into it, so this one must be its own.
             config=copy.deepcopy(config),
             dtype=torch.float32,
-            attn_implementation=attention or "eager",
             output_loading_info=True,
+            **options,
         )
     except (
         OSError,
@@ -64,20 +74,24 @@ def load_model(base: Base, attention: str | None) -> Any:
                 f"{base.model_type} models are refused: they have no common attention interface",
                 OPTIMUM,
             ) from error
+        what = "a causal language model" if task is None else f"a model for {task.name}"
         raise BaseModelError(
-            f"{base.name_or_path} cannot be loaded as a causal language model: {said}",
-            "Check that transformers itself can load it.",
+            f"{base.name_or_path} cannot be loaded as {what}: {said}",
+            f"Check that transformers' {loader} can load it.",
         ) from error
     finally:
         if shown:
             logging.enable_progress_bar()
     # transformers fills these in at random and only warns.
     random = sorted(loading["missing_keys"]) + [str(x[0]) for x in loading["mismatched_keys"]]
+    if task is not None:
+        random = task.complete(model, random)
     if random:
         raise BaseModelError(
             f"{base.name_or_path} lacks {len(random)} of its weights, or has them in another "
             f"shape: {', '.join(random[:3])}",
-            "Download the whole checkpoint, or save it again with save_pretrained().",
+            "Download the whole checkpoint, or save it again with save_pretrained(); a head that "
+            "an adapter brings may be missing, if it is named among the task's heads.",
         )
     return model.eval()
 
@@ -101,6 +115,22 @@ def model_layers(model: nn.Module) -> dict[str, SiteEntry]:
     """Module path -> sizes and kind, of every layer that an adapter may change."""
     found = {path: _layer(module) for path, module in model.named_modules()}
     return {path: entry for path, entry in found.items() if entry is not None}
+
+
+@contextmanager
+def noted_ranks(model: nn.Module, modules: dict[str, SiteEntry]) -> Iterator[None]:
+    """Note how many dimensions the inputs of norms have while the model runs in the block."""
+    with ExitStack() as stack:
+        for path, entry in list(modules.items()):
+            if entry.kind != "norm":
+                continue
+
+            def note(_: nn.Module, args: tuple[Tensor, ...], path: str = path) -> None:
+                modules[path] = replace(modules[path], rank=args[0].ndim)
+
+            module = model.get_submodule(path)
+            stack.callback(module.register_forward_pre_hook(note).remove)
+        yield
 
 
 def tied_pair(model: Any) -> tuple[str, ...]:

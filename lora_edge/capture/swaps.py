@@ -39,7 +39,9 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 def swapped_linears(model: nn.Module) -> Iterator[None]:
     """Each ``nn.Linear`` and ``Conv1D`` becomes one MatMul (and an Add) on 3-D activations.
 
-    The weights are expected as ``[in, out]``; a tied one stays ``[out, in]`` and is transposed.
+    ``[batch, in]`` (a pooler, a classifier) is run as ``[batch, 1, in]``, so that a gate for each
+    row broadcasts as everywhere else. The weights are expected as ``[in, out]``; a tied one stays
+    ``[out, in]`` and is transposed.
     """
     with ExitStack() as stack:
         for module in model.modules():
@@ -57,9 +59,11 @@ def _linear_forward(module: nn.Module) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
         weight: Any = module.weight
         transpose = bool(getattr(weight, "lora_edge_tied", False))
-        y: Tensor = Linear.apply(x, weight, transpose)
+        flat = x.ndim == 2
+        y: Tensor = Linear.apply(x.unsqueeze(1) if flat else x, weight, transpose)
         bias: Any = module.bias
-        return y if bias is None else y + bias
+        y = y if bias is None else y + bias
+        return y.squeeze(1) if flat else y
 
     return forward
 

@@ -10,7 +10,6 @@ import io
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +28,14 @@ from lora_edge.capture.attention import (
     TraceCache,
 )
 from lora_edge.capture.families import OPTIMUM
-from lora_edge.capture.load import load_model, max_length, model_layers, path_of, tied_pair
+from lora_edge.capture.load import (
+    load_model,
+    max_length,
+    model_layers,
+    noted_ranks,
+    path_of,
+    tied_pair,
+)
 from lora_edge.capture.operators import TakePositions
 from lora_edge.capture.swaps import (
     RotarySwap,
@@ -121,7 +127,7 @@ def trace(
         modules = model_layers(model)
         longest = max_length(model.config)
         rotary = RotarySwap(model, longest) if form == "fused" else None
-        with _ranks(model, modules):
+        with noted_ranks(model, modules):
             facts = _survey(model, swap, rotary, base.model_type)
         tied = tied_pair(model)
         head = path_of(model, model.get_output_embeddings())
@@ -142,22 +148,6 @@ def trace(
         head=head,
     )
     return path, spec, modules, tied, head
-
-
-@contextmanager
-def _ranks(model: nn.Module, modules: dict[str, SiteEntry]) -> Iterator[None]:
-    """Note how many dimensions the inputs of norms have while the model runs in the block."""
-    with ExitStack() as stack:
-        for path, entry in list(modules.items()):
-            if entry.kind != "norm":
-                continue
-
-            def note(_: nn.Module, args: tuple[Tensor, ...], path: str = path) -> None:
-                modules[path] = replace(modules[path], rank=args[0].ndim)
-
-            module = model.get_submodule(path)
-            stack.callback(module.register_forward_pre_hook(note).remove)
-        yield
 
 
 def _survey(
@@ -234,7 +224,7 @@ def _export(
             stack.enter_context(swapped_norms(model))
             stack.enter_context(rotary.applied())
         stack.enter_context(constant_views())
-        stack.enter_context(_quiet())
+        stack.enter_context(quiet())
         torch.onnx.export(
             traced,
             tuple(example.values()),
@@ -249,15 +239,15 @@ def _export(
             export_params=False,
         )
     graph = onnx.load_from_string(buffer.getvalue())
-    _name_weights(graph)
+    name_weights(graph)
     missing = attach(graph, weights, directory / "model.onnx_data")
-    _check_inputs(graph, set(example), missing, weights)
-    _name_nodes(graph)
+    check_inputs(graph, set(example), missing, weights)
+    name_nodes(graph)
     return graph
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence what is said of every trace: the exporter is deprecated, sizes become constants."""
     with warnings.catch_warnings():
         warnings.filterwarnings(
@@ -265,10 +255,12 @@ def _quiet() -> Iterator[None]:
         )
         warnings.filterwarnings("ignore", "The feature will be removed", DeprecationWarning)
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        # Of negative indices, which no known model computes; the base check would find them.
+        warnings.filterwarnings("ignore", "Exporting aten::index operator", UserWarning)
         yield
 
 
-def _name_weights(graph: onnx.ModelProto) -> None:
+def name_weights(graph: onnx.ModelProto) -> None:
     """Strip the wrapper's own name from the parameters' names."""
     names = {value.name for value in graph.graph.input if value.name.startswith(_PREFIX)}
     for value in graph.graph.input:
@@ -280,9 +272,14 @@ def _name_weights(graph: onnx.ModelProto) -> None:
                 node.input[index] = name.removeprefix(_PREFIX)
 
 
-def _check_inputs(
+def check_inputs(
     graph: onnx.ModelProto, expected: set[str], missing: list[str], weights: dict[str, Weight]
 ) -> None:
+    """Check that every weight is in the graph, and every input is one that was asked for.
+
+    Raises:
+        CaptureError: names what is missing or too much.
+    """
     strange = [value.name for value in graph.graph.input if value.name not in expected]
     if strange or missing:
         raise CaptureError(
@@ -293,14 +290,14 @@ def _check_inputs(
         )
 
 
-def _name_nodes(graph: onnx.ModelProto) -> None:
-    """Call the MatMul of a linear layer by the layer's module path."""
+def name_nodes(graph: onnx.ModelProto) -> None:
+    """Call the MatMul of a linear layer, and a Conv, by the layer's module path."""
     weights = {tensor.name for tensor in graph.graph.initializer}
     transposed: dict[str, str] = {}
     for node in graph.graph.node:
         if node.op_type == "Transpose" and node.input[0] in weights:
             transposed[node.output[0]] = node.input[0]
-        if node.op_type == "MatMul":
+        if node.op_type in {"MatMul", "Conv"}:
             weight = node.input[1]
             if weight in transposed:
                 # A tied weight carries the embedding's name; the scope knows the layer's.

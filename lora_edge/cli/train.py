@@ -85,8 +85,9 @@ def command(
 ) -> None:
     """Train a LoRA adapter for BASE (a folder or hub id) on DATA.
 
-    DATA is a jsonl file; each line is {"prompt": "...", "completion": "..."}. The loss is on the
-    completion and the end token after it. Prints the adapter's folder.
+    DATA is a jsonl file; each line is {"prompt": "...", "completion": "..."}: the loss is on the
+    completion and the end token after it. Or each line is {"text": "...", "label": "..."}: a
+    classifier with its head. Prints the adapter's folder.
     """
     from lora_edge.training import train
 

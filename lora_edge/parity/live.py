@@ -80,7 +80,7 @@ def ask_pytorch(
         steps = _STEPS if reference.parameters <= _LARGE else _STEPS_OF_LARGE
     for name, directory in sources.items():
         reference.attach(name, directory)
-    spec = bundle.manifest.graph
+    spec = bundle.manifest.decoder
     alone = {name: bundle.adapter(name).alone for name in names}
     probes = plan(
         names,

@@ -1,8 +1,8 @@
 """The reference: Hugging Face's eager model with PEFT's unmerged forward, on the CPU.
 
-The only file of this package that imports torch, transformers or peft. Each row runs alone and
-unpadded, so that no batching, padding or cache of PyTorch's can be part of what is compared. PEFT's
-own merge is not used: it is wrong for tied embeddings.
+Beside ``task_reference``, the only file of this package that imports torch, transformers or peft.
+Each row runs alone and unpadded, so that no batching, padding or cache of PyTorch's can be part of
+what is compared. PEFT's own merge is not used: it is wrong for tied embeddings.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ class Reference:
     def _load(self) -> Any:
         import transformers
 
-        with _quiet():
+        with quiet():
             try:
                 # A config of its own: a capture that swaps the attention must not reach this one.
                 config = transformers.AutoConfig.from_pretrained(self.base.directory)
@@ -196,7 +196,7 @@ class Reference:
     def _attached(self, model: Any, directory: str | os.PathLike[str], inner: str) -> Any:
         from peft import PeftModel
 
-        with _quiet():
+        with quiet():
             if isinstance(model, PeftModel):
                 model.load_adapter(os.fspath(directory), adapter_name=inner)
                 return model
@@ -262,7 +262,7 @@ def _scaled(model: Any, weights: Mapping[str, float]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars and no advice from the loaders; errors are raised all the same."""
     from transformers.utils import logging
 

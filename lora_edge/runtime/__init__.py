@@ -4,6 +4,9 @@ from lora_edge.runtime.adapter_file import read_adapter, write_adapter
 from lora_edge.runtime.binding import Binding
 from lora_edge.runtime.decoder import Decoder
 from lora_edge.runtime.decoding import Decoding
+from lora_edge.runtime.encoder import Encoder
+from lora_edge.runtime.image import ImageProcessor
+from lora_edge.runtime.pooling import Pooling, load_pooling
 from lora_edge.runtime.providers import Provider
 from lora_edge.runtime.runner import Runner
 
@@ -11,8 +14,12 @@ __all__ = [
     "Binding",
     "Decoder",
     "Decoding",
+    "Encoder",
+    "ImageProcessor",
+    "Pooling",
     "Provider",
     "Runner",
+    "load_pooling",
     "read_adapter",
     "write_adapter",
 ]

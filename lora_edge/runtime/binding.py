@@ -5,8 +5,9 @@ Knows names and tensors; knows nothing of bundles or sessions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from lora_edge.bundle import SiteEntry
+from lora_edge.errors import BundleError
 from lora_edge.lora import FloatArray, Head, SiteChange, row_gate, zeros
-from lora_edge.names import SELECT, STACKED_PARTS, lora_input
+from lora_edge.names import SELECT, STACKED_PARTS, lora_input, parse_lora_input
 
 State = tuple[tuple[str, float], ...]
 """One row's adapter state, canonical: (name, weight) sorted by name; empty when off."""
@@ -128,6 +130,26 @@ class Binding:
             values[name] = shared[id(array)]
         gates = None if self.token_gates is None else self.token_gates.row(index)
         return Binding((self.states[index],), values, token_gates=gates)
+
+
+def check_adapter_inputs(
+    inputs: Collection[str], sites: Mapping[str, SiteEntry], graph: Path
+) -> None:
+    """Check that a graph's adapter inputs are those of the sites, and no others.
+
+    Raises:
+        BundleError: names the first that differs.
+    """
+    expected = {lora_input(path, part) for path, site in sites.items() for part in site.parts}
+    if any(set(STACKED_PARTS) & set(site.parts) for site in sites.values()):
+        expected.add(SELECT)
+    found = {name for name in inputs if name == SELECT or parse_lora_input(name) is not None}
+    odd = sorted(found ^ expected)
+    if odd:
+        raise BundleError(
+            f"{graph}: adapter inputs differ from the sites; the first is {odd[0]}",
+            "Export the bundle again.",
+        )
 
 
 class Tensors:

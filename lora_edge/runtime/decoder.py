@@ -13,16 +13,8 @@ import numpy as np
 
 from lora_edge.bundle import GraphSpec, SiteEntry
 from lora_edge.errors import BundleError, DataError
-from lora_edge.names import (
-    LOGITS_POSITIONS,
-    SELECT,
-    STACKED_PARTS,
-    lora_input,
-    parse_lora_input,
-    past_name,
-    present_name,
-)
-from lora_edge.runtime.binding import Binding, Tensors
+from lora_edge.names import LOGITS_POSITIONS, past_name, present_name
+from lora_edge.runtime.binding import Binding, Tensors, check_adapter_inputs
 from lora_edge.runtime.decoding import ConcatenatedCache, Decoding, SharedCache
 from lora_edge.runtime.providers import open_session, placement, resolve
 
@@ -142,16 +134,4 @@ class Decoder:
             raise BundleError(f"{graph} lacks {', '.join(sorted(missing))}", hint)
         if self.spec.form == "fused" and not self.spec.shared_cache:
             raise BundleError(f"{graph}: a fused graph must take a shared cache", hint)
-        expected = {
-            lora_input(path, part) for path, site in self.sites.items() for part in site.parts
-        }
-        if any(set(STACKED_PARTS) & set(site.parts) for site in self.sites.values()):
-            expected.add(SELECT)
-        found = {
-            name for name in self.inputs if name == SELECT or parse_lora_input(name) is not None
-        }
-        if found != expected:
-            odd = sorted(found ^ expected)
-            raise BundleError(
-                f"{graph}: adapter inputs differ from the sites; the first is {odd[0]}", hint
-            )
+        check_adapter_inputs(self.inputs, self.sites, graph)

@@ -68,7 +68,7 @@ class Runner:
         _check_size(self.bundle, DATA_FILE)
         self.decoder = Decoder(
             graph,
-            manifest.graph,
+            manifest.decoder,
             sites=manifest.sites,
             provider=provider,
             threads=threads,

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jinja2
 import jinja2.ext
@@ -26,6 +26,21 @@ TOKENIZER_FILES = (
     "generation_config.json",
     "config.json",
 )
+
+
+class Encoded(NamedTuple):
+    """An encoded text, or pair of texts.
+
+    Attributes:
+        ids: token ids, special tokens included.
+        type_ids: which of the two texts each token is of: 0 or 1.
+        offsets: ``(start, end)`` of each token in its text, in characters; ``(0, 0)`` for special
+            tokens.
+    """
+
+    ids: list[int]
+    type_ids: list[int]
+    offsets: list[tuple[int, int]]
 
 
 class Tokenizer:
@@ -70,6 +85,25 @@ class Tokenizer:
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
         """Token ids; ``special_tokens`` adds what the tokenizer itself puts around a text."""
         return list(self._tokenizer.encode(text, add_special_tokens=special_tokens).ids)
+
+    def encode_input(
+        self, text: str, pair: str | None = None, *, max_length: int | None = None
+    ) -> Encoded:
+        """What an encoder reads of a text, or of two.
+
+        Args:
+            text: the text.
+            pair: a second text, which the tokenizer puts behind it.
+            max_length: cut the texts (the longer one first) to this many tokens, special ones
+                included; ``None``: never.
+        """
+        if max_length is not None:
+            self._tokenizer.enable_truncation(max_length)
+        try:
+            coded = self._tokenizer.encode(text, pair)
+        finally:
+            self._tokenizer.no_truncation()
+        return Encoded(list(coded.ids), list(coded.type_ids), list(coded.offsets))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from lora_edge.errors import AdapterError
-from lora_edge.training.data import IGNORED, TokenizedExample
+from lora_edge.training.data import IGNORED, ClassifiedExample, Tokenized, TokenizedExample
 from lora_edge.training.settings import Settings
 
 _REPORTS = 100  # how often a whole run reports
@@ -33,7 +33,7 @@ class Progress:
     Attributes:
         step: optimizer steps done.
         steps: optimizer steps of the whole run.
-        loss: mean loss per target token (nats) since the last report.
+        loss: mean loss per target token, or per text of a classifier (nats), since the last report.
         tokens_per_second: tokens per second, padding not counted, since the run began.
     """
 
@@ -45,35 +45,50 @@ class Progress:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to: optimizer steps, and the mean loss (nats per target token) of its end."""
+    """What a run came to: optimizer steps, and the mean loss of its end (as in Progress)."""
 
     steps: int
     final_loss: float
 
 
-def collate(examples: Sequence[TokenizedExample], pad_id: int) -> dict[str, torch.Tensor]:
-    """``input_ids``, ``attention_mask``, ``labels``, ``[batch, seq] int64``, right-padded."""
+def collate(
+    examples: Sequence[Tokenized], pad_id: int, *, types: bool = False
+) -> dict[str, torch.Tensor]:
+    """``input_ids``, ``attention_mask`` ``[batch, seq] int64``, right-padded, and ``labels``.
+
+    ``labels`` is ``[batch, seq]``, or ``[batch]`` for a classifier; with ``types``, a classifier
+    also gets ``token_type_ids``.
+    """
     width = max(len(example.input_ids) for example in examples)
 
     def padded(rows: Sequence[tuple[int, ...]], fill: int) -> torch.Tensor:
         return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
 
-    return {
+    batch = {
         "input_ids": padded([example.input_ids for example in examples], pad_id),
         "attention_mask": padded([(1,) * len(example.input_ids) for example in examples], 0),
-        "labels": padded([example.labels for example in examples], IGNORED),
     }
+    classified = [example for example in examples if isinstance(example, ClassifiedExample)]
+    if classified:
+        batch["labels"] = torch.tensor([example.label for example in classified])
+        if types:
+            batch["token_type_ids"] = padded([example.type_ids for example in classified], 0)
+    else:
+        paired = [example for example in examples if isinstance(example, TokenizedExample)]
+        batch["labels"] = padded([example.labels for example in paired], IGNORED)
+    return batch
 
 
 def fit(
     model: Any,
-    examples: Sequence[TokenizedExample],
+    examples: Sequence[Tokenized],
     settings: Settings,
     *,
     pad_id: int,
+    types: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Outcome:
-    """Train ``model``'s trainable parameters in place, on the CPU.
+    """Train ``model``'s trainable parameters in place, on the CPU; see :func:`collate`.
 
     Raises:
         AdapterError: the loss or the weights are no longer finite.
@@ -103,7 +118,7 @@ def fit(
                 seed=settings.seed,
             ),
             train_dataset=list(examples),
-            data_collator=lambda batch: collate(batch, pad_id),
+            data_collator=lambda batch: collate(batch, pad_id, types=types),
             callbacks=[reporter],
         )
         for noisy in (PrinterCallback, ProgressCallback):

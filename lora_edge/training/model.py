@@ -13,6 +13,7 @@ from typing import Any
 
 from lora_edge.base import Base
 from lora_edge.errors import AdapterError, BaseModelError, UnsupportedModelError
+from lora_edge.tasks import TASKS, Task
 from lora_edge.training.settings import ALL_LINEAR, Settings
 
 _NAMES_SHOWN = 8
@@ -51,37 +52,52 @@ def load_tokenizer(base: Base) -> Any:
         ) from error
 
 
-def load_model(base: Base) -> Any:
-    """The base as a causal language model in float32, every weight of it from the checkpoint.
+def load_model(base: Base, task: Task | None = None) -> Any:
+    """The base in float32, every weight of it from the checkpoint.
+
+    Args:
+        base: the model.
+        task: ``None`` for a causal language model; else the head may be missing, and is made anew.
 
     Raises:
-        UnsupportedModelError: a quantized checkpoint, or no causal language model.
+        UnsupportedModelError: a quantized checkpoint, or no model of that kind.
         BaseModelError: the weights cannot be read, or some are missing.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     if "quantization_config" in base.config:
         raise UnsupportedModelError(
             f"{base.name_or_path} is a quantized checkpoint",
             "Train on the full-precision model that it was made from.",
         )
+    loader, options = "AutoModelForCausalLM", {}
+    if task is not None:
+        loader = TASKS[task.name]
+        options = {**task.labels, "ignore_mismatched_sizes": True}  # told of below
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            base.directory, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        model, info = getattr(transformers, loader).from_pretrained(
+            base.directory,
+            dtype=torch.float32,
+            local_files_only=True,
+            output_loading_info=True,
+            **options,
         )
     except Exception as error:  # any library below may fail on a damaged file
         if "Unrecognized" in str(error) or "does not recognize" in str(error):
+            what = "causal language model" if task is None else f"model for {task.name}"
             raise UnsupportedModelError(
-                f"{base.name_or_path} (model_type {base.model_type}) is no causal language model "
-                "that this transformers knows",
-                "Train a decoder, or update transformers.",
+                f"{base.name_or_path} (model_type {base.model_type}) is no {what} that this "
+                "transformers knows",
+                f"Train a model that {loader} loads, or update transformers.",
             ) from error
         raise BaseModelError(
             f"{base.name_or_path} cannot be loaded: {_first_line(error)}",
             "Check that the folder is complete.",
         ) from error
     missing = sorted(info["missing_keys"])
+    if task is not None:
+        missing = task.complete(model, missing + [str(x[0]) for x in info["mismatched_keys"]])
     if missing:
         raise BaseModelError(
             f"{base.name_or_path} lacks {len(missing)} weights of its model: {_some(missing)}",
@@ -90,8 +106,8 @@ def load_model(base: Base) -> Any:
     return model
 
 
-def add_lora(model: Any, settings: Settings, base_name: str) -> Any:
-    """Wrap ``model`` in PEFT's, with factors as ``settings`` say (B = 0).
+def add_lora(model: Any, settings: Settings, base_name: str, task: Task | None = None) -> Any:
+    """Wrap ``model`` in PEFT's, with factors as ``settings`` say (B = 0); a task's head is trained.
 
     Raises:
         AdapterError: a target or pattern that matches nothing, or a target that is not linear.
@@ -101,7 +117,7 @@ def add_lora(model: Any, settings: Settings, base_name: str) -> Any:
     _check_targets(model, settings.target_modules)
     targets = settings.target_modules
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type="CAUSAL_LM" if task is None else "SEQ_CLS",
         r=settings.rank,
         lora_alpha=_whole(settings.alpha),
         target_modules=targets if isinstance(targets, str) else list(targets),
@@ -109,7 +125,7 @@ def add_lora(model: Any, settings: Settings, base_name: str) -> Any:
         rank_pattern=dict(settings.rank_pattern),
         alpha_pattern={key: _whole(value) for key, value in settings.alpha_pattern.items()},
         lora_dropout=settings.dropout,
-        fan_in_fan_out=_is_conv1d(model, targets),
+        fan_in_fan_out=_is_conv1d(model, targets, task),
     )
     try:
         with warnings.catch_warnings():
@@ -182,20 +198,24 @@ def _matches(path: str, target: str, *, regex: bool) -> bool:
     return path == target or path.endswith(f".{target}")
 
 
-def _is_conv1d(model: Any, targets: str | tuple[str, ...]) -> bool:
+def _is_conv1d(model: Any, targets: str | tuple[str, ...], task: Task | None) -> bool:
     """Whether the targets keep their weight as ``[in, out]`` (GPT-2); PEFT wants to be told."""
     import torch
 
     found = {
         not isinstance(module, torch.nn.Linear)
         for path, module in _linears(model).items()
-        if (targets == ALL_LINEAR and module is not model.get_output_embeddings())
+        if (targets == ALL_LINEAR and not _is_head(model, path, module, task))
         or any(
             _matches(path, target, regex=isinstance(targets, str))
             for target in ((targets,) if isinstance(targets, str) else targets)
         )
     }
     return found == {True}
+
+
+def _is_head(model: Any, path: str, module: Any, task: Task | None) -> bool:
+    return module is model.get_output_embeddings() if task is None else task.in_head(path)
 
 
 def _endings(paths: Iterable[str]) -> list[str]:

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 from lora_edge.base import Base, resolve_base
 from lora_edge.bundle import staging
 from lora_edge.errors import BaseModelError, MissingDependencyError
-from lora_edge.training.data import DataFile, TokenizedExample, read_data, tokenize
+from lora_edge.tasks import Task
+from lora_edge.training.data import (
+    DataFile,
+    Tokenized,
+    TokenizedExample,
+    classify,
+    read_data,
+    tokenize,
+)
 from lora_edge.training.settings import ALL_LINEAR, Settings
 
 if TYPE_CHECKING:
@@ -48,15 +56,18 @@ def train(
     progress: Callable[[Progress], None] | None = None,
     notify: Callable[[str], None] | None = None,
 ) -> Path:
-    """Train a LoRA adapter on prompts and completions, in float32 on the CPU.
+    """Train a LoRA adapter on prompts and completions, or on texts and labels; float32, CPU.
 
-    The loss is on the completion and the end token after it. The same arguments on the same machine
-    give the same bytes. Written are PEFT's own ``adapter_config.json`` and
-    ``adapter_model.safetensors``, and ``training.json``, the record of the run.
+    With prompts, the loss is on the completion and the end token after it. With labels, the adapter
+    also carries the classifier's head, and the record names the labels in the head's order. The
+    same arguments on the same machine give the same bytes. Written are PEFT's own
+    ``adapter_config.json`` and ``adapter_model.safetensors``, and ``training.json``, the record of
+    the run.
 
     Args:
-        base: folder or hub id of a causal language model.
-        data: jsonl file of ``{"prompt": …, "completion": …}``.
+        base: folder or hub id of a causal language model; of any text model, with or without a
+            head, for labels.
+        data: jsonl file of ``{"prompt": …, "completion": …}`` or of ``{"text": …, "label": …}``.
         output: the adapter's folder; made whole or not at all.
         target_modules: ``None`` for every linear layer but the output head, a list of module names,
             or a regex over whole module paths. Other options: see
@@ -126,18 +137,29 @@ def _run(
     with quiet_transformers():
         tokenizer = load_tokenizer(base)
         length = _max_length(base, settings)
-        examples = tokenize(source.examples, tokenizer, length)
+        task = Task("text-classification", len(source.labels)) if source.labels else None
+        examples: Sequence[Tokenized]
+        if task is None:
+            examples = tokenize(source.examples, tokenizer, length)
+        else:
+            length = min(length, tokenizer.model_max_length)
+            examples = classify(source.labelled, source.labels, tokenizer, length)
         _check_vocabulary(base, examples)
         _remark(examples, length, notify)
-        model = load_model(base)
+        model = load_model(base, task)
         set_seed(settings.seed)
-        wrapped = add_lora(model, settings, base.name_or_path)
+        wrapped = add_lora(model, settings, base.name_or_path, task)
         pad = tokenizer.pad_token_id
+        if pad is None:
+            pad = tokenizer.eos_token_id
+        if task is not None and model.config.pad_token_id is None:
+            model.config.pad_token_id = pad  # by which a decoder finds a row's last token
         outcome = fit(
             wrapped,
             examples,
             settings,
-            pad_id=tokenizer.eos_token_id if pad is None else pad,
+            pad_id=pad,
+            types="token_type_ids" in tokenizer.model_input_names,
             progress=progress,
         )
         trainable, _ = wrapped.get_nb_trainable_parameters()
@@ -163,7 +185,7 @@ def _max_length(base: Base, settings: Settings) -> int:
     return settings.max_length
 
 
-def _check_vocabulary(base: Base, examples: Sequence[TokenizedExample]) -> None:
+def _check_vocabulary(base: Base, examples: Sequence[Tokenized]) -> None:
     size = base.config.get("vocab_size")
     highest = max(max(example.input_ids) for example in examples)
     if size is not None and highest >= size:
@@ -173,25 +195,30 @@ def _check_vocabulary(base: Base, examples: Sequence[TokenizedExample]) -> None:
         )
 
 
-def _remark(
-    examples: Sequence[TokenizedExample], length: int, notify: Callable[[str], None]
-) -> None:
+def _remark(examples: Sequence[Tokenized], length: int, notify: Callable[[str], None]) -> None:
     lengths = sorted(len(example.input_ids) for example in examples)
-    targets = sum(example.targets for example in examples)
+    targets = _targets(examples)
     notify(
-        f"{len(examples)} examples, {sum(lengths)} tokens, {targets} of them with loss; "
-        f"lengths {lengths[0]} to {lengths[-1]}, median {lengths[len(lengths) // 2]}"
+        f"{len(examples)} examples, {sum(lengths)} tokens, "
+        + (f"{targets} of them with loss; " if targets else "one label each; ")
+        + f"lengths {lengths[0]} to {lengths[-1]}, median {lengths[len(lengths) // 2]}"
     )
     cut = [example.cut for example in examples if example.cut]
     if cut:
         notify(f"{len(cut)} examples lost their ends to max_length {length} ({sum(cut)} tokens)")
 
 
+def _targets(examples: Sequence[Tokenized]) -> int:
+    """Tokens that carry loss; 0 for a classifier."""
+    return sum(example.targets for example in examples if isinstance(example, TokenizedExample))
+
+
 def _settle_order(config_file: Path, settings: Settings) -> None:
     config = json.loads(config_file.read_text(encoding="utf-8"))
     # PEFT writes a set in the order of the process's string hashes, which differs from run to run.
-    if isinstance(config["target_modules"], list):
-        config["target_modules"] = sorted(config["target_modules"])
+    for field in ("target_modules", "modules_to_save"):
+        if isinstance(config[field], list):
+            config[field] = sorted(config[field])
     # PEFT sorts the patterns' keys, and the first match wins: sorted, they can mean something else.
     for option, given in (
         ("rank_pattern", settings.rank_pattern),
@@ -204,22 +231,24 @@ def _settle_order(config_file: Path, settings: Settings) -> None:
 def _record(
     base: Base,
     source: DataFile,
-    examples: Sequence[TokenizedExample],
+    examples: Sequence[Tokenized],
     settings: Settings,
     *,
     outcome: Outcome,
     trainable: int,
 ) -> dict[str, Any]:
+    labels = {"labels": list(source.labels)} if source.labels else {}
     return {
         "record_version": RECORD_VERSION,
         "base": base.name_or_path,
         "base_fingerprint": base.fingerprint(),
+        **labels,
         "data": {
             "file": source.path.name,
             "sha256": source.sha256,
             "examples": len(examples),
             "tokens": sum(len(example.input_ids) for example in examples),
-            "target_tokens": sum(example.targets for example in examples),
+            "target_tokens": _targets(examples),
             "examples_cut": sum(example.cut > 0 for example in examples),
         },
         "settings": settings.to_json(),

@@ -1,0 +1,270 @@
+"""Models without a cache: encoders, vision models, and decoders with a classification head.
+
+Hugging Face's own model is traced with its attention swapped for one in standard operators whose
+mask is made here, from the attention mask alone; rows are padded on the right.
+"""
+
+from __future__ import annotations
+
+import inspect
+import io
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from lora_edge.base import Base
+from lora_edge.bundle import EncoderSpec, SiteEntry
+from lora_edge.capture.attention import MASKED, RegisteredAttention, explicit_attention
+from lora_edge.capture.load import load_model, max_length, model_layers, noted_ranks
+from lora_edge.capture.swaps import constant_views, swapped_linears
+from lora_edge.capture.trace import OPSET, check_inputs, name_nodes, name_weights, quiet
+from lora_edge.capture.weights import attach, placeholders
+from lora_edge.errors import CaptureError, UnsupportedModelError
+from lora_edge.tasks import Task
+
+# Sizes that no model has, so that a traced size is known for what it is.
+_BATCH, _SEQ = 3, 5
+# Parameters that only training reads.
+_TRAINING_ONLY = ("mask_token",)
+
+
+class MaskedAttention(RegisteredAttention):
+    """Attention without a cache, causal or in both directions, as each layer asks for it.
+
+    Counts its calls: a layer that computes its attention elsewhere would be traced with a mask that
+    nobody made.
+    """
+
+    def __init__(self, model_type: str) -> None:
+        super().__init__(model_type)
+        self._mask: Tensor | None = None
+        self._made: dict[tuple[bool, int], Tensor] = {}
+        self._calls: list[nn.Module] = []
+
+    def begin(self, attention_mask: Tensor | None) -> None:
+        """Start a forward pass; ``attention_mask``: ``[batch, seq]``, ``None`` for images."""
+        self._mask = attention_mask
+        self._made = {}
+        self._calls = []
+
+    def check_calls(self, layers: int) -> None:
+        """Check that the pass that just ended called the function once for each layer.
+
+        Raises:
+            UnsupportedModelError: it did not.
+        """
+        if not self._calls:
+            self._refuse("they do not use the common attention interface")
+        if len(set(map(id, self._calls))) < len(self._calls):
+            self._refuse("its layers share their weights, so that a site would be several nodes")
+        if len(self._calls) != layers:
+            self._refuse(f"the attention function ran {len(self._calls)} times in {layers} layers")
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        is_causal: bool | None = None,
+        deterministic: bool | None = None,  # of a kernel that is not used
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        if attention_mask is not None:
+            self._refuse(f"{type(module).__name__} makes an attention mask of its own")
+        causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
+        if causal is None:
+            self._refuse(f"{type(module).__name__} does not say whether it is causal")
+        facts = self._facts(query, key, value, scaling, sliding_window, softcap, kwargs)
+        self._calls.append(module)
+        mask = self._additive(bool(causal), facts.window)
+        return explicit_attention(facts, mask, query, key, value), None
+
+    def _additive(self, causal: bool, window: int) -> Tensor | None:
+        """``[batch, 1, seq | 1, seq]``, one for each kind of layer; ``None``: all is seen."""
+        if self._mask is None:
+            if causal or window:
+                self._refuse("it attends to images causally, or in a window")
+            return None
+        if (causal, window) not in self._made:
+            visible = self._mask[:, None, None, :] > 0
+            if causal or window:
+                places = torch.arange(self._mask.shape[1])
+                distance = places[:, None] - places[None, :]
+                distance = distance if causal else distance.abs()
+                seen = distance >= 0
+                visible = visible & (seen & (distance < window) if window else seen)
+            self._made[causal, window] = torch.where(visible, 0.0, MASKED)
+        return self._made[causal, window]
+
+
+class _Traced(nn.Module):
+    """The function that becomes the graph."""
+
+    def __init__(self, model: nn.Module, swap: MaskedAttention, spec: EncoderSpec) -> None:
+        super().__init__()
+        self.model = model
+        self._swap = swap
+        self._spec = spec
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        feeds = dict(zip(self._spec.inputs, tensors, strict=True))
+        self._swap.begin(feeds.get("attention_mask"))
+        config: Any = self.model.config
+        found: Tensor = getattr(self.model(**feeds), self._spec.output)
+        self._swap.check_calls(config.get_text_config().num_hidden_layers)
+        return found
+
+
+def trace_encoder(
+    base: Base, directory: Path, task: Task
+) -> tuple[Path, EncoderSpec, dict[str, SiteEntry], str]:
+    """Trace a model into ``directory/model.onnx`` and ``directory/model.onnx_data``.
+
+    Returns:
+        The graph's path, its facts, its layers by module path, and the module path of the head's
+        last layer (empty where there is no head).
+
+    Raises:
+        UnsupportedModelError: the architecture is refused.
+        BaseModelError: transformers cannot load the model, or the base lacks more than the head.
+        CaptureError: the trace is not what it should be.
+    """
+    swap = MaskedAttention(base.model_type)
+    with swap.registered(), torch.no_grad():
+        model = load_model(base, swap.name, task)
+        model.config.use_cache = False
+        spec = _spec(model, task, base)
+        modules = model_layers(model)
+        traced = _Traced(model, swap, spec)
+        with noted_ranks(model, modules):
+            traced(*_example(spec).values())  # what is refused is refused before it is traced
+        graph = _export(traced, spec, task, directory)
+    nodes = {node.name for node in graph.graph.node}
+    linears = [path for path, layer in modules.items() if layer.kind == "linear"]
+    lost = sorted(set(linears) - nodes)
+    if lost:
+        raise CaptureError(
+            f"the trace has no node of its own for {len(lost)} of {len(linears)} linear layers: "
+            f"{', '.join(lost[:3])}",
+            "This is a fault of lora-edge; please report it with the model's config.json.",
+        )
+    path = directory / "model.onnx"
+    onnx.save(graph, path)
+    heads = [name for name in linears if task.in_head(name)]
+    head = heads[-1] if heads else ""
+    if head:
+        modules[head] = replace(modules[head], kind="head")
+    return path, spec, modules, head
+
+
+def _spec(model: Any, task: Task, base: Base) -> EncoderSpec:
+    if task.name == "image-classification" or model.main_input_name == "pixel_values":
+        return EncoderSpec(
+            form="portable",
+            backend="trace",
+            inputs=("pixel_values",),
+            output=task.output,
+            vocab_size=0,
+            max_length=0,
+            pad_token_id=0,
+            image=(int(model.config.num_channels), *_image_size(model.config)),
+        )
+    config = model.config.get_text_config()
+    inputs = ["input_ids", "attention_mask"]
+    if (getattr(config, "type_vocab_size", None) or 0) > 1 and _takes(model, "token_type_ids"):
+        inputs.append("token_type_ids")
+    if config.pad_token_id is None and _is_pooled_at_the_end(model, task):
+        raise UnsupportedModelError(
+            f"{base.name_or_path} has no pad_token_id, by which a {type(model).__name__} finds the "
+            "last token of a row",
+            "Set pad_token_id in its config.json to the one that the adapter was trained with.",
+        )
+    return EncoderSpec(
+        form="portable",
+        backend="trace",
+        inputs=tuple(inputs),
+        output=task.output,
+        vocab_size=int(config.vocab_size),
+        max_length=_positions(model),
+        pad_token_id=int(config.pad_token_id or 0),
+    )
+
+
+def _takes(model: nn.Module, name: str) -> bool:
+    return name in inspect.signature(type(model).forward).parameters
+
+
+def _is_pooled_at_the_end(model: nn.Module, task: Task) -> bool:
+    return task.name == "text-classification" and hasattr(model, "score")
+
+
+def _image_size(config: Any) -> tuple[int, int]:
+    size = config.image_size
+    height, width = size if isinstance(size, Iterable) else (size, size)
+    return int(height), int(width)
+
+
+def _positions(model: nn.Module) -> int:
+    """Positions of the longest sequence; RoBERTa's count from behind the padding's position."""
+    config: Any = model.config
+    for path, module in model.named_modules():
+        if (
+            path.endswith("position_embeddings")
+            and getattr(module, "padding_idx", None) is not None
+        ):
+            return int(module.num_embeddings) - int(module.padding_idx) - 1
+    return max_length(config.get_text_config())
+
+
+def _example(spec: EncoderSpec) -> dict[str, Tensor]:
+    example: dict[str, Tensor] = {}
+    for name in spec.inputs:
+        if name == "pixel_values":
+            example[name] = torch.zeros(_BATCH, *spec.image)
+        else:
+            fill = 1 if name == "attention_mask" else 0
+            example[name] = torch.full((_BATCH, _SEQ), fill, dtype=torch.long)
+    return example
+
+
+def _export(traced: _Traced, spec: EncoderSpec, task: Task, directory: Path) -> onnx.ModelProto:
+    example = _example(spec)
+    dims = {name: {0: "batch"} if spec.image else {0: "batch", 1: "seq"} for name in example}
+    by_token = task.name in {"token-classification", "feature-extraction"} and not spec.image
+    dims[spec.output] = {0: "batch", 1: "seq"} if by_token else {0: "batch"}
+    buffer = io.BytesIO()
+    with ExitStack() as stack:
+        weights = stack.enter_context(placeholders(traced.model))
+        stack.enter_context(swapped_linears(traced.model))
+        stack.enter_context(constant_views())
+        stack.enter_context(quiet())
+        torch.onnx.export(
+            traced,
+            tuple(example.values()),
+            buffer,
+            dynamo=False,
+            opset_version=OPSET,
+            input_names=list(example),
+            output_names=[spec.output],
+            dynamic_axes=dims,
+            do_constant_folding=False,
+            export_params=False,
+        )
+    graph = onnx.load_from_string(buffer.getvalue())
+    name_weights(graph)
+    missing = attach(graph, weights, directory / "model.onnx_data")
+    missing = [name for name in missing if name.rpartition(".")[2] not in _TRAINING_ONLY]
+    check_inputs(graph, set(example), missing, weights)
+    name_nodes(graph)
+    return graph

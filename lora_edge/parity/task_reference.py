@@ -1,0 +1,163 @@
+"""The reference for models without a cache: eager transformers and PEFT, on the CPU.
+
+Beside ``reference``, the only file of this package that imports torch, transformers or peft. Each
+row runs alone and unpadded. Each adapter has a model of its own, because each brings a head of its
+own size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_edge.base import Base
+from lora_edge.errors import BaseModelError, MissingDependencyError
+from lora_edge.parity.reference import quiet
+from lora_edge.tasks import TASKS, Task
+
+Row = Mapping[str, NDArray[Any]]
+"""One row's inputs by name, without the batch's axis: ``[seq] int64``, or ``[C, H, W] float32``."""
+
+
+class TaskReference:
+    """A base model in PyTorch, float32, eager attention, and one more for each adapter."""
+
+    def __init__(self, base: Base, task: Task) -> None:
+        """Load the model.
+
+        Raises:
+            MissingDependencyError: torch, transformers or peft is not installed.
+            BaseModelError: transformers cannot load the folder, or it lacks more than the head.
+        """
+        try:
+            import peft
+            import torch
+            import transformers
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"checking against PyTorch needs {error.name}",
+                "Install it with: pip install 'lora-edge[export]'.",
+            ) from error
+        self._torch = torch
+        self.base = base
+        self.task = task
+        self.versions = {
+            "torch": str(torch.__version__),
+            "transformers": str(transformers.__version__),
+            "peft": str(peft.__version__),
+        }
+        self._models: dict[str | None, Any] = {None: _load(base, task)}
+
+    @property
+    def parameters(self) -> int:
+        """Number of the base model's parameters."""
+        return sum(int(parameter.numel()) for parameter in self._models[None].parameters())
+
+    def attach(
+        self, name: str, directory: str | os.PathLike[str], num_labels: int | None = None
+    ) -> None:
+        """Load a PEFT directory under ``name``, on a model whose head has ``num_labels`` labels.
+
+        Raises:
+            BaseModelError: as the constructor.
+        """
+        from peft import PeftModel
+
+        task = Task(self.task.name, num_labels, self.task.heads)
+        with quiet():
+            model = PeftModel.from_pretrained(_load(self.base, task), os.fspath(directory))
+        self._models[name] = model.eval()
+
+    def outputs(
+        self, rows: Sequence[Row], adapter: str | None = None, *, low_rank: bool = True
+    ) -> list[NDArray[np.floating]]:
+        """The task's output for each row alone.
+
+        Args:
+            rows: inputs.
+            adapter: what is active; ``None``: the base with its own head.
+            low_rank: ``False`` switches the low-rank parts off and keeps the adapter's head: what
+                the adapter's effect is measured against.
+
+        Returns:
+            ``[labels]``, ``[seq, labels]`` or ``[seq, hidden]`` per row; float32, or float64 inside
+            :meth:`wide`.
+        """
+        model = self._models[adapter]
+        found = []
+        with self._torch.inference_mode(), contextlib.ExitStack() as stack:
+            if not low_rank:
+                stack.enter_context(_without_low_rank(model))
+            dtype = next(model.parameters()).dtype
+            for row in rows:
+                feeds = {name: self._torch.from_numpy(array)[None] for name, array in row.items()}
+                if "pixel_values" in feeds:
+                    feeds["pixel_values"] = feeds["pixel_values"].to(dtype)
+                found.append(getattr(model(**feeds), self.task.output)[0].numpy())
+        return found
+
+    @contextlib.contextmanager
+    def wide(self) -> Iterator[None]:
+        """Run in float64 inside the block; the weights come back unchanged.
+
+        Parts that a model itself computes in float32 (its norms, its softmax) stay so.
+        """
+        for model in self._models.values():
+            model.double()
+        try:
+            yield
+        finally:
+            for model in self._models.values():
+                model.float()
+
+
+def _load(base: Base, task: Task) -> Any:
+    import torch
+    import transformers
+
+    loader = TASKS[task.name]
+    with quiet():
+        try:
+            # A config of its own: a capture that swaps the attention must not reach this one.
+            config = transformers.AutoConfig.from_pretrained(base.directory, **task.labels)
+            model, loading = getattr(transformers, loader).from_pretrained(
+                base.directory,
+                config=config,
+                dtype=torch.float32,
+                attn_implementation="eager",
+                ignore_mismatched_sizes=True,  # told of below, and allowed for the head alone
+                output_loading_info=True,
+            )
+        except Exception as error:  # transformers' loaders raise whatever their parts raise
+            raise BaseModelError(
+                f"transformers cannot load {base.name_or_path} for {task.name}: {error}",
+                f"Check the folder with {loader}.from_pretrained.",
+            ) from error
+    missing = sorted(loading["missing_keys"]) + [str(x[0]) for x in loading["mismatched_keys"]]
+    made_up = task.complete(model, missing)
+    if made_up:
+        raise BaseModelError(
+            f"{base.name_or_path} lacks {len(made_up)} weights: {', '.join(made_up[:3])}",
+            "Download the whole checkpoint, or save it again with save_pretrained().",
+        )
+    return model.eval()
+
+
+@contextlib.contextmanager
+def _without_low_rank(model: Any) -> Iterator[None]:
+    """Switch the low-rank layers off, and leave the modules that the adapter replaces."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)

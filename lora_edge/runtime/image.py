@@ -1,0 +1,217 @@
+"""Images -> ``pixel_values``, by ``preprocessor_config.json``, as by transformers' Pillow backend.
+
+Needs Pillow (``lora-edge[image]``). transformers' torchvision backend resizes in another way, by up
+to a grey level here and there. Knows nothing of sessions or models.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_edge.errors import (
+    BundleError,
+    DataError,
+    MissingDependencyError,
+    UnsupportedModelError,
+)
+
+Picture = Any
+"""A file's path, a ``PIL.Image.Image``, or ``[height, width, 3] uint8``."""
+
+PROCESSOR_FILE = "preprocessor_config.json"
+
+_KINDS = frozenset({"ViT", "DeiT", "Beit", "Bit"})
+_NEEDS: Mapping[str, tuple[str, ...]] = {
+    "do_resize": ("size", "resample"),
+    "do_center_crop": ("crop_size",),
+    "do_rescale": ("rescale_factor",),
+    "do_normalize": ("image_mean", "image_std"),
+}
+_KNOWN = frozenset(
+    {
+        *_NEEDS,
+        *(field for fields in _NEEDS.values() for field in fields),
+        "do_convert_rgb",  # always done
+        "image_processor_type",
+        "feature_extractor_type",
+        "processor_class",
+        "default_to_square",  # of an int, which is refused where it could mean two things
+        "disable_grouping",  # of torchvision's backend
+    }
+)
+# Fields that change nothing at these values.
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "data_format": (None, "channels_first"),
+    "do_pad": (None, False),
+    "do_reduce_labels": (None, False),
+    "reduce_labels": (None, False),
+}
+
+
+class ImageProcessor:
+    """Resizes, crops, rescales and normalizes images as a model was trained with.
+
+    Args:
+        config: the content of ``preprocessor_config.json``.
+
+    Raises:
+        UnsupportedModelError: a kind of processor, or a setting, that is not known here.
+        MissingDependencyError: Pillow is not installed.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        try:
+            import PIL.Image  # noqa: F401
+        except ImportError as error:
+            raise MissingDependencyError(
+                "images need Pillow, which is not installed",
+                "Install it with: pip install 'lora-edge[image]', or give pixel_values.",
+            ) from error
+        _check(config)
+        self._config = config
+
+    @staticmethod
+    def load(directory: Path) -> ImageProcessor:
+        """The processor of a model folder.
+
+        Raises:
+            BundleError: the folder has none, or it cannot be read.
+            UnsupportedModelError, MissingDependencyError: as the constructor.
+        """
+        path = directory / PROCESSOR_FILE
+        if not path.is_file():
+            raise BundleError(
+                f"{directory} has no {PROCESSOR_FILE}", "Give pixel_values instead of images."
+            )
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise BundleError(f"{path} is not JSON: {error}", "Copy it again.") from error
+        return ImageProcessor(config)
+
+    def __call__(self, images: Sequence[Picture]) -> NDArray[np.float32]:
+        """``[batch, 3, height, width] float32``.
+
+        Every image is turned upright by its EXIF data and made RGB, as transformers' pipelines do.
+
+        Raises:
+            DataError: no images, one that cannot be read, or images that come out unequal in size.
+        """
+        pixels = [self._one(_open(image)) for image in images]
+        shapes = sorted({array.shape for array in pixels})
+        if len(shapes) != 1:
+            raise DataError(
+                f"the images come out as {shapes}, expected one shape",
+                "Give at least one image; run images of unequal shapes one by one.",
+            )
+        return np.stack(pixels)
+
+    def _one(self, image: Any) -> NDArray[np.float32]:
+        config = self._config
+        if config.get("do_resize"):
+            height, width = _size(config["size"], image.height, image.width)
+            image = image.resize((width, height), resample=int(config["resample"]))
+        pixels: NDArray[Any] = np.moveaxis(np.asarray(image), -1, 0)
+        if config.get("do_center_crop"):
+            pixels = _crop(pixels, *_size(config["crop_size"], *pixels.shape[1:]))
+        if config.get("do_rescale"):
+            # transformers.image_transforms.rescale: in float64, rounded once
+            pixels = pixels.astype(np.float64) * config["rescale_factor"]
+        found: NDArray[np.float32] = pixels.astype(np.float32)
+        if config.get("do_normalize"):
+            mean, std = (
+                np.broadcast_to(np.asarray(config[name], np.float32), 3).reshape(3, 1, 1)
+                for name in ("image_mean", "image_std")
+            )
+            found = (found - mean) / std
+        return found
+
+
+def _check(config: Mapping[str, Any]) -> None:
+    name = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "")
+    kind = name
+    for ending in ("Fast", "Pil", "ImageProcessor", "FeatureExtractor"):
+        kind = kind.removesuffix(ending)
+    if kind not in _KINDS:
+        _refuse(f"the image processor {name or 'without a type'} is not known")
+    for field, value in config.items():
+        if field not in _KNOWN and value not in _NEUTRAL.get(field, (None,)):
+            _refuse(f"its field {field} is {value!r}, which is not known")
+    for step, fields in _NEEDS.items():
+        for field in fields:
+            if config.get(step) and config.get(field) is None:
+                _refuse(f"{step} is set without {field}")
+    for field in ("size", "crop_size"):
+        value = config.get(field)
+        given = set()
+        if isinstance(value, Mapping):
+            given = {key for key, number in value.items() if number is not None}
+        square = isinstance(value, int) and (kind in {"ViT", "DeiT"} or field == "crop_size")
+        if value is not None and not square and given not in ({"height", "width"}, _SHORTEST):
+            _refuse(f"its field {field} is {value!r}, expected height and width, or shortest_edge")
+
+
+_SHORTEST = {"shortest_edge"}
+
+
+def _refuse(reason: str) -> NoReturn:
+    raise UnsupportedModelError(
+        f"{PROCESSOR_FILE} is refused: {reason}",
+        "Prepare the images with transformers, and give pixel_values.",
+    )
+
+
+def _size(size: Any, height: int, width: int) -> tuple[int, int]:
+    """The height and width that a setting means for an image."""
+    if isinstance(size, int):
+        return size, size
+    if size.get("shortest_edge") is None:
+        return int(size["height"]), int(size["width"])
+    # transformers.image_transforms.get_resize_output_image_size
+    short, long = sorted((height, width))
+    new_short = int(size["shortest_edge"])
+    new_long = int(new_short * long / short)
+    return (new_long, new_short) if width <= height else (new_short, new_long)
+
+
+def _crop(pixels: NDArray[Any], height: int, width: int) -> NDArray[Any]:
+    """The centre of ``[channels, h, w]``; what it lacks is zero."""
+    # transformers.image_transforms.center_crop, which rounds the two cases in opposite ways
+    channels, old_height, old_width = pixels.shape
+    top, left = (old_height - height) // 2, (old_width - width) // 2
+    if top < 0 or left < 0:
+        tall, wide = max(height, old_height), max(width, old_width)
+        above, beside = -(-(tall - old_height) // 2), -(-(wide - old_width) // 2)
+        framed = np.zeros((channels, tall, wide), pixels.dtype)
+        framed[:, above : above + old_height, beside : beside + old_width] = pixels
+        pixels, top, left = framed, top + above, left + beside
+    return pixels[:, top : top + height, left : left + width]
+
+
+def _open(image: Picture) -> Any:
+    import PIL.Image
+    import PIL.ImageOps
+
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise DataError(
+                f"an image is {list(image.shape)} {image.dtype}, expected [height, width, 3] uint8",
+                "Convert it to RGB bytes.",
+            )
+        return PIL.Image.fromarray(image)
+    what = os.fspath(image) if isinstance(image, str | os.PathLike) else type(image).__name__
+    try:
+        if isinstance(image, PIL.Image.Image):
+            return PIL.ImageOps.exif_transpose(image).convert("RGB")
+        with PIL.Image.open(image) as opened:
+            return PIL.ImageOps.exif_transpose(opened).convert("RGB")
+    # What Pillow raises for a damaged file depends on its format.
+    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+        raise DataError(f"{what} is no image: {error}", "Give a PNG or JPEG file.") from error
