@@ -15,7 +15,7 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -176,6 +176,15 @@ class Adapter:
     def ranks(self) -> dict[str, int]:
         """Rank per module path."""
         return {path: module.rank for path, module in self.modules.items()}
+
+    def head_labels(self, in_head: Callable[[str], bool]) -> int | None:
+        """Number of outputs of the task head that it brings; ``None`` without one.
+
+        Args:
+            in_head: whether a parameter path belongs to the head.
+        """
+        weights = [x for path, x in self.saved.items() if in_head(path) and x.ndim == 2]
+        return len(weights[-1]) if weights else None
 
     def check_mode(self, mode: Mode) -> None:
         """Check that a mode can take the adapter.

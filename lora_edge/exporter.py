@@ -8,23 +8,18 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence, Set
-from importlib.metadata import version
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
-from lora_edge import __version__
-from lora_edge.adapter import Adapter, load_adapter
+from lora_edge.adapter import load_adapter
 from lora_edge.base import Base, resolve_base
+from lora_edge.building import Options, Progress, build, chosen_task, sign
 from lora_edge.bundle import (
-    DATA_FILE,
-    GRAPH_FILE,
     Bundle,
     FileEntry,
     Manifest,
     Mode,
-    SiteEntry,
-    file_entries,
     hash_file,
     load_bundle,
     staging,
@@ -36,28 +31,19 @@ from lora_edge.effects import (
     Weights,
     check_copies,
     check_modules,
-    kind_of,
-    parameter_changes,
-    parts_of_kinds,
     site_changes,
 )
 from lora_edge.errors import (
     AdapterError,
     BaseModelError,
     BundleError,
-    MissingDependencyError,
     ParityError,
 )
-from lora_edge.lora import SiteChange
-from lora_edge.names import NONE_ADAPTER, Part
-from lora_edge.packing import check_base_of, check_parts, write_adapter_folder, write_none
-
-Progress = Callable[[str], None]
-
-_COPIED = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-)  # fmt: skip
+from lora_edge.lora import Head, SiteChange
+from lora_edge.names import NONE_ADAPTER
+from lora_edge.packing import check_base_of, check_parts, with_heads, write_adapter_folder
+from lora_edge.runtime.adapter_file import read_adapter
+from lora_edge.runtime.changes import parse_changes
 
 
 def export(
@@ -66,6 +52,7 @@ def export(
     mode: Mode = "switchable",
     output: str | os.PathLike[str] = "bundle",
     *,
+    task: str | None = None,
     form: Literal["fused", "portable"] = "fused",
     backend: Literal["trace", "optimum"] = "trace",
     sites: Literal["all", "adapters"] = "all",
@@ -77,11 +64,15 @@ def export(
     """Export a base model and adapters to a bundle, and publish it only if it passes its check.
 
     Args:
-        base: folder of a Hugging Face causal language model, or a hub id.
+        base: folder of a Hugging Face model, or a hub id.
         adapters: name -> PEFT directory. Merged bundles take exactly one.
         mode: ``switchable`` (adapters are inputs of one graph) or ``merged`` (into the weights).
         output: the folder to make.
-        form: ``fused`` (``com.microsoft`` operators) or ``portable`` (standard operators only).
+        task: ``text-generation``, ``text-classification``, ``token-classification``,
+            ``feature-extraction`` or ``image-classification``; ``None``: what the adapters were
+            trained for, else what the base is.
+        form: of a text generator: ``fused`` (``com.microsoft`` operators) or ``portable``
+            (standard operators only).
         backend: ``trace``, or ``optimum`` (needs ``lora-edge[optimum]``; has a form of its own).
         sites: put branches on ``all`` linear layers of the decoder (the head only if an adapter
             needs it), or only on those that the ``adapters`` change.
@@ -123,7 +114,9 @@ def export(
             adapter.check_mode(mode)
             check_base_of(adapter, fingerprint, model.name_or_path)
         with staging(Path(output), force=force) as stage:
-            manifest = _build(model, loaded, mode, stage, form, backend, sites, tuple(kinds), say)
+            wanted = chosen_task(model, loaded, task, mode)
+            options = Options(mode, form, backend, sites, tuple(kinds), wanted)
+            manifest = build(model, loaded, stage, options, say)
             staged = Bundle(stage, _note_conversions(stage, manifest, conversions))
             _prove(staged, model, say)
             _finish(stage)
@@ -163,6 +156,7 @@ def add(
     loaded = [load_adapter(path, name) for name, path in adapters.items()]
     weights = None if base is None else _weights_of(resolve_base(base), target)
     layers = {**manifest.uncovered, **manifest.sites}
+    heads = _base_heads(target)
     changes: dict[str, Mapping[str, SiteChange]] = {}
     for adapter in loaded:
         if adapter.name in manifest.adapters:
@@ -173,8 +167,15 @@ def add(
         check_base_of(adapter, manifest.base["fingerprint"], manifest.base["name_or_path"])
         check_modules(adapter, layers, "the bundle's base")
         check_copies(adapter, weights, manifest.tied)
-        changes[adapter.name] = site_changes(adapter, layers, weights, manifest.tied)
-        check_parts(adapter, changes[adapter.name], layers)
+        own = site_changes(adapter, layers, weights, manifest.tied)
+        check_parts(adapter, own, layers)
+        changes[adapter.name] = with_heads(own, heads)
+        headless = [x for x, site in manifest.sites.items() if "W" in site.parts and x not in own]
+        if headless and not heads:
+            raise AdapterError(
+                f"adapter {adapter.name} brings no task head {headless[0]}, nor has the base one",
+                "Save the adapter with modules_to_save, so that its head is saved along.",
+            )
     entries, files = dict(manifest.adapters), dict(manifest.files)
     written: list[Path] = []
     try:
@@ -199,6 +200,13 @@ def add(
         raise
 
 
+def _base_heads(bundle: Bundle) -> dict[str, Head]:
+    """The base's own task heads, which the adapter ``none`` holds."""
+    tensors = read_adapter(bundle.verify(bundle.adapter(NONE_ADAPTER).file))
+    changes = parse_changes(NONE_ADAPTER, tensors, bundle.manifest.sites)
+    return {path: change.head for path, change in changes.items() if change.head is not None}
+
+
 def _weights_of(base: Base, bundle: Bundle) -> Weights:
     if base.fingerprint() != bundle.manifest.base["fingerprint"]:
         raise BaseModelError(
@@ -213,137 +221,13 @@ def _silent(line: str) -> None:
     """Progress that nobody listens to."""
 
 
-def _build(
-    base: Base,
-    adapters: list[Adapter],
-    mode: Mode,
-    stage: Path,
-    form: Literal["fused", "portable"],
-    backend: Literal["trace", "optimum"],
-    sites: Literal["all", "adapters"],
-    kinds: tuple[str, ...],
-    say: Progress,
-) -> Manifest:
-    try:
-        from lora_edge import graph as passes
-        from lora_edge.capture import capture
-        from lora_edge.parity import check_base
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"exporting needs {error.name}, which is not installed",
-            "Install it with: pip install 'lora-edge[export]'",
-        ) from error
-    raw = stage / "capture"
-    raw.mkdir()
-    (stage / "onnx").mkdir()
-    say(f"capturing {base.name_or_path} ({base.model_type}, {backend}, {form})")
-    captured = capture(base, raw, form=form, backend=backend)
-    for adapter in adapters:
-        check_modules(adapter, captured.modules, base.name_or_path)
-        check_copies(adapter, base.parameter, captured.tied)
-    model = passes.load(captured.path)
-    if captured.spec.form == "fused":
-        passes.fuse(model)
-        passes.save_graph(model, captured.path)
-    say("checking the base graph against PyTorch")
-    figures = check_base(captured, base)
-    graph_file = stage / GRAPH_FILE
-    fingerprint = base.fingerprint()
-    entries = {}
-    if mode == "merged":
-        covered: dict[str, SiteEntry] = {}
-        changes = parameter_changes(adapters[0], captured.modules, captured.tied)
-        say(f"merging {adapters[0].name} into {len(changes)} parameters")
-        owners = {path.rpartition(".")[0] for path in changes} & set(captured.modules)
-        layers = {path: captured.modules[path] for path in sorted(owners)}
-        found = passes.find_sites(model, layers, base.parameter)
-        passes.merge(model, found, changes, base.parameter)
-        passes.save_with_data(model, graph_file)
-    else:
-        given = {
-            adapter.name: site_changes(adapter, captured.modules, base.parameter, captured.tied)
-            for adapter in adapters
-        }
-        # The head is the largest site and adapters seldom touch it.
-        offered = set(captured.modules) - {captured.head} if sites == "all" else set()
-        covered = _covered(captured.modules, offered, list(given.values()), kinds)
-        say(f"adding branches to {len(covered)} layers")
-        passes.branch(model, passes.find_sites(model, covered, base.parameter))
-        # Beside its data, which is moved and never rewritten.
-        passes.save_graph(model, captured.path)
-        captured.path.rename(graph_file)
-        (raw / "model.onnx_data").rename(stage / DATA_FILE)
-        entries[NONE_ADAPTER] = write_none(stage, covered, fingerprint, {})
-    passes.check(graph_file)
-    shutil.rmtree(raw)
-    for adapter in adapters:
-        own = None if mode == "merged" else given[adapter.name]
-        entries[adapter.name] = write_adapter_folder(stage, adapter, covered, own, fingerprint)
-        _say_cost(adapter, stage / entries[adapter.name].file, say)
-    for name in _COPIED:
-        if (base.directory / name).is_file():
-            shutil.copyfile(base.directory / name, stage / name)
-    manifest = Manifest(
-        mode=mode,
-        task="text-generation",
-        precision="fp32",
-        graph=captured.spec,
-        base={
-            "name_or_path": base.name_or_path,
-            "model_type": base.model_type,
-            "fingerprint": fingerprint,
-        },
-        kinds=tuple(sorted({kind_of(x, part) for x in covered.values() for part in x.parts})),
-        sites=covered,
-        adapters=entries,
-        base_check=figures,
-        versions={"lora-edge": __version__, "onnxruntime": version("onnxruntime")}
-        | dict(captured.versions),
-        uncovered={
-            path: dataclasses.replace(entry, parts=())
-            for path, entry in captured.modules.items()
-            if mode == "switchable" and path not in covered
-        },
-        tied=captured.tied,
-    )
-    return _sign(stage, manifest)
-
-
-def _covered(
-    modules: Mapping[str, SiteEntry],
-    offered: Set[str],
-    given: Sequence[Mapping[str, SiteChange]],
-    kinds: tuple[str, ...],
-) -> dict[str, SiteEntry]:
-    """The layers that get inputs, and which: what the kinds offer and what the adapters need."""
-    covered = {}
-    for path, entry in modules.items():
-        wanted = set(parts_of_kinds(entry, kinds)) if path in offered else set()
-        for changes in given:
-            wanted |= set(changes.get(path, SiteChange()).parts())
-        if wanted:
-            parts = tuple(part for part in get_args(Part) if part in wanted)
-            covered[path] = dataclasses.replace(entry, parts=parts)
-    return covered
-
-
-def _say_cost(adapter: Adapter, file: Path, say: Progress) -> None:
-    """Say what an adapter costs that replaces whole weights instead of low-rank parts of them."""
-    whole = [path for path, value in adapter.saved.items() if value.ndim > 1]
-    if whole and file.is_file():
-        say(
-            f"{adapter.name} replaces {', '.join(whole)} whole: its file is "
-            f"{file.stat().st_size / 1e6:,.1f} MB, and so is what is read for each token"
-        )
-
-
 def _note_conversions(
     stage: Path, manifest: Manifest, conversions: Mapping[str, Conversion]
 ) -> Manifest:
     entries = dict(manifest.adapters)
     for name, conversion in conversions.items():
         entries[name] = dataclasses.replace(entries[name], conversion=conversion.facts())
-    return _sign(stage, dataclasses.replace(manifest, adapters=entries))
+    return sign(stage, dataclasses.replace(manifest, adapters=entries))
 
 
 def _prove(staged: Bundle, base: Base, say: Progress) -> None:
@@ -363,10 +247,4 @@ def _finish(stage: Path) -> None:
     staged = load_bundle(stage)
     card = bundle_card(staged.manifest)
     (stage / "README.md").write_text(card, encoding="utf-8")
-    staged.write_manifest(_sign(stage, staged.manifest))
-
-
-def _sign(stage: Path, manifest: Manifest) -> Manifest:
-    signed = dataclasses.replace(manifest, files=file_entries(stage))
-    Bundle(stage, manifest).write_manifest(signed)
-    return signed
+    staged.write_manifest(sign(stage, staged.manifest))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,15 @@ def check_parts(adapter: Adapter, changes: Changes, layers: Mapping[str, SiteEnt
                 "Export again with this adapter (-a), or with --kinds "
                 f"{','.join(sorted({'lora', *kinds}))}.",
             )
+
+
+def with_heads(changes: Changes, heads: Mapping[str, Head]) -> dict[str, SiteChange]:
+    """What an adapter changes, and the base's task head where it brings none of its own."""
+    found = dict(changes)
+    for path, head in heads.items():
+        change = found.get(path, SiteChange())
+        found[path] = change if change.head is not None else replace(change, head=head)
+    return found
 
 
 def write_none(

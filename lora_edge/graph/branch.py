@@ -353,6 +353,8 @@ def _replace_head(made: _Branch) -> None:
     assert anchor is not None
     _take_place(graph, y, total, made.nodes, anchor)
     labels = f"{lora_input(site.path, 'W')}.labels"
+    if y.shape is not None:
+        total.shape = ir.Shape([*list(y.shape)[:-1], labels])
     _rename_last_dimension(total, site.out_features, labels)
 
 

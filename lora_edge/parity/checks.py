@@ -19,8 +19,10 @@ from lora_edge.parity.compare import Expected, Tolerance, expect, judge, limits,
 from lora_edge.parity.golden import Golden
 from lora_edge.parity.report import Case
 from lora_edge.parity.states import Probe, Row, State, label
+from lora_edge.parity.tasks import observe_task
 from lora_edge.runtime import Decoding, Runner
 from lora_edge.runtime.adapter_file import read_adapter
+from lora_edge.tasks import TEXT_GENERATION
 
 _SWITCHED_STEPS = 8
 
@@ -140,14 +142,17 @@ def _faulty_outputs(golden: Golden, actual: Sequence[FloatArray]) -> Iterator[Tr
 
 def _faults(runner: Runner, name: str) -> Iterator[tuple[str, Tensors]]:
     own = _tensors(runner, name)
-    kept = {key for key in own if key == SELECT or key.endswith((".A", ".gate"))}
+    # A head stays: without it everything would differ, and nothing be said of the rest.
+    heads = {key: value for key, value in own.items() if key.endswith((".W", ".c"))}
+    kept = {key for key in own if key == SELECT or key.endswith((".A", ".gate"))} | set(heads)
     yield "zeroed", {key: value * (1 if key in kept else 0) for key, value in own.items()}
     for other in runner.adapters:
         tensors = _tensors(runner, other)
-        if other != name and not all(np.array_equal(own[key], tensors[key]) for key in own):
-            yield f"replaced by {other}", tensors
+        shared = own.keys() & tensors.keys()
+        if other != name and not all(np.array_equal(own[key], tensors[key]) for key in shared):
+            yield f"replaced by {other}", {**tensors, **heads}
             return
-    reads = {lora_input(path, "A") for path in runner.decoder.sites}
+    reads = {lora_input(path, "A") for path in runner.session.sites}
     if not any(own[key].size for key in reads & set(own)):
         return
     yield (
@@ -174,6 +179,9 @@ def greedy(runner: Runner, probe: Probe) -> list[Row]:
 
 def _observe(runner: Runner, probe: Probe, tails: Sequence[Row]) -> list[FloatArray]:
     """The bundle's logits ``[len(row) + len(tail), vocab]`` of each row, prompt and tail."""
+    if runner.bundle.manifest.task != TEXT_GENERATION:
+        binding = runner.binding(_argument(runner, probe), len(probe.rows))
+        return observe_task(runner, probe, binding)
     longest = max(len(row) + len(tail) for row, tail in zip(probe.rows, tails, strict=True))
     decoding = _start(runner, probe, longest)
     parts = [[row] for row in decoding.extend_all(probe.rows)]

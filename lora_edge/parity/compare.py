@@ -151,10 +151,11 @@ def expect(reference: FloatArray, base: FloatArray | None = None) -> Expected:
         base: ``[P, vocab]`` without the adapter, or ``None`` where no adapter is active.
     """
     top = np.argmax(reference, axis=-1)
-    best_two = np.partition(reference, -2, axis=-1)[:, -2:]
-    return Expected(
-        None, reference, base, log_total(reference), top, best_two.max(-1) - best_two.min(-1)
-    )
+    margin = np.full(len(reference), np.inf, np.float32)
+    if reference.shape[1] > 1:
+        best_two = np.partition(reference, -2, axis=-1)[:, -2:]
+        margin = best_two.max(-1) - best_two.min(-1)
+    return Expected(None, reference, base, log_total(reference), top, margin)
 
 
 def log_total(logits: FloatArray) -> NDArray[np.float64]:

@@ -28,7 +28,9 @@ from lora_edge.parity.golden import (
     stem_of,
 )
 from lora_edge.parity.report import Case, Report
+from lora_edge.parity.states import Row
 from lora_edge.runtime import Runner
+from lora_edge.tasks import TEXT_GENERATION
 
 
 def validate(
@@ -75,19 +77,9 @@ def validate(
     if reference is None:
         expected = recorded(target)
     else:
-        from lora_edge.parity.live import ask_pytorch
-
-        expected = ask_pytorch(
-            target,
-            reference if isinstance(reference, Base) else resolve_base(reference),
-            names,
-            directories=adapters or {},
-            steps=steps,
-            seed=seed,
-            prompts=[tuple(runner.tokenizer.encode(text)) for text in prompts],
-            continued=lambda probe: greedy(runner, probe),
-            progress=say,
-        )
+        base = reference if isinstance(reference, Base) else resolve_base(reference)
+        rows = [_tokens(runner, text) for text in prompts]
+        expected = _asked(target, runner, base, names, adapters or {}, steps, seed, rows, say)
     versions = {"lora-edge": __version__, "onnxruntime": version("onnxruntime")}
     cases: list[Case] = []
     goldens: list[Golden] = []
@@ -112,6 +104,41 @@ def validate(
     if reference is not None:
         _record(target, report, goldens, say)
     return report
+
+
+def _asked(
+    bundle: Bundle,
+    runner: Runner,
+    base: Base,
+    names: Sequence[str],
+    directories: Mapping[str, str | os.PathLike[str]],
+    steps: int | None,
+    seed: int,
+    prompts: Sequence[Row],
+    say: Callable[[str], None],
+) -> Iterable[Golden]:
+    from lora_edge.parity.live import ask_pytorch, sources_of
+    from lora_edge.parity.task_live import ask_pytorch_task
+
+    sources = sources_of(bundle, base, names, directories)
+    if bundle.manifest.task != TEXT_GENERATION:
+        return ask_pytorch_task(bundle, base, sources, seed=seed, prompts=prompts, progress=say)
+    return ask_pytorch(
+        bundle,
+        base,
+        sources,
+        steps=steps,
+        seed=seed,
+        prompts=prompts,
+        continued=lambda probe: greedy(runner, probe),
+        progress=say,
+    )
+
+
+def _tokens(runner: Runner, text: str) -> Row:
+    if runner.bundle.manifest.task == TEXT_GENERATION:
+        return tuple(runner.tokenizer.encode(text))
+    return tuple(runner.outputs.encode([text])[0].ids)
 
 
 def _silent(line: str) -> None:

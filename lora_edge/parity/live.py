@@ -31,12 +31,33 @@ _FLOOR_ROWS_OF_LARGE = 2
 _FLOOR_TOKENS_OF_LARGE = 40
 
 
-def ask_pytorch(
+def sources_of(
     bundle: Bundle,
     base: Base,
     names: Sequence[str],
-    *,
     directories: Mapping[str, str | os.PathLike[str]],
+) -> dict[str, Path]:
+    """The PEFT directory of each adapter: a given one, or the bundle's own copy.
+
+    Raises:
+        BundleError: the base is not the bundle's, or an adapter's PEFT files are nowhere.
+        AdapterError: a given PEFT directory is not the one that was exported.
+    """
+    fingerprint = bundle.manifest.base["fingerprint"]
+    if base.fingerprint() != fingerprint:
+        raise BundleError(
+            f"{base.name_or_path} has fingerprint {base.fingerprint()[:12]}, the bundle was made "
+            f"from {fingerprint[:12]}",
+            f"Give the bundle's own base: {bundle.manifest.base['name_or_path']}",
+        )
+    return {name: _peft_directory(bundle, name, directories) for name in names}
+
+
+def ask_pytorch(
+    bundle: Bundle,
+    base: Base,
+    sources: Mapping[str, Path],
+    *,
     steps: int | None,
     seed: int,
     prompts: Sequence[Row],
@@ -52,8 +73,7 @@ def ask_pytorch(
     Args:
         bundle: the bundle that is checked.
         base: its base model.
-        names: the bundle's adapters.
-        directories: PEFT directories of adapters; the bundle's own copy is the default.
+        sources: PEFT directories of the bundle's adapters, of :func:`sources_of`.
         steps: greedy tokens after each prompt; ``None``: 64, or 16 above 20 M parameters.
         seed: of the random prompts.
         prompts: token ids of the user's own prompts, used before random ones.
@@ -62,19 +82,8 @@ def ask_pytorch(
 
     Yields:
         A golden case with whole logits.
-
-    Raises:
-        BundleError: the base is not the bundle's, or an adapter's PEFT files are nowhere.
-        AdapterError: a given PEFT directory is not the one that was exported.
     """
-    fingerprint = bundle.manifest.base["fingerprint"]
-    if base.fingerprint() != fingerprint:
-        raise BundleError(
-            f"{base.name_or_path} has fingerprint {base.fingerprint()[:12]}, the bundle was made "
-            f"from {fingerprint[:12]}",
-            f"Give the bundle's own base: {bundle.manifest.base['name_or_path']}",
-        )
-    sources = {name: _peft_directory(bundle, name, directories) for name in names}
+    names = tuple(sources)
     reference = Reference(base)
     if steps is None:
         steps = _STEPS if reference.parameters <= _LARGE else _STEPS_OF_LARGE
@@ -91,7 +100,7 @@ def ask_pytorch(
         seed=seed,
         given=prompts,
         blendable=[name for name in names if reference.can_blend(name) and not alone[name]],
-        reach={name: _reach(load_adapter(path, name)) for name, path in sources.items()},
+        reach={name: reach_of(load_adapter(path, name)) for name, path in sources.items()},
     )
     if bundle.manifest.mode == "merged":
         probes = tuple(probe for probe in probes if probe.kind == "adapter")
@@ -101,7 +110,7 @@ def ask_pytorch(
         yield _expected(reference, probe, tuple(continued(probe)), floors)
 
 
-def _reach(adapter: Adapter) -> list[Row]:
+def reach_of(adapter: Adapter) -> list[Row]:
     """What a prompt must hold for the adapter to show what it changes."""
     trained = sorted({index for tokens in adapter.tokens.values() for index in tokens.indices})
     invocations = [adapter.invocation] if adapter.invocation else []

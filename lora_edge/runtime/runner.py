@@ -17,7 +17,9 @@ from lora_edge.names import NONE_ADAPTER
 from lora_edge.runtime.active import ActiveAdapters, AdapterArgument
 from lora_edge.runtime.binding import Binding
 from lora_edge.runtime.decoder import Decoder
+from lora_edge.runtime.encoder import Encoder
 from lora_edge.runtime.generation import Generation
+from lora_edge.runtime.outputs import Label, Outputs, TextInput, TokenLabel
 from lora_edge.runtime.rows import token_rows
 from lora_edge.runtime.sampling import Sampling
 from lora_edge.runtime.text import TextStream
@@ -66,16 +68,46 @@ class Runner:
         manifest = self.bundle.manifest
         graph = self.bundle.verify(GRAPH_FILE)
         _check_size(self.bundle, DATA_FILE)
-        self.decoder = Decoder(
-            graph,
-            manifest.decoder,
-            sites=manifest.sites,
-            provider=provider,
-            threads=threads,
-            optimization=optimization,
-            allow_fallback=allow_fallback,
-        )
-        self._active = ActiveAdapters(self.bundle, self.decoder.tensors)
+        options: dict[str, Any] = {
+            "sites": manifest.sites,
+            "provider": provider,
+            "threads": threads,
+            "optimization": optimization,
+            "allow_fallback": allow_fallback,
+        }
+        self.session: Decoder | Encoder
+        if isinstance(manifest.graph, GraphSpec):
+            self.session = Decoder(graph, manifest.graph, **options)
+        else:
+            self.session = Encoder(graph, manifest.graph, **options)
+        self._active = ActiveAdapters(self.bundle, self.session.tensors)
+
+    @property
+    def decoder(self) -> Decoder:
+        """The session of a bundle that generates text.
+
+        Raises:
+            BundleError: the bundle has another task.
+        """
+        if isinstance(self.session, Decoder):
+            return self.session
+        raise _wrong_task(self.bundle, "generates no text", "Use logits(), classify() or embed().")
+
+    @property
+    def encoder(self) -> Encoder:
+        """The session of a bundle of any other task.
+
+        Raises:
+            BundleError: the bundle generates text.
+        """
+        if isinstance(self.session, Encoder):
+            return self.session
+        raise _wrong_task(self.bundle, "has no labels", "Use logits() or generate().")
+
+    @cached_property
+    def outputs(self) -> Outputs:
+        """What an encoder bundle gives for texts and images; raises as :attr:`encoder`."""
+        return Outputs(self.bundle, self.encoder, lambda: self.tokenizer)
 
     @property
     def spec(self) -> GraphSpec:
@@ -133,18 +165,23 @@ class Runner:
         input_ids: ArrayLike | Sequence[Sequence[int]],
         attention_mask: ArrayLike | None = None,
         adapter: AdapterArgument = None,
+        *,
+        token_type_ids: ArrayLike | None = None,
     ) -> FloatArray:
-        """The logits after every token.
+        """The logits after every token; of an encoder, its output.
 
         Args:
             input_ids: ``[batch, seq]`` integers, or a list of rows of unequal lengths.
             attention_mask: ``[batch, seq]`` of 0 and 1, padded on the left or on the right; None is
                 all ones. Not for rows of unequal lengths.
             adapter: see the class.
+            token_type_ids: ``[batch, seq]`` for an encoder that takes them; None is all zeros.
 
         Returns:
             ``[batch, seq, vocab] float32`` in the layout of ``input_ids`` (rows of unequal lengths
-            start at 0); zeros where the mask is 0.
+            start at 0); zeros where the mask is 0. Of an encoder ``[batch, labels]``, ``[batch,
+            seq, labels]`` or, for feature extraction, ``[batch, seq, hidden]``; rows with fewer
+            labels than others are filled up with zeros.
 
         Raises:
             AdapterNotFoundError: a name that the bundle does not have.
@@ -152,11 +189,91 @@ class Runner:
         """
         rows, starts, width = token_rows(input_ids, attention_mask)
         binding = self.binding(adapter, len(rows))
+        if isinstance(self.session, Encoder):
+            return self._encoder_logits(rows, starts, width, token_type_ids, binding)
         decoding = self.decoder.start(len(rows), max(map(len, rows)), binding)
         out = np.zeros((len(rows), width, self.spec.vocab_size), np.float32)
         for index, values in enumerate(decoding.extend_all(rows)):
             out[index, starts[index] : starts[index] + len(values)] = values
         return out
+
+    def _encoder_logits(
+        self,
+        rows: list[list[int]],
+        starts: list[int],
+        width: int,
+        types: ArrayLike | None,
+        binding: Binding,
+    ) -> FloatArray:
+        given = None
+        if types is not None:
+            given = [
+                np.asarray(row)[start : start + len(ids)].tolist()
+                for row, start, ids in zip(np.asarray(types), starts, rows, strict=True)
+            ]
+        found = self.outputs.rows(rows, given, binding)
+        size = max(row.shape[-1] for row in found)
+        out = np.zeros((len(rows), *([width] if found[0].ndim == 2 else []), size), np.float32)
+        for index, values in enumerate(found):
+            if values.ndim == 1:
+                out[index, : len(values)] = values
+            else:
+                part = slice(starts[index], starts[index] + len(values))
+                out[index, part, : values.shape[-1]] = values
+        return out
+
+    def classify(
+        self,
+        inputs: Sequence[Any],
+        adapter: AdapterArgument = None,
+    ) -> list[list[Label]] | list[list[TokenLabel]]:
+        """Label texts or images, as one batch.
+
+        Args:
+            inputs: texts, or tuples of two texts; image files, ``PIL`` images or
+                ``[height, width, 3] uint8`` arrays for image classification.
+            adapter: see the class.
+
+        Returns:
+            For each input all labels with their scores, best first; for token classification the
+            best label of each token.
+
+        Raises:
+            BundleError: the bundle's task is another.
+            AdapterNotFoundError: a name that the bundle does not have.
+            DataError: an input that is none, or no adapter where the base has no task head.
+        """
+        task = self.bundle.manifest.task
+        if self.encoder.spec.output != "logits":
+            raise _wrong_task(self.bundle, "has no labels", "Use embed() or logits().")
+        if not inputs:
+            raise DataError("there is nothing to classify", "Give at least one text or image.")
+        binding = self.binding(adapter, len(inputs))
+        states = self._active.states(adapter, len(inputs))
+        if task == "image-classification":
+            return self.outputs.classify_images(inputs, binding, states)
+        if task == "token-classification":
+            return self.outputs.label_tokens(inputs, binding, states)
+        return self.outputs.classify_texts(inputs, binding, states)
+
+    def embed(self, texts: Sequence[TextInput], adapter: AdapterArgument = None) -> FloatArray:
+        """Sentence embeddings, pooled as the model's sentence-transformers files say (else mean).
+
+        Args:
+            texts: texts, or tuples of two texts.
+            adapter: see the class.
+
+        Returns:
+            ``[batch, hidden] float32``.
+
+        Raises:
+            As :meth:`classify`.
+        """
+        if self.encoder.spec.output != "last_hidden_state":
+            raise _wrong_task(self.bundle, "gives no embeddings", "Use classify() or logits().")
+        if not texts:
+            raise DataError("there is nothing to embed", "Give at least one text.")
+        return self.outputs.embed(texts, self.binding(adapter, len(texts)))
 
     def generate(
         self,
@@ -297,6 +414,10 @@ class Runner:
                     "Pass chat=True for messages, or use generate_ids() for token ids.",
                 )
         return [self.tokenizer.encode(prompt) for prompt in prompts]
+
+
+def _wrong_task(bundle: Bundle, what: str, hint: str) -> BundleError:
+    return BundleError(f"the bundle's task is {bundle.manifest.task}: it {what}", hint)
 
 
 def _check_size(bundle: Bundle, relative: str) -> None:

@@ -1,0 +1,303 @@
+"""From a base and adapters to a staged bundle: capture, base check, passes, files, manifest.
+
+Publishes nothing: that is :mod:`lora_edge.exporter`'s affair, once the bundle has passed its check.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from lora_edge import __version__
+from lora_edge.adapter import Adapter
+from lora_edge.base import Base
+from lora_edge.bundle import (
+    DATA_FILE,
+    GRAPH_FILE,
+    AdapterEntry,
+    Bundle,
+    Manifest,
+    Mode,
+    SiteEntry,
+    file_entries,
+)
+from lora_edge.effects import (
+    check_copies,
+    check_modules,
+    kind_of,
+    parameter_changes,
+    parts_of_kinds,
+    site_changes,
+)
+from lora_edge.errors import AdapterError, MissingDependencyError
+from lora_edge.lora import Head, SiteChange
+from lora_edge.names import NONE_ADAPTER, Part
+from lora_edge.packing import with_heads, write_adapter_folder, write_none
+from lora_edge.tasks import TEXT_GENERATION, Task
+
+Progress = Callable[[str], None]
+Form = Literal["fused", "portable"]
+Backend = Literal["trace", "optimum"]
+
+_COPIED = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "preprocessor_config.json", "modules.json", "1_Pooling/config.json",
+    "sentence_bert_config.json",
+)  # fmt: skip
+_TASK_OF_TYPE = {
+    "CAUSAL_LM": TEXT_GENERATION,
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "FEATURE_EXTRACTION": "feature-extraction",
+    "IMAGE_CLASSIFICATION": "image-classification",
+}
+_TASK_OF_ARCHITECTURE = {
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForImageClassification": "image-classification",
+    "ForCausalLM": TEXT_GENERATION,
+    "LMHeadModel": TEXT_GENERATION,
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a bundle is built; see :func:`lora_edge.exporter.export` for what each means.
+
+    Attributes:
+        task: ``None`` for text generation.
+    """
+
+    mode: Mode
+    form: Form
+    backend: Backend
+    sites: Literal["all", "adapters"]
+    kinds: tuple[str, ...]
+    task: Task | None
+
+
+def chosen_task(
+    base: Base, adapters: Sequence[Adapter], asked: str | None, mode: Mode
+) -> Task | None:
+    """The task of a bundle; ``None`` for text generation.
+
+    Raises:
+        AdapterError: the adapters are for different tasks, or the base lacks a task head and an
+            adapter does not bring one.
+        BaseModelError: the task is unknown.
+    """
+    types = {_TASK_OF_TYPE.get(str(a.config.get("task_type"))) for a in adapters} - {None}
+    if asked is None and len(types) > 1:
+        raise AdapterError(
+            f"the adapters are for different tasks: {', '.join(sorted(map(str, types)))}",
+            "Export them in bundles of their own, or say which with --task.",
+        )
+    name = asked or next(iter(types), None) or _task_of(base)
+    if name == TEXT_GENERATION:
+        return None
+    saved = [x for adapter in adapters for x in adapter.config.get("modules_to_save") or ()]
+    plain = Task(name)
+    task = dataclasses.replace(plain, heads=tuple(dict.fromkeys((*plain.heads, *saved))))
+    if task.output != "logits":
+        return task
+    counts = {adapter.name: adapter.head_labels(task.in_head) for adapter in adapters}
+    own_head = any(map(task.in_head, base.keys()))
+    headless = [name for name, count in counts.items() if count is None]
+    if not own_head and (headless or not counts):
+        raise AdapterError(
+            f"{base.name_or_path} has no task head, and "
+            + (f"adapter {headless[0]} brings none" if headless else "no adapter brings one"),
+            "Without its head the outputs would be random: save the adapter with "
+            "modules_to_save=['classifier'] (or what the head is called).",
+        )
+    brought = [count for count in counts.values() if count is not None]
+    if brought and (mode == "merged" or not own_head):
+        task = dataclasses.replace(task, num_labels=brought[0])
+    return task
+
+
+def _task_of(base: Base) -> str:
+    architecture = str((base.config.get("architectures") or [""])[0])
+    for ending, task in _TASK_OF_ARCHITECTURE.items():
+        if architecture.endswith(ending):
+            return task
+    encoder = architecture.endswith("Model") and not base.config.get("is_decoder")
+    bidirectional = "bert" in base.model_type or base.model_type in ("vit", "deit", "dinov2")
+    return "feature-extraction" if encoder and bidirectional else TEXT_GENERATION
+
+
+def build(
+    base: Base, adapters: Sequence[Adapter], stage: Path, options: Options, say: Progress
+) -> Manifest:
+    """Write a bundle into ``stage``; its adapters are not proved yet.
+
+    Raises:
+        MissingDependencyError: the extra ``export`` is not installed.
+        BaseModelError, AdapterError: an input is refused.
+        CaptureError: the base graph differs from PyTorch.
+        GraphError: a graph pass cannot do what the adapters need.
+    """
+    try:
+        from lora_edge import graph as passes
+        from lora_edge.capture import capture, capture_task
+        from lora_edge.parity import check_base, check_encoder
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"exporting needs {error.name}, which is not installed",
+            "Install it with: pip install 'lora-edge[export]'",
+        ) from error
+    task, merged = options.task, options.mode == "merged"
+    raw = stage / "capture"
+    raw.mkdir()
+    (stage / "onnx").mkdir()
+    what = f"{options.backend}, {options.form}" if task is None else task.name
+    say(f"capturing {base.name_or_path} ({base.model_type}, {what})")
+    captured: Any
+    if task is None:
+        captured = capture(base, raw, form=options.form, backend=options.backend)
+    else:
+        captured = capture_task(base, raw, task)
+    for adapter in adapters:
+        check_modules(adapter, captured.modules, base.name_or_path)
+        check_copies(adapter, base.parameter, captured.tied)
+    model = passes.load(captured.path)
+    if captured.spec.form == "fused":
+        passes.fuse(model)
+        passes.save_graph(model, captured.path)
+    say("checking the base graph against PyTorch")
+    figures = check_base(captured, base) if task is None else check_encoder(captured, base, task)
+    graph_file = stage / GRAPH_FILE
+    fingerprint = base.fingerprint()
+    base_labels = _base_labels(base, captured, task)
+    entries: dict[str, AdapterEntry] = {}
+    covered: dict[str, SiteEntry] = {}
+    given: dict[str, Mapping[str, SiteChange]] = {}
+    if merged:
+        changes = parameter_changes(adapters[0], captured.modules, captured.tied)
+        say(f"merging {adapters[0].name} into {len(changes)} parameters")
+        owners = {path.rpartition(".")[0] for path in changes} & set(captured.modules)
+        layers = {path: captured.modules[path] for path in sorted(owners)}
+        found = passes.find_sites(model, layers, base.parameter)
+        passes.merge(model, found, changes, base.parameter)
+        passes.save_with_data(model, graph_file)
+    else:
+        for adapter in adapters:
+            given[adapter.name] = site_changes(
+                adapter, captured.modules, base.parameter, captured.tied
+            )
+        # The head is the largest site and adapters seldom touch it.
+        offered = set(captured.modules) - {captured.head} if options.sites == "all" else set()
+        covered = _covered(captured.modules, offered, list(given.values()), options.kinds)
+        heads = {
+            path: _base_head(base, path)
+            for path, site in covered.items()
+            if "W" in site.parts and base_labels
+        }
+        given = {name: with_heads(changes, heads) for name, changes in given.items()}
+        say(f"adding branches to {len(covered)} layers")
+        passes.branch(model, passes.find_sites(model, covered, base.parameter))
+        # Beside its data, which is moved and never rewritten.
+        passes.save_graph(model, captured.path)
+        captured.path.rename(graph_file)
+        (raw / "model.onnx_data").rename(stage / DATA_FILE)
+        none = write_none(stage, covered, fingerprint, heads)
+        entries[NONE_ADAPTER] = dataclasses.replace(none, labels=base_labels)
+    passes.check(graph_file)
+    shutil.rmtree(raw)
+    for adapter in adapters:
+        own = None if merged else given[adapter.name]
+        entry = write_adapter_folder(stage, adapter, covered, own, fingerprint)
+        count = None if task is None else adapter.head_labels(task.in_head)
+        if not entry.labels and (count is None or count == len(base_labels)):
+            entry = dataclasses.replace(entry, labels=base_labels)
+        entries[adapter.name] = entry
+        _say_cost(adapter, stage / entry.file, captured.head, say)
+    _copy_files(base, stage)
+    manifest = Manifest(
+        mode=options.mode,
+        task=TEXT_GENERATION if task is None else task.name,
+        precision="fp32",
+        graph=captured.spec,
+        base={
+            "name_or_path": base.name_or_path,
+            "model_type": base.model_type,
+            "fingerprint": fingerprint,
+        },
+        kinds=tuple(sorted({kind_of(x, part) for x in covered.values() for part in x.parts})),
+        sites=covered,
+        adapters=entries,
+        base_check=figures,
+        versions={"lora-edge": __version__, "onnxruntime": version("onnxruntime")}
+        | dict(captured.versions),
+        uncovered={
+            path: dataclasses.replace(entry, parts=())
+            for path, entry in captured.modules.items()
+            if not merged and path not in covered
+        },
+        tied=captured.tied,
+    )
+    return sign(stage, manifest)
+
+
+def sign(stage: Path, manifest: Manifest) -> Manifest:
+    """The manifest with the hashes of all files of ``stage``, written there."""
+    signed = dataclasses.replace(manifest, files=file_entries(stage))
+    Bundle(stage, manifest).write_manifest(signed)
+    return signed
+
+
+def _base_labels(base: Base, captured: Any, task: Task | None) -> tuple[str, ...]:
+    """The labels of the base's own task head; empty where it has none."""
+    if task is None or not captured.head or base.parameter(f"{captured.head}.weight") is None:
+        return ()
+    weight = base.parameter(f"{captured.head}.weight")
+    assert weight is not None
+    names = base.config.get("id2label") or {}
+    return tuple(str(names.get(str(i), f"LABEL_{i}")) for i in range(len(weight)))
+
+
+def _base_head(base: Base, path: str) -> Head:
+    weight, bias = base.parameter(f"{path}.weight"), base.parameter(f"{path}.bias")
+    assert weight is not None
+    return Head(weight.T, weight[:, 0] * 0 if bias is None else bias)
+
+
+def _copy_files(base: Base, stage: Path) -> None:
+    for name in _COPIED:
+        if (base.directory / name).is_file():
+            (stage / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(base.directory / name, stage / name)
+
+
+def _covered(
+    modules: Mapping[str, SiteEntry],
+    offered: Set[str],
+    given: Sequence[Mapping[str, SiteChange]],
+    kinds: tuple[str, ...],
+) -> dict[str, SiteEntry]:
+    """The layers that get inputs, and which: what the kinds offer and what the adapters need."""
+    covered = {}
+    for path, entry in modules.items():
+        wanted = set(parts_of_kinds(entry, kinds)) if path in offered else set()
+        for changes in given:
+            wanted |= set(changes.get(path, SiteChange()).parts())
+        if wanted:
+            parts = tuple(part for part in get_args(Part) if part in wanted)
+            covered[path] = dataclasses.replace(entry, parts=parts)
+    return covered
+
+
+def _say_cost(adapter: Adapter, file: Path, head: str, say: Progress) -> None:
+    """Say what an adapter costs that replaces whole weights instead of low-rank parts of them."""
+    whole = [path for path, x in adapter.saved.items() if x.ndim > 1 and path != f"{head}.weight"]
+    if whole and file.is_file():
+        say(
+            f"{adapter.name} replaces {', '.join(whole)} whole: its file is "
+            f"{file.stat().st_size / 1e6:,.1f} MB, and so is what is read for each token"
+        )

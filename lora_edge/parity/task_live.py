@@ -1,0 +1,130 @@
+"""The expected outputs of a bundle without a cache, from PyTorch itself.
+
+Knows bundles and the reference; knows nothing of runtimes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lora_edge.adapter import load_adapter
+from lora_edge.base import Base
+from lora_edge.bundle import Bundle
+from lora_edge.names import NONE_ADAPTER
+from lora_edge.parity.base_check import shortest_window
+from lora_edge.parity.compare import Floor, expect, noise
+from lora_edge.parity.golden import Golden
+from lora_edge.parity.live import reach_of
+from lora_edge.parity.states import Probe, Row, State, label, plan
+from lora_edge.parity.task_reference import TaskReference
+from lora_edge.parity.tasks import by_position, inputs_of
+from lora_edge.tasks import Task
+
+_IMAGES = 8
+_PIXELS = 1 << 30  # seeds of pictures are below it
+
+
+def ask_pytorch_task(
+    bundle: Bundle,
+    base: Base,
+    sources: dict[str, Path],
+    *,
+    seed: int,
+    prompts: Sequence[Row],
+    progress: Callable[[str], None],
+) -> Iterator[Golden]:
+    """Run the bundle's plan through PyTorch, probe by probe.
+
+    The effect of an adapter is measured against the model with its low-rank parts off and its own
+    task head kept: beside a whole new head, a lost low-rank part would hardly show.
+
+    Args:
+        bundle: the bundle that is checked.
+        base: its base model.
+        sources: PEFT directories of the bundle's adapters.
+        seed: of the random inputs.
+        prompts: token ids of the user's own texts, used before random ones.
+        progress: called with a line for each probe.
+
+    Yields:
+        A golden case with whole outputs.
+    """
+    manifest = bundle.manifest
+    spec = manifest.encoder
+    adapters = {name: load_adapter(path, name) for name, path in sources.items()}
+    heads = tuple(x for a in adapters.values() for x in a.config.get("modules_to_save") or ())
+    task = Task(manifest.task, heads=(*Task(manifest.task).heads, *heads))
+    reference = TaskReference(base, task)
+    for name, directory in sources.items():
+        reference.attach(name, directory, adapters[name].head_labels(task.in_head))
+    probes = plan(
+        tuple(sources),
+        vocab_size=_PIXELS if spec.image else spec.vocab_size,
+        max_length=2 if spec.image else spec.max_length,
+        steps=1,
+        window=None if spec.image else shortest_window(base.config),
+        seed=seed,
+        given=prompts,
+        # Each adapter has a model of its own in PyTorch, for the sake of its head.
+        blendable=(),
+        reach={name: reach_of(adapter) for name, adapter in adapters.items()},
+    )
+    headless = manifest.mode == "switchable" and _lacks_head(bundle)
+    floors: dict[State, Floor] = {}
+    for probe in probes:
+        if manifest.mode == "merged" and probe.kind != "adapter":
+            continue
+        wanted = _with_heads(probe) if headless else probe
+        if wanted is None:
+            continue
+        progress(f"running {wanted.name} in PyTorch")
+        yield _expected(reference, wanted, bundle, floors)
+
+
+def _lacks_head(bundle: Bundle) -> bool:
+    """Whether the base alone has outputs that mean nothing, because its head is made up."""
+    has_head = any("W" in site.parts for site in bundle.manifest.sites.values())
+    return has_head and not bundle.adapter(NONE_ADAPTER).labels
+
+
+def _with_heads(probe: Probe) -> Probe | None:
+    """The probe without its rows of the base, ``None`` if nothing is left."""
+    kept = [index for index, state in enumerate(probe.states) if state]
+    if not kept:
+        return None
+    rows = tuple(probe.rows[index] for index in kept)
+    states = tuple(probe.states[index] for index in kept)
+    return Probe(probe.name, probe.kind, rows, states, 0)
+
+
+def _expected(
+    reference: TaskReference, probe: Probe, bundle: Bundle, floors: dict[State, Floor]
+) -> Golden:
+    spec = bundle.manifest.encoder
+    rows = [inputs_of(spec, row) for row in probe.rows]
+    names = [state[0][0] if state else None for state in probe.states]
+    pairs = list(zip(rows, names, strict=True))
+    outputs = [by_position(reference.outputs([row], name)[0]) for row, name in pairs]
+    bases = [
+        None
+        if name is None
+        else by_position(reference.outputs([row], name, low_rank=False)[0]).astype(np.float32)
+        for row, name in pairs
+    ]
+    narrow = [output.astype(np.float32) for output in outputs]
+    with reference.wide():
+        for state in dict.fromkeys(probe.states):
+            if state not in floors:
+                own = [i for i, other in enumerate(probe.states) if other == state]
+                wide = [by_position(reference.outputs([rows[i]], names[i])[0]) for i in own]
+                floors[state] = noise([narrow[i] for i in own], wide)
+    return Golden(
+        Probe(probe.name, probe.kind, probe.rows, probe.states, 0),
+        tuple(() for _ in rows),
+        tuple(expect(y, base) for y, base in zip(narrow, bases, strict=True)),
+        {label(state): floors[state] for state in probe.states},
+        reference.versions,
+    )

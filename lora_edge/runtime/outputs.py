@@ -1,0 +1,216 @@
+"""What a model without a cache gives for texts and images: outputs, labels, embeddings.
+
+Knows a bundle's files and its session; knows nothing of how adapters are bound.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_edge.bundle import Bundle
+from lora_edge.errors import DataError
+from lora_edge.lora import FloatArray
+from lora_edge.names import NONE_ADAPTER
+from lora_edge.runtime.binding import Binding, State
+from lora_edge.runtime.encoder import Encoder
+from lora_edge.runtime.image import PROCESSOR_FILE, ImageProcessor, Picture
+from lora_edge.runtime.pooling import POOLING_FILES, Pooling, load_pooling
+from lora_edge.runtime.tokenizer import Encoded, Tokenizer
+
+TextInput = str | tuple[str, str]
+"""A text, or two that belong together."""
+
+
+class Label(NamedTuple):
+    """A label of a task head and its score.
+
+    Attributes:
+        label: the label's name, ``LABEL_<index>`` where nobody gave it one.
+        score: softmax over the row's labels, float in [0, 1]; the logistic function of each where
+            the base's config says ``multi_label_classification``.
+    """
+
+    label: str
+    score: float
+
+
+class TokenLabel(NamedTuple):
+    """The best label of one token.
+
+    Attributes:
+        text: the token's characters in the text.
+        start: of the first of them.
+        end: behind the last of them.
+        label: the label's name.
+        score: softmax over the labels.
+    """
+
+    text: str
+    start: int
+    end: int
+    label: str
+    score: float
+
+
+class Outputs:
+    """Runs an encoder bundle on texts and images.
+
+    Args:
+        bundle: the bundle.
+        encoder: its session.
+        tokenizer: gives its tokenizer; called when a text comes.
+    """
+
+    def __init__(
+        self, bundle: Bundle, encoder: Encoder, tokenizer: Callable[[], Tokenizer]
+    ) -> None:
+        self._bundle = bundle
+        self._encoder = encoder
+        self._tokenizer = tokenizer
+
+    @cached_property
+    def processor(self) -> ImageProcessor:
+        """How images are prepared; raises as :class:`ImageProcessor`."""
+        self._verified((PROCESSOR_FILE,))
+        return ImageProcessor.load(self._bundle.directory)
+
+    @cached_property
+    def pooling(self) -> Pooling:
+        """How hidden states become an embedding; raises as :func:`load_pooling`."""
+        self._verified(POOLING_FILES)
+        return load_pooling(self._bundle.directory)
+
+    @cached_property
+    def _multi_label(self) -> bool:
+        self._verified(("config.json",))
+        path = self._bundle.directory / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return bool(config.get("problem_type") == "multi_label_classification")
+
+    def encode(self, texts: Sequence[TextInput], max_length: int | None = None) -> list[Encoded]:
+        """The tokens of texts.
+
+        Raises:
+            DataError: a text that is none.
+        """
+        limit = min(x for x in (max_length, self._encoder.spec.max_length) if x is not None)
+        found = []
+        for text in texts:
+            pair = text if isinstance(text, tuple) else (text, None)
+            if not isinstance(pair[0], str) or not isinstance(pair[1], str | None):
+                raise DataError(
+                    f"a text is {type(text).__name__}, expected a string, or a tuple of two",
+                    "Give texts, or pixel_values for a model of images.",
+                )
+            found.append(self._tokenizer().encode_input(pair[0], pair[1], max_length=limit))
+        return found
+
+    def rows(self, rows: Sequence[Sequence[int]], types: Any, binding: Binding) -> list[FloatArray]:
+        """The output of each row of token ids, without what stands at padded places.
+
+        Returns:
+            Per row ``[labels]``, ``[len, labels]`` or ``[len, hidden]``.
+        """
+        found = self._encoder.run(self._encoder.feeds(rows, types), binding)
+        return self._trimmed(found, binding, [len(row) for row in rows])
+
+    def pixels(self, pixels: NDArray[np.float32], binding: Binding) -> list[FloatArray]:
+        """As :meth:`rows`, of ``[batch, *spec.image] float32``."""
+        found = self._encoder.run({"pixel_values": pixels}, binding)
+        return self._trimmed(found, binding, None)
+
+    def classify_texts(
+        self, texts: Sequence[TextInput], binding: Binding, names: Sequence[State]
+    ) -> list[list[Label]]:
+        """Labels of each text, best first."""
+        coded = self.encode(texts)
+        rows = self.rows([x.ids for x in coded], [x.type_ids for x in coded], binding)
+        return self._labels(rows, names)
+
+    def classify_images(
+        self, images: Sequence[Picture], binding: Binding, names: Sequence[State]
+    ) -> list[list[Label]]:
+        """Labels of each image, best first."""
+        return self._labels(self.pixels(self.processor(images), binding), names)
+
+    def label_tokens(
+        self, texts: Sequence[str], binding: Binding, names: Sequence[State]
+    ) -> list[list[TokenLabel]]:
+        """The best label of each token of each text, special tokens left out."""
+        coded = self.encode(texts)
+        rows = self.rows([x.ids for x in coded], [x.type_ids for x in coded], binding)
+        found = []
+        for text, one, logits, state in zip(texts, coded, rows, names, strict=True):
+            labels = self._names(state, logits.shape[-1])
+            scores = _softmax(logits)
+            found.append(
+                [
+                    TokenLabel(text[a:b], a, b, labels[int(row.argmax())], float(row.max()))
+                    for (a, b), row in zip(one.offsets, scores, strict=True)
+                    if b > a
+                ]
+            )
+        return found
+
+    def embed(self, texts: Sequence[TextInput], binding: Binding) -> FloatArray:
+        """``[batch, hidden] float32``, pooled as the model's files say."""
+        coded = self.encode(texts, self.pooling.max_length)
+        rows = [x.ids for x in coded]
+        feeds = self._encoder.feeds(rows, [x.type_ids for x in coded])
+        hidden = self._encoder.run(feeds, binding)
+        return self.pooling(hidden, feeds["attention_mask"])
+
+    def _labels(self, rows: Sequence[FloatArray], states: Sequence[State]) -> list[list[Label]]:
+        found = []
+        for logits, state in zip(rows, states, strict=True):
+            scores = _logistic(logits) if self._multi_label else _softmax(logits)
+            labels = self._names(state, len(logits))
+            order = np.argsort(-scores, kind="stable")
+            found.append([Label(labels[int(i)], float(scores[i])) for i in order])
+        return found
+
+    def _names(self, state: State, count: int) -> Sequence[str]:
+        """The labels of a row's head: its adapter's, or the base's."""
+        adapters: Mapping[str, Any] = self._bundle.manifest.adapters
+        own = [adapters[name].labels for name, _ in state]
+        if self._bundle.manifest.mode == "merged":
+            own = [entry.labels for entry in adapters.values()]
+        base = adapters[NONE_ADAPTER].labels if NONE_ADAPTER in adapters else ()
+        for labels in (*own, base):
+            if len(labels) == count:
+                return tuple(labels)
+        return [f"LABEL_{index}" for index in range(count)]
+
+    def _trimmed(
+        self, found: FloatArray, binding: Binding, lengths: Sequence[int] | None
+    ) -> list[FloatArray]:
+        """Each row without padded positions, and without labels that only other rows have."""
+        rows = [row if lengths is None else row[: lengths[i]] for i, row in enumerate(found)]
+        if found.ndim == 2:  # one output for the whole row
+            rows = list(found)
+        if binding.labels:
+            counts = binding.labels * (1 if len(binding.labels) > 1 else len(rows))
+            rows = [row[..., :count] for row, count in zip(rows, counts, strict=True)]
+        return rows
+
+    def _verified(self, names: Sequence[str]) -> None:
+        for name in names:
+            if name in self._bundle.manifest.files:
+                self._bundle.verify(name)
+
+
+def _logistic(logits: FloatArray) -> FloatArray:
+    scores: FloatArray = (1 / (1 + np.exp(-logits))).astype(np.float32)
+    return scores
+
+
+def _softmax(logits: FloatArray) -> FloatArray:
+    shifted = np.exp(logits - logits.max(-1, keepdims=True))
+    scores: FloatArray = shifted / shifted.sum(-1, keepdims=True)
+    return scores
