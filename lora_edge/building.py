@@ -163,10 +163,11 @@ def build(
         captured = capture(base, raw, form=options.form, backend=options.backend)
     else:
         captured = capture_task(base, raw, task)
+    model = passes.load(captured.path)
+    weights = passes.graph_weights(model, captured.modules, base.parameter)
     for adapter in adapters:
         check_modules(adapter, captured.modules, base.name_or_path)
-        check_copies(adapter, base.parameter, captured.tied)
-    model = passes.load(captured.path)
+        check_copies(adapter, weights, captured.tied)
     if captured.spec.form == "fused":
         passes.fuse(model)
         passes.save_graph(model, captured.path)
@@ -183,14 +184,12 @@ def build(
         say(f"merging {adapters[0].name} into {len(changes)} parameters")
         owners = {path.rpartition(".")[0] for path in changes} & set(captured.modules)
         layers = {path: captured.modules[path] for path in sorted(owners)}
-        found = passes.find_sites(model, layers, base.parameter)
-        passes.merge(model, found, changes, base.parameter)
+        found = passes.find_sites(model, layers, weights)
+        passes.merge(model, found, changes, weights)
         passes.save_with_data(model, graph_file)
     else:
         for adapter in adapters:
-            given[adapter.name] = site_changes(
-                adapter, captured.modules, base.parameter, captured.tied
-            )
+            given[adapter.name] = site_changes(adapter, captured.modules, weights, captured.tied)
         # The head is the largest site and adapters seldom touch it.
         offered = set(captured.modules) - {captured.head} if options.sites == "all" else set()
         covered = _covered(captured.modules, offered, list(given.values()), options.kinds)
@@ -201,7 +200,7 @@ def build(
         }
         given = {name: with_heads(changes, heads) for name, changes in given.items()}
         say(f"adding branches to {len(covered)} layers")
-        passes.branch(model, passes.find_sites(model, covered, base.parameter))
+        passes.branch(model, passes.find_sites(model, covered, weights))
         # Beside its data, which is moved and never rewritten.
         passes.save_graph(model, captured.path)
         captured.path.rename(graph_file)

@@ -25,10 +25,10 @@ SELECT = "lora.select"
 """Graph input ``[batch | 1, seq | 1, S]``: the weight of each of the S resident adapters."""
 
 PeftPart = Literal[
-    "A", "B", "B.bias", "magnitude", "embedding_A", "embedding_B", "tokens", "base", "saved"
+    "A", "B", "B.bias", "magnitude", "embedding_A", "embedding_B", "tokens", "base", "saved", "idle"
 ]
 """What a tensor of a PEFT file is; ``base`` is a copy of a weight of the base, ``saved`` a whole
-parameter that replaces the base's."""
+parameter that replaces the base's, ``idle`` one of a module that is itself replaced."""
 
 _INPUT = re.compile(rf"lora\.(?P<path>.+)\.(?P<part>{'|'.join(get_args(Part))})")
 _PEFT_PREFIX = "base_model.model."
@@ -83,6 +83,11 @@ def parse_peft_key(key: str) -> PeftKey | None:
         match = pattern.fullmatch(name)
         if match is not None:
             return PeftKey(match[1], part)
+    # With bias="all" PEFT saves the biases of a replaced module under its wrapper's names too.
+    replaced = re.fullmatch(r"(.+)\.(modules_to_save|original_module)\.(weight|bias)", name)
+    if replaced is not None:
+        part = "saved" if replaced[2] == "modules_to_save" else "idle"
+        return PeftKey(f"{replaced[1]}.{replaced[3]}", part)
     if re.search(r"(^|\.)(lora_|original_module|modules_to_save|token_adapter)", name):
         return None
     # A trained bias of an adapted layer is saved below the wrapper that PEFT put around the layer.

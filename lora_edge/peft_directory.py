@@ -111,7 +111,13 @@ def read_tensors(file: Path) -> Tensors:
                 "and dropping it would change the adapter",
                 MERGE_FIRST,
             )
-        found.setdefault(parsed.part, {})[parsed.path] = _read(file, key, record)
+        tensor = _read(file, key, record)
+        twin = found.setdefault(parsed.part, {}).setdefault(parsed.path, tensor)
+        if not np.array_equal(twin, tensor):
+            raise AdapterError(
+                f"{file}: {key} and another tensor hold different values for {parsed.path}",
+                "Save the adapter again with PEFT.",
+            )
     if not found:
         raise AdapterError(f"{file} holds no tensors", "Save the adapter again with PEFT.")
     return found

@@ -51,6 +51,8 @@ def test_what_else_an_adapter_holds(tail: str, part: str) -> None:
 def test_saved_parameters_have_parameter_paths() -> None:
     assert parse_peft_key("base_model.model.a.norm.weight") == ("a.norm.weight", "saved")
     assert parse_peft_key("base_model.model.a.q.base_layer.bias") == ("a.q.bias", "saved")
+    assert parse_peft_key("base_model.model.a.q.modules_to_save.bias") == ("a.q.bias", "saved")
+    assert parse_peft_key("base_model.model.a.q.original_module.bias") == ("a.q.bias", "idle")
 
 
 @pytest.mark.parametrize(
@@ -72,7 +74,6 @@ def test_other_inputs_are_no_adapter_inputs(name: str) -> None:
         "base_model.model.q.lora_A.default.weight.old",
         "base_model.model.q.lora_C.weight",
         "base_model.model.q.modules_to_save.default.weight",
-        "base_model.model.q.original_module.weight",
         "lora_A.weight",
         "weight",
     ],

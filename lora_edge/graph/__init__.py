@@ -7,7 +7,7 @@ from lora_edge.graph.branch import branch
 from lora_edge.graph.check import check
 from lora_edge.graph.fuse import fuse
 from lora_edge.graph.merge import merge
-from lora_edge.graph.sites import Site, find_sites
+from lora_edge.graph.sites import Site, find_sites, graph_weights
 from lora_edge.graph.store import load, save_graph, save_with_data
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "check",
     "find_sites",
     "fuse",
+    "graph_weights",
     "load",
     "merge",
     "save_graph",

@@ -36,6 +36,8 @@ class Layer(Protocol):
     @property
     def rank(self) -> int: ...
     @property
+    def transposed(self) -> bool: ...
+    @property
     def parts(self) -> tuple[Part, ...]: ...
 
 
@@ -165,6 +167,37 @@ def find_initializer(
         ):
             same.append(value)
     return same[0] if len(same) == 1 else None
+
+
+def graph_weights(model: ir.Model, layers: Mapping[str, Layer], otherwise: Weights) -> Weights:
+    """The checkpoint's parameters as a graph of our own capture holds them.
+
+    A checkpoint may have other names than the model (transformers renames them when it loads one);
+    the graph has the model's.
+
+    Args:
+        model: the graph, before any pass that changes weights.
+        layers: module path -> layer of the model.
+        otherwise: asked for what the graph does not name.
+    """
+    named = {m.node.name: m for m in _multiplications(model) if m.node.name}
+
+    def value(parameter: str) -> NDArray[np.floating] | None:
+        initializer = model.graph.initializers.get(parameter)
+        if initializer is None or initializer.const_value is None:
+            return otherwise(parameter)
+        values = initializer.const_value.numpy()
+        path, _, own = parameter.rpartition(".")
+        layer = layers.get(path)
+        if own != "weight" or layer is None or layer.kind not in ("linear", "head"):
+            return values
+        multiplication = named.get(path)
+        if multiplication is None:
+            return otherwise(parameter)
+        # The checkpoint's layout is [out, in], except where the layer says so.
+        return values if multiplication.transposed is not layer.transposed else values.T
+
+    return value
 
 
 _OPERATORS = {"embedding": ("Gather",), "conv": ("Conv",)}

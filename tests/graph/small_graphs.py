@@ -24,6 +24,7 @@ class Shape:
     out_features: int
     kind: str = "linear"
     rank: int = 3
+    transposed: bool = False
     parts: tuple[Part, ...] = FACTOR_PARTS
 
 
