@@ -9,7 +9,13 @@ import torch
 from torch import nn
 
 from lora_edge.base import Base
-from lora_edge.capture.families import OPTIMUM, refuse_unloadable, refuse_untraceable
+from lora_edge.capture.experts import refuse_loops
+from lora_edge.capture.families import (
+    OPTIMUM,
+    experts_field,
+    refuse_unloadable,
+    refuse_untraceable,
+)
 from lora_edge.capture.swaps import is_linear
 from lora_edge.errors import BaseModelError, UnsupportedModelError
 
@@ -38,6 +44,11 @@ def load_model(base: Base, attention: str | None) -> Any:
         config = AutoConfig.from_pretrained(base.directory)
         if attention is not None:
             refuse_untraceable(config.to_dict())
+        field = experts_field(config.to_dict())
+        if field is not None:
+            with torch.device("meta"):  # before any weight is loaded
+                empty = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+            refuse_loops(empty, base.model_type, field)
         model, loading = AutoModelForCausalLM.from_pretrained(
             base.directory,
             # A model keeps its config and writes into it, so this one must be its own.
@@ -77,6 +88,7 @@ def load_model(base: Base, attention: str | None) -> Any:
             f"shape: {', '.join(random[:3])}",
             "Download the whole checkpoint, or save it again with save_pretrained().",
         )
+    refuse_loops(model, base.model_type, None)
     return model.eval()
 
 

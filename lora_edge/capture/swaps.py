@@ -49,8 +49,13 @@ def swapped_linears(model: nn.Module) -> Iterator[None]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer: ``nn.Linear``, or GPT-2's ``Conv1D``."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    """Whether a module is a linear layer: ``nn.Linear``, or GPT-2's ``Conv1D``.
+
+    A subclass that computes something else (Phi-3.5-MoE's router) is none.
+    """
+    if isinstance(module, nn.Linear):
+        return type(module).forward is nn.Linear.forward
+    return type(module).__name__ == "Conv1D"
 
 
 def _linear_forward(module: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -27,6 +27,8 @@ from lora_edge.capture.attention import (
     Survey,
     TraceCache,
 )
+from lora_edge.capture.branches import lower_choices
+from lora_edge.capture.experts import swapped_experts
 from lora_edge.capture.families import OPTIMUM
 from lora_edge.capture.load import linear_sizes, load_model, max_length
 from lora_edge.capture.operators import TakePositions
@@ -123,7 +125,8 @@ def trace(
         facts = _survey(model, swap, rotary, base.model_type)
         head = model.get_output_embeddings()
         tied = head is not None and head.weight is model.get_input_embeddings().weight
-        graph = _export(model, swap, rotary, facts, directory)
+        graph, flattened = _export(model, swap, rotary, facts, directory)
+        linears = {path: sizes for path, sizes in linears.items() if path not in flattened}
     path = directory / "model.onnx"
     onnx.save(graph, path)
     first = facts[0]
@@ -181,7 +184,8 @@ def _export(
     rotary: RotarySwap | None,
     facts: list[LayerFacts],
     directory: Path,
-) -> onnx.ModelProto:
+) -> tuple[onnx.ModelProto, set[str]]:
+    """The graph, and the linear layers whose activations are flattened, which take no branch."""
     first = facts[0]
     parts: tuple[Literal["key"], Literal["value"]] = ("key", "value")
     past = [past_name(layer, part) for layer in range(len(facts)) for part in parts]
@@ -212,6 +216,7 @@ def _export(
     with ExitStack() as stack:
         weights = stack.enter_context(placeholders(model))
         stack.enter_context(swapped_linears(model))
+        flattened = stack.enter_context(swapped_experts(model, sparse=rotary is not None))
         if rotary is not None:
             stack.enter_context(swapped_norms(model))
             stack.enter_context(rotary.applied())
@@ -232,10 +237,11 @@ def _export(
         )
     graph = onnx.load_from_string(buffer.getvalue())
     _name_weights(graph)
+    lower_choices(graph)
     missing = attach(graph, weights, directory / "model.onnx_data")
     _check_inputs(graph, set(example), missing, weights)
     _name_nodes(graph)
-    return graph
+    return graph, flattened
 
 
 @contextmanager
@@ -287,7 +293,8 @@ def _name_nodes(graph: onnx.ModelProto) -> None:
             if weight in transposed:
                 # A tied weight carries the embedding's name; the scope knows the layer's.
                 scope = node.name.removeprefix("/").split("/")[:-1]
+                owner = transposed[weight].removesuffix(".weight")
                 if scope:
-                    node.name = scope[-1]
+                    node.name = owner if owner.endswith(f".{scope[-1]}") else scope[-1]
             elif weight in weights:
                 node.name = weight.removesuffix(".weight")

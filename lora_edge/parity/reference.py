@@ -66,6 +66,9 @@ class Reference:
             try:
                 # A config of its own: a capture that swaps the attention must not reach this one.
                 config = transformers.AutoConfig.from_pretrained(base.directory)
+                if hasattr(config, "_experts_implementation"):
+                    # The model's own loop; the grouped operator does not exist in float64.
+                    config._experts_implementation = "eager"
                 model = transformers.AutoModelForCausalLM.from_pretrained(
                     base.directory,
                     config=config,
