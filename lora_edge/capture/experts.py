@@ -143,24 +143,22 @@ def swapped_experts(model: nn.Module, *, sparse: bool) -> Iterator[set[str]]:
 
 
 def _is_router(module: nn.Module, experts: Any) -> bool:
-    """Whether a sibling of the experts has one row of weights for each of them, and no site.
+    """Whether a sibling of the experts, other than a linear layer, weighs each of them.
 
     Routers of some families scatter and take a softmax over the second axis, so they get the two
     axes that they were written for. Elsewhere in a block tokens are not flattened, see
     :func:`lora_edge.capture.swaps.constant_views`.
     """
-    weight = module._parameters.get("weight")
     return (
-        weight is not None
-        and weight.ndim == 2
-        and weight.shape[0] == experts.num_experts
+        module is not experts
         and not is_linear(module)
+        and any(x.ndim == 2 and x.shape[0] == experts.num_experts for x in module.parameters())
     )
 
 
-def _flattening(original: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-    def forward(x: Tensor) -> Any:
-        return original(_rows(x))
+def _flattening(original: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return original(_rows(x), *args, **kwargs)
 
     return forward
 

@@ -46,6 +46,10 @@ OPSET = 18
 # Sizes that no model has, so that a traced size is known for what it is.
 _BATCH, _SEQ, _PAST = 3, 5, 7
 _PREFIX = "model."
+# What models and the exporter raise where a trace is not what they were written for.
+_TRACE_FAILURES = (
+    RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError,
+)  # fmt: skip
 
 
 class _Traced(nn.Module):
@@ -220,8 +224,9 @@ def _export(
         if rotary is not None:
             stack.enter_context(swapped_norms(model))
             stack.enter_context(rotary.applied())
-        stack.enter_context(constant_views())
+        stack.enter_context(constant_views(_BATCH, _SEQ))
         stack.enter_context(_quiet())
+        stack.enter_context(_refusing(model))
         torch.onnx.export(
             traced,
             tuple(example.values()),
@@ -238,10 +243,24 @@ def _export(
     graph = onnx.load_from_string(buffer.getvalue())
     _name_weights(graph)
     lower_choices(graph)
+    _add_buffers(model, graph, weights)
     missing = attach(graph, weights, directory / "model.onnx_data")
     _check_inputs(graph, set(example), missing, weights)
     _name_nodes(graph)
     return graph, flattened
+
+
+@contextmanager
+def _refusing(model: nn.Module) -> Iterator[None]:
+    """What the model's own code or the exporter raises on a trace, as a refusal by name."""
+    try:
+        yield
+    except _TRACE_FAILURES as error:
+        said = " ".join(str(error).split())[:300] or repr(error)
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be traced: {said}",
+            OPTIMUM + " LORA_EDGE_DEBUG=1 shows where it failed.",
+        ) from error
 
 
 @contextmanager
@@ -266,6 +285,16 @@ def _name_weights(graph: onnx.ModelProto) -> None:
         for index, name in enumerate(node.input):
             if name in names:
                 node.input[index] = name.removeprefix(_PREFIX)
+
+
+def _add_buffers(
+    model: nn.Module, graph: onnx.ModelProto, weights: dict[str, Weight]
+) -> None:
+    """Count the buffers that the graph reads (a router's correction of scores) as weights."""
+    buffers = dict(model.named_buffers())
+    for value in graph.graph.input:
+        if value.name in buffers and value.name not in weights:
+            weights[value.name] = Weight(buffers[value.name], transpose=False)
 
 
 def _check_inputs(
