@@ -15,6 +15,7 @@ from typing import Literal
 from lora_edge.base import Base
 from lora_edge.bundle import GraphSpec, SiteEntry
 from lora_edge.errors import MissingDependencyError
+from lora_edge.experts import ParameterModule
 
 __all__ = ["BaseGraph", "capture"]
 
@@ -29,6 +30,8 @@ class BaseGraph:
         linears: module path -> sizes, of every linear layer, the head included.
         tied: the head shares the embedding's weight.
         head: module path of the head.
+        parameter_modules: module path -> parameters that an adapter may target directly: experts
+            and routers of the trace backend. The graph has them as initializers of their paths.
         model_type: ``model_type`` of the config.
         versions: versions of the packages that made the graph.
         seconds: how long the capture took.
@@ -39,6 +42,7 @@ class BaseGraph:
     linears: Mapping[str, SiteEntry]
     tied: bool
     head: str
+    parameter_modules: Mapping[str, ParameterModule]
     model_type: str
     versions: Mapping[str, str]
     seconds: float
@@ -76,17 +80,19 @@ def capture(
             "Install it with: pip install 'lora-edge[export]'",
         ) from error
     packages = ["torch", "transformers", "onnx"]
+    parameter_modules: Mapping[str, ParameterModule] = {}
     if backend == "optimum":
         path, spec, linears, tied, head = export_with_optimum(base, directory)
         packages += ["optimum", "optimum-onnx"]
     else:
-        path, spec, linears, tied, head = trace(base, directory, form)
+        path, spec, linears, tied, head, parameter_modules = trace(base, directory, form)
     return BaseGraph(
         path=path,
         spec=spec,
         linears={name: SiteEntry(*sizes) for name, sizes in linears.items()},
         tied=tied,
         head=head,
+        parameter_modules=parameter_modules,
         model_type=base.model_type,
         versions={package: version(package) for package in packages},
         seconds=time.monotonic() - started,

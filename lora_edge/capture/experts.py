@@ -18,7 +18,7 @@ interleaved, which no model but gpt_oss has: the weights would have to be rewrit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from lora_edge.capture.operators import BatchedMatMul, Choose, GatherRows, Reshape, ReshapeLike
 from lora_edge.capture.swaps import is_linear, replaced
 from lora_edge.errors import UnsupportedModelError
+from lora_edge.experts import ParameterModule
 
 _FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed")
 _WAY_OUT = (
@@ -37,34 +38,23 @@ _WAY_OUT = (
 )
 
 
-@dataclass(frozen=True)
-class ExpertsModule:
-    """The stacked experts of one block.
-
-    Attributes:
-        parameters: parameter path -> shape ``[E, out, in]``, or ``[E, in, out]`` if ``transposed``;
-            the matrices only, in the order of their registration, which PEFT's wrappers follow.
-        transposed: the parameters are ``[E, in, out]``.
-    """
-
-    parameters: Mapping[str, tuple[int, ...]]
-    transposed: bool
-
-
-def experts_modules(model: nn.Module) -> dict[str, ExpertsModule]:
-    """Module path -> facts, of every module that holds stacked experts."""
-    return {
-        path: ExpertsModule(
-            {
-                f"{path}.{name}": tuple(parameter.shape)
-                for name, parameter in module.named_parameters(recurse=False)
-                if parameter.ndim == 3
-            },
-            bool(module.is_transposed),
-        )
-        for path, module in model.named_modules()
-        if _has_interface(module)
-    }
+def parameter_modules(model: nn.Module) -> dict[str, ParameterModule]:
+    """Module path -> its own 2-D and 3-D parameters, of the experts and routers of every block."""
+    found: dict[str, ParameterModule] = {}
+    for path, module in model.named_modules():
+        if _has_interface(module):
+            parent = path.rpartition(".")[0]
+            for name, child in model.get_submodule(parent).named_children():
+                if child is module or _is_router(child, module):
+                    shapes = {
+                        own: tuple(parameter.shape)
+                        for own, parameter in child.named_parameters(recurse=False)
+                        if parameter.ndim in (2, 3)
+                    }
+                    transposed = bool(getattr(child, "is_transposed", False))
+                    if shapes:
+                        found[f"{parent}.{name}"] = ParameterModule(shapes, transposed)
+    return found
 
 
 def _has_interface(module: nn.Module) -> bool:

@@ -28,7 +28,7 @@ from lora_edge.capture.attention import (
     TraceCache,
 )
 from lora_edge.capture.branches import lower_choices
-from lora_edge.capture.experts import swapped_experts
+from lora_edge.capture.experts import parameter_modules, swapped_experts
 from lora_edge.capture.families import OPTIMUM
 from lora_edge.capture.load import linear_sizes, load_model, max_length
 from lora_edge.capture.operators import TakePositions
@@ -40,6 +40,7 @@ from lora_edge.capture.swaps import (
 )
 from lora_edge.capture.weights import Weight, attach, placeholders
 from lora_edge.errors import CaptureError, UnsupportedModelError
+from lora_edge.experts import ParameterModule
 from lora_edge.names import LOGITS_POSITIONS, past_name, present_name
 
 OPSET = 18
@@ -108,12 +109,14 @@ def _forward(
 
 def trace(
     base: Base, directory: Path, form: Literal["fused", "portable"]
-) -> tuple[Path, GraphSpec, dict[str, tuple[int, int]], bool, str]:
+) -> tuple[
+    Path, GraphSpec, dict[str, tuple[int, int]], bool, str, dict[str, ParameterModule]
+]:
     """Trace a decoder into ``directory/model.onnx`` and ``directory/model.onnx_data``.
 
     Returns:
         The graph's path, its facts, ``(in, out)`` of each linear layer by module path, whether the
-        head is tied to the embedding, and the head's module path.
+        head is tied to the embedding, the head's module path, and the modules of experts.
 
     Raises:
         UnsupportedModelError: the architecture is refused.
@@ -146,7 +149,7 @@ def trace(
         max_length=longest,
     )
     head_path = next(path for path, module in model.named_modules() if module is head)
-    return path, spec, linears, tied, head_path
+    return path, spec, linears, tied, head_path, parameter_modules(model)
 
 
 def _survey(
