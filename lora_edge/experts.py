@@ -1,4 +1,4 @@
-"""LoRA on stacked parameters (PEFT's ``target_parameters``): which tensors are whose, and the maths.
+"""LoRA on stacked parameters (PEFT's ``target_parameters``): whose tensors they are, and the maths.
 
 PEFT wraps a module once for each targeted parameter, one wrapper around the other, so the tensors
 say only how deep their wrapper lies: ``….experts.lora_A.weight`` is the outermost, each further
@@ -77,7 +77,7 @@ class ExpertLora:
         count = _experts(self.shape)
         a = self.a.reshape(count, self.rank, -1)[expert].astype(np.float64)  # [r, in]
         b = self.b.reshape(-1, self.rank, count)[:, :, expert].astype(np.float64)  # [out, r]
-        product = self.scaling * (b @ a)
+        product: NDArray[np.float64] = self.scaling * (b @ a)
         return product if self.exchanged else product.T
 
 
@@ -198,7 +198,7 @@ def _layouts(
 ) -> tuple[bool, ...]:
     """The values of ``exchanged`` that fit; ``True`` first.
 
-    PEFT adds ``B @ A`` as it is where there is one expert or none, so ``in`` is the last axis there.
+    PEFT adds ``B @ A`` as it is where there is one expert or none: ``in`` is the last axis there.
     """
     count = _experts(shape)
     if len(shape) not in (2, 3) or a.ndim != 2 or b.ndim != 2:

@@ -6,6 +6,7 @@ Knows adapters and bundles; knows nothing of graphs, captures or PyTorch.
 from __future__ import annotations
 
 import difflib
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,10 +16,13 @@ from numpy.typing import NDArray
 
 from lora_edge.adapter import CONFIG_FILE, TENSOR_FILE, TRAINING_FILE, Adapter
 from lora_edge.bundle import AdapterEntry, SiteEntry
-from lora_edge.errors import AdapterError
+from lora_edge.errors import AdapterError, UnsupportedAdapterError
 from lora_edge.lora import FloatArray, zeros
 from lora_edge.names import NONE_ADAPTER, lora_input
+from lora_edge.refusals import MERGE_FIRST
 from lora_edge.runtime.adapter_file import write_adapter
+
+_ONE_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
 
 
 def check_base_of(adapter: Adapter, fingerprint: str, name: str) -> None:
@@ -40,10 +44,18 @@ def check_sites(adapter: Adapter, sites: Mapping[str, SiteEntry], where: str) ->
 
     Raises:
         AdapterError: a layer is missing (near misses are named), or has another shape.
+        UnsupportedAdapterError: it is a layer of one expert of a mixture.
     """
     for path, module in adapter.modules.items():
         site = sites.get(path)
         if site is None:
+            if _ONE_EXPERT.search(path):
+                raise UnsupportedAdapterError(
+                    f"adapter {adapter.name} changes {path}, a linear layer of one expert, which "
+                    "sees only the tokens that were sent to it; transformers 5 has no such layers, "
+                    f"and {where} keeps all experts in one parameter",
+                    MERGE_FIRST,
+                )
             near = difflib.get_close_matches(path, sites, n=3)
             raise AdapterError(
                 f"adapter {adapter.name} changes {path}, and {where} has no such site"

@@ -12,7 +12,14 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora.layer import ParamWrapper
 
 from lora_edge.errors import AdapterError, UnsupportedAdapterError
-from lora_edge.experts import ExpertLora, ParameterModule, assign, expert_lora, split_level, targeted
+from lora_edge.experts import (
+    ExpertLora,
+    ParameterModule,
+    assign,
+    expert_lora,
+    split_level,
+    targeted,
+)
 from lora_edge.names import parse_peft_key
 
 E = 3
@@ -151,9 +158,7 @@ def test_before_0_19_in_is_the_middle_axis(version: str | None, shape: tuple[int
         torch.from_numpy(a).reshape(E, -1, m),
     )
     for transposed in (False, True):
-        lora = expert_lora(
-            "up", shape, (a, b), 1.5, transposed=transposed, peft_version=version
-        )
+        lora = expert_lora("up", shape, (a, b), 1.5, transposed=transposed, peft_version=version)
         np.testing.assert_allclose(_delta(lora), wanted.numpy(), rtol=1e-5, atol=1e-5)
     new = expert_lora("up", shape, (a, b), 1.5, transposed=False, peft_version="0.19.1")
     same = np.allclose(_delta(new), wanted.numpy(), atol=1e-3)

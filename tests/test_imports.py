@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "graph": {"errors", "lora", "names"},
     "runtime": {"bundle", "errors", "lora", "names"},
     "parity": {"adapter", "base", "bundle", "errors", "lora", "names", "runtime"},
-    "packing": {"adapter", "bundle", "errors", "lora", "names", "runtime"},
+    "packing": {"adapter", "bundle", "errors", "lora", "names", "refusals", "runtime"},
     "training": {"base", "bundle", "errors"},
 }
 TORCH = {"torch", "transformers", "peft", "accelerate", "optimum"}

@@ -1,4 +1,4 @@
-"""``lora_edge::Choose`` of a traced graph -> ``If``, with the work of each side inside its branch."""
+"""``lora_edge::Choose`` of a traced graph -> ``If``, each side's work inside its branch."""
 
 from __future__ import annotations
 
@@ -71,9 +71,7 @@ def _if(
     graph: onnx.GraphProto, choice: onnx.NodeProto, sides: list[set[int]]
 ) -> list[onnx.NodeProto]:
     name = choice.name or choice.output[0]
-    limit = onnx.numpy_helper.from_array(
-        np.array(choice.attribute[0].i, np.int64), f"{name}.limit"
-    )
+    limit = onnx.numpy_helper.from_array(np.array(choice.attribute[0].i, np.int64), f"{name}.limit")
     branches = []
     for side, indices in enumerate(sides):
         result = f"{name}.{('few', 'many')[side]}"

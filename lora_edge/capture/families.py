@@ -53,7 +53,7 @@ def refuse_untraceable(config: Mapping[str, Any]) -> None:
 
 
 def experts_field(config: Mapping[str, Any]) -> str | None:
-    """``name is value`` of the field that says that a model is a mixture of experts, if one does."""
+    """``name is value`` of the field that says that a model has experts, if one does."""
     for field in _EXPERT_FIELDS:
         value = config.get(field)
         if isinstance(value, int) and value > 1:

@@ -109,9 +109,7 @@ def _forward(
 
 def trace(
     base: Base, directory: Path, form: Literal["fused", "portable"]
-) -> tuple[
-    Path, GraphSpec, dict[str, tuple[int, int]], bool, str, dict[str, ParameterModule]
-]:
+) -> tuple[Path, GraphSpec, dict[str, tuple[int, int]], bool, str, dict[str, ParameterModule]]:
     """Trace a decoder into ``directory/model.onnx`` and ``directory/model.onnx_data``.
 
     Returns:
@@ -290,9 +288,7 @@ def _name_weights(graph: onnx.ModelProto) -> None:
                 node.input[index] = name.removeprefix(_PREFIX)
 
 
-def _add_buffers(
-    model: nn.Module, graph: onnx.ModelProto, weights: dict[str, Weight]
-) -> None:
+def _add_buffers(model: nn.Module, graph: onnx.ModelProto, weights: dict[str, Weight]) -> None:
     """Count the buffers that the graph reads (a router's correction of scores) as weights."""
     buffers = dict(model.named_buffers())
     for value in graph.graph.input:

@@ -82,7 +82,6 @@ def test_nothing_global_is_left_behind(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "changes", "field"),
     [
-        ("mixtral", {"num_local_experts": 4}, "num_local_experts"),
         ("bloom", {}, "alibi"),
         ("gptj", {"n_layer": 2, "n_embd": 64, "n_head": 4, "rotary_dim": 16}, "attention"),
     ],
