@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_edge.errors import AdapterError, UnsupportedAdapterError
+from lora_edge.experts import split_level
 from lora_edge.lora import Factors, WideArray, dora_gain, fold, scaling, ungrouped
 from lora_edge.names import NONE_ADAPTER, PeftPart
 from lora_edge.peft_directory import (
@@ -119,6 +120,23 @@ class TokenRows:
 
 
 @dataclass(frozen=True)
+class StackedFactors:
+    """The factors of a module's stacked parameters (``target_parameters``), as PEFT saved them.
+
+    Which of them belongs to which parameter is known when the base is (:mod:`lora_edge.experts`).
+
+    Attributes:
+        path: module path, e.g. ``model.layers.0.mlp.experts``.
+        levels: how deep the wrapper lies -> ``(A [E * r, in], B [out, r * E])``.
+        scaling: the factor on each product.
+    """
+
+    path: str
+    levels: Mapping[int, tuple[FloatArray, FloatArray]]
+    scaling: float
+
+
+@dataclass(frozen=True)
 class Adapter:
     """A PEFT adapter of type LoRA, read and understood completely.
 
@@ -130,6 +148,7 @@ class Adapter:
         saved: parameter path -> the values that replace the base's (``modules_to_save``, trained
             biases).
         tokens: module path -> trained rows.
+        stacked: module path -> factors of its stacked parameters.
         base_copies: parameter path -> a copy of the base's values that PEFT saved along; an adapter
             in which they differ from the base's is refused when it meets the base.
         invocation: token ids that activate an aLoRA; empty for any other adapter.
@@ -146,6 +165,7 @@ class Adapter:
     modules: Mapping[str, LowRank]
     saved: Mapping[str, FloatArray]
     tokens: Mapping[str, TokenRows]
+    stacked: Mapping[str, StackedFactors]
     base_copies: Mapping[str, FloatArray]
     invocation: tuple[int, ...]
     labels: tuple[str, ...]
@@ -239,7 +259,8 @@ def load_adapter(path: str | os.PathLike[str], name: str | None = None) -> Adapt
             )
     file = tensor_file(directory)
     tensors = read_tensors(file)
-    modules, warnings = _modules(directory, config, tensors)
+    stacked = _stacked(directory, config, tensors)
+    modules, warnings = _modules(directory, config, tensors, stacked)
     saved, copies = _saved(config, tensors, modules)
     digest = hashlib.sha256()
     for part in (directory / CONFIG_FILE, file):
@@ -247,7 +268,7 @@ def load_adapter(path: str | os.PathLike[str], name: str | None = None) -> Adapt
     training = read_training(directory)
     fingerprint = training.get("base_fingerprint")
     tokens = _tokens(directory, config, tensors)
-    if not modules and not saved and not tokens:
+    if not (modules or saved or tokens or stacked):
         raise AdapterError(f"{directory} changes nothing", "Save the adapter again with PEFT.")
     return Adapter(
         name=check_name(name if name is not None else directory.resolve().name),
@@ -256,6 +277,7 @@ def load_adapter(path: str | os.PathLike[str], name: str | None = None) -> Adapt
         modules=modules,
         saved=saved,
         tokens=tokens,
+        stacked=stacked,
         base_copies=copies,
         invocation=tuple(int(token) for token in config.get("alora_invocation_tokens") or ()),
         labels=tuple(str(label) for label in training.get("labels") or ()),
@@ -285,14 +307,44 @@ def refusals(path: str | os.PathLike[str]) -> list[Refusal]:
     return found
 
 
-def _modules(
+def _stacked(
     directory: Path, config: Mapping[str, Any], tensors: Tensors
+) -> dict[str, StackedFactors]:
+    """The factors below the modules that ``target_parameters`` names."""
+    owners = {str(x).rpartition(".")[0] for x in config.get("target_parameters") or ()} - {""}
+    if not owners:
+        return {}
+    found: dict[str, dict[int, tuple[FloatArray, FloatArray]]] = {}
+    for path, (_, a, b) in _pairs(directory, tensors):
+        module, level = split_level(path)
+        if any(f".{module}".endswith(f".{owner}") for owner in owners):
+            found.setdefault(module, {})[level] = (a, b)
+    for field in ("rank_pattern", "alpha_pattern"):
+        for module in found:
+            if _first_match(config.get(field) or {}, module) is not None:
+                raise UnsupportedAdapterError(
+                    f"{directory} is refused: {field} decides for {module}, whose parameters "
+                    "target_parameters names",
+                    "Train the experts with the adapter's own rank and alpha.",
+                )
+    rank = _number(config.get("r", 8), "r")
+    alpha = _number(config.get("lora_alpha", 8), "lora_alpha")
+    scale = scaling(alpha, int(rank), rslora=bool(config.get("use_rslora")))
+    return {path: StackedFactors(path, levels, scale) for path, levels in found.items()}
+
+
+def _modules(
+    directory: Path,
+    config: Mapping[str, Any],
+    tensors: Tensors,
+    stacked: Mapping[str, StackedFactors],
 ) -> tuple[dict[str, LowRank], tuple[str, ...]]:
     rank_pattern: Mapping[str, int] = config.get("rank_pattern") or {}
     alpha_pattern: Mapping[str, float] = config.get("alpha_pattern") or {}
     unused = {("rank_pattern", key) for key in rank_pattern}
     unused |= {("alpha_pattern", key) for key in alpha_pattern}
-    factors = dict(_pairs(directory, tensors))
+    pairs = _pairs(directory, tensors)
+    factors = {path: pair for path, pair in pairs if split_level(path)[0] not in stacked}
     modules: dict[str, LowRank] = {}
     for path in sorted(factors):
         kind, a, b = factors[path]

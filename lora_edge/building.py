@@ -166,7 +166,7 @@ def build(
     model = passes.load(captured.path)
     weights = passes.graph_weights(model, captured.modules, base.parameter)
     for adapter in adapters:
-        check_modules(adapter, captured.modules, base.name_or_path)
+        check_modules(adapter, captured.modules, base.name_or_path, captured.parameter_modules)
         check_copies(adapter, weights, captured.tied)
     if captured.spec.form == "fused":
         passes.fuse(model)
@@ -180,7 +180,9 @@ def build(
     covered: dict[str, SiteEntry] = {}
     given: dict[str, Mapping[str, SiteChange]] = {}
     if merged:
-        changes = parameter_changes(adapters[0], captured.modules, captured.tied)
+        changes = parameter_changes(
+            adapters[0], captured.modules, captured.tied, captured.parameter_modules
+        )
         say(f"merging {adapters[0].name} into {len(changes)} parameters")
         owners = {path.rpartition(".")[0] for path in changes} & set(captured.modules)
         layers = {path: captured.modules[path] for path in sorted(owners)}

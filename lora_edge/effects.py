@@ -8,6 +8,7 @@ maths and the kinds of layers; knows nothing of graphs, files or PyTorch.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from lora_edge.adapter import Adapter, LowRank, TokenRows
 from lora_edge.bundle import SiteEntry
 from lora_edge.errors import AdapterError, UnsupportedAdapterError
+from lora_edge.experts import ExpertLora, ParameterModule, assign, expert_lora
 from lora_edge.lora import (
     Factors,
     FloatArray,
@@ -36,6 +38,8 @@ Weights = Callable[[str], "NDArray[np.floating] | None"]
 ParameterChange = Callable[["WideArray | None"], WideArray]
 """The base's value in float64 (``None`` where it has none) -> the adapter's. A linear weight is
 ``[out, in]`` here whatever the checkpoint's layout."""
+
+_ONE_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
 
 _KIND_OF_PART: dict[Part, str] = {
     "A": "lora", "B": "lora", "gate": "lora", "G": "dora", "bias": "bias", "weight": "norm",
@@ -81,13 +85,32 @@ def alone(adapter: Adapter, modules: Mapping[str, SiteEntry]) -> str:
     return ""
 
 
-def check_modules(adapter: Adapter, modules: Mapping[str, SiteEntry], where: str) -> None:
+def check_modules(
+    adapter: Adapter,
+    modules: Mapping[str, SiteEntry],
+    where: str,
+    stacks: Mapping[str, ParameterModule] | None = None,
+) -> None:
     """Check that every layer that an adapter changes is there, of its kind and in its shape.
+
+    Args:
+        adapter: the adapter.
+        modules: module path -> layer of the base.
+        where: names the base, or the graph, in errors.
+        stacks: module path -> module with stacked parameters (experts).
 
     Raises:
         AdapterError: a layer is missing (near misses are named), or has another shape.
         UnsupportedAdapterError: it changes something that is no layer of a known kind.
     """
+    for path in adapter.stacked:
+        if path not in (stacks or {}):
+            near = difflib.get_close_matches(path, stacks or {}, n=3)
+            raise AdapterError(
+                f"adapter {adapter.name} changes parameters of {path}, and {where} has no stacked "
+                f"parameters there" + (f"; near misses: {', '.join(near)}" if near else ""),
+                f"The adapter is for another base: {adapter.base_model}",
+            )
     for path, module in adapter.modules.items():
         entry = _entry(adapter, modules, path, where)
         wanted = (module.in_features, module.out_features)
@@ -313,11 +336,14 @@ class _SiteChanges:
 
 
 def parameter_changes(
-    adapter: Adapter, modules: Mapping[str, SiteEntry], tied: tuple[str, ...]
+    adapter: Adapter,
+    modules: Mapping[str, SiteEntry],
+    tied: tuple[str, ...],
+    stacks: Mapping[str, ParameterModule] | None = None,
 ) -> dict[str, ParameterChange]:
     """The new value of every parameter that an adapter changes, as a function of the base's.
 
-    Args and errors as :func:`site_changes`.
+    Args and errors as :func:`site_changes` and :func:`check_modules`.
     """
     changes: dict[str, ParameterChange] = {}
 
@@ -336,7 +362,31 @@ def parameter_changes(
         then(f"{path}.weight", _Adapted(module))
         if module.bias is not None:
             then(f"{path}.bias", _Shift(module.scaling * module.bias.astype(np.float64)))
+    for path, stacked in adapter.stacked.items():
+        module_of = (stacks or {})[path]
+        targets = [str(x) for x in adapter.config.get("target_parameters") or ()]
+        for name, pair in assign(path, module_of, stacked.levels, targets).items():
+            expert = expert_lora(
+                f"{path}.{name}",
+                module_of.parameters[name],
+                pair,
+                stacked.scaling,
+                transposed=module_of.transposed,
+                peft_version=adapter.config.get("peft_version"),
+            )
+            then(f"{path}.{name}", _Experts(expert))
     return changes
+
+
+@dataclass(frozen=True)
+class _Experts:
+    lora: ExpertLora
+
+    def __call__(self, base: WideArray | None) -> WideArray:
+        assert base is not None
+        if base.ndim == 2:
+            return base + self.lora.delta(0)
+        return np.stack([matrix + self.lora.delta(i) for i, matrix in enumerate(base)])
 
 
 @dataclass(frozen=True)
@@ -420,6 +470,13 @@ def _output_layers(
 def _entry(adapter: Adapter, modules: Mapping[str, SiteEntry], path: str, where: str) -> SiteEntry:
     entry = modules.get(path)
     if entry is None:
+        if _ONE_EXPERT.search(path):
+            raise UnsupportedAdapterError(
+                f"adapter {adapter.name} changes {path}, a linear layer of one expert, which "
+                "sees only the tokens that were sent to it; transformers 5 has no such layers, "
+                f"and {where} keeps all experts in one parameter",
+                MERGE_FIRST,
+            )
         near = difflib.get_close_matches(path, modules, n=3)
         raise AdapterError(
             f"adapter {adapter.name} changes {path}, and {where} has no such site"

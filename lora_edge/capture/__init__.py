@@ -15,6 +15,7 @@ from typing import Generic, Literal, TypeVar
 from lora_edge.base import Base
 from lora_edge.bundle import EncoderSpec, GraphSpec, SiteEntry
 from lora_edge.errors import MissingDependencyError
+from lora_edge.experts import ParameterModule
 from lora_edge.tasks import Task
 
 __all__ = ["BaseGraph", "capture", "capture_task"]
@@ -32,6 +33,8 @@ class BaseGraph(Generic[Spec]):
         modules: module path -> sizes and kind, of every layer that an adapter may change.
         tied: module paths of the embedding and of the head that shares its weight, or ().
         head: module path of the head, of its last layer where it has several; empty: none.
+        parameter_modules: module path -> parameters that an adapter may target directly: experts
+            and routers of the trace backend. The graph has them as initializers of their paths.
         model_type: ``model_type`` of the config.
         versions: versions of the packages that made the graph.
         seconds: how long the capture took.
@@ -42,6 +45,7 @@ class BaseGraph(Generic[Spec]):
     modules: Mapping[str, SiteEntry]
     tied: tuple[str, ...]
     head: str
+    parameter_modules: Mapping[str, ParameterModule]
     model_type: str
     versions: Mapping[str, str]
     seconds: float
@@ -76,17 +80,19 @@ def capture(
     except ImportError as error:
         raise _missing(error) from error
     packages = ["torch", "transformers", "onnx"]
+    parameter_modules: Mapping[str, ParameterModule] = {}
     if backend == "optimum":
         path, spec, modules, tied, head = export_with_optimum(base, directory)
         packages += ["optimum", "optimum-onnx"]
     else:
-        path, spec, modules, tied, head = trace(base, directory, form)
+        path, spec, modules, tied, head, parameter_modules = trace(base, directory, form)
     return BaseGraph(
         path=path,
         spec=spec,
         modules=modules,
         tied=tied,
         head=head,
+        parameter_modules=parameter_modules,
         model_type=base.model_type,
         versions={package: version(package) for package in packages},
         seconds=time.monotonic() - started,
@@ -117,6 +123,7 @@ def capture_task(base: Base, directory: Path, task: Task) -> BaseGraph[EncoderSp
         modules=modules,
         tied=(),
         head=head,
+        parameter_modules={},
         model_type=base.model_type,
         versions={package: version(package) for package in ("torch", "transformers", "onnx")},
         seconds=time.monotonic() - started,

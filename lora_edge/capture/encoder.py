@@ -247,7 +247,7 @@ def _export(traced: _Traced, spec: EncoderSpec, task: Task, directory: Path) -> 
     with ExitStack() as stack:
         weights = stack.enter_context(placeholders(traced.model))
         stack.enter_context(swapped_linears(traced.model))
-        stack.enter_context(constant_views())
+        stack.enter_context(constant_views(_BATCH, _SEQ))
         stack.enter_context(quiet())
         torch.onnx.export(
             traced,

@@ -52,6 +52,15 @@ def refuse_untraceable(config: Mapping[str, Any]) -> None:
     _refuse(config, _untraceable(config))
 
 
+def experts_field(config: Mapping[str, Any]) -> str | None:
+    """``name is value`` of the field that says that a model has experts, if one does."""
+    for field in _EXPERT_FIELDS:
+        value = config.get(field)
+        if isinstance(value, int) and value > 1:
+            return f"{field} is {value}"
+    return None
+
+
 def _refuse(config: Mapping[str, Any], refusals: Iterator[_Refusal]) -> None:
     for field, value, reason, hint in refusals:
         raise UnsupportedModelError(
@@ -85,9 +94,6 @@ def _unloadable(config: Mapping[str, Any]) -> Iterator[_Refusal]:
 
 
 def _untraceable(config: Mapping[str, Any]) -> Iterator[_Refusal]:
-    for field in _EXPERT_FIELDS:
-        if (config.get(field) or 0) > 1:
-            yield _Refusal(field, config[field], "mixture-of-experts routing depends on the data")
     if config.get("alibi") or config.get("model_type") in _ALIBI:
         yield _Refusal("alibi", True, "ALiBi positions are not in the attention operator")
     for field in _SCALED_BY_LAYER:

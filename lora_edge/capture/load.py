@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from lora_edge.base import Base
 from lora_edge.bundle import SiteEntry
-from lora_edge.capture.families import OPTIMUM, refuse_unloadable, refuse_untraceable
+from lora_edge.capture.experts import refuse_loops
+from lora_edge.capture.families import (
+    OPTIMUM,
+    experts_field,
+    refuse_unloadable,
+    refuse_untraceable,
+)
 from lora_edge.capture.swaps import is_linear
 from lora_edge.errors import BaseModelError, UnsupportedModelError
 from lora_edge.tasks import TASKS, Task
@@ -50,6 +56,11 @@ def load_model(base: Base, attention: str | None, task: Task | None = None) -> A
         config = transformers.AutoConfig.from_pretrained(base.directory, **labels)
         if attention is not None:
             refuse_untraceable(config.to_dict())
+        field = experts_field(config.to_dict())
+        if field is not None:
+            with torch.device("meta"):  # before any weight is loaded
+                empty = getattr(transformers, loader).from_config(copy.deepcopy(config))
+            refuse_loops(empty, base.model_type, field)
         model, loading = getattr(transformers, loader).from_pretrained(
             base.directory,
             # A model keeps its config and writes into it, so this one must be its own.
@@ -93,6 +104,7 @@ def load_model(base: Base, attention: str | None, task: Task | None = None) -> A
             "Download the whole checkpoint, or save it again with save_pretrained(); a head that "
             "an adapter brings may be missing, if it is named among the task's heads.",
         )
+    refuse_loops(model, base.model_type, None)
     return model.eval()
 
 

@@ -43,6 +43,64 @@ class Linear(torch.autograd.Function):
         return g.op("MatMul", x, weight)
 
 
+class BatchedMatMul(torch.autograd.Function):
+    """``a @ b`` of stacked matrices, at least one of them a weight; one MatMul."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        stack = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+        return a.new_zeros(*stack, a.shape[-2], b.shape[-1])
+
+    @staticmethod
+    def symbolic(g: Any, a: Any, b: Any) -> Any:
+        return g.op("MatMul", a, b)
+
+
+class GatherRows(torch.autograd.Function):
+    """``weight [n, ...]`` at ``index [T, k]`` -> ``[T, k, ...]``."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, index: Tensor) -> Tensor:
+        # Takes no memory: a token's experts may be gigabytes.
+        return weight.new_zeros(1).expand(*index.shape, *weight.shape[1:])
+
+    @staticmethod
+    def symbolic(g: Any, weight: Any, index: Any) -> Any:
+        return g.op("Gather", weight, index, axis_i=0)
+
+
+class ReshapeLike(torch.autograd.Function):
+    """``x`` in the shape of ``like``, whatever that is at run time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, like: Tensor) -> Tensor:
+        return torch.reshape(x, like.shape)
+
+    @staticmethod
+    def symbolic(g: Any, x: Any, like: Any) -> Any:
+        out = g.op("Reshape", x, g.op("Shape", like))
+        out.setType(like.type())
+        return out
+
+
+class Choose(torch.autograd.Function):
+    """``few`` where ``index`` has at most ``limit`` elements, else ``many``; equal in value.
+
+    The node is not ONNX: :func:`lora_edge.capture.branches.lower_choices` turns it into an ``If``
+    whose branches hold all that only they need.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, few: Tensor, many: Tensor, index: Tensor, limit: int) -> Tensor:
+        return many.clone()
+
+    @staticmethod
+    def symbolic(g: Any, few: Any, many: Any, index: Any, limit: int) -> Any:
+        out = g.op("lora_edge::Choose", few, many, index, limit_i=limit)
+        out.setType(many.type())
+        return out
+
+
 class TakePositions(torch.autograd.Function):
     """``x [batch, seq, hidden]`` at ``positions [batch, kept]`` -> ``[batch, kept, hidden]``."""
 

@@ -51,8 +51,13 @@ def swapped_linears(model: nn.Module) -> Iterator[None]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer: ``nn.Linear``, or GPT-2's ``Conv1D``."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    """Whether a module is a linear layer: ``nn.Linear``, or GPT-2's ``Conv1D``.
+
+    A subclass that computes something else (Phi-3.5-MoE's router) is none.
+    """
+    if isinstance(module, nn.Linear):
+        return type(module).forward is nn.Linear.forward
+    return type(module).__name__ == "Conv1D"
 
 
 def _linear_forward(module: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -115,19 +120,29 @@ def _probe_norm(module: nn.Module) -> tuple[float, float] | None:
 
 
 @contextmanager
-def constant_views() -> Iterator[None]:
+def constant_views(batch: int, seq: int) -> Iterator[None]:
     """``view`` and ``reshape`` that keep batch and sequence become a Reshape to a constant shape.
 
     A model computes ``(batch, seq, heads, -1)`` from the shape of its input, which a trace records
     as a chain of small nodes for each call. The trace's batch and sequence sizes occur nowhere
     else, so a shape that starts with the tensor's own two first sizes keeps them.
+
+    Args:
+        batch: rows of the trace.
+        seq: tokens of each row.
     """
     original = {name: getattr(torch.Tensor, name) for name in ("view", "reshape")}
 
     def patched(name: str) -> Callable[..., Tensor]:
         def call(x: Tensor, *shape: Any) -> Tensor:
             sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], list | tuple) else shape
-            if len(sizes) == 2 and x.ndim == 3 and _int(sizes[0]) == -1 and sizes[1] == x.shape[2]:
+            if (
+                len(sizes) == 2
+                and x.ndim == 3
+                and (int(x.shape[0]), int(x.shape[1])) == (batch, seq)
+                and _int(sizes[0]) == -1
+                and sizes[1] == x.shape[2]
+            ):
                 return x  # OPT flattens its tokens; a gate for each row needs them unflattened
             if (
                 len(sizes) > 2

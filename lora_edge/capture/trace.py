@@ -27,6 +27,8 @@ from lora_edge.capture.attention import (
     Survey,
     TraceCache,
 )
+from lora_edge.capture.branches import lower_choices
+from lora_edge.capture.experts import parameter_modules, swapped_experts
 from lora_edge.capture.families import OPTIMUM
 from lora_edge.capture.load import (
     load_model,
@@ -45,12 +47,17 @@ from lora_edge.capture.swaps import (
 )
 from lora_edge.capture.weights import Weight, attach, placeholders
 from lora_edge.errors import CaptureError, UnsupportedModelError
+from lora_edge.experts import ParameterModule
 from lora_edge.names import LOGITS_POSITIONS, past_name, present_name
 
 OPSET = 18
 # Sizes that no model has, so that a traced size is known for what it is.
 _BATCH, _SEQ, _PAST = 3, 5, 7
 _PREFIX = "model."
+# What models and the exporter raise where a trace is not what they were written for.
+_TRACE_FAILURES = (
+    RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError,
+)  # fmt: skip
 
 
 class _Traced(nn.Module):
@@ -109,12 +116,13 @@ def _forward(
 
 def trace(
     base: Base, directory: Path, form: Literal["fused", "portable"]
-) -> tuple[Path, GraphSpec, dict[str, SiteEntry], tuple[str, ...], str]:
+) -> tuple[Path, GraphSpec, dict[str, SiteEntry], tuple[str, ...], str, dict[str, ParameterModule]]:
     """Trace a decoder into ``directory/model.onnx`` and ``directory/model.onnx_data``.
 
     Returns:
         The graph's path, its facts, its layers by module path, the embedding and the head where
-        they share their weight (see :func:`tied_pair`), and the head's module path.
+        they share their weight (see :func:`tied_pair`), the head's module path, and the modules of
+        experts.
 
     Raises:
         UnsupportedModelError: the architecture is refused.
@@ -131,7 +139,8 @@ def trace(
             facts = _survey(model, swap, rotary, base.model_type)
         tied = tied_pair(model)
         head = path_of(model, model.get_output_embeddings())
-        graph = _export(model, swap, rotary, facts, directory)
+        graph, flattened = _export(model, swap, rotary, facts, directory)
+        modules = {path: layer for path, layer in modules.items() if path not in flattened}
     path = directory / "model.onnx"
     onnx.save(graph, path)
     first = facts[0]
@@ -147,7 +156,7 @@ def trace(
         max_length=longest,
         head=head,
     )
-    return path, spec, modules, tied, head
+    return path, spec, modules, tied, head, parameter_modules(model)
 
 
 def _survey(
@@ -189,7 +198,8 @@ def _export(
     rotary: RotarySwap | None,
     facts: list[LayerFacts],
     directory: Path,
-) -> onnx.ModelProto:
+) -> tuple[onnx.ModelProto, set[str]]:
+    """The graph, and the linear layers whose activations are flattened, which take no branch."""
     first = facts[0]
     parts: tuple[Literal["key"], Literal["value"]] = ("key", "value")
     past = [past_name(layer, part) for layer in range(len(facts)) for part in parts]
@@ -220,11 +230,13 @@ def _export(
     with ExitStack() as stack:
         weights = stack.enter_context(placeholders(model))
         stack.enter_context(swapped_linears(model))
+        flattened = stack.enter_context(swapped_experts(model, sparse=rotary is not None))
         if rotary is not None:
             stack.enter_context(swapped_norms(model))
             stack.enter_context(rotary.applied())
-        stack.enter_context(constant_views())
+        stack.enter_context(constant_views(_BATCH, _SEQ))
         stack.enter_context(quiet())
+        stack.enter_context(_refusing(model))
         torch.onnx.export(
             traced,
             tuple(example.values()),
@@ -240,10 +252,25 @@ def _export(
         )
     graph = onnx.load_from_string(buffer.getvalue())
     name_weights(graph)
+    lower_choices(graph)
+    _add_buffers(model, graph, weights)
     missing = attach(graph, weights, directory / "model.onnx_data")
     check_inputs(graph, set(example), missing, weights)
     name_nodes(graph)
-    return graph
+    return graph, flattened
+
+
+@contextmanager
+def _refusing(model: nn.Module) -> Iterator[None]:
+    """What the model's own code or the exporter raises on a trace, as a refusal by name."""
+    try:
+        yield
+    except _TRACE_FAILURES as error:
+        said = " ".join(str(error).split())[:300] or repr(error)
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be traced: {said}",
+            OPTIMUM + " LORA_EDGE_DEBUG=1 shows where it failed.",
+        ) from error
 
 
 @contextmanager
@@ -270,6 +297,14 @@ def name_weights(graph: onnx.ModelProto) -> None:
         for index, name in enumerate(node.input):
             if name in names:
                 node.input[index] = name.removeprefix(_PREFIX)
+
+
+def _add_buffers(model: nn.Module, graph: onnx.ModelProto, weights: dict[str, Weight]) -> None:
+    """Count the buffers that the graph reads (a router's correction of scores) as weights."""
+    buffers = dict(model.named_buffers())
+    for value in graph.graph.input:
+        if value.name in buffers and value.name not in weights:
+            weights[value.name] = Weight(buffers[value.name], transpose=False)
 
 
 def check_inputs(
@@ -302,7 +337,8 @@ def name_nodes(graph: onnx.ModelProto) -> None:
             if weight in transposed:
                 # A tied weight carries the embedding's name; the scope knows the layer's.
                 scope = node.name.removeprefix("/").split("/")[:-1]
+                owner = transposed[weight].removesuffix(".weight")
                 if scope:
-                    node.name = scope[-1]
+                    node.name = owner if owner.endswith(f".{scope[-1]}") else scope[-1]
             elif weight in weights:
                 node.name = weight.removesuffix(".weight")

@@ -161,8 +161,11 @@ def _observe(
         stacked = np.stack(steps, axis=1)
         yield f"decode after padding on the {side}", starts, list(stacked)
     decoder = Decoder(graph.path, next(iter(sides.values())))
-    alone = decoder.start(1, len(rows[0]))
+    # Experts of a single token may be computed in another way than those of many.
+    alone = decoder.start(1, len(rows[0]) + _CONTINUED)
     yield "prompt, one row", [0], alone.extend_all(rows[:1])
+    steps = [alone.step([token]) for token in tails[0][:_CONTINUED]]
+    yield "decode, one row", [len(rows[0])], list(np.stack(steps, axis=1))
 
 
 def _part(logits: FloatArray, start: int, like: FloatArray) -> Expected:

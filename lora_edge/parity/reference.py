@@ -180,6 +180,9 @@ class Reference:
             try:
                 # A config of its own: a capture that swaps the attention must not reach this one.
                 config = transformers.AutoConfig.from_pretrained(self.base.directory)
+                if hasattr(config, "_experts_implementation"):
+                    # The model's own loop; the grouped operator does not exist in float64.
+                    config._experts_implementation = "eager"
                 model = transformers.AutoModelForCausalLM.from_pretrained(
                     self.base.directory,
                     config=config,

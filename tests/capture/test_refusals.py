@@ -30,8 +30,6 @@ _NESTED = {"full_attention": {"rope_type": "dynamic"}, "sliding_attention": {"ro
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"num_local_experts": 8}, ["num_local_experts", "8", "routing"]),
-        ({"n_routed_experts": 64}, ["n_routed_experts", "64", "routing"]),
         ({"alibi": True}, ["alibi", "ALiBi"]),
         ({"model_type": "mpt"}, ["mpt", "ALiBi"]),
         ({"rope_scaling": {"type": "longrope"}}, ["rope_type", "longrope", "length"]),

@@ -1,0 +1,98 @@
+"""Mixture-of-experts decoders from export to bundle, with an adapter on their attention."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import transformers
+from adapters import make_adapter
+from families import make_base
+from safetensors.numpy import save_file
+
+import lora_edge
+
+pytestmark = pytest.mark.skipif(
+    transformers.__version__ < "5", reason="transformers 4 has no stacked experts"
+)
+_ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+# Few of many experts, so that a single token takes the sparse branch of the fused form.
+_EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 9, "num_experts_per_tok": 2},
+}
+
+
+@pytest.mark.parametrize("form", ["fused", "portable"])
+@pytest.mark.parametrize("family", sorted(_EXPERTS))
+def test_attention_adapter_in_both_modes(
+    family: str, form: Literal["fused", "portable"], tmp_path: Path
+) -> None:
+    base = make_base(family, tmp_path / "base", **_EXPERTS[family])
+    adapter = make_adapter(base, tmp_path / "a", r=3, lora_alpha=4, target_modules=_ATTENTION)
+    switchable, merged = tmp_path / "s", tmp_path / "m"
+    bundle = lora_edge.export(base, {"a": adapter}, output=switchable, form=form)
+    assert bundle.manifest.adapters["a"].proved
+    lora_edge.export(base, {"a": adapter}, "merged", merged, form=form)
+    for directory in (switchable, merged):  # against PyTorch, the export has done it
+        recorded = lora_edge.validate(directory)
+        assert recorded.passed, recorded.table()
+    ids = np.random.default_rng(0).integers(3, 256, (2, 11))
+    runner, other = lora_edge.Runner(switchable), lora_edge.Runner(merged)
+    on, off = runner.logits(ids, adapter="a"), runner.logits(ids)
+    np.testing.assert_allclose(other.logits(ids), on, atol=1e-5)
+    assert np.abs(on - off).max() > 0.01
+    mixed = runner.logits(ids, adapter=["a", None])
+    np.testing.assert_allclose(mixed[0], on[0], atol=1e-5)
+    np.testing.assert_allclose(mixed[1], off[1], atol=1e-5)
+
+
+def test_shared_expert_takes_an_adapter(tmp_path: Path) -> None:
+    """Its gates for each row of a mixed batch need activations that are not flattened."""
+    base = make_base("granitemoeshared", tmp_path / "base")
+    targets = ["shared_mlp.input_linear", "shared_mlp.output_linear"]
+    adapter = make_adapter(base, tmp_path / "a", r=3, lora_alpha=8, target_modules=targets)
+    bundle = lora_edge.export(base, {"a": adapter}, output=tmp_path / "s")
+    assert bundle.manifest.adapters["a"].proved
+    runner = lora_edge.Runner(tmp_path / "s")
+    ids = np.random.default_rng(0).integers(3, 256, (3, 7))
+    mixed = runner.logits(ids, adapter=[None, "a", {"a": 0.5}])
+    for row, state in enumerate([None, "a", {"a": 0.5}]):
+        alone = runner.logits(ids[row : row + 1], adapter=state)
+        np.testing.assert_allclose(mixed[row], alone[0], atol=1e-5)
+    assert np.abs(mixed[1] - runner.logits(ids[1:2])[0]).max() > 0.01
+
+
+@pytest.mark.parametrize("path", ["block_sparse_moe.experts.0.w1", "mlp.experts.3.down_proj"])
+def test_layers_of_one_expert_are_refused_by_name(path: str, tmp_path: Path) -> None:
+    base = make_base("mixtral", tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "a", r=3, target_modules=["q_proj"])
+    key = f"base_model.model.model.layers.0.{path}"
+    tensors = {
+        f"{key}.lora_A.weight": np.ones((3, 64), np.float32),
+        f"{key}.lora_B.weight": np.ones((96, 3), np.float32),
+    }
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(lora_edge.UnsupportedAdapterError, match="one expert") as caught:
+        lora_edge.export(base, {"a": adapter}, output=tmp_path / "out")
+    assert path in str(caught.value)
+    assert caught.value.hint
+    assert not (tmp_path / "out").exists()
+
+
+def test_router_takes_no_branch(tmp_path: Path) -> None:
+    base = make_base("mixtral", tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "a", r=3, target_modules=["q_proj"])
+    key = "base_model.model.model.layers.0.mlp.gate"
+    tensors = {
+        f"{key}.lora_A.weight": np.ones((3, 64), np.float32),
+        f"{key}.lora_B.weight": np.ones((6, 3), np.float32),
+    }
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["gate"]}))
+    with pytest.raises(lora_edge.AdapterError, match=r"layers\.0\.mlp\.gate.*no such site"):
+        lora_edge.export(base, {"a": adapter}, output=tmp_path / "out")
