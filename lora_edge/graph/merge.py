@@ -110,9 +110,10 @@ def _change_initializer(
     model: ir.Model, path: str, change: Change, weights: Weights | None
 ) -> None:
     value = find_initializer(model, path, weights)
-    if value is None or _readers(value) != 1:
+    # Whoever reads it, and be it both branches of an If, reads this parameter.
+    if value is None or not value.uses():
         raise GraphError(
-            f"the parameter {path} is not in the graph, or several nodes read it",
+            f"the parameter {path} is not in the graph",
             "Use the trace backend, or another base model.",
         )
     value.const_value = _lazy(path, value, change)
