@@ -36,6 +36,7 @@ from lora_edge.peft_directory import (
     tensor_file,
     unknown_keys,
 )
+from lora_edge.peft_types import MERGE_FIRST
 from lora_edge.refusals import Mode, Refusal, config_refusals
 
 FloatArray = NDArray[np.float32]
@@ -98,10 +99,17 @@ class LowRank:
         return change
 
     def gain(self, weight: WideArray) -> WideArray | None:
-        """DoRA's g of each output, from the base's ``W [out, in]``; ``None`` without DoRA."""
+        """DoRA's g of each output, from the base's ``W``; ``None`` without DoRA.
+
+        Args:
+            weight: ``[out, in]``, of a grouped convolution ``[out, in / groups]``, as its kernel.
+        """
         if self.magnitude is None:
             return None
-        return dora_gain(self.magnitude, weight + self.delta())
+        a = self.a.reshape(self.rank, -1).astype(np.float64)
+        # PEFT pairs the outputs of a grouped B in its own way, for this norm alone (dora.py).
+        change = self.b.reshape(-1, self.rank).astype(np.float64) @ a
+        return dora_gain(self.magnitude, weight + self.scaling * change.reshape(weight.shape))
 
 
 @dataclass(frozen=True)
@@ -394,6 +402,14 @@ _PAIRS: tuple[tuple[PeftPart, PeftPart], ...] = (("A", "B"), ("embedding_A", "em
 
 def _pairs(directory: Path, tensors: Tensors) -> Iterable[tuple[str, _Pair]]:
     """Each module's kind, a and b (2-D); both must be there and their ranks must agree."""
+    for path in tensors.get("A", {}):
+        module, wrapped, _ = path.rpartition(".base_layer.out_proj")
+        if wrapped:
+            raise UnsupportedAdapterError(
+                f"{directory} is refused: {module} is an nn.MultiheadAttention, whose projections "
+                "are no layers of their own; PEFT adds the change of its out_proj twice",
+                MERGE_FIRST,
+            )
     for parts in _PAIRS:
         first, second = (tensors.get(part, {}) for part in parts)
         for path in {**first, **second}:
@@ -467,12 +483,6 @@ def _check_extras(
                 f"{directory}: {field} is {config.get(field)!r}, but module {odd} "
                 f"{'has' if odd in held else 'lacks'} a {what}",
                 "The config and the tensors are from different adapters; save it again.",
-            )
-    for path, module in modules.items():
-        if module.magnitude is not None and module.b.shape[1] != module.rank:
-            raise UnsupportedAdapterError(
-                f"{directory} is refused: {path} is a grouped convolution with DoRA",
-                "PEFT itself cannot run it; train a plain LoRA.",
             )
 
 

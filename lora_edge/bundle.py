@@ -110,9 +110,10 @@ class SiteEntry:
         kind: ``linear``, ``embedding``, ``conv``, ``norm``, or ``head``: a linear layer whose
             outputs are a task's labels, and which adapters replace.
         bias: the base has a bias there.
-        rank: number of dimensions of the activations that a norm works on.
+        rank: number of dimensions of the activations that a norm or a linear layer works on.
         transposed: the checkpoint keeps the weight of this linear layer as ``[in, out]``.
         parts: the graph inputs ``lora.<path>.<part>`` that the site has.
+        refusal: why PEFT's low-rank pair there is refused; empty where it is not.
     """
 
     in_features: int
@@ -122,6 +123,7 @@ class SiteEntry:
     rank: int = 3
     transposed: bool = False
     parts: tuple[Part, ...] = FACTOR_PARTS
+    refusal: str = ""
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,11 @@ def check_modules(
             )
     for path, module in adapter.modules.items():
         entry = _entry(adapter, modules, path, where)
+        if entry.refusal:
+            raise UnsupportedAdapterError(
+                f"adapter {adapter.name} is refused: {path} {entry.refusal}",
+                "Leave the layer out of target_modules; modules_to_save takes it whole.",
+            )
         wanted = (module.in_features, module.out_features)
         kinds = {"linear": ("linear", "head"), "embedding": ("embedding",), "conv": ("conv",)}
         if entry.kind not in kinds[module.kind] or wanted != (
@@ -322,10 +327,10 @@ class _SiteChanges:
         return base_value(self._adapter, self._weights, parameter, self._tied)
 
     def _matrix(self, path: str) -> WideArray:
-        """A layer's weight as ``[out, in]``."""
+        """A layer's weight as ``[out, in]``, of a grouped convolution ``[out, in / groups]``."""
         entry, value = self._modules[path], self._value(f"{path}.weight")
         if entry.kind == "conv":
-            return dense_kernel(value, entry.in_features).reshape(entry.out_features, -1)
+            return value.reshape(entry.out_features, -1)
         return value.T if entry.kind == "embedding" or entry.transposed else value
 
     def _missing(self, parameter: str) -> AdapterError:
@@ -424,14 +429,14 @@ class _Adapted:
         assert base is not None
         module = self.module
         if module.kind == "embedding":
-            return self._matrix(base.T).T
+            return self._adapted(base.T, module.gain(base.T)).T
         if module.kind == "conv":
             kernel = dense_kernel(base, module.in_features)
-            return self._matrix(kernel.reshape(len(kernel), -1)).reshape(kernel.shape)
-        return self._matrix(base)
+            gain = module.gain(base.reshape(len(base), -1))
+            return self._adapted(kernel.reshape(len(kernel), -1), gain).reshape(kernel.shape)
+        return self._adapted(base, module.gain(base))
 
-    def _matrix(self, weight: WideArray) -> WideArray:
-        gain = self.module.gain(weight)
+    def _adapted(self, weight: WideArray, gain: WideArray | None) -> WideArray:
         adapted = weight + self.module.delta()
         return adapted if gain is None else adapted * gain[:, None]
 

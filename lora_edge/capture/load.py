@@ -126,19 +126,27 @@ def max_length(config: Any) -> int:
 def model_layers(model: nn.Module) -> dict[str, SiteEntry]:
     """Module path -> sizes and kind, of every layer that an adapter may change."""
     found = {path: _layer(module) for path, module in model.named_modules()}
+    for path, module in model.named_modules():
+        entry = found.get(f"{path}.out_proj")
+        if isinstance(module, nn.MultiheadAttention) and entry is not None:
+            reason = "belongs to an nn.MultiheadAttention, which never calls PEFT's pair on it"
+            found[f"{path}.out_proj"] = replace(entry, refusal=reason)
     return {path: entry for path, entry in found.items() if entry is not None}
 
 
 @contextmanager
 def noted_ranks(model: nn.Module, modules: dict[str, SiteEntry]) -> Iterator[None]:
-    """Note how many dimensions the inputs of norms have while the model runs in the block."""
+    """Note how many dimensions the inputs of norms and linear layers have in the block."""
     with ExitStack() as stack:
         for path, entry in list(modules.items()):
-            if entry.kind != "norm":
+            if entry.kind not in ("norm", "linear"):
                 continue
+            least = 3 if entry.kind == "linear" else 2  # see swapped_linears
 
-            def note(_: nn.Module, args: tuple[Tensor, ...], path: str = path) -> None:
-                modules[path] = replace(modules[path], rank=args[0].ndim)
+            def note(
+                _: nn.Module, args: tuple[Tensor, ...], path: str = path, least: int = least
+            ) -> None:
+                modules[path] = replace(modules[path], rank=max(args[0].ndim, least))
 
             module = model.get_submodule(path)
             stack.callback(module.register_forward_pre_hook(note).remove)
@@ -173,7 +181,26 @@ def _layer(module: Any) -> SiteEntry | None:
         return SiteEntry(shape[0], shape[1], kind="embedding")
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         size = math.prod(shape[2:])
-        return SiteEntry(module.in_channels * size, module.out_channels, kind="conv", bias=bias)
+        return SiteEntry(
+            module.in_channels * size,
+            module.out_channels,
+            kind="conv",
+            bias=bias,
+            refusal=_refused_convolution(module),
+        )
     if weight.ndim == 1 and "Norm" in type(module).__name__:
         return SiteEntry(shape[0], shape[0], kind="norm", bias=bias)
     return None
+
+
+def _refused_convolution(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> str:
+    """PEFT's A takes the base's stride and padding, neither its dilation nor its padding mode."""
+    if any(d > 1 and k > 1 for d, k in zip(module.dilation, module.kernel_size, strict=True)):
+        return f"is a dilated convolution ({module.dilation}), and PEFT's A is not dilated"
+    padded = module.padding not in ("valid", (0,) * len(module.kernel_size))
+    if module.padding_mode != "zeros" and padded:
+        return (
+            f"is a convolution with padding_mode {module.padding_mode!r}, and PEFT's A pads with "
+            "zeros"
+        )
+    return ""

@@ -193,13 +193,13 @@ def _delta(made: _Branch) -> ir.Value:
             down = made.node("Gather", [a, site.x], "down")
         else:
             down = made.node("MatMul", [site.x, a], "down")
-        gated = made.node("Mul", [down, gate], "gated")
+        gated = made.node("Mul", [down, _beside(made, gate, "gate")], "gated")
         terms.append(made.node("MatMul", [gated, b], "up"))
     if made.has("G"):
-        gain = made.selected("G", site.out_features)
+        gain = _beside(made, made.selected("G", site.out_features), "G")
         terms.append(made.node("Mul", [gain, _without_bias(made)], "gained"))
     if made.has("bias"):
-        terms.append(made.selected("bias", site.out_features))
+        terms.append(_beside(made, made.selected("bias", site.out_features), "bias"))
     return _sum(made, terms)
 
 
@@ -232,16 +232,10 @@ def _without_bias(made: _Branch) -> ir.Value:
 
 
 def _convolution_delta(made: _Branch) -> ir.Value:
-    """What is added to a convolution's output ``[batch, out, *size]``."""
+    """What is added to a convolution's output ``[batch, out, *size]``: as its kernel's change."""
     site, spatial = made.site, _spatial(made.site)
     terms: list[ir.Value] = []
     if made.has("A"):
-        dilations = site.node.attributes.get("dilations")
-        if dilations is not None and any(x != 1 for x in dilations.as_ints()):
-            raise GraphError(
-                f"{site.path} is a dilated convolution, and PEFT's A is not dilated",
-                "PEFT itself cannot run it; leave it out of target_modules.",
-            )
         a, b, gate = made.pair()
         kernel = [int(x) for x in site.weight.shape.numpy()[2:]]  # type: ignore[union-attr]
         shape = [-1, site.in_features // math.prod(kernel), *kernel]
@@ -249,7 +243,7 @@ def _convolution_delta(made: _Branch) -> ir.Value:
         down_weight = made.node(
             "Reshape", [down_weight, made.constant("A.shape", shape)], "A.kernel"
         )
-        keep = ("strides", "pads", "auto_pad", "kernel_shape")
+        keep = ("strides", "pads", "auto_pad", "kernel_shape", "dilations")
         attributes = {
             name: attribute.value
             for name, attribute in site.node.attributes.items()
@@ -295,7 +289,8 @@ def _branch_norm(made: _Branch) -> None:
     weight: ir.Value = effective_weight(site.weight)
     index = next(i for i, value in enumerate(node.inputs) if value is weight)
     if made.has("weight"):
-        weight = made.node("Add", [weight, _selected_norm(made, "weight")], "changed")
+        change = _beside(made, made.selected("weight", site.out_features), "weight")
+        weight = made.node("Add", [weight, change], "changed")
     if node.op_type == "Mul":
         if made.has("bias"):
             raise GraphError(f"the norm {site.path} has no bias", "Export without this adapter.")
@@ -306,7 +301,7 @@ def _branch_norm(made: _Branch) -> None:
     ones = _ones(graph, site.out_features)
     total = made.node("Mul", [site.y, weight], "scaled")
     if made.has("bias"):
-        change = _selected_norm(made, "bias")
+        change = _beside(made, made.selected("bias", site.out_features), "bias")
         bias = change if bias is None else made.node("Add", [bias, change], "changed_bias")
     if bias is not None:
         total = made.node("Add", [total, bias], "shifted")
@@ -317,14 +312,13 @@ def _branch_norm(made: _Branch) -> None:
     _take_place(graph, site.y, total, made.nodes, node)
 
 
-def _selected_norm(made: _Branch, part: Part) -> ir.Value:
-    """``select @ part``, beside all heads of a norm that works on ``[batch, seq, heads, dim]``."""
-    value = made.selected(part, made.site.out_features)
+def _beside(made: _Branch, value: ir.Value, name: str) -> ir.Value:
+    """``[batch | 1, seq | 1, n]`` beside activations ``[batch, n]`` or ``[batch, …, seq, n]``."""
     extra = made.site.layer.rank - 3
     if not extra:
         return value
-    axes = made.constant(f"{part}.axes", list(range(1, 1 + extra)))
-    return made.node("Unsqueeze", [value, axes], f"{part}.heads")
+    axes = made.constant(f"{name}.axes", list(range(1, 1 + extra)) if extra > 0 else [1])
+    return made.node("Unsqueeze" if extra > 0 else "Squeeze", [value, axes], f"{name}.beside")
 
 
 def _ones(graph: ir.Graph, size: int) -> ir.Value:
