@@ -34,6 +34,7 @@ from lora_edge.convert import Conversion, converting
 from lora_edge.effects import (
     KINDS,
     Weights,
+    check_base_of,
     check_copies,
     check_modules,
     kind_of,
@@ -50,7 +51,7 @@ from lora_edge.errors import (
 )
 from lora_edge.lora import SiteChange
 from lora_edge.names import NONE_ADAPTER, Part
-from lora_edge.packing import check_base_of, check_parts, write_adapter_folder, write_none
+from lora_edge.packing import check_parts, write_adapter_folder, write_none
 
 Progress = Callable[[str], None]
 
