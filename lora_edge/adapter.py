@@ -426,7 +426,7 @@ def _check_extras(
     for path, module in modules.items():
         if module.magnitude is not None and module.b.shape[1] != module.rank:
             raise UnsupportedAdapterError(
-                f"{directory} is refused: {path} is a grouped convolution with DoRA",
+                f"{directory} is refused in both modes: {path} is a grouped convolution with DoRA",
                 "PEFT itself cannot run it; train a plain LoRA.",
             )
 

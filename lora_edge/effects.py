@@ -170,8 +170,8 @@ def check_copies(adapter: Adapter, weights: Weights | None, tied: tuple[str, ...
     for path in adapter.base_copies:
         if not same_copy(adapter, weights, path, tied):
             raise UnsupportedAdapterError(
-                f"adapter {adapter.name} is refused: it was saved with {path}, which differs from "
-                "the base's and would replace it for every adapter",
+                f"adapter {adapter.name} is refused in both modes: it was saved with {path}, which "
+                "differs from the base's and would replace it for every adapter",
                 "Train with modules_to_save, or save with save_embedding_layers=False.",
             )
 
