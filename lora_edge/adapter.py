@@ -201,6 +201,13 @@ class Adapter:
             extras.append(f"{sum(len(x.indices) for x in self.tokens.values())} token rows")
         return " + ".join([name, *extras])
 
+    @property
+    def heads(self) -> frozenset[str]:
+        """Module paths of its task head, which PEFT saves though no config field names it."""
+        names = _TASK_HEADS.get(str(self.config.get("task_type")), ())
+        modules = {path.rpartition(".")[0] for path in self.saved}
+        return frozenset(module for module in modules if _is_saved_module(module, names))
+
     def ranks(self) -> dict[str, int]:
         """Rank per module path."""
         return {path: module.rank for path, module in self.modules.items()}
@@ -263,7 +270,7 @@ def load_adapter(path: str | os.PathLike[str], name: str | None = None) -> Adapt
     for refusal in config_refusals(config):
         if len(refusal.modes) > 1:
             raise UnsupportedAdapterError(
-                f"{directory} is refused: {refusal.message}", refusal.hint
+                f"{directory} is refused in both modes: {refusal.message}", refusal.hint
             )
     file = tensor_file(directory)
     tensors = read_tensors(file)
@@ -296,9 +303,16 @@ def load_adapter(path: str | os.PathLike[str], name: str | None = None) -> Adapt
     )
 
 
-def refusals(path: str | os.PathLike[str]) -> list[Refusal]:
-    """Everything for which an adapter would be refused without looking at a base, and in which
-    modes.
+def examine(path: str | os.PathLike[str], name: str) -> tuple[Adapter | None, list[Refusal]]:
+    """Read a PEFT directory as far as it goes, and list everything that is refused.
+
+    Args:
+        path: as for :func:`load_adapter`.
+        name: what to call the adapter.
+
+    Returns:
+        The adapter, ``None`` where both modes refuse it; and every reason for which a mode would
+        refuse it without looking at a base.
 
     Raises:
         AdapterError: the folder has no readable config.
@@ -307,12 +321,13 @@ def refusals(path: str | os.PathLike[str]) -> list[Refusal]:
     found = list(config_refusals(read_config(directory)))
     try:
         for key in unknown_keys(tensor_file(directory)):
-            found.append(Refusal(f"tensor {key!r} is of a kind that is not known", ""))
+            found.append(Refusal(f"tensor {key!r} is of a kind that is not known", MERGE_FIRST))
         if not any(len(refusal.modes) > 1 for refusal in found):
-            load_adapter(directory, "adapter")
+            return load_adapter(directory, name), found
     except (AdapterError, ValueError) as error:
-        found.append(Refusal(str(error), getattr(error, "hint", "")))
-    return found
+        hint = getattr(error, "hint", "Copy the adapter again.")
+        found.append(Refusal(str(error), hint))
+    return None, found
 
 
 def _stacked(

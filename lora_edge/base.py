@@ -74,9 +74,18 @@ class Base:
 
         ``None`` when the checkpoint has none of its own for it, or more than one tensor fits.
         """
+        key = self._key(path)
+        return None if key is None else self.weight(key)
+
+    def shape(self, path: str) -> tuple[int, ...] | None:
+        """Shape of a parameter, found as :meth:`parameter` finds it; its values are not read."""
+        key = self._key(path)
+        return None if key is None else _records(self._files())[key].shape
+
+    def _key(self, path: str) -> str | None:
         keys = self.keys()
         fitting = [path] if path in keys else [k for k in keys if path.endswith(f".{k}")]
-        return self.weight(fitting[0]) if len(fitting) == 1 else None
+        return fitting[0] if len(fitting) == 1 else None
 
     def fingerprint(self) -> str:
         """sha256 over every tensor's name, dtype, shape and bytes; independent of the sharding.

@@ -45,6 +45,7 @@ _KIND_OF_PART: dict[Part, str] = {
     "A": "lora", "B": "lora", "gate": "lora", "G": "dora", "bias": "bias", "weight": "norm",
     "W": "head", "c": "head",
 }  # fmt: skip
+_NO_BIAS = ("bias", "embedding")
 KINDS = ("lora", "dora", "bias", "norm", "embedding", "conv", "head")
 """What ``export --kinds`` takes."""
 
@@ -143,13 +144,45 @@ def check_modules(
             )
     for path in adapter.saved:
         module_path, _, own = path.rpartition(".")
-        entry = _entry(adapter, modules, module_path, where)
-        if own not in ("weight", "bias") or (own == "bias" and entry.kind == "embedding"):
+        layer = modules.get(module_path)
+        if own not in ("weight", "bias") or layer is None or (own, layer.kind) == _NO_BIAS:
             raise UnsupportedAdapterError(
-                f"adapter {adapter.name} is refused: it replaces {path}, which is no weight or "
-                "bias of a linear, embedding, convolution or norm layer",
-                MERGE_FIRST,
+                f"adapter {adapter.name} is refused in both modes: it replaces {path}, which is no "
+                f"weight or bias of a linear, embedding, convolution or norm layer of {where}",
+                f"If the adapter is for this base, and not for another: {MERGE_FIRST}",
             )
+        expected = _shape_of(layer, own)
+        if expected is not None and adapter.saved[path].shape != expected:
+            raise AdapterError(
+                f"adapter {adapter.name} replaces {path} by {adapter.saved[path].shape}, {where} "
+                f"has {expected} there",
+                f"The adapter is for another base: {adapter.base_model}",
+            )
+
+
+def _shape_of(layer: SiteEntry, own: str) -> tuple[int, ...] | None:
+    """The shape of a layer's weight or bias in the checkpoint; ``None`` where it may be any."""
+    if layer.kind == "head" or (layer.kind == "conv" and own == "weight"):
+        return None
+    if own == "bias" or layer.kind == "norm":
+        return (layer.out_features,)
+    if layer.kind == "embedding" or layer.transposed:
+        return layer.in_features, layer.out_features
+    return layer.out_features, layer.in_features
+
+
+def check_base_of(adapter: Adapter, fingerprint: str, name: str) -> None:
+    """Check that an adapter was trained on this base, where its trainer recorded on which.
+
+    Raises:
+        AdapterError: it was another base; both fingerprints are named.
+    """
+    if adapter.base_fingerprint is not None and adapter.base_fingerprint != fingerprint:
+        raise AdapterError(
+            f"adapter {adapter.name} was trained on a base with fingerprint "
+            f"{adapter.base_fingerprint[:12]}, {name} has {fingerprint[:12]}",
+            f"Export it with its own base: {adapter.base_model}",
+        )
 
 
 def check_copies(adapter: Adapter, weights: Weights | None, tied: tuple[str, ...]) -> None:
@@ -162,14 +195,23 @@ def check_copies(adapter: Adapter, weights: Weights | None, tied: tuple[str, ...
         UnsupportedAdapterError: it differs; the tensor is named.
         AdapterError: there is such a copy and the base is not at hand.
     """
-    for path, copy in adapter.base_copies.items():
-        value = base_value(adapter, weights, path, tied)
-        if value is None or value.shape != copy.shape or not np.array_equal(value, copy):
+    for path in adapter.base_copies:
+        if not same_copy(adapter, weights, path, tied):
             raise UnsupportedAdapterError(
-                f"adapter {adapter.name} is refused: it was saved with {path}, which differs from "
-                "the base's and would replace it for every adapter",
+                f"adapter {adapter.name} is refused in both modes: it was saved with {path}, which "
+                "differs from the base's and would replace it for every adapter",
                 "Train with modules_to_save, or save with save_embedding_layers=False.",
             )
+
+
+def same_copy(adapter: Adapter, weights: Weights | None, path: str, tied: tuple[str, ...]) -> bool:
+    """Whether a copy of the base's parameter that was saved along equals the base's.
+
+    Raises:
+        AdapterError: the base is not at hand.
+    """
+    value, copy = base_value(adapter, weights, path, tied), adapter.base_copies[path]
+    return value is not None and np.array_equal(value, copy)
 
 
 def base_value(
@@ -486,7 +528,6 @@ def _entry(adapter: Adapter, modules: Mapping[str, SiteEntry], path: str, where:
         raise AdapterError(
             f"adapter {adapter.name} changes {path}, and {where} has no such site"
             + (f"; near misses: {', '.join(near)}" if near else ""),
-            "If the layer exists in the base, export again with this adapter (-a), so that the "
-            "graph gets a branch there; else the adapter is for another base.",
+            f"The adapter is for another base: {adapter.base_model}",
         )
     return entry

@@ -29,6 +29,7 @@ from lora_edge.convert import Conversion, converting
 from lora_edge.effects import (
     KINDS,
     Weights,
+    check_base_of,
     check_copies,
     check_modules,
     site_changes,
@@ -41,7 +42,7 @@ from lora_edge.errors import (
 )
 from lora_edge.lora import Head, SiteChange
 from lora_edge.names import NONE_ADAPTER
-from lora_edge.packing import check_base_of, check_parts, with_heads, write_adapter_folder
+from lora_edge.packing import check_parts, with_heads, write_adapter_folder
 from lora_edge.runtime.adapter_file import read_adapter
 from lora_edge.runtime.changes import parse_changes
 

@@ -29,20 +29,6 @@ from lora_edge.runtime.adapter_file import write_adapter
 Changes = Mapping[str, SiteChange]
 
 
-def check_base_of(adapter: Adapter, fingerprint: str, name: str) -> None:
-    """Check that an adapter was trained on this base, where its trainer recorded on which.
-
-    Raises:
-        AdapterError: it was another base; both fingerprints are named.
-    """
-    if adapter.base_fingerprint is not None and adapter.base_fingerprint != fingerprint:
-        raise AdapterError(
-            f"adapter {adapter.name} was trained on a base with fingerprint "
-            f"{adapter.base_fingerprint[:12]}, {name} has {fingerprint[:12]}",
-            f"Export it with its own base: {adapter.base_model}",
-        )
-
-
 def check_parts(adapter: Adapter, changes: Changes, layers: Mapping[str, SiteEntry]) -> None:
     """Check that a bundle's graph has the inputs that carry an adapter.
 

@@ -107,8 +107,8 @@ def read_tensors(file: Path) -> Tensors:
         parsed = parse_peft_key(key)
         if parsed is None:
             raise UnsupportedAdapterError(
-                f"{file} is refused: tensor {key!r} is of a kind that this release does not know, "
-                "and dropping it would change the adapter",
+                f"{file} is refused in both modes: tensor {key!r} is of a kind that this release "
+                "does not know, and dropping it would change the adapter",
                 MERGE_FIRST,
             )
         tensor = _read(file, key, record)

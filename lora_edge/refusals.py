@@ -30,9 +30,9 @@ _KNOWN_FIELDS = frozenset({
     "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out",
     "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config",
     "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core",
-    "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
-    "revision", "runtime_config", "target_modules", "target_parameters", "task_type",
-    "trainable_token_indices", "use_dora", "use_rslora",
+    "merge_weights", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r",
+    "rank_pattern", "revision", "runtime_config", "target_modules", "target_parameters",
+    "task_type", "trainable_token_indices", "use_dora", "use_rslora",
 })
 # fmt: on
 # field -> (the values at which it has no effect, the reason, the way out)
@@ -43,13 +43,14 @@ _REFUSED_FIELDS: dict[str, tuple[tuple[Any, ...], str, str]] = {
         "Save the replicated model as a base of its own, and train on that.",
     ),
     "use_qalora": ((False, None), "QALoRA pools the input", "Train a plain LoRA."),
-    "use_bdlora": ((False, None), "BD-LoRA's factors are block-diagonal", "Train a plain LoRA."),
+    "use_bdlora": ((False, None), "BD-LoRA's factors are block-diagonal", MERGE_FIRST),
     "arrow_config": ((None,), "Arrow routes between adapters per token", "Export them one by one."),
     "kasa_config": ((None,), "KaSA truncates the base's weights", MERGE_FIRST),
-    "velora_config": ((None,), "VeLoRA is not supported", "Train a plain LoRA."),
-    "monteclora_config": ((None,), "MonteCLoRA samples its factors", "Train a plain LoRA."),
+    "velora_config": ((None,), "VeLoRA is not supported", MERGE_FIRST),
+    "monteclora_config": ((None,), "MonteCLoRA samples its factors", MERGE_FIRST),
 }
-_ORDINARY_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+_ORDINARY_INITS = (True, False, None, "gaussian", "eva", "mica", "orthogonal")
+_CONVERTIBLE_INITS = ("pissa", "olora", "corda", "lora_ga")
 # What an activated LoRA cannot have besides: the rest would work on every token.
 _NOT_WITH_ALORA: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("use_dora", (False, None)),
@@ -67,13 +68,7 @@ def config_refusals(config: Mapping[str, Any]) -> Iterable[Refusal]:
     if peft_type != "LORA":
         yield Refusal(*type_refusal(peft_type))
         return
-    init = config.get("init_lora_weights", True)
-    if init not in _ORDINARY_INITS:
-        yield Refusal(
-            f"init_lora_weights is {init!r}: training changed the base weights too",
-            "Save it as an ordinary LoRA with save_pretrained(..., "
-            "path_initial_model_for_weight_conversion=...), then export that.",
-        )
+    yield from _init_refusals(config)
     for field, value in config.items():
         if field in _REFUSED_FIELDS:
             neutral, reason, hint = _REFUSED_FIELDS[field]
@@ -86,10 +81,14 @@ def config_refusals(config: Mapping[str, Any]) -> Iterable[Refusal]:
             )
     bias = config.get("bias", "none")
     if bias not in ("none", "all", "lora_only", None):
-        yield Refusal(f"bias is {bias!r}, expected none, all or lora_only", MERGE_FIRST)
+        yield Refusal(
+            f"bias is {bias!r}, expected none, all or lora_only",
+            "PEFT knows no other; correct it in adapter_config.json.",
+        )
     if config.get("use_dora") and config.get("lora_bias"):
         yield Refusal(
-            "use_dora and lora_bias are both set, which PEFT itself does not support", MERGE_FIRST
+            "use_dora and lora_bias are both set, which PEFT itself does not support",
+            "Train with one of the two.",
         )
     yield from _alora_refusals(config)
     if config.get("target_parameters"):
@@ -99,6 +98,27 @@ def config_refusals(config: Mapping[str, Any]) -> Iterable[Refusal]:
             "Use --mode merged, or train with target_modules on linear layers.",
             ("switchable",),
         )
+
+
+def _init_refusals(config: Mapping[str, Any]) -> Iterable[Refusal]:
+    init = config.get("init_lora_weights", True)
+    name = init.lower() if isinstance(init, str) else init
+    if name in _ORDINARY_INITS:
+        return
+    # LoftQ changes the base by more than its factors, so there is nothing to subtract. PEFT refuses
+    # to convert rsLoRA with patterns, too (LoraModel._convert_state_dict_for_initial_model).
+    patterns = config.get("rank_pattern") or config.get("alpha_pattern")
+    converted = str(name).startswith(_CONVERTIBLE_INITS) and not (
+        config.get("use_rslora") and patterns
+    )
+    yield Refusal(
+        f"init_lora_weights is {init!r}: training changed the base weights too",
+        "Save it as an ordinary LoRA with save_pretrained(..., "
+        "path_initial_model_for_weight_conversion=...), then export that."
+        if converted
+        else "Save the base that it was trained on (model.unload(), then save_pretrained), set "
+        "init_lora_weights to true in adapter_config.json, and export with that base.",
+    )
 
 
 def _alora_refusals(config: Mapping[str, Any]) -> Iterable[Refusal]:

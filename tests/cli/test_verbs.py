@@ -98,61 +98,6 @@ def test_a_weight_that_is_no_number_is_a_usage_error(choice: str, cli: Cli, bund
     assert choice in result.err
 
 
-def test_inspect_shows_each_module_of_an_adapter(cli: Cli, adapters: dict[str, Path]) -> None:
-    text = cli("inspect", adapters["mirror"])
-    assert text.code == 0
-    assert "rsLoRA, 21 modules, base models/tiny-llama" in text.out
-    facts = json.loads(cli("inspect", adapters["mirror"], "--json").out)
-    assert facts["refused"] == []
-    module = facts["modules"]["model.layers.0.mlp.gate_proj"]
-    assert module == {
-        "rank": 16, "alpha": 16, "scaling": 4.0, "in_features": 192, "out_features": 384,
-    }  # fmt: skip
-
-
-def test_inspect_compares_with_the_base(cli: Cli, base: Path, adapters: dict[str, Path]) -> None:
-    facts = json.loads(cli("inspect", adapters["shout"], "--base", base, "--json").out)
-    norms = {path: module["relative_norm"] for path, module in facts["modules"].items()}
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapters["shout"])
-    with torch.no_grad():
-        for path, norm in norms.items():
-            layer = model.base_model.model.get_submodule(path)
-            expected = layer.get_delta_weight("default").norm() / layer.weight.norm()
-            assert norm == pytest.approx(float(expected), rel=1e-5)
-            assert norm > 0
-    assert "‖ΔW‖/‖W‖" in cli("inspect", adapters["shout"], "--base", base).out
-
-
-def test_inspect_lists_all_that_would_be_refused(
-    cli: Cli, adapters: dict[str, Path], tmp_path: Path
-) -> None:
-    copy = Path(shutil.copytree(adapters["shout"], tmp_path / "a"))
-    config = json.loads((copy / "adapter_config.json").read_text())
-    config |= {"layer_replication": [[0, 1]], "unheard_of": 3}
-    (copy / "adapter_config.json").write_text(json.dumps(config))
-    facts = json.loads(cli("inspect", copy, "--json").out)
-    assert sorted(facts) == ["path", "refused"]
-    assert len(facts["refused"]) == 2
-    text = cli("inspect", copy).out
-    assert "REFUSED" in text
-    assert "layer_replication" in text
-    assert "unheard_of" in text
-
-
-def test_inspect_shows_a_bundle(cli: Cli, bundle: Path) -> None:
-    text = cli("inspect", bundle).out
-    for part in ("switchable, fused form, fp32", "21 sites", "rsLoRA", "models/tiny-llama"):
-        assert part in text
-    assert text.count(" proved") == 4
-    facts = json.loads(cli("inspect", bundle, "--json").out)
-    assert sorted(facts["adapters"]) == ["echo", "mirror", "none", "shout"]
-    assert facts["bytes"] == sum(entry["bytes"] for entry in facts["files"].values())
-
-
 def test_add_leaves_the_adapter_unproved(
     cli: Cli, bundle: Path, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
