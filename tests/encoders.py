@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +66,10 @@ def make_encoder(family: str, task: str, directory: Path, **changes: Any) -> Pat
     if family == "swin":  # its number of heads differs from stage to stage
         del fields["num_attention_heads"], fields["num_hidden_layers"]
     torch.manual_seed(0)
-    config = transformers.CONFIG_MAPPING[family](**fields)
-    if family == "deit" and task == "image-classification":
-        # transformers' auto class asks for the head with a teacher's beside it
-        model: Any = transformers.DeiTForImageClassification(config)
-    else:
-        model = getattr(transformers, TASKS[task]).from_config(config)
+    with warnings.catch_warnings():
+        # Some model files of transformers 4 compile their functions when they are imported.
+        warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
+        model = _random_model(family, task, fields)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -80,3 +79,11 @@ def make_encoder(family: str, task: str, directory: Path, **changes: Any) -> Pat
     finally:
         logging.enable_progress_bar()
     return directory
+
+
+def _random_model(family: str, task: str, fields: dict[str, Any]) -> Any:
+    config = transformers.CONFIG_MAPPING[family](**fields)
+    if family == "deit" and task == "image-classification":
+        # transformers' auto class asks for the head with a teacher's beside it
+        return transformers.DeiTForImageClassification(config)
+    return getattr(transformers, TASKS[task]).from_config(config)

@@ -16,7 +16,7 @@ from lora_edge.base import resolve_base
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
 ADAPTERS = ("mirror", "shout", "echo")
-SHIPPED = ("tiny-llama", "adapters", "data")
+SHIPPED = ("tiny-llama", "tiny-bert", "adapters", "classifiers", "data")
 LIMIT = 20_000_000
 
 

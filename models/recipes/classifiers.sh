@@ -16,9 +16,8 @@ train() {
     --batch-size 32 --force "$@"
 }
 
-# Plain LoRA on attention and MLP; 2 labels.
-train claims --rank 8 --alpha 16 --target-modules query,key,value,dense --lr 2e-3 --epochs 4 --seed 1
+# Plain LoRA, by names; 2 labels.
+train claims --rank 8 --alpha 16 --target-modules query,key,value,dense --lr 2e-3 --epochs 1 --seed 1
 
-# rsLoRA of two ranks on attention; 4 labels.
-train letters --rank 12 --alpha 12 --rslora --target-modules query,key,value \
-  --rank-pattern value=4 --lr 3e-3 --epochs 4 --seed 2
+# rsLoRA of two ranks on every linear layer, the pooler included; 4 labels.
+train letters --rank 12 --alpha 12 --rslora --rank-pattern value=4 --lr 1e-3 --epochs 10 --seed 2
