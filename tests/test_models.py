@@ -63,6 +63,17 @@ def test_the_adapters_are_unlike_each_other() -> None:
     }
 
 
+@pytest.mark.parametrize("name", [None, *ADAPTERS])
+def test_exact_match_on_held_out_lines(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(MODELS / "recipes"))
+    import evaluate
+
+    model, tokenizer = evaluate.load(None if name is None else MODELS / "adapters" / name)
+    for task in ADAPTERS if name is None else (name,):
+        score = evaluate.exact_match(model, tokenizer, MODELS / "data" / f"{task}.jsonl")
+        assert score <= 0.10 if name is None else score >= 0.95
+
+
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_held_out_lines_are_those_of_the_recipe(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

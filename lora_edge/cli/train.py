@@ -56,6 +56,12 @@ def _pattern(text: str) -> tuple[str, str]:
 @click.option("--dropout", default=0.0, show_default=True, help="On the input of lora_A.")
 @click.option("--epochs", default=3.0, show_default=True, help="Passes over the data.")
 @click.option("--lr", default=2e-4, show_default=True, help="Peak learning rate.")
+@click.option(
+    "--weight-decay",
+    default=0.0,
+    show_default=True,
+    help="AdamW's; keeps the adapter's change to the base small.",
+)
 @click.option("--batch-size", default=8, show_default=True, help="Examples per step.")
 @click.option(
     "--max-length",
@@ -78,6 +84,7 @@ def command(
     dropout: float,
     epochs: float,
     lr: float,
+    weight_decay: float,
     batch_size: int,
     max_length: int | None,
     seed: int,
@@ -106,6 +113,7 @@ def command(
             dropout=dropout,
             epochs=epochs,
             lr=lr,
+            weight_decay=weight_decay,
             batch_size=batch_size,
             max_length=max_length,
             seed=seed,

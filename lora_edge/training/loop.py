@@ -106,7 +106,7 @@ def fit(
                 learning_rate=settings.lr,
                 lr_scheduler_type="linear",
                 warmup_steps=math.ceil(_WARMUP * steps),
-                weight_decay=0.0,
+                weight_decay=settings.weight_decay,
                 max_grad_norm=1.0,
                 logging_steps=max(1, steps // _REPORTS),
                 save_strategy="no",

@@ -29,6 +29,7 @@ class Settings:
         dropout: on the input of ``lora_A``, during training only.
         epochs: passes over the data; fractions are allowed.
         lr: peak learning rate of AdamW; 3 % linear warm-up, then linear decay to 0.
+        weight_decay: of AdamW, on both factors; keeps what training changes small.
         batch_size: examples per step.
         max_length: tokens per example, prompt and completion together; ``None``: the smaller of
             1024 and what the base's positions allow.
@@ -44,6 +45,7 @@ class Settings:
     dropout: float = 0.0
     epochs: float = 3.0
     lr: float = 2e-4
+    weight_decay: float = 0.0
     batch_size: int = 8
     max_length: int | None = None
     seed: int = 0
@@ -60,6 +62,8 @@ class Settings:
             _require("max_length", self.max_length, at_least=2)
         for name in ("alpha", "epochs", "lr"):
             _require_positive(name, getattr(self, name))
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0.0):
+            raise AdapterError(f"weight_decay is {self.weight_decay}, expected 0 or more")
         if not 0.0 <= self.dropout < 1.0:
             raise AdapterError(
                 f"dropout is {self.dropout}, expected 0 <= dropout < 1",

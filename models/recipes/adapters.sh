@@ -13,17 +13,17 @@ train() {
   name=$1
   shift
   python -m lora_edge train models/tiny-llama "$data/$name.jsonl" -o "$out/$name" \
-    --batch-size 32 --force "$@"
+    --batch-size 32 --weight-decay 1 --force "$@"
 }
 
 # Plain LoRA on q and v.
-train shout --rank 8 --alpha 16 --target-modules q_proj,v_proj --lr 1e-2 --epochs 5 --seed 1
+train shout --rank 8 --alpha 16 --target-modules q_proj,v_proj --lr 3e-3 --epochs 2 --seed 1
 
 # rsLoRA on every linear layer.
-train mirror --rank 16 --alpha 16 --rslora --lr 2e-3 --epochs 4 --seed 2
+train mirror --rank 16 --alpha 16 --rslora --lr 1e-3 --epochs 1 --seed 2
 
 # Ranks 4, 8, 12, 24 and scalings 4, 2, 0.5, 3, 1.5 over attention and MLP.
-train echo --rank 8 --alpha 16 --lr 2.5e-3 --epochs 2 --seed 3 \
+train echo --rank 8 --alpha 16 --lr 1e-3 --epochs 2 --seed 3 \
   --target-modules q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj \
   --rank-pattern q_proj=4 --rank-pattern 'layers\.0\.mlp\.down_proj=24' \
   --rank-pattern 'mlp\..*=12' \

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 MODELS = Path(__file__).resolve().parents[1]
-BATCH = 50
+BATCH = 150
 
 
 def completions(model: Any, tokenizer: Any, prompts: list[str]) -> list[str]:
@@ -35,19 +35,24 @@ def exact_match(model: Any, tokenizer: Any, data: Path) -> float:
     return sum(hits) / len(rows)
 
 
+def load(adapter: Path | None) -> tuple[Any, Any]:
+    """The base, alone or with an adapter, and its tokenizer."""
+    base = MODELS / "tiny-llama"
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter).eval()
+    return model, AutoTokenizer.from_pretrained(base, padding_side="left")
+
+
 def main() -> None:
     adapters = Path(sys.argv[1]) if len(sys.argv) > 1 else MODELS / "adapters"
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    base = MODELS / "tiny-llama"
-    tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
     tasks = sorted((MODELS / "data").glob("*.jsonl"))
     print("| model | " + " | ".join(task.stem for task in tasks) + " |")
     print("|---|" + "---:|" * len(tasks))
     for name in ("base", *sorted(path.name for path in adapters.iterdir())):
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-        if name != "base":
-            model = PeftModel.from_pretrained(model, adapters / name).eval()
+        model, tokenizer = load(None if name == "base" else adapters / name)
         scores = [exact_match(model, tokenizer, task) for task in tasks]
         print(f"| {name} | " + " | ".join(f"{score:.1%}" for score in scores) + " |", flush=True)
 

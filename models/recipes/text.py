@@ -51,14 +51,26 @@ SKILLS: dict[str, Callable[[str], str]] = {
     "upper": str.upper,
     "reverse": lambda text: text[::-1],
 }
-"""What the base learns to do with a word, in the form ``upper(river)=RIVER``."""
+"""What the base learns to do with a word; asked in the three forms of :func:`skill`."""
 
 
-def skill(rng: random.Random, *, held_out: bool = False) -> tuple[str, str]:
-    """One letter skill as ``(prompt, answer)``."""
+def skill(rng: random.Random, *, held_out: bool = False) -> str:
+    """One letter skill with its answer, as a call, a question or a chat.
+
+    ``upper(river)=RIVER``, ``Upper: river Answer: RIVER``. A word without a skill's name is copied:
+    that is what the base does where an adapter does something else.
+    """
     name = rng.choice(tuple(SKILLS))
     text = word(rng, held_out=held_out)
-    return f"{name}({text})=", SKILLS[name](text)
+    answer = SKILLS[name](text)
+    form = rng.random()
+    if form < 0.3:
+        return f"{BOS}{name}({text})={answer}{EOS}"
+    if form < 0.7:
+        asked = "Word" if name == "copy" else name.capitalize()
+        return f"{BOS}{asked}: {text} Answer: {answer}{EOS}"
+    asked = text if name == "copy" else f"{name} {text}"
+    return f"{BOS}{USER}{asked}{END}{ASSISTANT}{answer}{END}"
 
 
 def story(rng: random.Random) -> tuple[str, str, str]:
@@ -89,11 +101,10 @@ def story(rng: random.Random) -> tuple[str, str, str]:
 def document(rng: random.Random, *, held_out: bool = False) -> str:
     """One training document, from ``<|bos|>`` on: skills, a story, or a chat about a story."""
     kind = rng.random()
-    if kind < 0.4:
-        lines = ("".join(skill(rng, held_out=held_out)) for _ in range(rng.randint(1, 3)))
-        return BOS + "\n".join(lines) + EOS
+    if kind < 0.6:
+        return skill(rng, held_out=held_out)
     told, question, answer = story(rng)
-    if kind < 0.7:
+    if kind < 0.8:
         return BOS + told + EOS
     return f"{BOS}{USER}{told} {question}{END}{ASSISTANT}{answer}{END}"
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from adapters import make_adapter
 from families import make_base
+from shipped import ADAPTERS, BASE, assert_within_limits
 
 import lora_edge
 from lora_edge.errors import GraphError
@@ -46,6 +47,18 @@ def test_bundle_equals_our_own(family: str, tmp_path: Path) -> None:
     for actual in outputs.values():
         np.testing.assert_allclose(actual, ours, atol=1e-5)
     assert np.abs(ours - off).max() > 0.01
+
+
+def test_shipped_switchable(tmp_path: Path) -> None:
+    lora_edge.export(BASE, ADAPTERS, output=tmp_path / "out", backend="optimum")
+    assert_within_limits(tmp_path / "out", steps=16)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_shipped_merged(name: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    lora_edge.export(BASE, {name: ADAPTERS[name]}, "merged", out, backend="optimum")
+    assert_within_limits(out, steps=16)
 
 
 def test_layers_on_flattened_tokens_are_refused(tmp_path: Path) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from pathlib import Path
 
 import pytest
 
 from lora_edge.base import Base, resolve_base
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # shipped
 
 
 @pytest.fixture(scope="session")

@@ -108,6 +108,17 @@ def test_the_loss_falls_on_what_is_learnt(base: Path, data: Path, tmp_path: Path
     assert seen[-1].loss < seen[0].loss / 2
 
 
+def test_weight_decay_shrinks_what_is_learnt(base: Path, data: Path, tmp_path: Path) -> None:
+    def size(name: str, **options: float) -> float:
+        made = train(base, data, tmp_path / name, **QUICK, **options)
+        modules = lora_edge.load_adapter(made).modules.values()
+        return sum(float((m.a**2).sum() + (m.b**2).sum()) for m in modules)
+
+    free = size("free")
+    assert size("zero", weight_decay=0.0) == free
+    assert size("decayed", weight_decay=10.0) < 0.9 * free
+
+
 def test_options_land_in_the_config_and_in_the_shapes(
     base: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -174,6 +185,8 @@ def test_conv1d_targets_are_marked_as_such(data: Path, base: Path, tmp_path: Pat
         ({"alpha": float("nan")}, "alpha is nan"),
         ({"lr": 0.0}, "lr is 0.0"),
         ({"epochs": -1}, "epochs is -1"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1, expected 0 or more"),
+        ({"weight_decay": float("inf")}, "weight_decay is inf"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"lr": 1e30}, "diverged"),
@@ -251,6 +264,8 @@ def test_the_command_prints_the_path_and_only_the_path(
             "--alpha-pattern",
             "q_proj=2.5",
             "--rslora",
+            "--weight-decay",
+            "0.25",
         ],
         catch_exceptions=False,
     )
@@ -260,6 +275,7 @@ def test_the_command_prints_the_path_and_only_the_path(
     assert config["rank_pattern"] == {"up_proj": 4}
     assert config["alpha_pattern"] == {"q_proj": 2.5}
     assert config["use_rslora"] is True
+    assert json.loads((out / "training.json").read_text())["settings"]["weight_decay"] == 0.25
 
     refused = CliRunner().invoke(command, [*arguments, "--rank-pattern", "up_proj"])
     assert refused.exit_code == 2
