@@ -18,17 +18,27 @@ _WARM_UP = 3
 _PAUSE = 0.005  # seconds: the last one's threads must have stopped spinning
 
 
-def measure(graphs: Graphs, seed: int, steps: int, threads: int) -> dict[str, list[float]]:
+def measure(
+    graphs: Graphs, seed: int, steps: int, threads: int, cpu_time: bool
+) -> dict[str, list[float]]:
     """Seconds of each decode step, by contestant.
 
     All feed the same tokens after the same prompt, so that the logits can be compared: a graph that
     computes something else is no contestant.
+
+    Args:
+        graphs: from :func:`prepare.prepare`.
+        seed: of the tokens and of the order.
+        steps: tokens after the prompt.
+        threads: of every contestant.
+        cpu_time: count the seconds that one thread ran, not those that passed.
 
     Raises:
         RuntimeError: contestants disagree on the logits, or the adapter makes no difference.
     """
     logging.disable_progress_bar()
     torch.set_num_threads(threads)
+    clock = time.thread_time if cpu_time else time.perf_counter
     order = random.Random(seed)
     making = list(makers(graphs, threads).items())
     order.shuffle(making)
@@ -42,10 +52,11 @@ def measure(graphs: Graphs, seed: int, steps: int, threads: int) -> dict[str, li
         order.shuffle(contestants)
         for name, entry in contestants:
             time.sleep(_PAUSE)
-            started = time.perf_counter()
+            started = clock()
             logits[name] = entry.step(token)
+            taken = clock() - started
             if count >= _WARM_UP:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(taken)
     compare(logits)
     return seconds
 
