@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from lora_edge.cli.arguments import conversion_rank, named_paths
+from lora_edge.tasks import TASKS, TEXT_GENERATION
 
 
 @click.command()
@@ -24,6 +25,11 @@ from lora_edge.cli.arguments import conversion_rank, named_paths
     default="switchable",
     show_default=True,
     help="Adapters as inputs of one graph, or one adapter merged into the weights.",
+)
+@click.option(
+    "--task",
+    type=click.Choice([TEXT_GENERATION, *TASKS]),
+    help="What the model is to do.  [default: what the adapters were trained for, or the base is]",
 )
 @click.option(
     "--form",

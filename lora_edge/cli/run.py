@@ -24,12 +24,17 @@ from lora_edge.errors import DataError
     help="The adapter; several are blended. Repeatable.  [default: no adapter]",
 )
 @click.option("-p", "--prompt", help="The prompt; - reads it from stdin.")
+@click.option("--text", help="The text to label or embed; - reads it from stdin.")
+@click.option("--pair", help="A second text that belongs to --text.")
+@click.option("--image", type=click.Path(), help="The image to label (needs lora-edge[image]).")
 @click.option(
     "--input",
     "input_file",
     type=click.Path(path_type=Path),
-    help='jsonl of {"prompt": ..., "adapter": name | null | {name: weight}}, run as one batch.',
+    help='jsonl of {"prompt" | "text" | "image": ..., "adapter": name | null | {name: weight}}, '
+    "run as one batch.",
 )
+@click.option("--top", type=click.IntRange(min=1), help="Show so many labels.  [default: all]")
 @click.option("--max-new-tokens", default=64, show_default=True, help="At most so many a prompt.")
 @click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-k", default=0, show_default=True, help="0 is all.")
@@ -44,42 +49,81 @@ def command(
     bundle: str,
     adapters: tuple[str, ...],
     prompt: str | None,
+    text: str | None,
+    pair: str | None,
+    image: str | None,
     input_file: Path | None,
+    top: int | None,
     stream: bool,
     as_json: bool,
     provider: str,
     **settings: Any,
 ) -> None:
-    """Complete a prompt, or a batch of them, with BUNDLE. stdout carries completions only."""
-    if (prompt is None) == (input_file is None):
-        raise click.UsageError("give either --prompt or --input")
-    if stream and (input_file is not None or as_json):
+    """Run BUNDLE: complete prompts, label texts or images, or embed texts, as its task is.
+
+    stdout carries the results only: completions; lines of label and score; an embedding as JSON.
+    """
+    given = {"prompt": prompt, "text": text, "image": image}
+    single = [(field, value) for field, value in given.items() if value is not None]
+    if len(single) + (input_file is not None) != 1:
+        raise click.UsageError("give one of --prompt, --text, --image and --input")
+    if stream and (prompt is None or as_json):
         raise click.UsageError("--stream goes with --prompt, without --json")
+    if pair is not None and text is None:
+        raise click.UsageError("--pair goes with --text")
     from lora_edge.runtime import Runner
+    from lora_edge.tasks import TEXT_GENERATION
 
     default = weighted_names(adapters)
-    rows = _read(input_file, default) if input_file is not None else []
     runner = Runner(bundle, provider)
-    if input_file is None:
-        text = sys.stdin.read() if prompt == "-" else str(prompt)
-        rows = [(text, default)]
-        if stream:
-            for piece in runner.stream(text, default, **settings):
-                click.echo(piece, nl=False)
-            click.echo()
-            return
-    adapter: Any = [blend for _, blend in rows]
-    completions = runner.generate([text for text, _ in rows], adapter, **settings)
-    for (text, used), completion in zip(rows, completions, strict=True):
+    task = runner.bundle.manifest.task
+    field = {TEXT_GENERATION: "prompt", "image-classification": "image"}.get(task, "text")
+    if input_file is not None:
+        rows = _read(input_file, field, default)
+    else:
+        name, value = single[0]
+        if name != field:
+            raise click.UsageError(f"the bundle's task is {task}: it takes --{field}, not --{name}")
+        value = sys.stdin.read() if value == "-" and name != "image" else value
+        rows = [(value if pair is None else (value, pair), default)]
+    inputs, chosen = [value for value, _ in rows], [blend for _, blend in rows]
+    if stream:
+        for piece in runner.stream(str(inputs[0]), default, **settings):
+            click.echo(piece, nl=False)
+        click.echo()
+        return
+    results = _results(runner, task, inputs, chosen, top, settings)
+    for (value, used), (found, lines) in zip(rows, results, strict=True):
         if as_json or input_file is not None:
-            line = {"prompt": text, "adapter": used, "completion": completion}
+            line = {field: value, "adapter": used, **found}
             click.echo(json.dumps(line, ensure_ascii=False))
         else:
-            click.echo(completion)
+            click.echo(lines)
 
 
-def _read(file: Path, default: dict[str, float] | None) -> list[tuple[str, Any]]:
-    """The prompts of a jsonl file and the adapter of each.
+def _results(
+    runner: Any, task: str, inputs: list[Any], chosen: Any, top: int | None, settings: Any
+) -> list[tuple[dict[str, Any], str]]:
+    """What each input gives: as JSON, and as lines for people."""
+    from lora_edge.tasks import TEXT_GENERATION
+
+    if task == TEXT_GENERATION:
+        texts = runner.generate(inputs, chosen, **settings)
+        return [({"completion": text}, text) for text in texts]
+    if task == "feature-extraction":
+        vectors = [row.tolist() for row in runner.embed(inputs, chosen)]
+        return [({"embedding": vector}, json.dumps(vector)) for vector in vectors]
+    found = []
+    for labels in runner.classify(inputs, chosen):
+        kept = labels if task == "token-classification" else labels[:top]
+        names = [f"{x.text}\t{x.label}" if hasattr(x, "text") else x.label for x in kept]
+        lines = [f"{name}\t{x.score:.4f}" for name, x in zip(names, kept, strict=True)]
+        found.append(({"labels": [x._asdict() for x in kept]}, "\n".join(lines)))
+    return found
+
+
+def _read(file: Path, field: str, default: dict[str, float] | None) -> list[tuple[Any, Any]]:
+    """The inputs of a jsonl file and the adapter of each.
 
     Raises:
         DataError: the file is missing, empty, or has a line that is not as expected.
@@ -90,7 +134,7 @@ def _read(file: Path, default: dict[str, float] | None) -> list[tuple[str, Any]]
         raise DataError(f"{file} does not exist", "Give a jsonl file.") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8: {error.reason}", "Convert it to UTF-8.") from error
-    rows: list[tuple[str, Any]] = []
+    rows: list[tuple[Any, Any]] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -100,9 +144,14 @@ def _read(file: Path, default: dict[str, float] | None) -> list[tuple[str, Any]]
             raise DataError(
                 f"{file}:{number} is not JSON: {error}", "One object a line."
             ) from error
-        if not isinstance(data, dict) or not isinstance(data.get("prompt"), str):
-            raise DataError(f"{file}:{number} has no text in 'prompt'", 'Like {"prompt": "..."}.')
-        rows.append((data["prompt"], data.get("adapter", default)))
+        like = f'Like {{"{field}": "..."}}.'
+        if not isinstance(data, dict) or not isinstance(data.get(field), str):
+            raise DataError(f"{file}:{number} has no text in {field!r}", like)
+        pair = data.get("pair") if field == "text" else None
+        if not isinstance(pair, str | None):
+            raise DataError(f"{file}:{number} has a 'pair' that is no text", like)
+        value = data[field] if pair is None else (data[field], pair)
+        rows.append((value, data.get("adapter", default)))
     if not rows:
-        raise DataError(f"{file} has no prompts", 'Lines like {"prompt": "..."} are expected.')
+        raise DataError(f"{file} has no lines", f'Lines like {{"{field}": "..."}} are expected.')
     return rows
