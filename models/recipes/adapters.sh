@@ -20,7 +20,7 @@ train() {
 train shout --rank 8 --alpha 16 --target-modules q_proj,v_proj --lr 3e-3 --epochs 2 --seed 1
 
 # rsLoRA on every linear layer.
-train mirror --rank 16 --alpha 16 --rslora --lr 1e-3 --epochs 1 --seed 2
+train mirror --rank 16 --alpha 16 --rslora --lr 5e-4 --epochs 1 --seed 2
 
 # Ranks 4, 8, 12, 24 and scalings 4, 2, 0.5, 3, 1.5 over attention and MLP.
 train echo --rank 8 --alpha 16 --lr 1e-3 --epochs 2 --seed 3 \
