@@ -30,9 +30,9 @@ _KNOWN_FIELDS = frozenset({
     "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out",
     "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config",
     "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core",
-    "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
-    "revision", "runtime_config", "target_modules", "target_parameters", "task_type",
-    "trainable_token_indices", "use_dora", "use_rslora",
+    "modules_to_save", "monteclora_config", "peft_type", "peft_version", "qalora_group_size", "r",
+    "rank_pattern", "revision", "runtime_config", "target_modules", "target_parameters",
+    "task_type", "trainable_token_indices", "use_dora", "use_rslora", "velora_config",
 })
 # fmt: on
 # field -> (the values at which it has no effect, the reason, the way out)
@@ -46,10 +46,8 @@ _REFUSED_FIELDS: dict[str, tuple[tuple[Any, ...], str, str]] = {
     "use_bdlora": ((False, None), "BD-LoRA's factors are block-diagonal", "Train a plain LoRA."),
     "arrow_config": ((None,), "Arrow routes between adapters per token", "Export them one by one."),
     "kasa_config": ((None,), "KaSA truncates the base's weights", MERGE_FIRST),
-    "velora_config": ((None,), "VeLoRA is not supported", "Train a plain LoRA."),
-    "monteclora_config": ((None,), "MonteCLoRA samples its factors", "Train a plain LoRA."),
 }
-_ORDINARY_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+_ORDINARY_INITS = (True, False, None, "gaussian", "eva", "mica", "orthogonal")
 # What an activated LoRA cannot have besides: the rest would work on every token.
 _NOT_WITH_ALORA: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("use_dora", (False, None)),

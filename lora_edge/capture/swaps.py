@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lora_edge.capture.attention import RotaryUse
 from lora_edge.capture.operators import Linear, Reshape, RMSNorm, Rotary
@@ -51,8 +52,13 @@ def swapped_linears(model: nn.Module) -> Iterator[None]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer: ``nn.Linear``, or GPT-2's ``Conv1D``."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    """Whether a module is a linear layer: ``nn.Linear``, or GPT-2's ``Conv1D``.
+
+    The output projection of an ``nn.MultiheadAttention`` is none: only its weight is read.
+    """
+    if isinstance(module, nn.Linear):
+        return not isinstance(module, NonDynamicallyQuantizableLinear)
+    return type(module).__name__ == "Conv1D"
 
 
 def _linear_forward(module: nn.Module) -> Callable[[Tensor], Tensor]:
