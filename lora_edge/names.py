@@ -25,10 +25,12 @@ SELECT = "lora.select"
 """Graph input ``[batch | 1, seq | 1, S]``: the weight of each of the S resident adapters."""
 
 PeftPart = Literal[
-    "A", "B", "B.bias", "magnitude", "embedding_A", "embedding_B", "tokens", "base", "saved", "idle"
-]
+    "A", "B", "B.bias", "magnitude", "embedding_A", "embedding_B", "tokens", "base", "saved",
+    "idle", "training",
+]  # fmt: skip
 """What a tensor of a PEFT file is; ``base`` is a copy of a weight of the base, ``saved`` a whole
-parameter that replaces the base's, ``idle`` one of a module that is itself replaced."""
+parameter that replaces the base's, ``idle`` one of a module that is itself replaced, ``training``
+what only training reads."""
 
 _INPUT = re.compile(rf"lora\.(?P<path>.+)\.(?P<part>{'|'.join(get_args(Part))})")
 _PEFT_PREFIX = "base_model.model."
@@ -40,6 +42,8 @@ _PEFT_KEYS: tuple[tuple[PeftPart, re.Pattern[str]], ...] = (
     ("embedding_A", re.compile(r"(.+)\.lora_embedding_A")),
     ("embedding_B", re.compile(r"(.+)\.lora_embedding_B")),
     ("tokens", re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta")),
+    # VeLoRA's projection and MonteCLoRA's sampler; both are plain LoRA at inference (variants.py).
+    ("training", re.compile(r"(.+\.lora_(?:velora_embed|monteclora_sampler\.[^.]+))")),
     ("base", re.compile(r"(.+)\.base_layer\.weight")),
 )
 _BASE_LAYER = ".base_layer."

@@ -30,9 +30,10 @@ _KNOWN_FIELDS = frozenset({
     "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out",
     "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config",
     "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core",
-    "merge_weights", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r",
-    "rank_pattern", "revision", "runtime_config", "target_modules", "target_parameters",
-    "task_type", "trainable_token_indices", "use_dora", "use_rslora",
+    "merge_weights", "modules_to_save", "monteclora_config", "peft_type", "peft_version",
+    "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules",
+    "target_parameters", "task_type", "trainable_token_indices", "use_dora", "use_rslora",
+    "velora_config",
 })
 # fmt: on
 # field -> (the values at which it has no effect, the reason, the way out)
@@ -46,8 +47,6 @@ _REFUSED_FIELDS: dict[str, tuple[tuple[Any, ...], str, str]] = {
     "use_bdlora": ((False, None), "BD-LoRA's factors are block-diagonal", MERGE_FIRST),
     "arrow_config": ((None,), "Arrow routes between adapters per token", "Export them one by one."),
     "kasa_config": ((None,), "KaSA truncates the base's weights", MERGE_FIRST),
-    "velora_config": ((None,), "VeLoRA is not supported", MERGE_FIRST),
-    "monteclora_config": ((None,), "MonteCLoRA samples its factors", MERGE_FIRST),
 }
 _ORDINARY_INITS = (True, False, None, "gaussian", "eva", "mica", "orthogonal")
 _CONVERTIBLE_INITS = ("pissa", "olora", "corda", "lora_ga")

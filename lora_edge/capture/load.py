@@ -126,11 +126,6 @@ def max_length(config: Any) -> int:
 def model_layers(model: nn.Module) -> dict[str, SiteEntry]:
     """Module path -> sizes and kind, of every layer that an adapter may change."""
     found = {path: _layer(module) for path, module in model.named_modules()}
-    for path, module in model.named_modules():
-        entry = found.get(f"{path}.out_proj")
-        if isinstance(module, nn.MultiheadAttention) and entry is not None:
-            reason = "belongs to an nn.MultiheadAttention, which never calls PEFT's pair on it"
-            found[f"{path}.out_proj"] = replace(entry, refusal=reason)
     return {path: entry for path, entry in found.items() if entry is not None}
 
 
@@ -173,10 +168,10 @@ def _layer(module: Any) -> SiteEntry | None:
         return None
     shape = tuple(int(size) for size in weight.shape)
     bias = getattr(module, "bias", None) is not None
-    if isinstance(module, nn.Linear):
-        return SiteEntry(shape[1], shape[0], bias=bias)
-    if is_linear(module):  # Conv1D of GPT-2
-        return SiteEntry(shape[0], shape[1], bias=bias, transposed=True)
+    if is_linear(module):
+        transposed = not isinstance(module, nn.Linear)  # Conv1D of GPT-2
+        size_in, size_out = shape if transposed else shape[::-1]
+        return SiteEntry(size_in, size_out, bias=bias, transposed=transposed)
     if isinstance(module, nn.Embedding):
         return SiteEntry(shape[0], shape[1], kind="embedding")
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):

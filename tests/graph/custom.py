@@ -74,10 +74,12 @@ class Custom:
         self.modules = model_layers(model.model)
         with torch.no_grad(), noted_ranks(model.model, self.modules):
             model(self.x)
+        torch.backends.mha.set_fastpath_enabled(False)  # which has no ONNX operator
         buffer = io.BytesIO()
         with placeholders(model.model) as weights, swapped_linears(model.model), quiet():
             # Of the shape of a padding that is not of zeros.
             warnings.filterwarnings("ignore", "Constant folding - Only steps=1", UserWarning)
+            warnings.filterwarnings("ignore", "Exporting a model to ONNX with a batch_size")
             torch.onnx.export(
                 model,
                 (self.x,),
@@ -207,13 +209,16 @@ def make_custom_adapter(
     """An adapter on a copy of a module, everything that it carries away from its neutral value."""
     torch.manual_seed(seed)
     config = LoraConfig(**{"r": 4, "lora_alpha": 6, "init_lora_weights": False, **settings})
-    carried = ("modules_to_save", "magnitude", "trainable_tokens_delta", ".bias")
+    carried = ["modules_to_save", "magnitude", "trainable_tokens_delta", ".bias"]
+    if isinstance(config.init_lora_weights, str):
+        carried += ["lora_A", "lora_B"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         adapted = get_peft_model(copy.deepcopy(model), config)
         with torch.no_grad():
             for name, parameter in adapted.named_parameters():
-                if parameter.requires_grad and any(mark in name for mark in carried):
+                frozen = not parameter.requires_grad and "lora_" not in name
+                if not frozen and any(mark in name for mark in carried):
                     size = max(float(parameter.std()) if parameter.numel() > 1 else 0.0, 0.3)
                     parameter.add_(torch.randn_like(parameter) * 0.3 * size)
         adapted.save_pretrained(directory)
