@@ -145,6 +145,13 @@ ROWS: dict[str, Row] = {
         MERGE_FIRST,
         tensors=_with("base_model.model.lm_head.modules_to_save.default.weight", 264, 192),
     ),
+    # PEFT's wrappers were subclasses of Linear once, and today's PEFT drops such keys.
+    "a bias as old releases saved it": Row(
+        {"bias": "lora_only"},
+        f"{QUERY}.bias",
+        f"Rename it to {QUERY}.base_layer.bias",
+        tensors=_with(f"{QUERY}.bias", 192),
+    ),
     "a grouped convolution with dora": Row(
         {"use_dora": True}, "layers.0.self_attn.q_proj", "plain LoRA", tensors=_grouped
     ),
