@@ -348,8 +348,8 @@ def _stacked(
         for module in found:
             if _first_match(config.get(field) or {}, module) is not None:
                 raise UnsupportedAdapterError(
-                    f"{directory} is refused: {field} decides for {module}, whose parameters "
-                    "target_parameters names",
+                    f"{directory} is refused in both modes: {field} decides for {module}, "
+                    "whose parameters target_parameters names",
                     "Train the experts with the adapter's own rank and alpha.",
                 )
     rank = _number(config.get("r", 8), "r")
