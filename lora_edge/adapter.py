@@ -30,6 +30,7 @@ from lora_edge.names import NONE_ADAPTER, PeftPart
 from lora_edge.peft_directory import (
     CONFIG_FILE,
     Tensors,
+    plain_biases,
     read_config,
     read_tensors,
     read_training,
@@ -276,6 +277,7 @@ def load_adapter(path: str | os.PathLike[str], name: str | None = None) -> Adapt
     tensors = read_tensors(file)
     stacked = _stacked(directory, config, tensors)
     modules, warnings = _modules(directory, config, tensors, stacked)
+    _check_biases(directory, file, modules)
     saved, copies = _saved(config, tensors, modules)
     digest = hashlib.sha256()
     for part in (directory / CONFIG_FILE, file):
@@ -346,8 +348,8 @@ def _stacked(
         for module in found:
             if _first_match(config.get(field) or {}, module) is not None:
                 raise UnsupportedAdapterError(
-                    f"{directory} is refused: {field} decides for {module}, whose parameters "
-                    "target_parameters names",
+                    f"{directory} is refused in both modes: {field} decides for {module}, "
+                    "whose parameters target_parameters names",
                     "Train the experts with the adapter's own rank and alpha.",
                 )
     rank = _number(config.get("r", 8), "r")
@@ -498,6 +500,17 @@ def _check_extras(
                 f"{directory}: {field} is {config.get(field)!r}, but module {odd} "
                 f"{'has' if odd in held else 'lacks'} a {what}",
                 "The config and the tensors are from different adapters; save it again.",
+            )
+
+
+def _check_biases(directory: Path, file: Path, modules: Mapping[str, LowRank]) -> None:
+    """A trained bias of an adapted layer has a key that today's PEFT reads too."""
+    for path, key in plain_biases(file).items():
+        if path in modules:
+            raise UnsupportedAdapterError(
+                f"{directory} is refused in both modes: the bias {key!r} is saved as old releases "
+                "of PEFT did, and today's, which the export is checked against, drops it",
+                f"Rename it to {key.removesuffix('bias')}base_layer.bias in {file.name}.",
             )
 
 

@@ -116,7 +116,7 @@ def check_modules(
         entry = _entry(adapter, modules, path, where)
         if entry.refusal:
             raise UnsupportedAdapterError(
-                f"adapter {adapter.name} is refused: {path} {entry.refusal}",
+                f"adapter {adapter.name} is refused in both modes: {path} {entry.refusal}",
                 "Leave the layer out of target_modules; modules_to_save takes it whole.",
             )
         wanted = (module.in_features, module.out_features)

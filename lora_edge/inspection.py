@@ -99,6 +99,20 @@ class TokenFacts:
 
 
 @dataclass(frozen=True)
+class StackFacts:
+    """The factors of a module's stacked parameters (``target_parameters``).
+
+    Attributes:
+        pairs: shapes of ``A [E * r, in]`` and ``B [out, r * E]`` of each parameter, in the order of
+            PEFT's wrappers; whose they are, only the built model tells.
+        scaling: the factor on each product.
+    """
+
+    pairs: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    scaling: float
+
+
+@dataclass(frozen=True)
 class CopyFacts:
     """A copy of a parameter of the base that PEFT saved along.
 
@@ -123,6 +137,7 @@ class Inspection:
         modules: module path -> low-rank pair.
         saved: parameter path -> replacement.
         tokens: module path -> trained rows.
+        stacked: module path -> factors of its stacked parameters.
         copies: parameter path -> copy of the base.
         invocation: token ids that activate an aLoRA.
         labels: names of the task head's outputs.
@@ -139,6 +154,7 @@ class Inspection:
     modules: Mapping[str, ModuleFacts]
     saved: Mapping[str, SavedFacts]
     tokens: Mapping[str, TokenFacts]
+    stacked: Mapping[str, StackFacts]
     copies: Mapping[str, CopyFacts]
     invocation: tuple[int, ...]
     labels: tuple[str, ...]
@@ -168,7 +184,7 @@ def inspect_adapter(path: str | os.PathLike[str], base: Base | None = None) -> I
             str(config.get("peft_type")),
             config.get("base_model_name_or_path"),
             None,
-            {}, {}, {}, {}, (), (), "", (),
+            {}, {}, {}, {}, {}, (), (), "", (),
             _by_mode(refusals),
         )  # fmt: skip
     fit = _Fit(adapter, base) if base is not None else None
@@ -197,6 +213,13 @@ def inspect_adapter(path: str | os.PathLike[str], base: Base | None = None) -> I
                 rows.indices, int(rows.rows.shape[1]), fit.reached(name) if fit else None
             )
             for name, rows in adapter.tokens.items()
+        },
+        stacked={
+            name: StackFacts(
+                tuple((a.shape, b.shape) for _, (a, b) in sorted(factors.levels.items())),
+                factors.scaling,
+            )
+            for name, factors in adapter.stacked.items()
         },
         copies={
             name: CopyFacts(value.shape, fit.same(name) if fit else None)
@@ -291,7 +314,7 @@ class _Fit:
         return ""
 
     def _found_misfits(self) -> Iterator[tuple[str, AdapterError]]:
-        nothing = dataclasses.replace(self._adapter, modules={}, saved={}, tokens={})
+        nothing = dataclasses.replace(self._adapter, modules={}, saved={}, tokens={}, stacked={})
         whole = self._adapter
         parts = [
             (path, dataclasses.replace(nothing, modules={path: x}))
@@ -313,6 +336,7 @@ class _Fit:
     def _fitting(self) -> Adapter:
         return dataclasses.replace(
             self._adapter,
+            stacked={},  # whose factors are whose, only the built model tells
             modules={k: v for k, v in self._adapter.modules.items() if k not in self._misfits},
             saved={k: v for k, v in self._adapter.saved.items() if k not in self._misfits},
             tokens={k: v for k, v in self._adapter.tokens.items() if k not in self._misfits},

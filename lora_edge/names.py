@@ -46,7 +46,9 @@ _PEFT_KEYS: tuple[tuple[PeftPart, re.Pattern[str]], ...] = (
     ("training", re.compile(r"(.+\.lora_(?:velora_embed|monteclora_sampler\.[^.]+))")),
     ("base", re.compile(r"(.+)\.base_layer\.weight")),
 )
-_BASE_LAYER = ".base_layer."
+BASE_LAYER = ".base_layer."
+"""In the key of a parameter of the layer that PEFT has put a wrapper around."""
+
 
 NONE_ADAPTER = "none"
 """The adapter that ships in every switchable bundle and changes nothing (rank 1, zeros)."""
@@ -95,7 +97,7 @@ def parse_peft_key(key: str) -> PeftKey | None:
     if re.search(r"(^|\.)(lora_|original_module|modules_to_save|token_adapter)", name):
         return None
     # A trained bias of an adapted layer is saved below the wrapper that PEFT put around the layer.
-    return PeftKey(name.replace(_BASE_LAYER, "."), "saved") if "." in name else None
+    return PeftKey(name.replace(BASE_LAYER, "."), "saved") if "." in name else None
 
 
 def past_name(layer: int, part: Literal["key", "value"]) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_edge.errors import AdapterError, UnsupportedAdapterError
-from lora_edge.names import PeftPart, parse_peft_key
+from lora_edge.names import BASE_LAYER, PeftPart, parse_peft_key
 from lora_edge.peft_types import MERGE_FIRST
 from lora_edge.tensors import TensorRecord, read_float32, read_header
 
@@ -130,6 +130,18 @@ def unknown_keys(file: Path) -> list[str]:
         ValueError: the file is damaged.
     """
     return [key for key in read_header(file) if parse_peft_key(key) is None]
+
+
+def plain_biases(file: Path) -> dict[str, str]:
+    """Module path -> key, of each trained bias that is saved beside no wrapper of PEFT's."""
+    found = {}
+    for key in read_header(file):
+        parsed = parse_peft_key(key)
+        if parsed is not None and parsed.part == "saved" and BASE_LAYER not in key:
+            module, _, own = parsed.path.rpartition(".")
+            if own == "bias":
+                found[module] = key
+    return found
 
 
 def _read(file: Path, key: str, record: TensorRecord) -> NDArray[np.float32]:

@@ -16,15 +16,19 @@ from lora_edge.cli.arguments import named_paths
     multiple=True,
     required=True,
     metavar="NAME=DIR",
-    help="Repeatable.",
+    help="A PEFT directory, and what to call it. Repeatable.",
 )
 @click.option(
-    "--base", help="The bundle's base, for adapters whose tensors follow from its weights (DoRA …)."
+    "--base",
+    help="The bundle's base, for adapters whose tensors follow from its weights: DoRA, trained "
+    "biases and token rows, modules_to_save.",
 )
 def command(bundle: str, adapters: tuple[str, ...], base: str | None) -> None:
     """Add PEFT adapters to BUNDLE; its graph and weights are not touched. Needs no PyTorch.
 
-    They are unproved until `lora-edge validate BUNDLE --reference BASE` has seen them.
+    The graph must have the inputs that they need (`lora-edge inspect BUNDLE` shows its kinds); one
+    that needs another is refused, by name. They are unproved until `lora-edge validate BUNDLE
+    --reference BASE` has seen them.
     """
     from lora_edge.exporter import add
 

@@ -15,7 +15,15 @@ from lora_edge.tasks import TASKS, TEXT_GENERATION
 
 @click.command()
 @click.argument("base")
-@click.option("-a", "--adapter", "adapters", multiple=True, metavar="NAME=DIR", help="Repeatable.")
+@click.option(
+    "-a",
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="NAME=DIR",
+    help="A PEFT directory, and what to call it; `lora-edge inspect DIR` says what it carries and "
+    "which mode takes it. Repeatable.",
+)
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="The bundle's folder."
 )
@@ -24,7 +32,8 @@ from lora_edge.tasks import TASKS, TEXT_GENERATION
     type=click.Choice(["switchable", "merged"]),
     default="switchable",
     show_default=True,
-    help="Adapters as inputs of one graph, or one adapter merged into the weights.",
+    help="Adapters as inputs of one graph, or one adapter merged into the weights. Activated LoRAs "
+    "are switchable only, experts (target_parameters) merged only.",
 )
 @click.option(
     "--task",
@@ -71,7 +80,9 @@ from lora_edge.tasks import TASKS, TEXT_GENERATION
 def command(adapters: tuple[str, ...], output: Path, **options: Any) -> None:
     """Export BASE (a Hugging Face folder or hub id) and PEFT adapters to one ONNX bundle.
 
-    The bundle is published only if every adapter does in it what it does in PyTorch.
+    The bundle is published only if every adapter does in it what it does in PyTorch. What cannot be
+    exported exactly is refused by name, and nothing is written. An adapter that replaces a whole
+    matrix (modules_to_save) costs that matrix in a switchable bundle; the export says how much.
     """
     from lora_edge.exporter import export
 

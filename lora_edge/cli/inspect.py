@@ -185,6 +185,12 @@ def _replaced(found: Inspection) -> Iterator[str]:
                 f"{_listed(rows.indices)}{reach}",
                 "  ",
             )
+    if found.stacked:
+        yield ""
+        yield "factors of stacked parameters (experts), compared with the base at export"
+        for path, factors in found.stacked.items():
+            shapes = ", ".join(f"A {_listed(a)} B {_listed(b)}" for a, b in factors.pairs)
+            yield from _wrapped(f"{path}: {shapes}, scaling {factors.scaling:.4g}", "  ")
     if found.copies:
         yield ""
         yield "copies of the base's own parameters, which must be equal to them"

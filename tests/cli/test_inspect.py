@@ -209,6 +209,26 @@ def test_everything_that_would_be_refused_is_listed(
         assert part in text.out
 
 
+def test_stacked_parameters_are_for_the_merged_mode_only(
+    adapters: dict[str, Path], cli: Cli, tmp_path: Path
+) -> None:
+    copy = _changed(adapters["shout"], tmp_path / "a", target_parameters=["mlp.experts.up"])
+    key = "base_model.model.model.layers.0.mlp.experts"
+    factors = {
+        f"{key}.lora_A.weight": np.ones((4 * 8, 192), np.float32),
+        f"{key}.lora_B.weight": np.ones((96, 8 * 4), np.float32),
+    }
+    save_file(load_file(copy / WEIGHTS) | factors, copy / WEIGHTS)
+    facts = json.loads(cli("inspect", copy, "--base", MODELS / "tiny-llama", "--json").out)
+    assert facts["stacked"] == {
+        "model.layers.0.mlp.experts": {"pairs": [[[32, 192], [96, 32]]], "scaling": 2.0}
+    }
+    assert facts["modes"]["merged"] == []
+    (reason,) = facts["modes"]["switchable"]
+    assert "target_parameters" in reason["message"]
+    assert "A [32, 192] B [96, 32], scaling 2" in cli("inspect", copy).out
+
+
 def test_a_task_head_and_its_labels(adapters: dict[str, Path], cli: Cli, tmp_path: Path) -> None:
     copy = _changed(adapters["shout"], tmp_path / "a", task_type="SEQ_CLS")
     head = {"base_model.model.score.weight": np.full((2, 192), 0.1, np.float32)}
