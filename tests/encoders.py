@@ -45,6 +45,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "modernbert": {"local_attention": 8},
     "electra": {"embedding_size": 16},
     "llama": _KV,
+    "mixtral": _KV,
     "qwen3": _KV | {"head_dim": 8},
     "mistral": _KV | {"head_dim": 8, "sliding_window": 8},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 130},

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from lora_edge.base import Base
 from lora_edge.bundle import EncoderSpec, SiteEntry
 from lora_edge.capture.attention import MASKED, RegisteredAttention, explicit_attention
+from lora_edge.capture.experts import parameter_modules
+from lora_edge.capture.families import OPTIMUM
 from lora_edge.capture.load import load_model, max_length, model_layers, noted_ranks
 from lora_edge.capture.swaps import constant_views, swapped_linears
 from lora_edge.capture.trace import OPSET, check_inputs, name_nodes, name_weights, quiet
@@ -143,12 +145,26 @@ def trace_encoder(
     swap = MaskedAttention(base.model_type)
     with swap.registered(), torch.no_grad():
         model = load_model(base, swap.name, task)
+        if parameter_modules(model):
+            raise UnsupportedModelError(
+                f"{base.model_type} models are refused for {task.name}: a mixture of experts is "
+                "traced for text generation only",
+                "Use a model of a supported family.",
+            )
         model.config.use_cache = False
         spec = _spec(model, task, base)
         modules = model_layers(model)
         traced = _Traced(model, swap, spec)
-        with noted_ranks(model, modules):
-            traced(*_example(spec).values())  # what is refused is refused before it is traced
+        try:
+            with noted_ranks(model, modules):
+                traced(*_example(spec).values())  # what is refused is refused before it is traced
+        except KeyError as error:  # a table of its own, which lacks the registered function
+            if error.args != (swap.name,):
+                raise
+            raise UnsupportedModelError(
+                f"{base.model_type} models are refused: they have no common attention interface",
+                OPTIMUM,
+            ) from error
         graph = _export(traced, spec, task, directory)
     nodes = {node.name for node in graph.graph.node}
     linears = [path for path, layer in modules.items() if layer.kind == "linear"]
