@@ -58,6 +58,12 @@ def load_model(base: Base, attention: str | None, task: Task | None = None) -> A
             refuse_untraceable(config.to_dict())
         field = experts_field(config.to_dict())
         if field is not None:
+            if task is not None:
+                raise UnsupportedModelError(
+                    f"{base.model_type} models are refused for {task.name}: {field}: mixtures of "
+                    "experts are captured for text generation only",
+                    "Use a dense model for this task.",
+                )
             with torch.device("meta"):  # before any weight is loaded
                 empty = getattr(transformers, loader).from_config(copy.deepcopy(config))
             refuse_loops(empty, base.model_type, field)
@@ -173,10 +179,10 @@ def _layer(module: Any) -> SiteEntry | None:
         return None
     shape = tuple(int(size) for size in weight.shape)
     bias = getattr(module, "bias", None) is not None
-    if isinstance(module, nn.Linear):
-        return SiteEntry(shape[1], shape[0], bias=bias)
-    if is_linear(module):  # Conv1D of GPT-2
-        return SiteEntry(shape[0], shape[1], bias=bias, transposed=True)
+    if is_linear(module):
+        if isinstance(module, nn.Linear):
+            return SiteEntry(shape[1], shape[0], bias=bias)
+        return SiteEntry(shape[0], shape[1], bias=bias, transposed=True)  # Conv1D of GPT-2
     if isinstance(module, nn.Embedding):
         return SiteEntry(shape[0], shape[1], kind="embedding")
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
