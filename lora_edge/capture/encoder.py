@@ -263,7 +263,7 @@ def _export(traced: _Traced, spec: EncoderSpec, task: Task, directory: Path) -> 
     with ExitStack() as stack:
         weights = stack.enter_context(placeholders(traced.model))
         stack.enter_context(swapped_linears(traced.model))
-        stack.enter_context(constant_views(_BATCH, _SEQ))
+        stack.enter_context(constant_views(_BATCH, None if spec.image else _SEQ))
         stack.enter_context(quiet())
         torch.onnx.export(
             traced,

@@ -58,6 +58,12 @@ def load_model(base: Base, attention: str | None, task: Task | None = None) -> A
             refuse_untraceable(config.to_dict())
         field = experts_field(config.to_dict())
         if field is not None:
+            if task is not None:
+                raise UnsupportedModelError(
+                    f"{base.model_type} models are refused for {task.name}: {field}: mixtures of "
+                    "experts are captured for text generation only",
+                    "Use a dense model for this task.",
+                )
             with torch.device("meta"):  # before any weight is loaded
                 empty = getattr(transformers, loader).from_config(copy.deepcopy(config))
             refuse_loops(empty, base.model_type, field)

@@ -123,7 +123,7 @@ def _probe_norm(module: nn.Module) -> tuple[float, float] | None:
 
 
 @contextmanager
-def constant_views(batch: int, seq: int) -> Iterator[None]:
+def constant_views(batch: int, seq: int | None) -> Iterator[None]:
     """``view`` and ``reshape`` that keep batch and sequence become a Reshape to a constant shape.
 
     A model computes ``(batch, seq, heads, -1)`` from the shape of its input, which a trace records
@@ -132,7 +132,7 @@ def constant_views(batch: int, seq: int) -> Iterator[None]:
 
     Args:
         batch: rows of the trace.
-        seq: tokens of each row.
+        seq: tokens of each row; ``None`` where they are not an input's, as an image's patches.
     """
     original = {name: getattr(torch.Tensor, name) for name in ("view", "reshape")}
 
@@ -142,7 +142,8 @@ def constant_views(batch: int, seq: int) -> Iterator[None]:
             if (
                 len(sizes) == 2
                 and x.ndim == 3
-                and (int(x.shape[0]), int(x.shape[1])) == (batch, seq)
+                and int(x.shape[0]) == batch
+                and (seq is None or int(x.shape[1]) == seq)
                 and _int(sizes[0]) == -1
                 and sizes[1] == x.shape[2]
             ):

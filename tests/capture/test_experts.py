@@ -17,10 +17,11 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_edge.base import resolve_base
-from lora_edge.capture import BaseGraph, capture
+from lora_edge.capture import BaseGraph, capture, capture_task
 from lora_edge.errors import CaptureError, UnsupportedModelError
 from lora_edge.graph import check, fuse, load, save_graph
 from lora_edge.parity.base_check import check_base
+from lora_edge.tasks import Task
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from families import MOE, make_base
@@ -166,14 +167,15 @@ def test_a_forgotten_correction_of_scores_is_noticed(form: Form, tmp_path: Path)
 def test_only_layers_on_unflattened_tokens_are_sites(tmp_path: Path) -> None:
     """A gate for each row fits `[batch, seq, in]` only, and the shared expert has that."""
     graph = _capture(make_base("qwen2_moe", tmp_path / "base"), "portable", tmp_path / "out")
-    sites = {path.removeprefix("model.layers.0.") for path in graph.linears}
+    linears = {path for path, layer in graph.modules.items() if layer.kind == "linear"}
+    sites = {path.removeprefix("model.layers.0.") for path in linears}
     shared = {"gate_proj", "up_proj", "down_proj"}
     assert {f"mlp.shared_expert.{name}" for name in shared} | {"mlp.shared_expert_gate"} <= sites
     assert not [path for path in sites if path.endswith((".gate", "experts"))]
     model = onnx.shape_inference.infer_shapes(onnx.load(graph.path))
     ranks = {x.name: len(x.type.tensor_type.shape.dim) for x in model.graph.value_info}
     for node in model.graph.node:
-        if node.name in graph.linears:
+        if node.name in linears:
             assert ranks.get(node.input[0], 3) == 3, node.name
 
 
@@ -255,3 +257,11 @@ def test_experts_in_a_module_list_are_refused_whatever_the_config_says() -> None
     with pytest.raises(UnsupportedModelError, match="num_experts is 4"):
         refuse_loops(torch.nn.Linear(2, 3), "some", "num_experts is 4")
     refuse_loops(torch.nn.Linear(2, 3), "some", None)
+
+
+@_stacked
+def test_other_tasks_are_refused_by_name(tmp_path: Path) -> None:
+    base = resolve_base(make_base("mixtral", tmp_path / "base"))
+    task = Task("text-classification", 3)
+    with pytest.raises(UnsupportedModelError, match=r"mixtral.*text-classification.*num_local"):
+        capture_task(base, tmp_path, task)

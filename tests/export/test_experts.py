@@ -50,6 +50,21 @@ def test_attention_adapter_in_both_modes(
     np.testing.assert_allclose(mixed[1], off[1], atol=1e-5)
 
 
+def test_a_router_that_is_a_linear_layer_by_name_only_takes_no_branch(tmp_path: Path) -> None:
+    """Phi-3.5-MoE's is a subclass of `nn.Linear` that works on flattened tokens."""
+    base = make_base("phimoe", tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "a", r=3, lora_alpha=4, target_modules=_ATTENTION)
+    bundle = lora_edge.export(base, {"a": adapter}, output=tmp_path / "s", form="portable")
+    sites = {path.removeprefix("model.layers.0.self_attn.") for path in bundle.manifest.sites}
+    assert set(_ATTENTION) <= sites
+    assert not [path for path in sites if path.endswith("router")]
+    runner = lora_edge.Runner(tmp_path / "s")
+    ids = np.random.default_rng(0).integers(3, 256, (3, 7))
+    mixed = runner.logits(ids, adapter=[None, "a", None])
+    np.testing.assert_allclose(mixed[1], runner.logits(ids[1:2], adapter="a")[0], atol=1e-5)
+    assert np.abs(mixed[1] - runner.logits(ids[1:2])[0]).max() > 0.01
+
+
 def test_shared_expert_takes_an_adapter(tmp_path: Path) -> None:
     """Its gates for each row of a mixed batch need activations that are not flattened."""
     base = make_base("granitemoeshared", tmp_path / "base")
