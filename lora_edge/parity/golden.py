@@ -73,16 +73,14 @@ def reduce(golden: Golden, probes: int, *, seed: int = 0) -> Golden:
         golden: a case with whole logits.
         probes: how many cases share the budget of 1 MB; the more, the smaller the subset, and in
             the end the shorter the continuation.
-        seed: of the subset, which is the same at all positions.
+        seed: of the subset, which is the same at all positions of a row.
     """
     share = _BUDGET / probes
     golden = _shortened(golden, int(share / (_POSITION + _COLUMN * _LEAST)))
-    vocab = golden.expected[0].reference.shape[1]
     positions = sum(len(row.top1) for row in golden.expected)
     affordable = int((share / positions - _POSITION) / _COLUMN)
-    count = min(vocab, max(_LEAST, min(_TOP + _SUBSET, affordable)))
-    subset = np.sort(np.random.default_rng(seed).permutation(vocab)[: count - count // 4])
-    return replace(golden, expected=tuple(_reduced(row, subset, count) for row in golden.expected))
+    wanted = max(_LEAST, min(_TOP + _SUBSET, affordable))
+    return replace(golden, expected=tuple(_reduced(row, wanted, seed) for row in golden.expected))
 
 
 def _shortened(golden: Golden, positions: int) -> Golden:
@@ -101,7 +99,10 @@ def _shortened(golden: Golden, positions: int) -> Golden:
     )
 
 
-def _reduced(row: Expected, subset: np.ndarray[Any, Any], count: int) -> Expected:
+def _reduced(row: Expected, wanted: int, seed: int) -> Expected:
+    vocab = row.reference.shape[1]  # of a task head's labels, each adapter has its own number
+    count = min(vocab, wanted)
+    subset = np.sort(np.random.default_rng(seed).permutation(vocab)[: count - count // 4])
     rest = row.reference.copy()
     rest[:, subset] = -np.inf  # each token is kept once
     few = count - len(subset)
