@@ -336,7 +336,8 @@ def _stacked(
     directory: Path, config: Mapping[str, Any], tensors: Tensors
 ) -> dict[str, StackedFactors]:
     """The factors below the modules that ``target_parameters`` names."""
-    owners = {str(x).rpartition(".")[0] for x in config.get("target_parameters") or ()} - {""}
+    targets = [str(x) for x in config.get("target_parameters") or ()]
+    owners = {target.rpartition(".")[0] for target in targets} - {""}
     if not owners:
         return {}
     found: dict[str, dict[int, tuple[FloatArray, FloatArray]]] = {}
@@ -345,11 +346,13 @@ def _stacked(
         if any(f".{module}".endswith(f".{owner}") for owner in owners):
             found.setdefault(module, {})[level] = (a, b)
     for field in ("rank_pattern", "alpha_pattern"):
-        for module in found:
-            if _first_match(config.get(field) or {}, module) is not None:
+        # PEFT matches the patterns with the parameter's path.
+        paths = [f"{module}.{x.rpartition('.')[2]}" for module in found for x in targets]
+        for path in (*found, *paths):
+            if _first_match(config.get(field) or {}, path) is not None:
                 raise UnsupportedAdapterError(
-                    f"{directory} is refused in both modes: {field} decides for {module}, "
-                    "whose parameters target_parameters names",
+                    f"{directory} is refused in both modes: {field} decides for {path}, "
+                    "which target_parameters names",
                     "Train the experts with the adapter's own rank and alpha.",
                 )
     rank = _number(config.get("r", 8), "r")

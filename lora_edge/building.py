@@ -17,6 +17,7 @@ from lora_edge import __version__
 from lora_edge.adapter import Adapter
 from lora_edge.base import Base
 from lora_edge.bundle import (
+    BASE_GRAPH_FILE,
     DATA_FILE,
     GRAPH_FILE,
     AdapterEntry,
@@ -202,11 +203,16 @@ def build(
         }
         given = {name: with_heads(changes, heads) for name, changes in given.items()}
         say(f"adding branches to {len(covered)} layers")
+        plain = captured.path.with_name("base.onnx")
+        if task is None:
+            passes.save_graph(model, plain)
         passes.branch(model, passes.find_sites(model, covered, weights))
         # Beside its data, which is moved and never rewritten.
         passes.save_graph(model, captured.path)
         captured.path.rename(graph_file)
         (raw / "model.onnx_data").rename(stage / DATA_FILE)
+        if task is None:
+            plain.rename(stage / BASE_GRAPH_FILE)
         none = write_none(stage, covered, fingerprint, heads)
         entries[NONE_ADAPTER] = dataclasses.replace(none, labels=base_labels)
     passes.check(graph_file)

@@ -5,6 +5,7 @@ Knows files and JSON; knows nothing of graphs, adapters' maths or runtimes. The 
     DIR/
       lora_edge.json                         the manifest, with a hash of every file
       onnx/model.onnx, onnx/model.onnx_data
+      onnx/base.onnx                         the same graph without branches, on the same data
       adapters/NAME/adapter.onnx_adapter     for the runtime
       adapters/NAME/peft/                    the PEFT files, verbatim: what parity is proved against
       parity/                                golden cases and the report of the export's own check
@@ -32,6 +33,7 @@ MANIFEST_NAME = "lora_edge.json"
 FORMAT_VERSION = 1
 GRAPH_FILE = "onnx/model.onnx"
 DATA_FILE = "onnx/model.onnx_data"
+BASE_GRAPH_FILE = "onnx/base.onnx"  # the decoder without branches, on the same data file
 _PARTIAL, _RETIRED = ".partial", ".old"
 
 Mode = Literal["switchable", "merged"]

@@ -15,13 +15,15 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from lora_edge.adapter import load_adapter
 from lora_edge.bundle import GraphSpec, SiteEntry
+from lora_edge.lora import SiteChange
 from lora_edge.runtime.binding import Binding
 from lora_edge.runtime.decoder import Decoder
 
 REFERENCE, AGAIN = "genai", "genai again"
 MERGED, ON, OFF = "merged", "switchable on", "switchable off"
+PLAIN = "off, own session"
 PEFT, EAGER = "PEFT eager", "PyTorch eager"
-WITHOUT_ADAPTER = (OFF, EAGER)
+WITHOUT_ADAPTER = (OFF, PLAIN, EAGER)
 
 
 class Contestant(Protocol):
@@ -50,8 +52,9 @@ class Graph:
         self._binding = tensors.off()
         if adapter is not None:
             modules = load_adapter(adapter, "bench").modules
-            factors = tensors.factors({p: module.factors() for p, module in modules.items()})
-            self._binding = Binding(((("bench", 1.0),),), {**factors, **tensors.gate(1.0)})
+            changes = {path: SiteChange(module.factors()) for path, module in modules.items()}
+            values = tensors.changes(changes, [changes])
+            self._binding = Binding(((("bench", 1.0),),), {**values, **tensors.weight(1.0)})
 
     def start(self, prompt: list[int], length: int) -> NDArray[np.float32]:
         self._decoding = self._decoder.start(1, length, self._binding)
@@ -94,6 +97,7 @@ def makers(graphs: Graphs, threads: int) -> dict[str, Callable[[], Contestant]]:
         MERGED: lambda: Graph(graphs.merged, graphs.spec, threads),
         ON: lambda: Graph(graphs.switchable, graphs.spec, threads, graphs.sites, graphs.adapter),
         OFF: lambda: Graph(graphs.switchable, graphs.spec, threads, graphs.sites),
+        PLAIN: lambda: Graph(graphs.plain, graphs.spec, threads),
         PEFT: lambda: Eager(graphs.base, graphs.adapter),
         EAGER: lambda: Eager(graphs.base),
     }

@@ -24,6 +24,7 @@ from lora_edge.adapter import load_adapter
 from lora_edge.base import resolve_base
 from lora_edge.bundle import GraphSpec, SiteEntry
 from lora_edge.capture import capture
+from lora_edge.effects import parameter_changes
 
 # peft 0.21 asks transformers 5 for a name that is about to go.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -57,6 +58,7 @@ class Graphs:
         adapter: the PEFT folder.
         merged: our graph with the adapter in its weights.
         switchable: our graph with a branch on every linear layer but the head.
+        plain: the same without any branch, what a bundle's ``onnx/base.onnx`` is.
         genai: onnxruntime-genai's graph of the merged weights; None if it is not installed.
         spec: facts of our two graphs.
         genai_spec: facts of genai's.
@@ -67,6 +69,7 @@ class Graphs:
     adapter: Path
     merged: Path
     switchable: Path
+    plain: Path
     genai: Path | None
     spec: GraphSpec
     genai_spec: GraphSpec
@@ -86,14 +89,20 @@ def prepare(folder: Path, shape: Shape) -> Graphs:
     for directory in (merged, switchable):
         directory.mkdir()
     captured = capture(resolve_base(base), switchable)
-    factors = {p: module.factors() for p, module in load_adapter(adapter, "x").modules.items()}
-    sites = {p: entry for p, entry in captured.linears.items() if p != captured.head}
+    changes = parameter_changes(load_adapter(adapter, "x"), captured.modules, captured.tied)
+    sites = {
+        path: layer
+        for path, layer in captured.modules.items()
+        if layer.kind == "linear" and path != captured.head
+    }
     model = passes.load(captured.path)
     passes.fuse(model)
-    passes.merge(model, passes.find_sites(model, sites), factors)
+    passes.merge(model, passes.find_sites(model, sites), changes)
     passes.save_with_data(model, merged / "model.onnx")
     model = passes.load(captured.path)
     passes.fuse(model)
+    plain = captured.path.with_name("base.onnx")
+    passes.save_graph(model, plain)
     passes.branch(model, passes.find_sites(model, sites))
     passes.save_graph(model, captured.path)
     return Graphs(
@@ -101,6 +110,7 @@ def prepare(folder: Path, shape: Shape) -> Graphs:
         adapter=adapter,
         merged=merged / "model.onnx",
         switchable=captured.path,
+        plain=plain,
         genai=genai,
         spec=captured.spec,
         genai_spec=replace(captured.spec, form="foreign", backend="genai"),

@@ -22,7 +22,7 @@ class Generation:
     Args:
         decoder: the decoder.
         prompts: token ids of each row.
-        binding: the adapters of the rows.
+        binding: the adapters of the rows; None is off on every row.
         max_new_tokens: at most so many new tokens a row.
         eos_ids: tokens that end a row.
         sampling: how tokens are chosen.
@@ -36,7 +36,7 @@ class Generation:
         self,
         decoder: Decoder,
         prompts: Sequence[Sequence[int]],
-        binding: Binding,
+        binding: Binding | None,
         *,
         max_new_tokens: int,
         eos_ids: Collection[int],

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lora_edge.bundle import DATA_FILE, GRAPH_FILE, Bundle, GraphSpec, load_bundle
+from lora_edge.bundle import BASE_GRAPH_FILE, DATA_FILE, GRAPH_FILE, Bundle, GraphSpec, load_bundle
 from lora_edge.errors import BundleError, DataError
 from lora_edge.lora import FloatArray
 from lora_edge.names import NONE_ADAPTER
@@ -47,6 +47,9 @@ class Runner:
         optimization: ONNX Runtime's graph optimizations: ``disable``, ``basic``, ``extended``,
             ``all`` (None).
         allow_fallback: let the CPU run the nodes that the provider does not take.
+        base_session: run batches without any adapter in a session of their own, on the graph
+            without branches: as fast as a merged bundle, for a second copy of the weights in
+            memory. It is opened when first needed.
 
     Raises:
         BundleError: the folder is not a bundle, or its graph is missing, damaged or cut off. The
@@ -63,6 +66,7 @@ class Runner:
         threads: int | None = None,
         optimization: str | None = None,
         allow_fallback: bool = False,
+        base_session: bool = False,
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
         manifest = self.bundle.manifest
@@ -81,6 +85,20 @@ class Runner:
         else:
             self.session = Encoder(graph, manifest.graph, **options)
         self._active = ActiveAdapters(self.bundle, self.session.tensors)
+        has_base = base_session and BASE_GRAPH_FILE in manifest.files
+        self._base_options = {**options, "sites": {}} if has_base else None
+
+    @cached_property
+    def _base(self) -> Decoder:
+        assert self._base_options is not None
+        graph = self.bundle.verify(BASE_GRAPH_FILE)
+        return Decoder(graph, self.bundle.manifest.decoder, **self._base_options)
+
+    def _session_for(self, binding: Binding) -> tuple[Decoder, Binding | None]:
+        """Where a batch of text runs, and what is bound there."""
+        if self._base_options is not None and not any(binding.states):
+            return self._base, None
+        return self.decoder, binding
 
     @property
     def decoder(self) -> Decoder:
@@ -191,7 +209,8 @@ class Runner:
         binding = self.binding(adapter, len(rows))
         if isinstance(self.session, Encoder):
             return self._encoder_logits(rows, starts, width, token_type_ids, binding)
-        decoding = self.decoder.start(len(rows), max(map(len, rows)), binding)
+        decoder, bound = self._session_for(binding)
+        decoding = decoder.start(len(rows), max(map(len, rows)), bound)
         out = np.zeros((len(rows), width, self.spec.vocab_size), np.float32)
         for index, values in enumerate(decoding.extend_all(rows)):
             out[index, starts[index] : starts[index] + len(values)] = values
@@ -367,10 +386,11 @@ class Runner:
         max_new_tokens: int,
         sampling: Sampling,
     ) -> Generation:
+        decoder, bound = self._session_for(self.binding(adapter, len(rows)))
         return Generation(
-            self.decoder,
+            decoder,
             rows,
-            self.binding(adapter, len(rows)),
+            bound,
             max_new_tokens=max_new_tokens,
             eos_ids=self.eos_ids,
             sampling=sampling,
