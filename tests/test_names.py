@@ -48,6 +48,15 @@ def test_what_else_an_adapter_holds(tail: str, part: str) -> None:
     assert parse_peft_key(f"base_model.model.a.q.{tail}") == ("a.q", part)
 
 
+@pytest.mark.parametrize(
+    "tail", ["lora_velora_embed", "lora_monteclora_sampler.std_prior", "lora_monteclora_sampler.x"]
+)
+def test_what_only_training_reads(tail: str) -> None:
+    assert parse_peft_key(f"base_model.model.a.q.{tail}") == (f"a.q.{tail}", "training")
+    assert parse_peft_key(f"base_model.model.a.q.{tail}.other.one") is None
+    assert parse_peft_key("base_model.model.a.q.lora_diag") is None
+
+
 def test_saved_parameters_have_parameter_paths() -> None:
     assert parse_peft_key("base_model.model.a.norm.weight") == ("a.norm.weight", "saved")
     assert parse_peft_key("base_model.model.a.q.base_layer.bias") == ("a.q.bias", "saved")
