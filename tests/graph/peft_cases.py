@@ -163,6 +163,9 @@ _DORA = {"use_dora": True}
 _MHA = _both(r"mha is an nn\.MultiheadAttention.*twice")
 _BY_PARAMETER = r"target_parameters is \['lin[01]\.weight'\].*chosen for each token"
 
+_NO_STACK = r"changes parameters of lin[01], and the module has no stacked parameters there"
+_SAVED = r"replaces {}\..*, which is no weight or bias of a linear, embedding, convolution or norm"
+
 
 def _velora(kind: str) -> VeloraConfig:
     return VeloraConfig(num_groups=1, init_type=kind)
@@ -252,12 +255,12 @@ PEFT_CASES: dict[str, Case] = {
     "MLP 1 using nn.Parameter LoRA": Case(
         "product",
         {"target_parameters": ["lin0.weight"]},
-        refused={"switchable": _BY_PARAMETER, "merged": "changes lin0.*no such site"},
+        refused={"switchable": _BY_PARAMETER, "merged": _NO_STACK},
     ),
     "MLP 2 using nn.Parameter LoRA": Case(
         "mlp",
         {**_L0, "target_parameters": ["lin1.weight"]},
-        refused={"switchable": _BY_PARAMETER},
+        refused={"switchable": _BY_PARAMETER, "merged": _NO_STACK},
     ),
     "Vanilla MLP 1 LoRA with Monteclora": Case(
         "mlp",
@@ -330,11 +333,11 @@ MORE_CASES: dict[str, Case] = {
         refused=_both(r"changes mha\.out_proj, .*no such site"),
     ),
     "MHA saved": Case(
-        "mha", {**_L0, "modules_to_save": ["mha"]}, refused=_both("changes mha, .*no such site")
+        "mha", {**_L0, "modules_to_save": ["mha"]}, refused=_both(_SAVED.format("mha"))
     ),
     "beside an MHA": Case("mha", _L0),
     "GRU saved": Case(
-        "gru", {**_L0, "modules_to_save": ["gru"]}, refused=_both("changes gru, .*no such site")
+        "gru", {**_L0, "modules_to_save": ["gru"]}, refused=_both(_SAVED.format("gru"))
     ),
     "beside a GRU": Case("gru", _L01, path="lin0"),
     "PiSSA": Case(
