@@ -63,7 +63,9 @@ class Settings:
         for name in ("alpha", "epochs", "lr"):
             _require_positive(name, getattr(self, name))
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0.0):
-            raise AdapterError(f"weight_decay is {self.weight_decay}, expected 0 or more")
+            raise AdapterError(
+                f"weight_decay is {self.weight_decay}, expected 0 or more", "0 is no decay."
+            )
         if not 0.0 <= self.dropout < 1.0:
             raise AdapterError(
                 f"dropout is {self.dropout}, expected 0 <= dropout < 1",
