@@ -19,7 +19,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
+from peft.tuners.lora.config import BdLoraConfig, KasaConfig
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -105,8 +105,6 @@ ROWS: dict[str, Row] = {
     "qalora": Row({"use_qalora": True}, "use_qalora", "Train a plain LoRA"),
     "bdlora": Row({"use_bdlora": {"nblocks": 2}}, "use_bdlora", MERGE_FIRST),
     "kasa": Row({"kasa_config": {"beta": 1e-4}}, "kasa_config", MERGE_FIRST),
-    "velora": Row({"velora_config": {"num_groups": 8}}, "velora_config", MERGE_FIRST),
-    "monteclora": Row({"monteclora_config": {"num_samples": 8}}, "monteclora_config", MERGE_FIRST),
     "an unknown field": Row({"brand_new": 3}, "brand_new is 3", "Update lora-edge"),
     "an unknown bias": Row({"bias": "some"}, "bias is 'some'", "correct it"),
     "dora and lora_bias": Row(
@@ -353,6 +351,8 @@ def test_every_field_of_pefts_config_at_its_default_is_taken(tmp_path: Path) -> 
         {"lora_dropout": 0.3, "exclude_modules": ["k_proj"], "layers_to_transform": [0, 1, 2]},
         {"megatron_config": {"a": 1}, "revision": "main", "qalora_group_size": 8},
         {"runtime_config": {"ephemeral_gpu_offload": True}, "ensure_weight_tying": True},
+        {"velora_config": {"num_groups": 8}},
+        {"monteclora_config": {"num_samples": 8}},
         {"brand_new": None, "another": False, "third": []},
         {"alora_invocation_tokens": [], "modules_to_save": [], "trainable_token_indices": {}},
     ],
@@ -376,8 +376,6 @@ MERGEABLE: dict[str, dict[str, Any]] = {
         )
     },
     "kasa_config": {"kasa_config": KasaConfig()},
-    "velora_config": {"velora_config": VeloraConfig(num_groups=8)},
-    "monteclora_config": {"monteclora_config": MontecloraConfig()},
 }
 
 
