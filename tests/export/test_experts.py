@@ -11,9 +11,10 @@ import pytest
 import transformers
 from adapters import make_adapter
 from families import make_base
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import lora_edge
+from lora_edge.cli import main
 
 pytestmark = pytest.mark.skipif(
     transformers.__version__ < "5", reason="transformers 4 has no stacked experts"
@@ -48,6 +49,51 @@ def test_attention_adapter_in_both_modes(
     mixed = runner.logits(ids, adapter=["a", None])
     np.testing.assert_allclose(mixed[0], on[0], atol=1e-5)
     np.testing.assert_allclose(mixed[1], off[1], atol=1e-5)
+
+
+_TARGETS = {
+    "mixtral": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    "qwen3_moe": ["mlp.experts.down_proj"],
+}
+
+
+@pytest.mark.parametrize("family", sorted(_TARGETS))
+def test_target_parameters_are_merged_exactly(
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The export proves it against PEFT; without the experts' share the outputs are others."""
+    base = make_base(family, tmp_path / "base", **_EXPERTS[family])
+    adapter = make_adapter(
+        base,
+        tmp_path / "a",
+        r=3,
+        lora_alpha=4,
+        target_modules=["q_proj"],
+        target_parameters=_TARGETS[family],
+    )
+    form: Literal["fused", "portable"] = "fused" if family == "mixtral" else "portable"
+    lora_edge.export(base, {"a": adapter}, "merged", tmp_path / "m", form=form)
+    report = lora_edge.validate(tmp_path / "m")
+    assert report.passed, report.table()
+    figures = report.cases[0].figures
+    assert figures is not None
+    assert figures.effect_error <= 1e-4
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    assert sum("experts" in key for key in tensors) == 4 * len(_TARGETS[family])
+    save_file({k: v * np.float32("experts" not in k) for k, v in tensors.items()}, file)
+    lora_edge.export(base, {"a": adapter}, "merged", tmp_path / "q", form=form)
+    ids = np.random.default_rng(0).integers(3, 256, (2, 11))
+    whole, without = (lora_edge.Runner(tmp_path / x).logits(ids) for x in ("m", "q"))
+    assert np.abs(whole - without).max() > 1e3 * figures.logit_error
+    with pytest.raises(SystemExit) as stopped:
+        main(["export", str(base), "-a", f"a={adapter}", "-o", str(tmp_path / "s")])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert "target_parameters" in said
+    assert "switchable" in said
+    assert "--mode merged" in said
+    assert not (tmp_path / "s").exists()
 
 
 def test_a_router_that_is_a_linear_layer_by_name_only_takes_no_branch(tmp_path: Path) -> None:
