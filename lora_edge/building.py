@@ -27,15 +27,10 @@ from lora_edge.bundle import (
     SiteEntry,
     file_entries,
 )
-from lora_edge.effects import (
-    check_copies,
-    check_modules,
-    kind_of,
-    parameter_changes,
-    parts_of_kinds,
-    site_changes,
-)
+from lora_edge.effects import parameter_changes, site_changes
 from lora_edge.errors import AdapterError, MissingDependencyError
+from lora_edge.fit import check_copies, check_modules
+from lora_edge.kinds import kind_of, parts_of_kinds
 from lora_edge.lora import Head, SiteChange
 from lora_edge.names import NONE_ADAPTER, Part
 from lora_edge.packing import with_heads, write_adapter_folder, write_none

@@ -7,18 +7,18 @@ maths and the kinds of layers; knows nothing of graphs, files or PyTorch.
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_edge.adapter import Adapter, LowRank, TokenRows
+from lora_edge.adapter import Adapter
+from lora_edge.adapter_parts import LowRank, TokenRows
 from lora_edge.bundle import SiteEntry
-from lora_edge.errors import AdapterError, UnsupportedAdapterError
+from lora_edge.errors import AdapterError
 from lora_edge.experts import ExpertLora, ParameterModule, assign, expert_lora
+from lora_edge.fit import Weights, base_value
 from lora_edge.lora import (
     Factors,
     FloatArray,
@@ -29,209 +29,10 @@ from lora_edge.lora import (
     full_rank,
     row_replacement,
 )
-from lora_edge.names import FACTOR_PARTS, Part
-from lora_edge.peft_types import MERGE_FIRST
-
-Weights = Callable[[str], "NDArray[np.floating] | None"]
-"""Parameter path -> the base's value in the checkpoint's layout; ``None`` where it has none."""
 
 ParameterChange = Callable[["WideArray | None"], WideArray]
 """The base's value in float64 (``None`` where it has none) -> the adapter's. A linear weight is
 ``[out, in]`` here whatever the checkpoint's layout."""
-
-_ONE_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
-
-_KIND_OF_PART: dict[Part, str] = {
-    "A": "lora", "B": "lora", "gate": "lora", "G": "dora", "bias": "bias", "weight": "norm",
-    "W": "head", "c": "head",
-}  # fmt: skip
-_NO_BIAS = ("bias", "embedding")
-KINDS = ("lora", "dora", "bias", "norm", "embedding", "conv", "head")
-"""What ``export --kinds`` takes."""
-
-
-def kind_of(entry: SiteEntry, part: Part) -> str:
-    """Which of :data:`KINDS` an input of a site belongs to."""
-    if part in FACTOR_PARTS and entry.kind in ("embedding", "conv"):
-        return entry.kind
-    return _KIND_OF_PART[part]
-
-
-def parts_of_kinds(entry: SiteEntry, kinds: tuple[str, ...]) -> tuple[Part, ...]:
-    """The inputs that a site gets when a graph is exported for some kinds, whoever needs them."""
-    possible: dict[str, tuple[Part, ...]] = {
-        "linear": (*FACTOR_PARTS, "G", "bias"),
-        "embedding": (*FACTOR_PARTS, "G"),
-        "conv": (*FACTOR_PARTS, "G", "bias"),
-        "norm": ("weight", "bias") if entry.bias else ("weight",),
-        "head": ("W", "c"),
-    }
-    wanted = (entry.kind, "dora") if entry.kind in ("embedding", "conv") else ("dora",)
-    return tuple(
-        part
-        for part in possible[entry.kind]
-        if (set(wanted) <= set(kinds) if part == "G" else kind_of(entry, part) in kinds)
-    )
-
-
-def alone(adapter: Adapter, modules: Mapping[str, SiteEntry]) -> str:
-    """Why an adapter can be neither blended nor weighted; empty where it can."""
-    if any(module.magnitude is not None for module in adapter.modules.values()):
-        return "DoRA rescales the base by norms that belong to its own weight 1"
-    if adapter.invocation:
-        return "an activated LoRA works on its own tokens only"
-    heads = [path for path, entry in modules.items() if entry.kind == "head"]
-    if any(path.rpartition(".")[0] in heads for path in adapter.saved):
-        return "its task head replaces the base's"
-    return ""
-
-
-def check_modules(
-    adapter: Adapter,
-    modules: Mapping[str, SiteEntry],
-    where: str,
-    stacks: Mapping[str, ParameterModule] | None = None,
-) -> None:
-    """Check that every layer that an adapter changes is there, of its kind and in its shape.
-
-    Args:
-        adapter: the adapter.
-        modules: module path -> layer of the base.
-        where: names the base, or the graph, in errors.
-        stacks: module path -> module with stacked parameters (experts).
-
-    Raises:
-        AdapterError: a layer is missing (near misses are named), or has another shape.
-        UnsupportedAdapterError: it changes something that is no layer of a known kind.
-    """
-    for path in adapter.stacked:
-        if path not in (stacks or {}):
-            near = difflib.get_close_matches(path, stacks or {}, n=3)
-            raise AdapterError(
-                f"adapter {adapter.name} changes parameters of {path}, and {where} has no stacked "
-                f"parameters there" + (f"; near misses: {', '.join(near)}" if near else ""),
-                f"The adapter is for another base: {adapter.base_model}",
-            )
-    for path, module in adapter.modules.items():
-        entry = _entry(adapter, modules, path, where)
-        if entry.refusal:
-            raise UnsupportedAdapterError(
-                f"adapter {adapter.name} is refused in both modes: {path} {entry.refusal}",
-                "Leave the layer out of target_modules; modules_to_save takes it whole.",
-            )
-        wanted = (module.in_features, module.out_features)
-        kinds = {"linear": ("linear", "head"), "embedding": ("embedding",), "conv": ("conv",)}
-        if entry.kind not in kinds[module.kind] or wanted != (
-            entry.in_features,
-            entry.out_features,
-        ):
-            raise AdapterError(
-                f"adapter {adapter.name}: {path} is a {module.kind} layer [{wanted[0]} -> "
-                f"{wanted[1]}], {where} has a {entry.kind} layer "
-                f"[{entry.in_features} -> {entry.out_features}]",
-                f"The adapter is for another base: {adapter.base_model}",
-            )
-    for path, tokens in adapter.tokens.items():
-        entry = _entry(adapter, modules, path, where)
-        vocab, size = entry.in_features, entry.out_features
-        if entry.kind != "embedding":
-            vocab, size = size, vocab
-        if tokens.rows.shape[1] != size or max(tokens.indices) >= vocab:
-            raise AdapterError(
-                f"adapter {adapter.name}: {path} has trained rows {tokens.rows.shape} up to token "
-                f"{max(tokens.indices)}, {where} has [{vocab}, {size}] there",
-                f"The adapter is for another base: {adapter.base_model}",
-            )
-    for path in adapter.saved:
-        module_path, _, own = path.rpartition(".")
-        layer = modules.get(module_path)
-        if own not in ("weight", "bias") or layer is None or (own, layer.kind) == _NO_BIAS:
-            raise UnsupportedAdapterError(
-                f"adapter {adapter.name} is refused in both modes: it replaces {path}, which is no "
-                f"weight or bias of a linear, embedding, convolution or norm layer of {where}",
-                f"If the adapter is for this base, and not for another: {MERGE_FIRST}",
-            )
-        expected = _shape_of(layer, own)
-        if expected is not None and adapter.saved[path].shape != expected:
-            raise AdapterError(
-                f"adapter {adapter.name} replaces {path} by {adapter.saved[path].shape}, {where} "
-                f"has {expected} there",
-                f"The adapter is for another base: {adapter.base_model}",
-            )
-
-
-def _shape_of(layer: SiteEntry, own: str) -> tuple[int, ...] | None:
-    """The shape of a layer's weight or bias in the checkpoint; ``None`` where it may be any."""
-    if layer.kind == "head" or (layer.kind == "conv" and own == "weight"):
-        return None
-    if own == "bias" or layer.kind == "norm":
-        return (layer.out_features,)
-    if layer.kind == "embedding" or layer.transposed:
-        return layer.in_features, layer.out_features
-    return layer.out_features, layer.in_features
-
-
-def check_base_of(adapter: Adapter, fingerprint: str, name: str) -> None:
-    """Check that an adapter was trained on this base, where its trainer recorded on which.
-
-    Raises:
-        AdapterError: it was another base; both fingerprints are named.
-    """
-    if adapter.base_fingerprint is not None and adapter.base_fingerprint != fingerprint:
-        raise AdapterError(
-            f"adapter {adapter.name} was trained on a base with fingerprint "
-            f"{adapter.base_fingerprint[:12]}, {name} has {fingerprint[:12]}",
-            f"Export it with its own base: {adapter.base_model}",
-        )
-
-
-def check_copies(adapter: Adapter, weights: Weights | None, tied: tuple[str, ...]) -> None:
-    """Check that what PEFT saved of the base along with an adapter is the base's.
-
-    PEFT writes such a copy over the base when it loads the adapter, so one that differs would
-    change the base for every adapter.
-
-    Raises:
-        UnsupportedAdapterError: it differs; the tensor is named.
-        AdapterError: there is such a copy and the base is not at hand.
-    """
-    for path in adapter.base_copies:
-        if not same_copy(adapter, weights, path, tied):
-            raise UnsupportedAdapterError(
-                f"adapter {adapter.name} is refused in both modes: it was saved with {path}, which "
-                "differs from the base's and would replace it for every adapter",
-                "Train with modules_to_save, or save with save_embedding_layers=False.",
-            )
-
-
-def same_copy(adapter: Adapter, weights: Weights | None, path: str, tied: tuple[str, ...]) -> bool:
-    """Whether a copy of the base's parameter that was saved along equals the base's.
-
-    Raises:
-        AdapterError: the base is not at hand.
-    """
-    value, copy = base_value(adapter, weights, path, tied), adapter.base_copies[path]
-    return value is not None and np.array_equal(value, copy)
-
-
-def base_value(
-    adapter: Adapter, weights: Weights | None, path: str, tied: tuple[str, ...]
-) -> NDArray[np.floating] | None:
-    """The base's value of a parameter, or ``None``; a tied head has the embedding's.
-
-    Raises:
-        AdapterError: the base is not at hand.
-    """
-    if weights is None:
-        raise AdapterError(
-            f"adapter {adapter.name} cannot be added without the base: what it feeds to the graph "
-            f"follows from the base's {path}",
-            "Give the base model with --base.",
-        )
-    value = weights(path)
-    if value is None and tied and path == f"{tied[1]}.weight":
-        return weights(f"{tied[0]}.weight")
-    return value
 
 
 def site_changes(
@@ -512,22 +313,3 @@ def _output_layers(
         return [path]
     # Token rows follow the tie, though PEFT saves the embedding's key alone.
     return [tied[1]] if tied and tied[0] == path and tied[1] not in adapter.tokens else []
-
-
-def _entry(adapter: Adapter, modules: Mapping[str, SiteEntry], path: str, where: str) -> SiteEntry:
-    entry = modules.get(path)
-    if entry is None:
-        if _ONE_EXPERT.search(path):
-            raise UnsupportedAdapterError(
-                f"adapter {adapter.name} changes {path}, a linear layer of one expert, which "
-                "sees only the tokens that were sent to it; transformers 5 has no such layers, "
-                f"and {where} keeps all experts in one parameter",
-                MERGE_FIRST,
-            )
-        near = difflib.get_close_matches(path, modules, n=3)
-        raise AdapterError(
-            f"adapter {adapter.name} changes {path}, and {where} has no such site"
-            + (f"; near misses: {', '.join(near)}" if near else ""),
-            f"The adapter is for another base: {adapter.base_model}",
-        )
-    return entry

@@ -26,20 +26,15 @@ from lora_edge.bundle import (
 )
 from lora_edge.card import bundle_card
 from lora_edge.convert import Conversion, converting
-from lora_edge.effects import (
-    KINDS,
-    Weights,
-    check_base_of,
-    check_copies,
-    check_modules,
-    site_changes,
-)
+from lora_edge.effects import site_changes
 from lora_edge.errors import (
     AdapterError,
     BaseModelError,
     BundleError,
     ParityError,
 )
+from lora_edge.fit import Weights, check_base_of, check_copies, check_modules
+from lora_edge.kinds import KINDS
 from lora_edge.lora import Head, SiteChange
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.packing import check_parts, with_heads, write_adapter_folder

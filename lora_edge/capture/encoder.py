@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from lora_edge.base import Base
 from lora_edge.bundle import EncoderSpec, SiteEntry
 from lora_edge.capture.attention import MASKED, RegisteredAttention, explicit_attention
-from lora_edge.capture.experts import parameter_modules
 from lora_edge.capture.families import OPTIMUM
 from lora_edge.capture.load import load_model, max_length, model_layers, noted_ranks
 from lora_edge.capture.swaps import constant_views, swapped_linears
@@ -145,12 +144,6 @@ def trace_encoder(
     swap = MaskedAttention(base.model_type)
     with swap.registered(), torch.no_grad():
         model = load_model(base, swap.name, task)
-        if parameter_modules(model):
-            raise UnsupportedModelError(
-                f"{base.model_type} models are refused for {task.name}: a mixture of experts is "
-                "traced for text generation only",
-                "Use a model of a supported family.",
-            )
         model.config.use_cache = False
         spec = _spec(model, task, base)
         modules = model_layers(model)

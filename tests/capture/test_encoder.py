@@ -76,7 +76,7 @@ def test_family_equals_pytorch_or_is_refused(family: str, name: str, tmp_path: P
         ("swin", "image-classification", {"image_size": 48}, "mask of its own|interface"),
         ("bloom", "text-classification", {}, "alibi"),
         ("gpt2", "text-classification", {"pad_token_id": None}, "has no pad_token_id"),
-        ("mixtral", "text-classification", {"num_local_experts": 4}, "mixture of experts"),
+        ("mixtral", "text-classification", {"num_local_experts": 4}, "mixtures of experts"),
     ],
 )
 def test_refused_by_name(

@@ -31,7 +31,8 @@ from lora_edge.capture.load import model_layers, noted_ranks
 from lora_edge.capture.swaps import swapped_linears
 from lora_edge.capture.trace import OPSET, name_nodes, name_weights, quiet
 from lora_edge.capture.weights import attach, placeholders
-from lora_edge.effects import check_copies, check_modules, parameter_changes, site_changes
+from lora_edge.effects import parameter_changes, site_changes
+from lora_edge.fit import check_copies, check_modules
 from lora_edge.lora import SiteChange
 from lora_edge.names import Part
 from lora_edge.packing import graph_tensors
