@@ -16,8 +16,15 @@ from numpy.typing import NDArray
 from lora_edge.adapter import Adapter
 from lora_edge.adapter_parts import LowRank, TokenRows
 from lora_edge.bundle import SiteEntry
-from lora_edge.errors import AdapterError
-from lora_edge.experts import ExpertLora, ParameterModule, assign, expert_lora
+from lora_edge.errors import AdapterError, UnsupportedAdapterError
+from lora_edge.experts import (
+    ExpertLora,
+    ExpertPlace,
+    ParameterModule,
+    assign,
+    expert_lora,
+    place_of,
+)
 from lora_edge.fit import Weights, base_value
 from lora_edge.lora import (
     Factors,
@@ -77,6 +84,13 @@ class _SiteChanges:
 
     def found(self) -> dict[str, SiteChange]:
         for path, module in self._adapter.modules.items():
+            if path not in self._modules:
+                raise UnsupportedAdapterError(
+                    f"adapter {self._adapter.name} is refused in switchable mode: {path} is a "
+                    "layer of one expert, whose weights are chosen for each token and have no "
+                    "branch",
+                    "Use --mode merged, or train with target_modules on the attention.",
+                )
             self._low_rank(path, module)
         for path, tokens in self._adapter.tokens.items():
             self._token_rows(path, tokens)
@@ -207,6 +221,10 @@ def parameter_changes(
         for owner in {path, *outputs} if modules[path].kind == "embedding" else set(outputs):
             then(f"{owner}.weight", _Rows(tokens))
     for path, module in adapter.modules.items():
+        place = place_of(path, stacks or {})
+        if place is not None:
+            then(place.parameter, _OneExpert(place, module))
+            continue
         then(f"{path}.weight", _Adapted(module))
         if module.bias is not None:
             then(f"{path}.bias", _Shift(module.scaling * module.bias.astype(np.float64)))
@@ -235,6 +253,20 @@ class _Experts:
         if base.ndim == 2:
             return base + self.lora.delta(0)
         return np.stack([matrix + self.lora.delta(i) for i, matrix in enumerate(base)])
+
+
+@dataclass(frozen=True)
+class _OneExpert:
+    place: ExpertPlace
+    module: LowRank
+
+    def __call__(self, base: WideArray | None) -> WideArray:
+        assert base is not None
+        changed = base.copy()
+        rows = slice(self.place.first, self.place.first + self.place.size[0])
+        part = changed[self.place.expert, rows]
+        changed[self.place.expert, rows] = _Adapted(self.module)(part)
+        return changed
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,57 @@ class ExpertLora:
         return product if self.exchanged else product.T
 
 
+# What the layers of one expert are called, and where transformers 5 keeps them.
+_OF_ONE_EXPERT = re.compile(
+    r"(?P<block>.+)\.(?:block_sparse_moe|mlp)\.experts\.(?P<expert>\d+)\."
+    r"(?P<layer>w1|w2|w3|gate_proj|up_proj|down_proj)"
+)
+_GATES, _UPS = ("w1", "gate_proj"), ("w3", "up_proj")
+
+
+@dataclass(frozen=True)
+class ExpertPlace:
+    """Where a linear layer of one expert lies in a stacked parameter ``[E, m, n]``.
+
+    Attributes:
+        parameter: parameter path.
+        expert: which of the E.
+        first: first row of the layer's weight in the expert's matrix.
+        size: ``(out, in)`` of the layer.
+    """
+
+    parameter: str
+    expert: int
+    first: int
+    size: tuple[int, int]
+
+
+def place_of(path: str, stacks: Mapping[str, ParameterModule]) -> ExpertPlace | None:
+    """The place of a linear layer of one expert; ``None`` if it is none, or has none.
+
+    Before transformers 5 each expert was a module of its own; since, a block keeps all of them in
+    ``mlp.experts.gate_up_proj [E, 2 * intermediate, hidden]``, gates first, and ``down_proj``.
+
+    Args:
+        path: module path of the layer, as an adapter names it.
+        stacks: module path -> module with stacked parameters.
+    """
+    match = _OF_ONE_EXPERT.fullmatch(path)
+    owner = "" if match is None else f"{match['block']}.mlp.experts"
+    module = stacks.get(owner)
+    if match is None or module is None or module.transposed:
+        return None
+    layer = match["layer"]
+    fused = layer in _GATES + _UPS
+    name = "gate_up_proj" if fused else "down_proj"
+    shape = module.parameters.get(name, ())
+    expert = int(match["expert"])
+    if len(shape) != 3 or expert >= shape[0]:
+        return None
+    rows = shape[1] // 2 if fused else shape[1]
+    return ExpertPlace(f"{owner}.{name}", expert, rows * (layer in _UPS), (rows, shape[2]))
+
+
 def split_level(path: str) -> tuple[str, int]:
     """``….experts.base_layer`` -> ``(….experts, 1)``: the module, and how deep the wrapper lies."""
     level = 0

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from lora_edge.adapter import Adapter
 from lora_edge.bundle import SiteEntry
 from lora_edge.errors import AdapterError, UnsupportedAdapterError
-from lora_edge.experts import ParameterModule
+from lora_edge.experts import ParameterModule, place_of
 from lora_edge.peft_types import MERGE_FIRST
 
 Weights = Callable[[str], "NDArray[np.floating] | None"]
@@ -52,6 +52,22 @@ def check_modules(
                 f"The adapter is for another base: {adapter.base_model}",
             )
     for path, module in adapter.modules.items():
+        place = place_of(path, stacks or {})
+        if place is not None and module.bias is not None:
+            raise UnsupportedAdapterError(
+                f"adapter {adapter.name} is refused in both modes: {path}, a layer of one expert, "
+                "has a bias of B, and a stacked parameter has none",
+                MERGE_FIRST,
+            )
+        if place is not None:
+            if place.size != (module.out_features, module.in_features):
+                raise AdapterError(
+                    f"adapter {adapter.name}: {path} is [{module.in_features} -> "
+                    f"{module.out_features}], {where} has [{place.size[1]} -> {place.size[0]}] in "
+                    f"{place.parameter}",
+                    f"The adapter is for another base: {adapter.base_model}",
+                )
+            continue
         entry = _entry(adapter, modules, path, where)
         if entry.refusal:
             raise UnsupportedAdapterError(

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_edge.base import Base
-from lora_edge.errors import BaseModelError, MissingDependencyError
+from lora_edge.errors import AdapterError, BaseModelError, MissingDependencyError
 from lora_edge.parity.states import State
 from lora_edge.peft_directory import read_config
 
@@ -200,10 +200,17 @@ class Reference:
         from peft import PeftModel
 
         with quiet():
-            if isinstance(model, PeftModel):
-                model.load_adapter(os.fspath(directory), adapter_name=inner)
-                return model
-            adapted = PeftModel.from_pretrained(model, os.fspath(directory), adapter_name=inner)
+            try:
+                if isinstance(model, PeftModel):
+                    model.load_adapter(os.fspath(directory), adapter_name=inner)
+                    return model
+                adapted = PeftModel.from_pretrained(model, os.fspath(directory), adapter_name=inner)
+            except (ValueError, KeyError, TypeError, RuntimeError) as error:
+                raise AdapterError(
+                    f"PEFT cannot load {os.fspath(directory)}: "
+                    f"{' '.join(str(error).split())[:300] or repr(error)}",
+                    "Without PEFT's own outputs nothing can be proved; save the adapter again.",
+                ) from error
             return adapted.eval()
 
     def _offsets(self, row: Sequence[int], state: State, prompt: int) -> dict[str, Any]:

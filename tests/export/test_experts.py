@@ -127,21 +127,70 @@ def test_shared_expert_takes_an_adapter(tmp_path: Path) -> None:
     assert np.abs(mixed[1] - runner.logits(ids[1:2])[0]).max() > 0.01
 
 
-@pytest.mark.parametrize("path", ["block_sparse_moe.experts.0.w1", "mlp.experts.3.down_proj"])
-def test_layers_of_one_expert_are_refused_by_name(path: str, tmp_path: Path) -> None:
-    base = make_base("mixtral", tmp_path / "base")
-    adapter = make_adapter(base, tmp_path / "a", r=3, target_modules=["q_proj"])
-    key = f"base_model.model.model.layers.0.{path}"
-    tensors = {
-        f"{key}.lora_A.weight": np.ones((3, 64), np.float32),
-        f"{key}.lora_B.weight": np.ones((96, 3), np.float32),
-    }
+def _layers_of_experts(base: Path, directory: Path, block: str, names: list[str]) -> Path:
+    """An adapter as transformers 4 had it written: a pair for each layer of each expert."""
+    adapter = make_adapter(base, directory, r=3, lora_alpha=4, target_modules=["q_proj"])
+    config = json.loads((base / "config.json").read_text())
+    count = config.get("num_local_experts") or config["num_experts"]
+    hidden = config["hidden_size"]
+    inner = config.get("moe_intermediate_size") or config["intermediate_size"]
+    random = np.random.default_rng(1)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    for layer in range(2):
+        for expert in range(count):
+            for name in names:
+                sizes = (inner, hidden) if name in ("w2", "down_proj") else (hidden, inner)
+                key = f"base_model.model.model.layers.{layer}.{block}.experts.{expert}.{name}"
+                a, b = random.normal(size=(3, sizes[0])), random.normal(size=(sizes[1], 3))
+                tensors[f"{key}.lora_A.weight"] = (a * 0.3).astype(np.float32)
+                tensors[f"{key}.lora_B.weight"] = (b * 0.3).astype(np.float32)
     save_file(tensors, adapter / "adapter_model.safetensors")
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    settings["target_modules"] = ["q_proj", *names]
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    return adapter
+
+
+@pytest.mark.parametrize(
+    ("family", "block", "names"),
+    [
+        ("mixtral", "block_sparse_moe", ["w1", "w2", "w3"]),
+        ("qwen3_moe", "mlp", ["gate_proj", "up_proj", "down_proj"]),
+    ],
+)
+def test_layers_of_single_experts_are_merged_exactly(
+    family: str, block: str, names: list[str], tmp_path: Path
+) -> None:
+    """The export proves it against PEFT, which stacks such an adapter when it loads it."""
+    base = make_base(family, tmp_path / "base", **_EXPERTS[family])
+    adapter = _layers_of_experts(base, tmp_path / "a", block, names)
+    lora_edge.export(base, {"a": adapter}, "merged", tmp_path / "m")
+    report = lora_edge.validate(tmp_path / "m")
+    assert report.passed, report.table()
+    figures = report.cases[0].figures
+    assert figures is not None
+    assert figures.effect_error <= 1e-4
+    plain = make_adapter(base, tmp_path / "q", r=3, lora_alpha=4, target_modules=["q_proj"])
+    lora_edge.export(base, {"a": plain}, "merged", tmp_path / "mq")
+    ids = np.random.default_rng(0).integers(3, 256, (2, 11))
+    whole, without = (lora_edge.Runner(tmp_path / x).logits(ids) for x in ("m", "mq"))
+    assert np.abs(whole - without).max() > 1e3 * figures.logit_error
     with pytest.raises(lora_edge.UnsupportedAdapterError, match="one expert") as caught:
         lora_edge.export(base, {"a": adapter}, output=tmp_path / "out")
-    assert path in str(caught.value)
-    assert caught.value.hint
+    assert "switchable" in str(caught.value)
+    assert "--mode merged" in caught.value.hint
     assert not (tmp_path / "out").exists()
+
+
+def test_what_peft_cannot_load_itself_is_no_unexpected_fault(tmp_path: Path) -> None:
+    """PEFT stacks w3 with w1 only; there is nothing to prove against."""
+    base = make_base("mixtral", tmp_path / "base", **_EXPERTS["mixtral"])
+    adapter = _layers_of_experts(base, tmp_path / "a", "block_sparse_moe", ["w3"])
+    with pytest.raises(lora_edge.AdapterError, match="PEFT cannot load") as caught:
+        lora_edge.export(base, {"a": adapter}, "merged", tmp_path / "m")
+    assert "w3" in str(caught.value)
+    assert caught.value.hint
+    assert not (tmp_path / "m").exists()
 
 
 def test_router_takes_no_branch(tmp_path: Path) -> None:
