@@ -41,6 +41,12 @@ from lora_edge.tasks import TASKS, TEXT_GENERATION
     help="What the model is to do.  [default: what the adapters were trained for, or the base is]",
 )
 @click.option(
+    "--task",
+    help="text-generation, text-classification, token-classification, feature-extraction, "
+    "image-classification, text2text-generation or automatic-speech-recognition.  [default: what "
+    "the adapters were trained for, else what the base is]",
+)
+@click.option(
     "--form",
     type=click.Choice(["fused", "portable"]),
     default="fused",
