@@ -134,16 +134,17 @@ def _exported(
 ) -> Iterator[Path]:
     """A folder with optimum's graphs, which goes when the block ends."""
     from optimum.exporters.onnx import onnx_export_from_model
+    from optimum.utils import logging
 
+    level = logging.get_verbosity()
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             warnings.simplefilter("ignore", FutureWarning)
             warnings.simplefilter("ignore", torch.jit.TracerWarning)
             warnings.filterwarnings("ignore", "Exporting aten::index operator", UserWarning)
-            # optimum writes the generation settings beside its graphs, and transformers complains
-            # of them; nobody reads these copies.
-            warnings.filterwarnings("ignore", "Moving the following attributes", UserWarning)
+            # It warns of tied weights that it leaves apart; the parity check judges the result.
+            logging.set_verbosity_error()
             try:
                 onnx_export_from_model(
                     model, scratch, task=task, do_validation=False, **(shapes or {})
@@ -155,6 +156,8 @@ def _exported(
                     f"{' '.join(str(error).split()) or repr(error)}",
                     "Use a model of a family that the README names; LORA_EDGE_DEBUG=1 shows where.",
                 ) from error
+            finally:
+                logging.set_verbosity(level)
         yield Path(scratch)
 
 

@@ -71,6 +71,8 @@ class TaskReference:
         task = Task(self.task.name, num_labels, self.task.heads)
         with quiet():
             model = PeftModel.from_pretrained(_load(self.base, task), os.fspath(directory))
+        if task.seq2seq:
+            model = model.base_model  # PEFT's own forward gives input_ids to models of speech too
         self._models[name] = model.eval()
 
     def outputs(
