@@ -135,7 +135,8 @@ class TestWithOptimum:
                         num_beams=1,
                         forced_eos_token_id=None,  # BART's, in the last place of a full answer
                     )[0].tolist()
-                theirs = found[len(spec.start) :] if found[: len(spec.start)] else found
+                # Whisper's own generate() leaves out what the decoder began with.
+                theirs = found if spec.features else found[len(spec.start) :]
                 assert own == theirs[: len(own)], (name, own, found)
                 assert len(own) == 10 or own[-1] in runner.eos_ids
             said.append(ours)
