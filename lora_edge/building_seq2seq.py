@@ -24,18 +24,13 @@ from lora_edge.building import (
     sign,
 )
 from lora_edge.bundle import DECODER_FILE, ENCODER_FILE, AdapterEntry, Manifest, SiteEntry
-from lora_edge.effects import (
-    Weights,
-    check_copies,
-    check_modules,
-    parameter_changes,
-    site_changes,
-)
+from lora_edge.effects import parameter_changes, site_changes
 from lora_edge.errors import (
     MissingDependencyError,
     UnsupportedAdapterError,
     UnsupportedModelError,
 )
+from lora_edge.fit import Weights, check_copies, check_modules
 from lora_edge.lora import SiteChange
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.packing import write_adapter_folder, write_none
@@ -130,7 +125,9 @@ def build_seq2seq(
         entries[adapter.name] = entry
         say_cost(adapter, stage / entry.file, captured.head, say)
     copy_files(base, stage)
-    manifest = manifest_of(options, base, captured, figures, entries, covered, modules, fingerprint)
+    manifest = manifest_of(
+        options, base, captured, figures, entries, covered, captured.modules, fingerprint
+    )
     return sign(stage, manifest)
 
 

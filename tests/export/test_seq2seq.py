@@ -179,6 +179,12 @@ class TestWithOptimum:
             exported.base, tmp_path / "late", family, 7, r=2, target_modules=ALL[family][1:3]
         )
         lora_edge.add(bundle, {"late": late})
+        embedding = "shared" if family.startswith("t5") else "embed_tokens"
+        other = make_seq2seq_adapter(
+            exported.base, tmp_path / "other", family, 7, r=2, target_modules=[embedding]
+        )
+        with pytest.raises(UnsupportedAdapterError, match=rf"{embedding} is a layer of kind emb"):
+            lora_edge.add(bundle, {"other": other})
         assert not lora_edge.validate(bundle).passed
         assert lora_edge.validate(bundle, reference=exported.base).passed
 
