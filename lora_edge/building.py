@@ -88,7 +88,8 @@ def chosen_task(
             adapter does not bring one.
         BaseModelError: the task is unknown.
     """
-    types = {_TASK_OF_TYPE.get(str(a.config.get("task_type"))) for a in adapters} - {None}
+    known = {**_TASK_OF_TYPE, "SEQ_2_SEQ_LM": _seq2seq_task(base)}
+    types = {known.get(str(a.config.get("task_type"))) for a in adapters} - {None}
     if asked is None and len(types) > 1:
         raise AdapterError(
             f"the adapters are for different tasks: {', '.join(sorted(map(str, types)))}",
@@ -99,6 +100,8 @@ def chosen_task(
         return None
     saved = [x for adapter in adapters for x in adapter.config.get("modules_to_save") or ()]
     plain = Task(name)
+    if plain.seq2seq:
+        return plain
     task = dataclasses.replace(plain, heads=tuple(dict.fromkeys((*plain.heads, *saved))))
     if task.output != "logits":
         return task
@@ -123,9 +126,17 @@ def _task_of(base: Base) -> str:
     for ending, task in _TASK_OF_ARCHITECTURE.items():
         if architecture.endswith(ending):
             return task
+    if base.config.get("is_encoder_decoder"):
+        return _seq2seq_task(base)
     encoder = architecture.endswith("Model") and not base.config.get("is_decoder")
     bidirectional = "bert" in base.model_type or base.model_type in ("vit", "deit", "dinov2")
     return "feature-extraction" if encoder and bidirectional else TEXT_GENERATION
+
+
+def _seq2seq_task(base: Base) -> str:
+    """The task of an encoder-decoder: of speech where its inputs have mels."""
+    speech = "num_mel_bins" in base.config or "input_feat_per_channel" in base.config
+    return "automatic-speech-recognition" if speech else "text2text-generation"
 
 
 def build(
@@ -190,7 +201,7 @@ def build(
             given[adapter.name] = site_changes(adapter, captured.modules, weights, captured.tied)
         # The head is the largest site and adapters seldom touch it.
         offered = set(captured.modules) - {captured.head} if options.sites == "all" else set()
-        covered = _covered(captured.modules, offered, list(given.values()), options.kinds)
+        covered = covered_layers(captured.modules, offered, list(given.values()), options.kinds)
         heads = {
             path: _base_head(base, path)
             for path, site in covered.items()
@@ -219,11 +230,39 @@ def build(
         if not entry.labels and (count is None or count == len(base_labels)):
             entry = dataclasses.replace(entry, labels=base_labels)
         entries[adapter.name] = entry
-        _say_cost(adapter, stage / entry.file, captured.head, say)
-    _copy_files(base, stage)
-    manifest = Manifest(
+        say_cost(adapter, stage / entry.file, captured.head, say)
+    copy_files(base, stage)
+    modules = captured.modules
+    manifest = manifest_of(options, base, captured, figures, entries, covered, modules, fingerprint)
+    return sign(stage, manifest)
+
+
+def manifest_of(
+    options: Options,
+    base: Base,
+    captured: Any,
+    figures: Mapping[str, Any],
+    entries: Mapping[str, AdapterEntry],
+    covered: Mapping[str, SiteEntry],
+    modules: Mapping[str, SiteEntry],
+    fingerprint: str,
+) -> Manifest:
+    """The manifest of a bundle whose files are written.
+
+    Args:
+        options: how it was built.
+        base: its base.
+        captured: the :class:`~lora_edge.capture.BaseGraph`.
+        figures: of the base check.
+        entries: name -> adapter.
+        covered: module path -> layer with inputs; empty when merged.
+        modules: module path -> layer that an adapter may change.
+        fingerprint: the base's.
+    """
+    merged = options.mode == "merged"
+    return Manifest(
         mode=options.mode,
-        task=TEXT_GENERATION if task is None else task.name,
+        task=TEXT_GENERATION if options.task is None else options.task.name,
         precision="fp32",
         graph=captured.spec,
         base={
@@ -239,12 +278,11 @@ def build(
         | dict(captured.versions),
         uncovered={
             path: dataclasses.replace(entry, parts=())
-            for path, entry in captured.modules.items()
+            for path, entry in modules.items()
             if not merged and path not in covered
         },
         tied=captured.tied,
     )
-    return sign(stage, manifest)
 
 
 def sign(stage: Path, manifest: Manifest) -> Manifest:
@@ -270,14 +308,15 @@ def _base_head(base: Base, path: str) -> Head:
     return Head(weight.T, weight[:, 0] * 0 if bias is None else bias)
 
 
-def _copy_files(base: Base, stage: Path) -> None:
+def copy_files(base: Base, stage: Path) -> None:
+    """Copy the base's config and tokenizer files into a bundle."""
     for name in _COPIED:
         if (base.directory / name).is_file():
             (stage / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(base.directory / name, stage / name)
 
 
-def _covered(
+def covered_layers(
     modules: Mapping[str, SiteEntry],
     offered: Set[str],
     given: Sequence[Mapping[str, SiteChange]],
@@ -295,7 +334,7 @@ def _covered(
     return covered
 
 
-def _say_cost(adapter: Adapter, file: Path, head: str, say: Progress) -> None:
+def say_cost(adapter: Adapter, file: Path, head: str, say: Progress) -> None:
     """Say what an adapter costs that replaces whole weights instead of low-rank parts of them."""
     whole = [path for path, x in adapter.saved.items() if x.ndim > 1 and path != f"{head}.weight"]
     if whole and file.is_file():

@@ -4,7 +4,7 @@ Knows files and JSON; knows nothing of graphs, adapters' maths or runtimes. The 
 
     DIR/
       lora_edge.json                         the manifest, with a hash of every file
-      onnx/model.onnx, onnx/model.onnx_data
+      onnx/model.onnx, onnx/model.onnx_data  (of an encoder-decoder: encoder_model, decoder_model)
       onnx/base.onnx                         the same graph without branches, on the same data
       adapters/NAME/adapter.onnx_adapter     for the runtime
       adapters/NAME/peft/                    the PEFT files, verbatim: what parity is proved against
@@ -34,6 +34,8 @@ FORMAT_VERSION = 1
 GRAPH_FILE = "onnx/model.onnx"
 DATA_FILE = "onnx/model.onnx_data"
 BASE_GRAPH_FILE = "onnx/base.onnx"  # the decoder without branches, on the same data file
+ENCODER_FILE = "onnx/encoder_model.onnx"
+DECODER_FILE = "onnx/decoder_model.onnx"
 _PARTIAL, _RETIRED = ".partial", ".old"
 
 Mode = Literal["switchable", "merged"]
@@ -99,6 +101,44 @@ class EncoderSpec:
     max_length: int
     pad_token_id: int
     image: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Seq2SeqSpec:
+    """What a runtime must know of an encoder and a decoder in two graphs, without a cache.
+
+    Attributes:
+        form: ``foreign``.
+        backend: what made the graphs: ``optimum``.
+        encoder: module path of the encoder; the layers below it are in the encoder's graph.
+        inputs: the encoder graph's inputs beside the adapters': ``input_ids`` and
+            ``attention_mask``, or ``input_features``.
+        vocab_size: size of the logits' last dimension.
+        max_source: longest input that the encoder's positions allow; 0: any.
+        max_target: the same of the decoder.
+        pad_token_id: fills up short inputs.
+        start: what the decoder begins with: its start token, and what the checkpoint forces
+            behind it.
+        open_language: the checkpoint leaves the language of the speech open, so that ``start``
+            alone does not begin a transcript.
+        suppress: tokens that are never generated.
+        begin_suppress: tokens that are not generated first.
+        features: ``(mels, frames)`` of ``input_features``; empty for text.
+    """
+
+    form: Form
+    backend: str
+    encoder: str
+    inputs: tuple[str, ...]
+    vocab_size: int
+    max_source: int
+    max_target: int
+    pad_token_id: int
+    start: tuple[int, ...]
+    open_language: bool = False
+    suppress: tuple[int, ...] = ()
+    begin_suppress: tuple[int, ...] = ()
+    features: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -176,7 +216,8 @@ class Manifest:
         mode: ``switchable`` (adapters are inputs) or ``merged`` (one adapter is in the weights).
         task: ``text-generation``, or one of :data:`lora_edge.tasks.TASKS`.
         precision: precision of the graph's weights, ``fp32``.
-        graph: the graph's facts: a GraphSpec for ``text-generation``, else an EncoderSpec.
+        graph: the graph's facts: a GraphSpec for ``text-generation``, a Seq2SeqSpec for
+            ``text2text-generation`` and ``automatic-speech-recognition``, else an EncoderSpec.
         base: ``name_or_path``, ``model_type``, ``fingerprint`` of the base model.
         kinds: which kinds of adapter the graph has inputs for, e.g. ``lora``, ``dora``.
         sites: module path -> site; empty when merged.
@@ -192,7 +233,7 @@ class Manifest:
     mode: Mode
     task: str
     precision: str
-    graph: GraphSpec | EncoderSpec
+    graph: GraphSpec | EncoderSpec | Seq2SeqSpec
     base: Mapping[str, str]
     kinds: tuple[str, ...]
     sites: Mapping[str, SiteEntry]
@@ -232,6 +273,20 @@ class Manifest:
             "Export the base for the adapter's own task.",
         )
 
+    @property
+    def seq2seq(self) -> Seq2SeqSpec:
+        """The graphs' facts, when they are an encoder and a decoder.
+
+        Raises:
+            BundleError: it is one graph.
+        """
+        if isinstance(self.graph, Seq2SeqSpec):
+            return self.graph
+        raise BundleError(
+            f"the bundle's task is {self.task}; it has no encoder and decoder",
+            "Export an encoder-decoder such as T5 or Whisper.",
+        )
+
     def to_json(self) -> str:
         """The manifest as indented JSON with sorted keys."""
         return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
@@ -269,8 +324,15 @@ def _tuples(record: Mapping[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
 
 
-def _spec(task: str, fields: dict[str, Any]) -> GraphSpec | EncoderSpec:
-    return (GraphSpec if task == "text-generation" else EncoderSpec)(**_tuples(fields))
+_SPECS: Mapping[str, type[GraphSpec | Seq2SeqSpec]] = {
+    "text-generation": GraphSpec,
+    "text2text-generation": Seq2SeqSpec,
+    "automatic-speech-recognition": Seq2SeqSpec,
+}
+
+
+def _spec(task: str, fields: dict[str, Any]) -> GraphSpec | EncoderSpec | Seq2SeqSpec:
+    return _SPECS.get(task, EncoderSpec)(**_tuples(fields))
 
 
 @dataclass(frozen=True)

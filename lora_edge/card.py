@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from lora_edge.bundle import Manifest
+from lora_edge.bundle import Manifest, Seq2SeqSpec
 
 
 def bundle_card(manifest: Manifest) -> str:
     """Markdown for a bundle's own ``README.md``."""
     spec = manifest.graph
+    graphs = "two ONNX graphs" if isinstance(spec, Seq2SeqSpec) else "one ONNX graph"
     lines = [
         f"# {manifest.base['name_or_path']}, {manifest.mode}",
         "",
-        f"Made by lora-edge {manifest.versions['lora-edge']}: one ONNX graph ({spec.form} form, "
+        f"Made by lora-edge {manifest.versions['lora-edge']}: {graphs} ({spec.form} form, "
         f"{manifest.precision}) of a {manifest.base['model_type']} model.",
         "",
         "| adapter | kind | layers | largest rank | proved at export |",

@@ -15,11 +15,13 @@ from typing import Literal
 from lora_edge.adapter import load_adapter
 from lora_edge.base import Base, resolve_base
 from lora_edge.building import Options, Progress, build, chosen_task, sign
+from lora_edge.building_seq2seq import build_seq2seq, check_linear
 from lora_edge.bundle import (
     Bundle,
     FileEntry,
     Manifest,
     Mode,
+    Seq2SeqSpec,
     hash_file,
     load_bundle,
     staging,
@@ -65,8 +67,9 @@ def export(
         mode: ``switchable`` (adapters are inputs of one graph) or ``merged`` (into the weights).
         output: the folder to make.
         task: ``text-generation``, ``text-classification``, ``token-classification``,
-            ``feature-extraction`` or ``image-classification``; ``None``: what the adapters were
-            trained for, else what the base is.
+            ``feature-extraction``, ``image-classification``, ``text2text-generation`` or
+            ``automatic-speech-recognition`` (these two with the optimum backend only); ``None``:
+            what the adapters were trained for, else what the base is.
         form: of a text generator: ``fused`` (``com.microsoft`` operators) or ``portable``
             (standard operators only).
         backend: ``trace``, or ``optimum`` (needs ``lora-edge[optimum]``; has a form of its own).
@@ -112,7 +115,10 @@ def export(
         with staging(Path(output), force=force) as stage:
             wanted = chosen_task(model, loaded, task, mode)
             options = Options(mode, form, backend, sites, tuple(kinds), wanted)
-            manifest = build(model, loaded, stage, options, say)
+            if wanted is not None and wanted.seq2seq:
+                manifest = build_seq2seq(model, loaded, stage, options, wanted, say)
+            else:
+                manifest = build(model, loaded, stage, options, say)
             staged = Bundle(stage, _note_conversions(stage, manifest, conversions))
             _prove(staged, model, say)
             _finish(stage)
@@ -161,6 +167,8 @@ def add(
             )
         adapter.check_mode("switchable")
         check_base_of(adapter, manifest.base["fingerprint"], manifest.base["name_or_path"])
+        if isinstance(manifest.graph, Seq2SeqSpec):
+            check_linear(adapter, layers)
         check_modules(adapter, layers, "the bundle's base")
         check_copies(adapter, weights, manifest.tied)
         own = site_changes(adapter, layers, weights, manifest.tied)

@@ -25,6 +25,12 @@ TASKS: Mapping[str, str] = {
 }
 """Task -> the class of transformers that loads its model."""
 
+SEQ2SEQ: Mapping[str, str] = {
+    "text2text-generation": "AutoModelForSeq2SeqLM",
+    "automatic-speech-recognition": "AutoModelForSpeechSeq2Seq",
+}
+"""The same for encoder-decoders."""
+
 HEADS = ("classifier", "score")
 """What PEFT itself adds to ``modules_to_save`` for classification."""
 
@@ -36,7 +42,7 @@ class Task:
     """What a model without a cache is to do.
 
     Attributes:
-        name: one of :data:`TASKS`.
+        name: one of :data:`TASKS` or :data:`SEQ2SEQ`.
         num_labels: size of the head; ``None`` for the checkpoint's own.
         heads: names of the modules that come with an adapter, so that the base need not have
             them; a name stands for every module path that it is a part of.
@@ -52,10 +58,21 @@ class Task:
         Raises:
             BaseModelError: names the tasks that are known.
         """
-        if self.name not in TASKS:
+        known = {**TASKS, **SEQ2SEQ}
+        if self.name not in known:
             raise BaseModelError(
-                f"the task {self.name!r} is unknown", f"Known are: {', '.join(TASKS)}."
+                f"the task {self.name!r} is unknown", f"Known are: {', '.join(known)}."
             )
+
+    @property
+    def loader(self) -> str:
+        """The class of transformers that loads the model."""
+        return {**TASKS, **SEQ2SEQ}[self.name]
+
+    @property
+    def seq2seq(self) -> bool:
+        """Whether the model is an encoder-decoder."""
+        return self.name in SEQ2SEQ
 
     @property
     def output(self) -> Output:

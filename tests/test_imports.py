@@ -105,9 +105,8 @@ def test_imports_point_one_way(part: str) -> None:
 
 def test_every_part_has_a_rule() -> None:
     parts = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or path.is_dir()}
-    assert parts - {"__init__", "__main__", "__pycache__", "building", "cli", "exporter"} == set(
-        ALLOWED
-    )
+    top = {"__init__", "__main__", "__pycache__", "building", "building_seq2seq", "cli", "exporter"}
+    assert parts - top == set(ALLOWED)
 
 
 def test_heavy_imports_stay_where_they_belong() -> None:

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
 from lora_edge.base import Base
-from lora_edge.bundle import EncoderSpec, GraphSpec, SiteEntry
+from lora_edge.bundle import EncoderSpec, GraphSpec, Seq2SeqSpec, SiteEntry
 from lora_edge.errors import MissingDependencyError
 from lora_edge.experts import ParameterModule
 from lora_edge.tasks import Task
 
-__all__ = ["BaseGraph", "capture", "capture_task"]
+__all__ = ["BaseGraph", "capture", "capture_seq2seq", "capture_task"]
 
-Spec = TypeVar("Spec", GraphSpec, EncoderSpec)
+Spec = TypeVar("Spec", GraphSpec, EncoderSpec, Seq2SeqSpec)
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class BaseGraph(Generic[Spec]):
     """A captured base model.
 
     Attributes:
-        path: the ONNX file; its weights are in ``model.onnx_data`` beside it.
+        path: the ONNX file; its weights are in ``model.onnx_data`` beside it. Of an
+            encoder-decoder the encoder, ``encoder_model.onnx``, beside ``decoder_model.onnx``.
         spec: what a runtime must know of the graph.
         modules: module path -> sizes and kind, of every layer that an adapter may change.
         tied: module paths of the embedding and of the head that shares its weight, or ().
@@ -126,6 +127,38 @@ def capture_task(base: Base, directory: Path, task: Task) -> BaseGraph[EncoderSp
         parameter_modules={},
         model_type=base.model_type,
         versions={package: version(package) for package in ("torch", "transformers", "onnx")},
+        seconds=time.monotonic() - started,
+    )
+
+
+def capture_seq2seq(base: Base, directory: Path, task: Task) -> BaseGraph[Seq2SeqSpec]:
+    """Capture an encoder and a decoder without a cache, with the optimum backend.
+
+    Args:
+        base: the model.
+        directory: an existing folder; both graphs and their data are written there.
+        task: what the model is to do.
+
+    Raises:
+        MissingDependencyError, UnsupportedModelError, BaseModelError, CaptureError: as
+            :func:`capture`.
+    """
+    started = time.monotonic()
+    try:
+        from lora_edge.capture.optimum import export_seq2seq
+    except ImportError as error:
+        raise _missing(error) from error
+    path, spec, modules, tied, head = export_seq2seq(base, directory, task)
+    packages = ("torch", "transformers", "onnx", "optimum", "optimum-onnx")
+    return BaseGraph(
+        path=path,
+        spec=spec,
+        modules=modules,
+        tied=tied,
+        head=head,
+        parameter_modules={},
+        model_type=base.model_type,
+        versions={package: version(package) for package in packages},
         seconds=time.monotonic() - started,
     )
 

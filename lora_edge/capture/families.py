@@ -17,6 +17,10 @@ _ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention"})
 # GPT-2's own eager attention reads these; transformers 4 does not tell a swapped function of them.
 _SCALED_BY_LAYER = ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn")
 
+_SEQ2SEQ = (
+    "Use --task text2text-generation, or automatic-speech-recognition for speech, with --backend "
+    "optimum, in an environment with lora-edge[optimum]."
+)
 OPTIMUM = "Capture it with --backend optimum, in an environment with lora-edge[optimum]."
 """The way out for what tracing cannot do."""
 
@@ -28,16 +32,17 @@ class _Refusal(NamedTuple):
     hint: str = OPTIMUM
 
 
-def refuse_unloadable(config: Mapping[str, Any]) -> None:
+def refuse_unloadable(config: Mapping[str, Any], *, seq2seq: bool = False) -> None:
     """Refuse a model that no backend of this release takes.
 
     Args:
         config: the content of ``config.json``.
+        seq2seq: the task is one of an encoder-decoder.
 
     Raises:
         UnsupportedModelError: the field, its value and the reason.
     """
-    _refuse(config, _unloadable(config))
+    _refuse(config, _unloadable(config, seq2seq))
 
 
 def refuse_untraceable(config: Mapping[str, Any]) -> None:
@@ -68,7 +73,7 @@ def _refuse(config: Mapping[str, Any], refusals: Iterator[_Refusal]) -> None:
         )
 
 
-def _unloadable(config: Mapping[str, Any]) -> Iterator[_Refusal]:
+def _unloadable(config: Mapping[str, Any], seq2seq: bool) -> Iterator[_Refusal]:
     if config.get("quantization_config"):
         yield _Refusal(
             "quantization_config",
@@ -76,12 +81,14 @@ def _unloadable(config: Mapping[str, Any]) -> Iterator[_Refusal]:
             "a quantized checkpoint has no full-precision weights",
             "Give the full-precision base; a QLoRA adapter works on it too.",
         )
-    if config.get("is_encoder_decoder"):
+    if bool(config.get("is_encoder_decoder")) is not seq2seq:
         yield _Refusal(
             "is_encoder_decoder",
-            True,
-            "this release exports decoder-only language models",
-            "A later release takes encoder-decoder models through the optimum backend.",
+            config.get("is_encoder_decoder"),
+            "the task needs an encoder-decoder"
+            if seq2seq
+            else "an encoder-decoder is neither traced nor run as one graph",
+            "Use a task that fits the model." if seq2seq else _SEQ2SEQ,
         )
     for field in ("vision_config", "audio_config"):
         if config.get(field):

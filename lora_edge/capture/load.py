@@ -23,7 +23,7 @@ from lora_edge.capture.families import (
 )
 from lora_edge.capture.swaps import is_linear
 from lora_edge.errors import BaseModelError, UnsupportedModelError
-from lora_edge.tasks import TASKS, Task
+from lora_edge.tasks import Task
 
 
 def load_model(base: Base, attention: str | None, task: Task | None = None) -> Any:
@@ -44,13 +44,13 @@ def load_model(base: Base, attention: str | None, task: Task | None = None) -> A
     from safetensors import SafetensorError
     from transformers.utils import logging
 
-    refuse_unloadable(base.config)
+    refuse_unloadable(base.config, seq2seq=task is not None and task.seq2seq)
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     options: dict[str, Any] = {"attn_implementation": attention or "eager"}
     loader, labels = "AutoModelForCausalLM", {}
     if task is not None:
-        loader, labels = TASKS[task.name], task.labels
+        loader, labels = task.loader, task.labels
         options["ignore_mismatched_sizes"] = True  # told of below, and allowed for the head alone
     try:
         config = transformers.AutoConfig.from_pretrained(base.directory, **labels)

@@ -9,16 +9,25 @@ from __future__ import annotations
 
 import tempfile
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
 
 from lora_edge.base import Base
-from lora_edge.bundle import GraphSpec, SiteEntry
+from lora_edge.bundle import DECODER_FILE, ENCODER_FILE, GraphSpec, Seq2SeqSpec, SiteEntry
 from lora_edge.capture.load import load_model, max_length, model_layers, path_of, tied_pair
-from lora_edge.errors import CaptureError, MissingDependencyError, UnsupportedModelError
+from lora_edge.errors import (
+    BaseModelError,
+    CaptureError,
+    MissingDependencyError,
+    UnsupportedModelError,
+)
 from lora_edge.names import past_name
+from lora_edge.tasks import Task
 
 _TASK = "text-generation-with-past"
 _INLINE_BELOW = 1024  # bytes
@@ -40,32 +49,13 @@ def export_with_optimum(
         BaseModelError: transformers cannot load the model.
         CaptureError: the graph has no KV cache of the common names.
     """
-    try:
-        from optimum.exporters.onnx import onnx_export_from_model
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"the optimum backend needs {error.name}, which is not installed",
-            "Make an environment of its own and: pip install 'lora-edge[optimum]'",
-        ) from error
+    _check_installed()
     # Only an eager model keeps its softcap, and only the loaded model decides that.
     model = load_model(base, None)
     modules, tied = model_layers(model), tied_pair(model)
     head = path_of(model, model.get_output_embeddings())
-    with tempfile.TemporaryDirectory(dir=directory) as scratch, warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
-        warnings.filterwarnings("ignore", "Exporting aten::index operator", UserWarning)
-        try:
-            onnx_export_from_model(model, scratch, task=_TASK, do_validation=False)
-        # How optimum-onnx says that it has no recipe for an architecture or task.
-        except (ValueError, KeyError, NotImplementedError) as error:
-            raise UnsupportedModelError(
-                f"{base.model_type} models are refused: optimum-onnx cannot export them: "
-                f"{' '.join(str(error).split()) or repr(error)}",
-                "Use a model of a family that the README names; LORA_EDGE_DEBUG=1 shows where.",
-            ) from error
-        graph = onnx.load(str(Path(scratch) / "model.onnx"))
+    with _exported(base, model, directory, _TASK) as scratch:
+        graph = onnx.load(str(scratch / "model.onnx"))
     path = directory / "model.onnx"
     kv_heads, head_dim, layers = _cache(graph)
     spec = GraphSpec(
@@ -80,14 +70,167 @@ def export_with_optimum(
         max_length=max_length(model.config),
         head=head,
     )
+    _save(graph, path)
+    return path, spec, modules, tied, head
+
+
+def export_seq2seq(
+    base: Base, directory: Path, task: Task
+) -> tuple[Path, Seq2SeqSpec, dict[str, SiteEntry], tuple[str, ...], str]:
+    """Export an encoder and a decoder without a cache, each with its ``_data``, into a folder.
+
+    Returns:
+        The encoder's path (the decoder is beside it), and as :func:`export_with_optimum`.
+
+    Raises:
+        BaseModelError: its config names no token that the decoder begins with.
+        CaptureError: the graphs' inputs are not the common ones.
+        As :func:`export_with_optimum` otherwise.
+    """
+    _check_installed()
+    model = load_model(base, None, task)
+    shapes = {}
+    if getattr(model.config, "max_source_positions", None) and task.name.endswith("recognition"):
+        shapes["nb_max_frames"] = 2 * model.config.max_source_positions
+    files = directory / Path(ENCODER_FILE).name, directory / Path(DECODER_FILE).name
+    with _exported(base, model, directory, task.name, shapes) as scratch:
+        graphs = [onnx.load(str(scratch / file.name)) for file in files]
+    inputs, features = _sources(graphs[0], base)
+    spec = Seq2SeqSpec(
+        form="foreign",
+        backend="optimum",
+        encoder=path_of(model, model.get_encoder()),
+        inputs=inputs,
+        vocab_size=int(model.config.vocab_size),
+        max_source=0 if features else _positions(model.config, "max_source_positions"),
+        max_target=_positions(model.config, "max_target_positions"),
+        pad_token_id=int(model.config.pad_token_id or 0),
+        features=features,
+        **_beginning(model, base),
+    )
+    for graph, file in zip(graphs, files, strict=True):
+        _save(graph, file)
+    head = path_of(model, model.get_output_embeddings())
+    return files[0], spec, model_layers(model), tied_pair(model), head
+
+
+def _check_installed() -> None:
+    try:
+        import optimum.exporters.onnx  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"the optimum backend needs {error.name}, which is not installed",
+            "Make an environment of its own and: pip install 'lora-edge[optimum]'",
+        ) from error
+
+
+@contextmanager
+def _exported(
+    base: Base,
+    model: Any,
+    directory: Path,
+    task: str,
+    shapes: Mapping[str, int] | None = None,
+) -> Iterator[Path]:
+    """A folder with optimum's graphs, which goes when the block ends."""
+    from optimum.exporters.onnx import onnx_export_from_model
+    from optimum.utils import logging
+
+    level = logging.get_verbosity()
+    with tempfile.TemporaryDirectory(dir=directory) as scratch:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            warnings.filterwarnings("ignore", "Exporting aten::index operator", UserWarning)
+            # It warns of tied weights that it leaves apart; the parity check judges the result.
+            logging.set_verbosity_error()
+            try:
+                onnx_export_from_model(
+                    model, scratch, task=task, do_validation=False, **(shapes or {})
+                )
+            # How optimum-onnx says that it has no recipe for an architecture or task.
+            except (ValueError, KeyError, NotImplementedError) as error:
+                raise UnsupportedModelError(
+                    f"{base.model_type} models are refused: optimum-onnx cannot export them: "
+                    f"{' '.join(str(error).split()) or repr(error)}",
+                    "Use a model of a family that the README names; LORA_EDGE_DEBUG=1 shows where.",
+                ) from error
+            finally:
+                logging.set_verbosity(level)
+        yield Path(scratch)
+
+
+def _save(graph: onnx.ModelProto, path: Path) -> None:
     onnx.save(
         graph,
         str(path),
         save_as_external_data=True,
-        location="model.onnx_data",
+        location=f"{path.name}_data",
         size_threshold=_INLINE_BELOW,
     )
-    return path, spec, modules, tied, head
+
+
+def _sources(graph: onnx.ModelProto, base: Base) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """The encoder's inputs, and the sizes of its features where it takes speech."""
+    found = {value.name: value.type.tensor_type.shape.dim for value in graph.graph.input}
+    if set(found) == {"input_ids", "attention_mask"}:
+        return ("input_ids", "attention_mask"), ()
+    sizes = tuple(int(dim.dim_value) for dim in found.get("input_features", ()))[1:]
+    if set(found) == {"input_features"} and len(sizes) == 2 and all(sizes):
+        return ("input_features",), sizes
+    raise UnsupportedModelError(
+        f"{base.model_type} models are refused: their encoder takes {', '.join(sorted(found))}, "
+        "and this release knows texts and features of a fixed length",
+        "Use a model such as T5, BART or Whisper.",
+    )
+
+
+def _positions(config: Any, own: str) -> int:
+    """Positions of the longest sequence; 0 where they are relative to each other."""
+    if hasattr(config, "relative_attention_num_buckets"):
+        return 0
+    value = getattr(config, own, None)
+    return value if isinstance(value, int) and value > 0 else max_length(config)
+
+
+def _beginning(model: Any, base: Base) -> dict[str, Any]:
+    """What the decoder begins with and never says, from the config and the generation config.
+
+    Source: ``WhisperGenerationMixin._retrieve_init_tokens`` and the forced first token of
+    ``GenerationMixin._get_logits_processor`` (transformers 4.57).
+    """
+    asked = model.generation_config
+
+    def setting(name: str) -> Any:
+        value = getattr(asked, name, None)
+        return getattr(model.config, name, None) if value is None else value
+
+    first = setting("decoder_start_token_id")
+    first = setting("bos_token_id") if first is None else first
+    if not isinstance(first, int):
+        raise BaseModelError(
+            f"{base.name_or_path} does not say what its decoder begins with: "
+            f"decoder_start_token_id is {first!r}",
+            "Set it in config.json or generation_config.json.",
+        )
+    start: list[Any] = [first]
+    for position, token in sorted(setting("forced_decoder_ids") or ()):
+        if position == len(start):
+            start.append(token)
+    if setting("forced_bos_token_id") is not None and len(start) == 1:
+        start.append(setting("forced_bos_token_id"))
+    is_open = None in start or (bool(setting("is_multilingual")) and len(start) == 1)
+    start = start[: start.index(None)] if None in start else start
+    plain = setting("no_timestamps_token_id")
+    if plain is not None and not is_open and start[-1] != plain:
+        start.append(plain)
+    return {
+        "start": tuple(start),
+        "open_language": is_open,
+        "suppress": tuple(setting("suppress_tokens") or ()),
+        "begin_suppress": tuple(setting("begin_suppress_tokens") or ()),
+    }
 
 
 def _cache(graph: onnx.ModelProto) -> tuple[int, int, int]:

@@ -18,10 +18,12 @@ from lora_edge.names import NONE_ADAPTER, SELECT, lora_input
 from lora_edge.parity.compare import Expected, Tolerance, expect, judge, limits, measure
 from lora_edge.parity.golden import Golden
 from lora_edge.parity.report import Case
+from lora_edge.parity.seq2seq import greedy_answers, observe_seq2seq
 from lora_edge.parity.states import Probe, Row, State, label
 from lora_edge.parity.tasks import observe_task
 from lora_edge.runtime import Decoding, Runner
 from lora_edge.runtime.adapter_file import read_adapter
+from lora_edge.runtime.seq2seq import Seq2Seq
 from lora_edge.tasks import TEXT_GENERATION
 
 _SWITCHED_STEPS = 8
@@ -112,8 +114,7 @@ def _faulty_runs(runner: Runner, golden: Golden) -> Iterator[Trial]:
     """The prompts run again with other tensors in the adapter's place."""
     name = golden.probe.adapters[0]
     expected = [
-        row.first(len(prompt))
-        for row, prompt in zip(golden.expected, golden.probe.rows, strict=True)
+        row.first(length) for row, length in zip(golden.expected, golden.prompts, strict=True)
     ]
     for fault, tensors in _faults(runner, name):
         runner.override(name, tensors)
@@ -167,6 +168,9 @@ def _tensors(runner: Runner, name: str) -> Tensors:
 
 def greedy(runner: Runner, probe: Probe) -> list[Row]:
     """The bundle's greedy continuation of each row, ``probe.steps`` tokens, past any end token."""
+    if isinstance(runner.session, Seq2Seq):
+        binding = runner.binding(_argument(runner, probe), len(probe.rows))
+        return greedy_answers(runner.session, probe, binding)
     longest = max(map(len, probe.rows)) + probe.steps
     decoding = _start(runner, probe, longest)
     tokens = np.argmax(decoding.prefill(probe.rows), axis=-1)
@@ -179,6 +183,9 @@ def greedy(runner: Runner, probe: Probe) -> list[Row]:
 
 def _observe(runner: Runner, probe: Probe, tails: Sequence[Row]) -> list[FloatArray]:
     """The bundle's logits ``[len(row) + len(tail), vocab]`` of each row, prompt and tail."""
+    if isinstance(runner.session, Seq2Seq):
+        binding = runner.binding(_argument(runner, probe), len(probe.rows))
+        return observe_seq2seq(runner.session, probe, tails, binding)
     if runner.bundle.manifest.task != TEXT_GENERATION:
         binding = runner.binding(_argument(runner, probe), len(probe.rows))
         return observe_task(runner, probe, binding)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from lora_edge import __version__
 from lora_edge.base import Base, resolve_base
-from lora_edge.bundle import Bundle, FileEntry, hash_file, load_bundle
-from lora_edge.errors import BundleError
+from lora_edge.bundle import Bundle, FileEntry, Seq2SeqSpec, hash_file, load_bundle
+from lora_edge.errors import BundleError, DataError
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.parity.checks import compare, greedy, switching
 from lora_edge.parity.compare import Tolerance
@@ -118,9 +118,21 @@ def _asked(
     say: Callable[[str], None],
 ) -> Iterable[Golden]:
     from lora_edge.parity.live import ask_pytorch, sources_of
+    from lora_edge.parity.seq2seq_live import ask_pytorch_seq2seq
     from lora_edge.parity.task_live import ask_pytorch_task
 
     sources = sources_of(bundle, base, names, directories)
+    if isinstance(bundle.manifest.graph, Seq2SeqSpec):
+        return ask_pytorch_seq2seq(
+            bundle,
+            base,
+            sources,
+            steps=steps,
+            seed=seed,
+            prompts=prompts,
+            continued=lambda probe: greedy(runner, probe),
+            progress=say,
+        )
     if bundle.manifest.task != TEXT_GENERATION:
         return ask_pytorch_task(bundle, base, sources, seed=seed, prompts=prompts, progress=say)
     return ask_pytorch(
@@ -136,7 +148,10 @@ def _asked(
 
 
 def _tokens(runner: Runner, text: str) -> Row:
-    if runner.bundle.manifest.task == TEXT_GENERATION:
+    graph = runner.bundle.manifest.graph
+    if isinstance(graph, Seq2SeqSpec) and graph.features:
+        raise DataError("the bundle takes speech, not texts", "Leave the prompts out.")
+    if runner.bundle.manifest.task == TEXT_GENERATION or isinstance(graph, Seq2SeqSpec):
         return tuple(runner.tokenizer.encode(text))
     return tuple(runner.outputs.encode([text])[0].ids)
 

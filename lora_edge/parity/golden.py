@@ -52,6 +52,12 @@ class Golden:
     versions: Mapping[str, str]
 
     @property
+    def prompts(self) -> list[int]:
+        """How many positions of each row come before its continuation."""
+        pairs = zip(self.expected, self.tails, strict=True)
+        return [len(row.top1) - len(tail) for row, tail in pairs]
+
+    @property
     def stem(self) -> str:
         """What the file is called, without its hash."""
         probe = self.probe
@@ -85,7 +91,7 @@ def reduce(golden: Golden, probes: int, *, seed: int = 0) -> Golden:
 
 def _shortened(golden: Golden, positions: int) -> Golden:
     """The case with so many positions at most: its continuation is cut, down to one token."""
-    prompts = [len(row) for row in golden.probe.rows]
+    prompts = golden.prompts
     steps = max(1, (positions - sum(prompts)) // len(prompts))
     if steps >= golden.probe.steps:
         return golden

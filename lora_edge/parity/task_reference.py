@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from lora_edge.base import Base
 from lora_edge.errors import BaseModelError, MissingDependencyError
 from lora_edge.parity.reference import quiet
-from lora_edge.tasks import TASKS, Task
+from lora_edge.tasks import Task
 
 Row = Mapping[str, NDArray[Any]]
-"""One row's inputs by name, without the batch's axis: ``[seq] int64``, or ``[C, H, W] float32``."""
+"""One row's inputs by name, without the batch's axis: ``[seq] int64``, or images or speech."""
 
 
 class TaskReference:
@@ -71,6 +71,8 @@ class TaskReference:
         task = Task(self.task.name, num_labels, self.task.heads)
         with quiet():
             model = PeftModel.from_pretrained(_load(self.base, task), os.fspath(directory))
+        if task.seq2seq:
+            model = model.base_model  # PEFT's own forward gives input_ids to models of speech too
         self._models[name] = model.eval()
 
     def outputs(
@@ -85,7 +87,8 @@ class TaskReference:
                 the adapter's effect is measured against.
 
         Returns:
-            ``[labels]``, ``[seq, labels]`` or ``[seq, hidden]`` per row; float32, or float64 inside
+            ``[labels]``, ``[seq, labels]`` (of an encoder-decoder ``[decoder's seq, vocab]``) or
+            ``[seq, hidden]`` per row; float32, or float64 inside
             :meth:`wide`.
         """
         model = self._models[adapter]
@@ -96,8 +99,8 @@ class TaskReference:
             dtype = next(model.parameters()).dtype
             for row in rows:
                 feeds = {name: self._torch.from_numpy(array)[None] for name, array in row.items()}
-                if "pixel_values" in feeds:
-                    feeds["pixel_values"] = feeds["pixel_values"].to(dtype)
+                for key, value in feeds.items():
+                    feeds[key] = value.to(dtype) if value.is_floating_point() else value
                 found.append(getattr(model(**feeds), self.task.output)[0].numpy())
         return found
 
@@ -120,7 +123,7 @@ def _load(base: Base, task: Task) -> Any:
     import torch
     import transformers
 
-    loader = TASKS[task.name]
+    loader = task.loader
     with quiet():
         try:
             # A config of its own: a capture that swaps the attention must not reach this one.

@@ -10,7 +10,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lora_edge.bundle import BASE_GRAPH_FILE, DATA_FILE, GRAPH_FILE, Bundle, GraphSpec, load_bundle
+from lora_edge.bundle import (
+    BASE_GRAPH_FILE,
+    DATA_FILE,
+    DECODER_FILE,
+    ENCODER_FILE,
+    GRAPH_FILE,
+    Bundle,
+    GraphSpec,
+    Seq2SeqSpec,
+    load_bundle,
+)
 from lora_edge.errors import BundleError, DataError
 from lora_edge.lora import FloatArray
 from lora_edge.names import NONE_ADAPTER
@@ -22,6 +32,7 @@ from lora_edge.runtime.generation import Generation
 from lora_edge.runtime.outputs import Label, Outputs, TextInput, TokenLabel
 from lora_edge.runtime.rows import token_rows
 from lora_edge.runtime.sampling import Sampling
+from lora_edge.runtime.seq2seq import Seq2Seq, Sources
 from lora_edge.runtime.text import TextStream
 from lora_edge.runtime.tokenizer import TOKENIZER_FILES, Message, Tokenizer, eos_ids
 
@@ -70,8 +81,6 @@ class Runner:
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
         manifest = self.bundle.manifest
-        graph = self.bundle.verify(GRAPH_FILE)
-        _check_size(self.bundle, DATA_FILE)
         options: dict[str, Any] = {
             "sites": manifest.sites,
             "provider": provider,
@@ -79,11 +88,19 @@ class Runner:
             "optimization": optimization,
             "allow_fallback": allow_fallback,
         }
-        self.session: Decoder | Encoder
-        if isinstance(manifest.graph, GraphSpec):
-            self.session = Decoder(graph, manifest.graph, **options)
+        self.session: Decoder | Encoder | Seq2Seq
+        if isinstance(manifest.graph, Seq2SeqSpec):
+            for name in (ENCODER_FILE, DECODER_FILE):
+                folder = self.bundle.verify(name).parent
+                _check_size(self.bundle, f"{name}_data")
+            self.session = Seq2Seq(folder, manifest.graph, **options)
         else:
-            self.session = Encoder(graph, manifest.graph, **options)
+            graph = self.bundle.verify(GRAPH_FILE)
+            _check_size(self.bundle, DATA_FILE)
+            if isinstance(manifest.graph, GraphSpec):
+                self.session = Decoder(graph, manifest.graph, **options)
+            else:
+                self.session = Encoder(graph, manifest.graph, **options)
         self._active = ActiveAdapters(self.bundle, self.session.tensors)
         has_base = base_session and BASE_GRAPH_FILE in manifest.files
         self._base_options = {**options, "sites": {}} if has_base else None
@@ -109,11 +126,17 @@ class Runner:
         """
         if isinstance(self.session, Decoder):
             return self.session
+        if isinstance(self.session, Seq2Seq):
+            raise _wrong_task(
+                self.bundle,
+                "has an encoder and a decoder",
+                "Use generate(), generate_ids() or seq2seq_logits().",
+            )
         raise _wrong_task(self.bundle, "generates no text", "Use logits(), classify() or embed().")
 
     @property
     def encoder(self) -> Encoder:
-        """The session of a bundle of any other task.
+        """The session of a bundle of labels or embeddings.
 
         Raises:
             BundleError: the bundle generates text.
@@ -121,6 +144,17 @@ class Runner:
         if isinstance(self.session, Encoder):
             return self.session
         raise _wrong_task(self.bundle, "has no labels", "Use logits() or generate().")
+
+    @property
+    def seq2seq(self) -> Seq2Seq:
+        """The sessions of a bundle of an encoder-decoder.
+
+        Raises:
+            BundleError: the bundle has another task.
+        """
+        if isinstance(self.session, Seq2Seq):
+            return self.session
+        raise _wrong_task(self.bundle, "is one graph", "Use logits().")
 
     @cached_property
     def outputs(self) -> Outputs:
@@ -241,6 +275,37 @@ class Runner:
                 out[index, part, : values.shape[-1]] = values
         return out
 
+    def seq2seq_logits(
+        self,
+        inputs: Sequence[Sequence[int]] | NDArray[np.float32],
+        decoder_input_ids: Sequence[Sequence[int]],
+        adapter: AdapterArgument = None,
+    ) -> FloatArray:
+        """The logits of an encoder-decoder after every token that its decoder is given.
+
+        Args:
+            inputs: rows of token ids, special tokens included, which may be of unequal lengths; or
+                ``input_features [batch, mels, frames] float32``.
+            decoder_input_ids: what the decoder has said so far, for each row, its start token
+                first (``bundle.manifest.seq2seq.start``); may be of unequal lengths.
+            adapter: see the class.
+
+        Returns:
+            ``[batch, seq, vocab] float32``; zeros behind the end of shorter rows.
+
+        Raises:
+            BundleError: the bundle has another task.
+            AdapterNotFoundError: a name that the bundle does not have.
+            DataError: rows that are empty, too long or outside the vocabulary, or features of
+                another shape.
+        """
+        binding = self.binding(adapter, len(inputs))
+        found = self.seq2seq.logits(inputs, decoder_input_ids, binding)
+        out = np.zeros((len(found), max(map(len, found)), found[0].shape[-1]), np.float32)
+        for index, values in enumerate(found):
+            out[index, : len(values)] = values
+        return out
+
     def classify(
         self,
         inputs: Sequence[Any],
@@ -296,7 +361,7 @@ class Runner:
 
     def generate(
         self,
-        prompts: str | Sequence[Prompt],
+        prompts: str | Sequence[Prompt] | NDArray[np.float32],
         adapter: AdapterArgument = None,
         max_new_tokens: int = 64,
         *,
@@ -306,11 +371,15 @@ class Runner:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         chat: bool = False,
+        start: Sequence[int] | None = None,
     ) -> list[str]:
-        """Complete prompts, as one batch.
+        """Complete prompts, as one batch; of an encoder-decoder, answer or transcribe them.
+
+        An encoder-decoder is greedy, and runs on the whole of what it has said at each token.
 
         Args:
-            prompts: texts; with ``chat`` also conversations (lists of ``{"role", "content"}``).
+            prompts: texts; with ``chat`` also conversations (lists of ``{"role", "content"}``); for
+                speech ``input_features [batch, mels, frames] float32``.
             adapter: see the class.
             max_new_tokens: at most so many new tokens a prompt.
             temperature: 0 is greedy.
@@ -319,6 +388,8 @@ class Runner:
             seed: same seed and prompt, same text, whatever else is in the batch.
             stop: a completion ends before the first of these strings.
             chat: put the prompts through the tokenizer's chat template.
+            start: what the decoder of an encoder-decoder begins with, instead of what its
+                checkpoint says: e.g. Whisper's tokens for a language and a task.
 
         Returns:
             The completions, without the prompts, special tokens and stop strings.
@@ -326,8 +397,18 @@ class Runner:
         Raises:
             AdapterNotFoundError: a name that the bundle does not have.
             DataError: an empty prompt, one that leaves no room for ``max_new_tokens``, a setting
-                outside its range, or ``chat`` without a template.
+                outside its range or for another task, or ``chat`` without a template.
         """
+        if isinstance(self.session, Seq2Seq):
+            if temperature or stop or chat:
+                raise DataError(
+                    "an encoder-decoder takes no temperature, no stop and no chat",
+                    "Leave them out: it is greedy, and ends at its end token.",
+                )
+            sources = prompts if self.session.spec.features else self._encode(prompts, chat=False)
+            said = self._answers(self.session, sources, adapter, max_new_tokens, start)
+            return [self.tokenizer.decode(row) for row in said]
+        _refuse_start(start)
         rows = self._encode(prompts, chat)
         sampling = Sampling(temperature, top_k, top_p, seed)
         texts = [""] * len(rows)
@@ -360,7 +441,7 @@ class Runner:
 
     def generate_ids(
         self,
-        rows: Sequence[Sequence[int]],
+        rows: Sequence[Sequence[int]] | NDArray[np.float32],
         adapter: AdapterArgument = None,
         max_new_tokens: int = 64,
         *,
@@ -368,8 +449,14 @@ class Runner:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int | None = None,
+        start: Sequence[int] | None = None,
     ) -> list[list[int]]:
         """As :meth:`generate` on token ids: each row's new ids, its end token included."""
+        if isinstance(self.session, Seq2Seq):
+            if temperature:
+                raise DataError("an encoder-decoder takes no temperature", "Leave it out.")
+            return self._answers(self.session, rows, adapter, max_new_tokens, start)
+        _refuse_start(start)
         ids, _, _ = token_rows(rows, None)
         sampling = Sampling(temperature, top_k, top_p, seed)
         generated: list[list[int]] = [[] for _ in ids]
@@ -378,6 +465,24 @@ class Runner:
                 if token is not None:
                     generated[row].append(token)
         return generated
+
+    def _answers(
+        self,
+        session: Seq2Seq,
+        sources: Sources | Any,
+        adapter: AdapterArgument,
+        max_new_tokens: int,
+        start: Sequence[int] | None,
+    ) -> list[list[int]]:
+        if start is None and session.spec.open_language:
+            raise DataError(
+                "the checkpoint leaves the language of the speech open",
+                "Give start=[...]: the tokens <|startoftranscript|>, the language's, the task's "
+                "and <|notimestamps|>.",
+            )
+        begins = [session.spec.start if start is None else start] * len(sources)
+        binding = self.binding(adapter, len(sources))
+        return session.greedy(sources, begins, max_new_tokens, binding, end=self.eos_ids)
 
     def _generation(
         self,
@@ -435,6 +540,11 @@ class Runner:
                     "Pass chat=True for messages, or use generate_ids() for token ids.",
                 )
         return [self.tokenizer.encode(prompt) for prompt in prompts]
+
+
+def _refuse_start(start: Sequence[int] | None) -> None:
+    if start is not None:
+        raise DataError("start is for encoder-decoders only", "Put it into the prompt.")
 
 
 def _wrong_task(bundle: Bundle, what: str, hint: str) -> BundleError:

@@ -13,7 +13,7 @@ from typing import Any
 
 from lora_edge.base import Base
 from lora_edge.errors import AdapterError, BaseModelError, UnsupportedModelError
-from lora_edge.tasks import TASKS, Task
+from lora_edge.tasks import Task
 from lora_edge.training.settings import ALL_LINEAR, Settings
 
 _NAMES_SHOWN = 8
@@ -73,7 +73,7 @@ def load_model(base: Base, task: Task | None = None) -> Any:
         )
     loader, options = "AutoModelForCausalLM", {}
     if task is not None:
-        loader = TASKS[task.name]
+        loader = task.loader
         options = {**task.labels, "ignore_mismatched_sizes": True}  # told of below
     try:
         model, info = getattr(transformers, loader).from_pretrained(

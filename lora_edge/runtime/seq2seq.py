@@ -1,0 +1,272 @@
+"""An encoder and a decoder in two ONNX Runtime sessions, without a cache.
+
+Each step runs the decoder on the whole of what it has said so far. Knows tensors; knows nothing of
+bundles, adapters' names or text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from lora_edge.bundle import DECODER_FILE, ENCODER_FILE, Seq2SeqSpec, SiteEntry
+from lora_edge.errors import BundleError, DataError
+from lora_edge.lora import FloatArray
+from lora_edge.runtime.binding import Binding, Tensors, check_adapter_inputs
+from lora_edge.runtime.providers import open_session, resolve
+from lora_edge.runtime.rows import token_rows
+
+Sources = Sequence[Sequence[int]] | NDArray[np.float32]
+"""Rows of token ids, special tokens included; or features ``[batch, mels, frames]``."""
+
+_HIDDEN = "encoder_hidden_states"
+_MASK = "encoder_attention_mask"
+
+
+@dataclass(frozen=True)
+class _Heard:
+    """What the decoder is given of the encoder: input name -> OrtValue, and the batch."""
+
+    values: Mapping[str, Any]
+    batch: int
+
+
+class Seq2Seq:
+    """Two sessions, on an encoder's graph and a decoder's.
+
+    Args:
+        folder: holds ``encoder_model.onnx`` and ``decoder_model.onnx``.
+        spec: the graphs' facts.
+        sites: module path -> site, when the graphs have adapter inputs.
+        provider: execution provider, strict (see :mod:`lora_edge.runtime.providers`).
+        threads: intra-op threads; None leaves it to ONNX Runtime.
+        optimization: ``disable``, ``basic``, ``extended`` or ``all`` (None).
+        allow_fallback: let the CPU run the nodes that the provider does not take.
+
+    Raises:
+        ProviderError: the provider is missing, does not start, or would leave nodes to the CPU.
+        BundleError: a graph cannot be loaded, or its inputs are not what ``spec`` and ``sites``
+            say.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        spec: Seq2SeqSpec,
+        *,
+        sites: Mapping[str, SiteEntry] | None = None,
+        provider: str = "cpu",
+        threads: int | None = None,
+        optimization: str | None = None,
+        allow_fallback: bool = False,
+    ) -> None:
+        self.spec = spec
+        self.sites = dict(sites or {})
+        self.provider = resolve(provider)
+        paths = folder / Path(ENCODER_FILE).name, folder / Path(DECODER_FILE).name
+        self.encoder, self.decoder = (
+            open_session(
+                path,
+                self.provider,
+                threads=threads,
+                optimization=optimization,
+                allow_fallback=allow_fallback,
+            )
+            for path in paths
+        )
+        below = f"{spec.encoder}."
+        heard = {path: site for path, site in self.sites.items() if path.startswith(below)}
+        said = {path: site for path, site in self.sites.items() if path not in heard}
+        self._encoder_inputs = _inputs(self.encoder, paths[0], set(spec.inputs), heard)
+        self._decoder_inputs = _inputs(self.decoder, paths[1], {"input_ids", _HIDDEN}, said)
+        self.tensors = Tensors(self.sites, self.provider.device, zero_rank=self.provider.zero_rank)
+        self._off = self.tensors.off()
+
+    def logits(
+        self,
+        sources: Sources,
+        targets: Sequence[Sequence[int]],
+        binding: Binding | None = None,
+    ) -> list[FloatArray]:
+        """The decoder's logits after every one of its tokens, teacher-forced, in one batch.
+
+        Args:
+            sources: a row or features for each of the batch.
+            targets: the decoder's tokens of each row, its start token first; of unequal lengths.
+            binding: the adapters of the rows; None is off on every row.
+
+        Returns:
+            ``[len(target), vocab] float32`` for each row.
+
+        Raises:
+            DataError: sources or targets that are empty, too long, outside the vocabulary or of
+                another shape; or a binding for another batch.
+        """
+        heard = self._hear(sources, binding)
+        rows = self._targets(targets, heard.batch)
+        return self._say(heard, rows, binding)
+
+    def greedy(
+        self,
+        sources: Sources,
+        starts: Sequence[Sequence[int]],
+        steps: int,
+        binding: Binding | None = None,
+        *,
+        end: Set[int] = frozenset(),
+        plain: bool = False,
+    ) -> list[list[int]]:
+        """The best token after the best token, up to ``steps`` of them.
+
+        Args:
+            sources: as for :meth:`logits`.
+            starts: what the decoder of each row begins with.
+            steps: number of new tokens.
+            binding: as for :meth:`logits`.
+            end: a row ends with one of these; empty: never.
+            plain: leave nothing out, not even what the checkpoint suppresses.
+
+        Returns:
+            The new tokens of each row, the end token included.
+
+        Raises:
+            DataError: as :meth:`logits`, or no room for ``steps`` tokens.
+        """
+        heard = self._hear(sources, binding)
+        rows = [list(row) for row in self._targets(starts, heard.batch)]
+        longest = max(map(len, rows)) + steps
+        if steps < 1 or (self.spec.max_target and longest > self.spec.max_target):
+            raise DataError(
+                f"{steps} new tokens after {longest - steps} were asked for; the decoder has "
+                f"{self.spec.max_target or 'any number of'} positions",
+                "Ask for at least one, and for fewer.",
+            )
+        said: list[list[int]] = [[] for _ in rows]
+        for step in range(steps):
+            if all(row and row[-1] in end for row in said):
+                break
+            for index, logits in enumerate(self._say(heard, rows, binding)):
+                last = logits[-1].copy()
+                if not plain:
+                    last[list(self.spec.suppress)] = -np.inf
+                    last[list(self.spec.begin_suppress if step == 0 else ())] = -np.inf
+                token = int(np.argmax(last))
+                if not (said[index] and said[index][-1] in end):
+                    said[index].append(token)
+                rows[index].append(token)
+        return said
+
+    def _hear(self, sources: Sources, binding: Binding | None) -> _Heard:
+        if self.spec.features:
+            feeds = {"input_features": self._features(sources)}
+        else:
+            feeds = self._padded(sources)
+        batch = len(next(iter(feeds.values())))
+        if binding is not None and binding.batch not in (None, batch):
+            raise DataError(
+                f"adapters were given for {binding.batch} rows, the batch has {batch}",
+                "Give one adapter, or one per row.",
+            )
+        values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
+        given = {_HIDDEN: self._run(self.encoder, self._encoder_inputs, values, binding)}
+        if _MASK in self._decoder_inputs:
+            given[_MASK] = values["attention_mask"]
+        return _Heard(given, batch)
+
+    def _say(
+        self, heard: _Heard, rows: Sequence[Sequence[int]], binding: Binding | None
+    ) -> list[FloatArray]:
+        # The decoder is causal: what pads a row on the right is seen by no token of it.
+        ids = _right_padded(rows, self.spec.pad_token_id)
+        values = {**heard.values, "input_ids": ort.OrtValue.ortvalue_from_numpy(ids)}
+        found = self._run(self.decoder, self._decoder_inputs, values, binding).numpy()
+        return [logits[: len(row)] for row, logits in zip(rows, found, strict=True)]
+
+    def _run(
+        self,
+        session: Any,
+        inputs: Set[str],
+        values: Mapping[str, Any],
+        binding: Binding | None,
+    ) -> Any:
+        binding = self._off if binding is None else binding
+        if binding.token_gates is not None:
+            raise DataError(
+                "an activated LoRA does not work in an encoder-decoder", "Use another adapter."
+            )
+        io = session.io_binding()
+        for name, value in (*values.items(), *binding.values.items()):
+            if name in inputs:
+                io.bind_ortvalue_input(name, value)
+        io.bind_output(session.get_outputs()[0].name)
+        session.run_with_iobinding(io)
+        return io.get_outputs()[0]
+
+    def _padded(self, sources: Sources) -> dict[str, NDArray[Any]]:
+        rows, _, width = token_rows(sources, None)
+        self._check(rows, self.spec.max_source, "the encoder")
+        mask = np.zeros((len(rows), width), np.int64)
+        for index, row in enumerate(rows):
+            mask[index, : len(row)] = 1
+        ids = _right_padded(rows, self.spec.pad_token_id)
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def _features(self, sources: Sources) -> NDArray[np.float32]:
+        array = np.asarray(sources)
+        if array.shape[1:] != self.spec.features or not len(array) or array.dtype != np.float32:
+            sizes = ", ".join(map(str, self.spec.features))
+            raise DataError(
+                f"input_features is {list(array.shape)} {array.dtype}, expected [batch, {sizes}] "
+                "float32",
+                "Prepare the speech by the bundle's own preprocessor_config.json.",
+            )
+        return np.ascontiguousarray(array)
+
+    def _targets(self, targets: Sequence[Sequence[int]], batch: int) -> list[list[int]]:
+        rows, _, _ = token_rows(targets, None)
+        if len(rows) != batch:
+            raise DataError(
+                f"{len(rows)} rows were given to the decoder and {batch} to the encoder",
+                "Give one for each.",
+            )
+        self._check(rows, self.spec.max_target, "the decoder")
+        return rows
+
+    def _check(self, rows: Sequence[Sequence[int]], longest: int, who: str) -> None:
+        length = max(map(len, rows))
+        if longest and length > longest:
+            raise DataError(
+                f"a row has {length} tokens; {who} has {longest} positions", "Shorten it."
+            )
+        outside = [x for row in rows for x in row if not 0 <= x < self.spec.vocab_size]
+        if outside:
+            raise DataError(
+                f"token id {outside[0]} is outside the vocabulary of {self.spec.vocab_size}",
+                "Encode the text with the bundle's own tokenizer.",
+            )
+
+
+def _right_padded(rows: Sequence[Sequence[int]], fill: int) -> NDArray[np.int64]:
+    """``[batch, longest]``."""
+    ids = np.full((len(rows), max(map(len, rows))), fill, np.int64)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = row
+    return ids
+
+
+def _inputs(
+    session: Any, graph: Path, needed: Set[str], sites: Mapping[str, SiteEntry]
+) -> frozenset[str]:
+    """The names of a graph's inputs, checked."""
+    found = frozenset(node.name for node in session.get_inputs())
+    missing = sorted(needed - found)
+    if missing:
+        raise BundleError(f"{graph} lacks {', '.join(missing)}", "Export the bundle again.")
+    check_adapter_inputs(found, sites, graph)
+    return found
