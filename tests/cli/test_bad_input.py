@@ -88,7 +88,7 @@ def test_an_adapter_that_lacks_a_file(name: str, cli: Cli, bundle: Path, adapter
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
-        ("", "no prompts"),
+        ("", "has no lines"),
         ('{"prompt": "a"}\n{"prompt": ', ":2 is not JSON"),
         ('{"prompt": 3}\n', ":1 has no text in 'prompt'"),
         ('{"prompt": "a", "adapter": "nobody"}', "nobody"),

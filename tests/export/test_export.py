@@ -173,7 +173,7 @@ def test_site_that_the_graph_lacks_is_named(
     lora_edge.export(base, {"p": adapters["plain"]}, output=output, sites="adapters")
     with pytest.raises(lora_edge.AdapterError, match=r"model\.layers\.0\.mlp") as caught:
         lora_edge.add(output, {"rs": adapters["rs"]})
-    assert "export again" in caught.value.hint
+    assert "Export again" in caught.value.hint
 
 
 def test_full_output_folder_is_refused_and_left_alone(base: Path, tmp_path: Path) -> None:

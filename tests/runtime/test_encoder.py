@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from lora_edge.bundle import EncoderSpec, Manifest, SiteEntry
 from lora_edge.errors import BundleError, DataError
-from lora_edge.lora import Factors
+from lora_edge.lora import Factors, SiteChange
 from lora_edge.runtime.binding import Binding
 from lora_edge.runtime.encoder import Encoder
 
@@ -145,7 +145,8 @@ def test_adapters_are_bound_and_differ_from_row_to_row(encoder: Encoder) -> None
     tensors = encoder.tensors
     feeds = encoder.feeds(ROWS, TYPES)
     for name, factors in ADAPTERS.items():
-        values = {**tensors.factors({"classifier": factors}), **tensors.gate(1.0)}
+        changes = {"classifier": SiteChange(factors)}
+        values = {**tensors.changes(changes, [changes]), **tensors.weight(1.0)}
         found = encoder.run(feeds, Binding((((name, 1.0),),), values))
         for row, types, logits in zip(ROWS, TYPES, found, strict=True):
             np.testing.assert_allclose(logits, _reference(row, types, name), atol=1e-5)
@@ -155,9 +156,10 @@ def test_adapters_are_bound_and_differ_from_row_to_row(encoder: Encoder) -> None
         np.concatenate([x.B for x in ADAPTERS.values()], 0),
     )
     weights = np.array([[1, 0], [0, 1], [0, 0]], np.float32)
-    gates, arrays = tensors.row_gates({"classifier": (2, 5)}, weights)
+    gates, arrays = tensors.row_weights({"classifier": (2, 5)}, weights)
     states = ((("one", 1.0),), (("two", 1.0),), ())
-    mixed = Binding(states, {**tensors.factors({"classifier": both}), **gates}, arrays)
+    values = tensors.changes({"classifier": SiteChange(both)}, [{}, {}])
+    mixed = Binding(states, {**values, **gates}, arrays)
     found = encoder.run(feeds, mixed)
     for row, types, name, logits in zip(ROWS, TYPES, ("one", "two", None), found, strict=True):
         np.testing.assert_allclose(logits, _reference(row, types, name), atol=1e-5)
