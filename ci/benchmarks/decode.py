@@ -101,7 +101,7 @@ def table(runs: Runs) -> str:
         if other in runs[0]:
             reached = ratio(runs, name, other)
             what = f"{name} / {other} >= {target:g}"
-            lines.append(f"{what:32}{reached}  {verdict(reached, target)}")
+            lines.append(f"{what:36}{reached}  {verdict(reached, target)}")
     return "\n".join(lines)
 
 
