@@ -3,6 +3,26 @@
 from __future__ import annotations
 
 from lora_edge.bundle import Manifest, Seq2SeqSpec
+from lora_edge.tasks import SPEECH, TEXT2TEXT, TEXT_GENERATION
+
+_PROMPT, _TEXT = ("-p 'Hello'",), ("--text 'Hello'",)
+# task -> how the command line and Python ask for its results
+_OPTION = {
+    TEXT_GENERATION: _PROMPT,
+    TEXT2TEXT: _PROMPT,
+    "text-classification": _TEXT,
+    "token-classification": _TEXT,
+    "feature-extraction": _TEXT,
+    "image-classification": ("--image photo.png",),
+}
+_LABELS = 'classify(["Hello"]'
+_CALL = {
+    TEXT_GENERATION: 'generate(["Hello"]',
+    TEXT2TEXT: 'generate(["Hello"]',
+    SPEECH: "generate(input_features",
+    "feature-extraction": 'embed(["Hello"]',
+    "image-classification": 'classify(["photo.png"]',
+}
 
 
 def bundle_card(manifest: Manifest) -> str:
@@ -32,6 +52,7 @@ def bundle_card(manifest: Manifest) -> str:
                 f"the mean over its layers, {made['worst_error']:.2e} at worst. The proof is of "
                 "the LoRA.",
             ]
+    task = manifest.task
     example = next((name for name in sorted(manifest.adapters) if name != "none"), "NAME")
     lines += [
         "",
@@ -39,14 +60,14 @@ def bundle_card(manifest: Manifest) -> str:
         "shows what is proved now, adapters that were added since included.",
         "",
         "```sh",
-        f"lora-edge run . -a {example} -p 'Hello'",
+        *(f"lora-edge run . -a {example} {option}" for option in _OPTION.get(task, ())),
         "lora-edge validate .",
         "```",
         "",
         "```python",
         "import lora_edge",
         'runner = lora_edge.Runner(".")',
-        f'print(runner.generate(["Hello"], adapter="{example}"))',
+        f'print(runner.{_CALL.get(task, _LABELS)}, adapter="{example}"))',
         "```",
     ]
     if manifest.sites:

@@ -25,9 +25,10 @@ TASKS: Mapping[str, str] = {
 }
 """Task -> the class of transformers that loads its model."""
 
+TEXT2TEXT, SPEECH = "text2text-generation", "automatic-speech-recognition"
 SEQ2SEQ: Mapping[str, str] = {
-    "text2text-generation": "AutoModelForSeq2SeqLM",
-    "automatic-speech-recognition": "AutoModelForSpeechSeq2Seq",
+    TEXT2TEXT: "AutoModelForSeq2SeqLM",
+    SPEECH: "AutoModelForSpeechSeq2Seq",
 }
 """The same for encoder-decoders."""
 

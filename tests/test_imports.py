@@ -46,7 +46,7 @@ ALLOWED: dict[str, set[str]] = {
         "peft_directory",
         "refusals",
     },
-    "card": {"bundle"},
+    "card": {"bundle", "tasks"},
     "convert": {"peft_directory", "base", "bundle", "errors", "factorize", "peft_types"},
     "factorize": {"peft_directory", "base", "capture", "errors", "peft_types"},
     "tasks": {"bundle", "errors"},

@@ -72,12 +72,17 @@ def command(
     if pair is not None and text is None:
         raise click.UsageError("--pair goes with --text")
     from lora_edge.runtime import Runner
-    from lora_edge.tasks import TEXT_GENERATION
+    from lora_edge.tasks import SPEECH, TEXT2TEXT, TEXT_GENERATION
 
     default = weighted_names(adapters)
     runner = Runner(bundle, provider)
     task = runner.bundle.manifest.task
-    field = {TEXT_GENERATION: "prompt", "image-classification": "image"}.get(task, "text")
+    if task == SPEECH:
+        raise click.UsageError(
+            f"the bundle's task is {task}: give input features to Runner.generate in Python"
+        )
+    fields = {TEXT_GENERATION: "prompt", TEXT2TEXT: "prompt", "image-classification": "image"}
+    field = fields.get(task, "text")
     if input_file is not None:
         rows = _read(input_file, field, default)
     else:
@@ -105,9 +110,9 @@ def _results(
     runner: Any, task: str, inputs: list[Any], chosen: Any, top: int | None, settings: Any
 ) -> list[tuple[dict[str, Any], str]]:
     """What each input gives: as JSON, and as lines for people."""
-    from lora_edge.tasks import TEXT_GENERATION
+    from lora_edge.tasks import TEXT2TEXT, TEXT_GENERATION
 
-    if task == TEXT_GENERATION:
+    if task in (TEXT_GENERATION, TEXT2TEXT):
         texts = runner.generate(inputs, chosen, **settings)
         return [({"completion": text}, text) for text in texts]
     if task == "feature-extraction":

@@ -527,7 +527,8 @@ class Runner:
         return run()
 
     def _encode(self, prompts: Any, chat: bool) -> list[list[int]]:
-        _ = self.decoder  # a bundle of another task is refused before its tokenizer is asked
+        if isinstance(self.session, Encoder):
+            _ = self.decoder  # says what the bundle does instead
         conversation = chat and prompts and all(isinstance(m, Mapping) for m in prompts)
         if isinstance(prompts, str) or conversation:
             prompts = [prompts]
