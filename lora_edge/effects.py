@@ -122,10 +122,11 @@ class _SiteChanges:
             self._add_bias(path, module.scaling * module.bias.astype(np.float64))
 
     def _token_rows(self, path: str, tokens: TokenRows) -> None:
-        rows = self._value(f"{path}.weight")[list(tokens.indices)]
-        change = tokens.rows.astype(np.float64) - rows
-        vocab = len(self._value(f"{path}.weight"))
-        pair = row_replacement(tokens.indices, change, vocab)
+        table = self._base(f"{path}.weight")
+        if table is None:
+            raise self._missing(f"{path}.weight")
+        rows = table[list(tokens.indices)].astype(np.float64)
+        pair = row_replacement(tokens.indices, tokens.rows.astype(np.float64) - rows, len(table))
         if self._modules[path].kind == "embedding":
             self._factors.setdefault(path, []).append((pair, 1.0))
         for output in _output_layers(path, self._adapter, self._modules, self._tied):

@@ -63,17 +63,23 @@ class TokenGates:
         weights = self.weights if len(self.weights) == 1 else self.weights[index : index + 1]
         return TokenGates(weights, self.invocations, self.layouts, self.tensors)
 
-    def values(
-        self, starts: NDArray[np.int64], positions: NDArray[np.int64], only: str | None = None
-    ) -> Values:
-        """The gates of a chunk.
+    def active(self, starts: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """``[batch, width, n]``: which adapters are active on which tokens of a chunk.
 
         Args:
             starts: of :meth:`starts`.
             positions: ``[batch, width]``, the position of each token.
+        """
+        found: NDArray[np.bool_] = positions[:, :, None] >= starts[:, None, :]
+        return found
+
+    def values(self, active: NDArray[np.bool_], only: str | None = None) -> Values:
+        """The gates of a chunk.
+
+        Args:
+            active: of :meth:`active`.
             only: the one gate that is wanted.
         """
-        active = positions[:, :, None] >= starts[:, None, :]
         weights = self.weights[:, None, :] * active.astype(np.float32)
         values: Values = {}
         for layout, names in self.layouts.items():

@@ -68,6 +68,8 @@ class Decoding(ABC):
         self.binding = binding
         self.history: list[list[int]] = [[] for _ in range(batch)]
         self._starts: IntArray | None = None
+        self._gates_key: tuple[Any, ...] = ()
+        self._gates: Values = {}  # what is bound; a binding does not keep its values alive
         self._logits: Any = None
         self._logits_array: FloatArray = np.zeros((0, 0, 0), np.float32)
 
@@ -234,9 +236,9 @@ class Decoding(ABC):
             for name, array in arrays.items()
             if name in decoder.inputs
         }
-        values |= self._gates(chunk, picked)
         for name, value in values.items():
             io.bind_ortvalue_input(name, value)
+        self._bind_gates(io, chunk, picked)
         kept = picked.shape[1] if decoder.picks_positions else width
         shape = (batch, kept, decoder.spec.vocab_size)
         if self._logits_array.shape != shape:
@@ -252,18 +254,27 @@ class Decoding(ABC):
             spans = [(column, column + 1) for column in last]
         return [self._logits_array[i, a:b].copy() for i, (a, b) in enumerate(spans)]
 
-    def _gates(self, chunk: _Chunk, picked: IntArray) -> Values:
-        """The gates that depend on the tokens of a chunk; the head sees those that are picked."""
+    def _bind_gates(self, io: Any, chunk: _Chunk, picked: IntArray) -> None:
+        """Bind the gates that depend on the tokens of a chunk; the head sees those picked.
+
+        From one step to the next they seldom change, and then they are bound already.
+        """
         gates, starts = self.binding.token_gates, self._starts
         if gates is None or starts is None:
-            return {}
+            return
         if chunk.row is not None:
             gates, starts = gates.row(chunk.row), starts[chunk.row : chunk.row + 1]
-        values = gates.values(starts, chunk.positions)
+        active = gates.active(starts, chunk.positions)
+        seen = np.take_along_axis(active, picked[:, :, None], 1)
+        key = io, active.shape, active.tobytes(), seen.shape, seen.tobytes()
+        if key == self._gates_key:
+            return
+        values = gates.values(active)
         if self.decoder.picks_positions:
-            seen = np.take_along_axis(chunk.positions, picked, 1)
-            values |= gates.values(starts, seen, lora_input(self.decoder.spec.head, "gate"))
-        return values
+            values |= gates.values(seen, lora_input(self.decoder.spec.head, "gate"))
+        for name, value in values.items():
+            io.bind_ortvalue_input(name, value)
+        self._gates_key, self._gates = key, values
 
 
 def _joined(rows: Rows, more: Rows) -> list[list[int]]:
