@@ -126,7 +126,9 @@ def report(runs: Runs, settings: Mapping[str, object]) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="ci/bench decode", description=__doc__)
     parser.add_argument("--processes", type=int, default=8, help="fresh processes (default 8)")
-    parser.add_argument("--steps", type=int, default=32, help="tokens in each (default 32)")
+    parser.add_argument(
+        "--steps", type=int, default=32, help="turns in each, of two tokens (default 32)"
+    )
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument(
         "--cpu-time",

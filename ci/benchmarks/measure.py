@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 PROMPT = 128
 _WARM_UP = 3
-_PAUSE = 0.005  # seconds: the last one's threads must have stopped spinning
+_PAUSE = 0.05  # seconds: the last one's threads must have stopped spinning; 5 ms is too short
 
 
 def measure(
@@ -24,12 +24,13 @@ def measure(
     """Seconds of each decode step, by contestant.
 
     All feed the same tokens after the same prompt, so that the logits can be compared: a graph that
-    computes something else is no contestant.
+    computes something else is no contestant. A turn is two tokens: the first wakes the contestant's
+    threads, which sleep while the others have theirs; the second is measured.
 
     Args:
         graphs: from :func:`prepare.prepare`.
         seed: of the tokens and of the order.
-        steps: tokens after the prompt.
+        steps: turns after the prompt.
         threads: of every contestant.
         cpu_time: count the seconds that one thread ran, not those that passed.
 
@@ -44,14 +45,15 @@ def measure(
     order.shuffle(making)
     contestants = [(name, make()) for name, make in making]
 
-    tokens = np.random.default_rng(seed).integers(0, graphs.spec.vocab_size, PROMPT + steps)
+    tokens = np.random.default_rng(seed).integers(0, graphs.spec.vocab_size, PROMPT + 2 * steps)
     prompt, rest = tokens[:PROMPT].tolist(), tokens[PROMPT:].tolist()
-    logits = {name: entry.start(prompt, PROMPT + steps) for name, entry in contestants}
+    logits = {name: entry.start(prompt, len(tokens)) for name, entry in contestants}
     seconds: dict[str, list[float]] = {name: [] for name in logits}
-    for count, token in enumerate(rest):
+    for count, (first, token) in enumerate(zip(rest[::2], rest[1::2], strict=True)):
         order.shuffle(contestants)
         for name, entry in contestants:
             time.sleep(_PAUSE)
+            entry.step(first)
             started = clock()
             logits[name] = entry.step(token)
             taken = clock() - started
