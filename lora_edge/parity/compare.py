@@ -103,6 +103,8 @@ class Figures:
         token_ties: positions with another best token where the margin does not.
         kl: mean KL divergence of the actual from the reference's distribution, in nats; a lower
             bound where columns are kept.
+        error_spread: standard deviation, from position to position, of ``effect_error`` taken at a
+            position alone: what the figure varies by where nothing is wrong.
     """
 
     positions: int
@@ -116,6 +118,7 @@ class Figures:
     token_differences: int
     token_ties: int
     kl: float
+    error_spread: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -202,6 +205,7 @@ def measure(
     logit_error = effect_max = 0.0
     count = positions = agree = differences = ties = 0
     margin_limit = tolerance.multiple * floor.logit
+    at_positions: list[NDArray[np.float64]] = []
     for row, logits in zip(expected, actual, strict=True):
         positions += len(row.top1)
         same = np.argmax(logits, axis=-1) == row.top1
@@ -219,7 +223,8 @@ def measure(
             off = kept - reference
             # fmax would drop a NaN; a NaN must reach the verdict
             logit_error = float(np.maximum(logit_error, np.abs(off).max()))
-            error += float(np.sum(off * off))
+            at_positions.append(np.sum(off * off, axis=-1))
+            error += float(at_positions[-1].sum())
             spread += float(np.sum((reference - reference.mean(-1, keepdims=True)) ** 2))
             count += off.size
             if row.base is not None:
@@ -228,6 +233,7 @@ def measure(
                 effect += float(np.sum(change * change))
                 dot += float(np.sum((kept - row.base[part]) * change))
     scale = effect if any(row.base is not None for row in expected) else spread
+    each = np.sqrt(np.concatenate(at_positions) * positions)
     return Figures(
         positions=positions,
         logit_error=logit_error,
@@ -240,6 +246,7 @@ def measure(
         token_differences=differences,
         token_ties=ties,
         kl=kl / positions,
+        error_spread=float(np.std(each)) / math.sqrt(scale) if scale > 0 else math.inf,
     )
 
 

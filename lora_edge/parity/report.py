@@ -5,18 +5,86 @@ Knows nothing of how the figures were made.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lora_edge.parity.compare import Figures, Limits, Status
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 Against = Literal["reference", "goldens"]
+CaseKind = Literal["base", "adapter", "blend", "mixed", "switch", "task", "proof"]
 
 _HEADER = ("case", "logit error", "limit", "effect error", "limit", "effect", "top-1", "KL", "")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """How far one layer's output is from PyTorch's, on the row of a case that failed.
+
+    Attributes:
+        path: module path.
+        error: ``||y - y_ref|| / ||y_ref||``.
+        floor: the same of PyTorch in float32 against float64.
+        limit: what ``error`` may be.
+    """
+
+    path: str
+    error: float
+    floor: float
+    limit: float
+
+
+@dataclass(frozen=True)
+class Session:
+    """One way in which the bundle was run.
+
+    Attributes:
+        provider: execution provider, e.g. ``cpu``.
+        optimization: ONNX Runtime's graph optimizations: ``disable``, ``basic``, ``extended`` or
+            ``all``.
+        precision: of the graph's weights, e.g. ``fp32``.
+        placement: provider -> operator -> nodes that it ran; ``None`` where ONNX Runtime does not
+            tell.
+    """
+
+    provider: str
+    optimization: str
+    precision: str
+    placement: Mapping[str, Mapping[str, int]] | None = None
+
+    @property
+    def name(self) -> str:
+        """Short and unique in a report, e.g. ``cpu, all``."""
+        return f"{self.provider}, {self.optimization}"
+
+
+@dataclass(frozen=True)
+class TaskFigures:
+    """A metric on the user's own examples, under PyTorch and under the bundle.
+
+    Attributes:
+        metric: ``exact_match``, ``accuracy`` or ``perplexity``.
+        examples: how many.
+        reference: the metric under PyTorch.
+        bundle: the metric under the bundle.
+        base: the metric under PyTorch without the adapter.
+        better: examples on which the bundle does better than PyTorch.
+        worse: examples on which it does worse.
+        p: two-sided probability of so unequal a split if neither were better (sign test).
+    """
+
+    metric: str
+    examples: int
+    reference: float
+    bundle: float
+    base: float
+    better: int
+    worse: int
+    p: float
 
 
 @dataclass(frozen=True)
@@ -24,13 +92,18 @@ class Case:
     """One comparison and its verdict.
 
     Attributes:
-        name: what was run, e.g. ``adapter polite, decode``.
+        name: what was run, e.g. ``adapter polite``.
         adapters: the adapters that took part; empty: the base.
         status: ``passed``, ``failed`` or ``unproved``; only ``passed`` is good.
         reason: one line that names the adapter and the figures; empty when passed.
         figures: what was measured; ``None`` for a comparison bit for bit, or one that did not run.
         limits: floors and limits it was judged by; ``None`` as above.
         controls: deliberate fault -> the error measured with it, which must exceed the limit.
+        kind: what was exercised.
+        session: name of the session that ran it; empty where none did.
+        layers: of a case that failed, the layers in the order in which they run, up to the first
+            that differs and a few beyond; empty where they were not compared.
+        task: what ``--eval`` measured; ``None`` elsewhere.
     """
 
     name: str
@@ -40,6 +113,15 @@ class Case:
     figures: Figures | None = None
     limits: Limits | None = None
     controls: Mapping[str, float] | None = None
+    kind: CaseKind = "base"
+    session: str = ""
+    layers: tuple[Layer, ...] = ()
+    task: TaskFigures | None = None
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What identifies the case in a report, and across reports: session and name."""
+        return self.session, self.name
 
 
 @dataclass(frozen=True)
@@ -54,6 +136,13 @@ class Report:
         cases: every comparison.
         versions: packages and versions of both sides.
         seconds: how long it took.
+        sessions: the ways in which the bundle was run.
+        machine: ``system``, ``machine``, ``processor``, ``cores``, ``python``.
+        settings: what was asked for: ``depth``, ``steps``, ``seed``, ``multiple``,
+            ``sensitivity``.
+        base: name of the base model.
+        command: a command line that makes the report again.
+        repro: folder of the reproduction of the first failure; empty where there is none.
     """
 
     bundle: str
@@ -63,6 +152,12 @@ class Report:
     cases: tuple[Case, ...]
     versions: Mapping[str, str]
     seconds: float
+    sessions: tuple[Session, ...] = ()
+    machine: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, str | int | float | None] = field(default_factory=dict)
+    base: str = ""
+    command: str = ""
+    repro: str = ""
 
     @property
     def passed(self) -> bool:
@@ -89,20 +184,33 @@ class Report:
         alone = any(case.adapters == (name,) and case.figures for case in mine)
         return alone and all(case.status == "passed" for case in mine)
 
-    def to_json(self) -> str:
-        """The report as indented JSON; NaN and Inf are null."""
-        data = {
+    def to_data(self) -> dict[str, Any]:
+        """The report as JSON-ready values, as ``reports/report.schema.json`` describes them.
+
+        NaN and Inf are ``None``.
+        """
+        return {
             "schema_version": SCHEMA_VERSION,
             "passed": self.passed,
+            "summary": self.summary(),
             "bundle": self.bundle,
+            "base": self.base,
             "mode": self.mode,
             "against": self.against,
             "adapters": list(self.adapters),
+            "sessions": [{"name": each.name, **_plain(each)} for each in self.sessions],
             "cases": [_case(case) for case in self.cases],
+            "settings": dict(self.settings),
             "versions": dict(self.versions),
+            "machine": dict(self.machine),
+            "command": self.command,
+            "repro": self.repro,
             "seconds": round(self.seconds, 3),
         }
-        return json.dumps(data, indent=1, allow_nan=False) + "\n"
+
+    def to_json(self) -> str:
+        """:meth:`to_data` as indented JSON."""
+        return json.dumps(self.to_data(), indent=1, allow_nan=False) + "\n"
 
     def table(self) -> str:
         """A table per adapter, then one line per failure, then the verdict."""
@@ -129,10 +237,12 @@ class Report:
         for case in self.cases:
             if not case.adapters:
                 title = "no adapter"
-            elif len(case.adapters) == 1 and not case.name.startswith(("blend", "mixed")):
+            elif len(case.adapters) == 1 and case.kind not in {"blend", "mixed"}:
                 title = f"adapter {case.adapters[0]}"
             else:
                 title = "several adapters"
+            if len(self.sessions) > 1 and case.session:
+                title += f" ({case.session})"
             groups.setdefault(title, []).append(case)
         return list(groups.items())
 
@@ -140,17 +250,28 @@ class Report:
 def _case(case: Case) -> dict[str, Any]:
     return {
         "name": case.name,
+        "kind": case.kind,
+        "session": case.session,
         "adapters": list(case.adapters),
         "status": case.status,
         "reason": case.reason,
-        "figures": None if case.figures is None else _finite(vars(case.figures)),
-        "limits": None if case.limits is None else _finite(vars(case.limits)),
-        "controls": None if case.controls is None else _finite(case.controls),
+        "figures": None if case.figures is None else _plain(case.figures),
+        "limits": None if case.limits is None else _plain(case.limits),
+        "controls": None if case.controls is None else _finite(dict(case.controls)),
+        "layers": [_plain(layer) for layer in case.layers],
+        "task": None if case.task is None else _plain(case.task),
     }
 
 
-def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+def _plain(value: Any) -> Any:
+    return _finite(dataclasses.asdict(value))
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in values.items()
+    }
 
 
 def _cells(case: Case) -> tuple[str, ...]:

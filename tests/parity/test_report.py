@@ -48,7 +48,7 @@ def test_a_shared_failure_is_the_fault_of_the_one_that_fails_alone() -> None:
 
 def test_json_is_strict_and_versioned() -> None:
     data = json.loads(_report(BASE, GOOD, SWITCH).to_json())
-    assert data["schema_version"] == 1
+    assert data["schema_version"] == 2
     assert data["passed"] is True
     assert data["cases"][0]["limits"]["effect"] is None  # inf
     assert data["cases"][1]["figures"]["logit_error"] == 3e-6
