@@ -38,9 +38,10 @@ def compare(runner: Runner, golden: Golden, tolerance: Tolerance) -> list[Case]:
     probe = golden.probe
     actual = _observe(runner, probe, golden.tails)
     if probe.kind == "mixed":
+        row = "mixed row" if probe.batch == 1 else f"batch {probe.batch}, mixed row"
         return [
             _judged(
-                f"mixed row {index}: {label(state)}",
+                f"{row} {index}: {label(state)}",
                 state,
                 [golden.expected[index]],
                 [actual[index]],
@@ -58,24 +59,26 @@ def compare(runner: Runner, golden: Golden, tolerance: Tolerance) -> list[Case]:
     return [case]
 
 
-def switching(runner: Runner, goldens: Sequence[Golden]) -> list[Case]:
-    """A -> B -> A, bit for bit, for the base and each adapter with its successor."""
-    probes = [golden for golden in goldens if golden.probe.kind in {"base", "adapter"}]
+def switching(runner: Runner, goldens: Sequence[Golden], *, all_pairs: bool = False) -> list[Case]:
+    """A -> B -> A, bit for bit, for the base and each adapter with its successor, or all others."""
+    probes = [g for g in goldens if g.probe.kind in {"base", "adapter"} and not g.probe.given]
     cases: list[Case] = []
     for index, golden in enumerate(probes):
-        other = probes[(index + 1) % len(probes)]
-        if other is golden:
-            continue
-        first, _, again = (
-            _observe(runner, each.probe, [tail[:_SWITCHED_STEPS] for tail in each.tails])
-            for each in (golden, other, golden)
-        )
-        same = all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
-        one, two = (label(each.probe.states[0]) for each in (golden, other))
-        name = f"{one} -> {two} -> {one}, bit for bit"
-        reason = "" if same else f"{one}: its outputs differ after {two} was used in between"
-        cases.append(Case(name, golden.probe.adapters, "passed" if same else "failed", reason))
+        others = [*probes[index + 1 :], *probes[:index]]
+        cases += [_switched(runner, golden, other) for other in others[: None if all_pairs else 1]]
     return cases
+
+
+def _switched(runner: Runner, golden: Golden, other: Golden) -> Case:
+    first, _, again = (
+        _observe(runner, each.probe, [tail[:_SWITCHED_STEPS] for tail in each.tails])
+        for each in (golden, other, golden)
+    )
+    same = all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    one, two = (label(each.probe.states[0]) for each in (golden, other))
+    name = f"{one} -> {two} -> {one}, bit for bit"
+    reason = "" if same else f"{one}: its outputs differ after {two} was used in between"
+    return Case(name, golden.probe.adapters, "passed" if same else "failed", reason)
 
 
 def _judged(

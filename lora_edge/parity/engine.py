@@ -3,34 +3,59 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import os
+import shlex
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from lora_edge import __version__
 from lora_edge.base import Base, resolve_base
-from lora_edge.bundle import Bundle, FileEntry, Seq2SeqSpec, hash_file, load_bundle
-from lora_edge.errors import BundleError, DataError
+from lora_edge.bundle import Bundle, Seq2SeqSpec, hash_file, load_bundle
+from lora_edge.errors import DataError
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.parity.checks import compare, greedy, switching
 from lora_edge.parity.compare import Tolerance
-from lora_edge.parity.golden import (
-    FOLDER,
-    Golden,
-    golden_stems,
-    recorded,
-    reduce,
-    save_golden,
-    stem_of,
-)
-from lora_edge.parity.report import Case, Report
-from lora_edge.parity.states import Row
+from lora_edge.parity.environment import combinations, machine, session_of, versions
+from lora_edge.parity.golden import Golden, recorded, reduce, shortened
+from lora_edge.parity.journal import Journal
+from lora_edge.parity.record import record
+from lora_edge.parity.report import Case, Report, Session
+from lora_edge.parity.states import MIXED_ROWS, Row
 from lora_edge.runtime import Runner
 from lora_edge.tasks import TEXT_GENERATION
+
+Depth = Literal["quick", "normal", "full"]
+Say = Callable[[str], None]
+
+_QUICK_STEPS = 8
+_SWITCHING = "switching"
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What was asked for; everything but the bundle that the figures depend on."""
+
+    depth: Depth
+    steps: int | None
+    seed: int
+    prompts: tuple[str, ...]
+    tolerance: Tolerance
+
+    @property
+    def all_pairs(self) -> bool:
+        return self.depth == "full"
+
+    def facts(self) -> dict[str, str | int | float | None]:
+        return {
+            "depth": self.depth,
+            "steps": self.steps,
+            "seed": self.seed,
+            "prompts": len(self.prompts),
+            "multiple": self.tolerance.multiple,
+            "sensitivity": self.tolerance.sensitivity,
+        }
 
 
 def validate(
@@ -38,11 +63,14 @@ def validate(
     reference: str | os.PathLike[str] | Base | None = None,
     *,
     adapters: Mapping[str, str | os.PathLike[str]] | None = None,
-    provider: str = "cpu",
+    provider: str | Sequence[str] = "cpu",
+    optimization: str | Sequence[str] | None = None,
+    depth: Depth = "normal",
     steps: int | None = None,
     seed: int = 0,
     prompts: Sequence[str] = (),
-    progress: Callable[[str], None] | None = None,
+    resume: str | os.PathLike[str] | None = None,
+    progress: Say | None = None,
 ) -> Report:
     """Check that a bundle does what PyTorch does.
 
@@ -51,100 +79,206 @@ def validate(
     one that fails is unproved until it passes again. Without, against the golden cases (needs no
     PyTorch); an unproved adapter is not a pass.
 
+    Every adapter state runs in every session: each provider with each level of optimization. The
+    first session is compared with whole logits, the others with those that a golden case keeps.
+
     Args:
         bundle: the bundle or its folder.
         reference: the base model: a folder, a hub id, or an open base.
         adapters: PEFT directories of adapters whose files the bundle does not hold.
-        provider: execution provider of the bundle's side.
+        provider: one or several execution providers of the bundle's side.
+        optimization: one or several of ``disable``, ``basic``, ``extended`` and ``all``; ``None``:
+            ``all``, or with ``depth="full"`` each of them.
+        depth: ``quick``: continuations of 8 tokens; ``full``: every level of optimization, and
+            every ordered pair of adapters is switched between, not each with its successor.
         steps: greedy tokens after each prompt (with ``reference``); ``None``: 64, or 16 for a base
             of more than 20 M parameters.
         seed: of the random prompts.
         prompts: texts to run besides random tokens (with ``reference``), four at most.
+        resume: a folder for the parts that are finished. A validation that was cut off goes on
+            from it when called again; it is removed at the end.
         progress: called with a line for each probe.
 
     Raises:
         BundleError: a file of the bundle is damaged, or the reference is another base.
         AdapterError: a given PEFT directory is not the adapter that was exported.
+        DataError: an unknown level, or ``resume`` names a folder with other files.
         MissingDependencyError: a reference is given, and torch, transformers or peft is missing.
     """
     started = time.monotonic()
     say = progress or _silent
     target = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
     target.verify_all()
-    names = tuple(sorted(set(target.manifest.adapters) - {NONE_ADAPTER}))
-    runner = Runner(target, provider)
-    expected: Iterable[Golden]
-    if reference is None:
-        expected = recorded(target)
-    else:
+    if steps is None and depth == "quick":
+        steps = _QUICK_STEPS
+    settings = _Settings(depth, steps, seed, tuple(prompts), Tolerance())
+    wanted = combinations(provider, optimization, full=depth == "full")
+    base = None
+    if reference is not None:
         base = reference if isinstance(reference, Base) else resolve_base(reference)
-        rows = [_tokens(runner, text) for text in prompts]
-        expected = _asked(target, runner, base, names, adapters or {}, steps, seed, rows, say)
-    versions = {"lora-edge": __version__, "onnxruntime": version("onnxruntime")}
+    journal = Journal(None if resume is None else Path(resume), _key(target, base, settings))
+    names = tuple(sorted(set(target.manifest.adapters) - {NONE_ADAPTER}))
     cases: list[Case] = []
+    sessions: list[Session] = []
     goldens: list[Golden] = []
-    for golden in expected:
-        say(f"comparing {golden.probe.name}")
-        cases += compare(runner, golden, Tolerance())
-        # Whole logits of one probe are in memory at a time.
-        goldens.append(golden if reference is None else reduce(golden, len(names) + 3))
-        versions |= golden.versions
-    cases += switching(runner, goldens)
-    if reference is None:
+    for index, (name, level) in enumerate(wanted):
+        runner = Runner(target, name, optimization=level)
+        session = session_of(runner, level)
+        sessions.append(session)
+        asked: Iterable[Golden] = goldens
+        if index == 0 and base is None:
+            asked = goldens = [_cut(golden, settings) for golden in recorded(target)]
+        elif index == 0 and base is not None:
+            asked = _asked(target, runner, base, adapters or {}, settings, journal, say)
+        found: list[Golden] = []
+        for golden, part in _compared(runner, session, asked, journal, settings, say):
+            cases += part
+            found.append(golden)
+        goldens = found
+        cases += _switched(runner, session, goldens, journal, settings)
+    found_versions = versions()
+    for golden in goldens:
+        found_versions |= golden.versions
+    if base is None:
         cases += _unproved(target, names, goldens)
     report = Report(
         bundle=str(target.directory),
         mode=target.manifest.mode,
-        against="goldens" if reference is None else "reference",
+        against="goldens" if base is None else "reference",
         adapters=names,
         cases=tuple(cases),
-        versions=versions,
+        versions=found_versions,
         seconds=time.monotonic() - started,
+        sessions=tuple(sessions),
+        machine=machine(),
+        settings=settings.facts(),
+        base=target.manifest.base["name_or_path"],
+        command=_command(target, base, adapters or {}, wanted, settings),
     )
-    if reference is not None:
-        _record(target, report, goldens, say)
+    if base is not None:
+        record(target, report, goldens, say)
+    journal.close()
     return report
+
+
+def _compared(
+    runner: Runner,
+    session: Session,
+    asked: Iterable[Golden],
+    journal: Journal,
+    settings: _Settings,
+    say: Say,
+) -> Iterator[tuple[Golden, list[Case]]]:
+    """Every golden, reduced, with its cases; whole logits of one probe are in memory at a time."""
+    count = _probes(runner)
+    for golden in asked:
+        probe = golden.probe
+        part = journal.finished(session.name, probe.name)
+        if part is None:
+            say(f"comparing {probe.name} ({session.name})")
+            part = [
+                dataclasses.replace(case, kind=probe.kind, session=session.name)
+                for case in compare(runner, golden, settings.tolerance)
+            ]
+            if golden.expected[0].columns is None:
+                small = reduce(golden, count)
+                journal.finish(session.name, probe.name, part, small)
+                yield small, part
+                continue
+            journal.finish(session.name, probe.name, part)
+        yield golden, part
+
+
+def _switched(
+    runner: Runner,
+    session: Session,
+    goldens: Sequence[Golden],
+    journal: Journal,
+    settings: _Settings,
+) -> list[Case]:
+    part = journal.finished(session.name, _SWITCHING)
+    if part is None:
+        found = switching(runner, goldens, all_pairs=settings.all_pairs)
+        part = [dataclasses.replace(case, kind="switch", session=session.name) for case in found]
+        journal.finish(session.name, _SWITCHING, part)
+    return part
+
+
+def _probes(runner: Runner) -> int:
+    """How many golden cases share the bundle's room: base, blend, each adapter, mixed batches."""
+    adapters = len(runner.adapters)
+    return 2 + adapters + -(-adapters // (MIXED_ROWS - 2))
+
+
+def _cut(golden: Golden, settings: _Settings) -> Golden:
+    return golden if settings.steps is None else shortened(golden, settings.steps)
+
+
+def _key(bundle: Bundle, base: Base | None, settings: _Settings) -> dict[str, object]:
+    return {
+        "bundle": hash_file(bundle.directory / "lora_edge.json"),
+        "base": None if base is None else base.fingerprint(),
+        "versions": versions(),
+        "machine": machine(),
+        **dataclasses.asdict(settings),
+    }
+
+
+def _command(
+    bundle: Bundle,
+    base: Base | None,
+    adapters: Mapping[str, str | os.PathLike[str]],
+    sessions: Sequence[tuple[str, str]],
+    settings: _Settings,
+) -> str:
+    words = ["lora-edge", "validate", str(bundle.directory)]
+    if base is not None:
+        words += ["--reference", base.name_or_path]
+        words += [x for name, path in adapters.items() for x in ("-a", f"{name}={path}")]
+    if settings.depth != "normal":
+        words.append(f"--{settings.depth}")
+    for name in dict.fromkeys(name for name, _ in sessions):
+        words += ["--provider", name]
+    for level in dict.fromkeys(level for _, level in sessions):
+        words += ["--optimization", level]
+    if settings.steps is not None and settings.depth != "quick":
+        words += ["--steps", str(settings.steps)]
+    words += ["--seed", str(settings.seed)]
+    return shlex.join(words)
 
 
 def _asked(
     bundle: Bundle,
     runner: Runner,
     base: Base,
-    names: Sequence[str],
     directories: Mapping[str, str | os.PathLike[str]],
-    steps: int | None,
-    seed: int,
-    prompts: Sequence[Row],
-    say: Callable[[str], None],
-) -> Iterable[Golden]:
-    from lora_edge.parity.live import ask_pytorch, sources_of
+    settings: _Settings,
+    journal: Journal,
+    say: Say,
+) -> Iterator[Golden]:
+    """What PyTorch gives: what a validation that was cut off kept, then the rest."""
+    from lora_edge.parity.live import Question, ask_pytorch, sources_of
     from lora_edge.parity.seq2seq_live import ask_pytorch_seq2seq
     from lora_edge.parity.task_live import ask_pytorch_task
 
-    sources = sources_of(bundle, base, names, directories)
-    if isinstance(bundle.manifest.graph, Seq2SeqSpec):
-        return ask_pytorch_seq2seq(
-            bundle,
-            base,
-            sources,
-            steps=steps,
-            seed=seed,
-            prompts=prompts,
-            continued=lambda probe: greedy(runner, probe),
-            progress=say,
-        )
-    if bundle.manifest.task != TEXT_GENERATION:
-        return ask_pytorch_task(bundle, base, sources, seed=seed, prompts=prompts, progress=say)
-    return ask_pytorch(
+    question = Question(
         bundle,
         base,
-        sources,
-        steps=steps,
-        seed=seed,
-        prompts=prompts,
+        sources_of(bundle, base, runner.adapters, directories),
+        settings.steps,
+        settings.seed,
+        [_tokens(runner, text) for text in settings.prompts],
         continued=lambda probe: greedy(runner, probe),
         progress=say,
+        done=tuple(journal.goldens),
     )
+    yield from journal.goldens
+    if isinstance(bundle.manifest.graph, Seq2SeqSpec):
+        yield from ask_pytorch_seq2seq(question)
+    elif bundle.manifest.task == TEXT_GENERATION:
+        yield from ask_pytorch(question)
+    else:
+        yield from ask_pytorch_task(question)
 
 
 def _tokens(runner: Runner, text: str) -> Row:
@@ -161,70 +295,12 @@ def _silent(line: str) -> None:
 
 
 def _unproved(bundle: Bundle, names: Sequence[str], goldens: Sequence[Golden]) -> Iterable[Case]:
-    covered = {golden.probe.adapters[0] for golden in goldens if golden.probe.kind == "adapter"}
+    planned = [g.probe for g in goldens if not g.probe.given]
+    covered = {probe.adapters[0] for probe in planned if probe.kind == "adapter"}
     for name in names:
         if name in covered and bundle.adapter(name).proved:
             continue
         case = f"adapter {name}"
         what = "did not pass when it was last" if name in covered else "was never"
         reason = f"{case}: it {what} compared with PyTorch; validate with --reference BASE"
-        yield Case(case, (name,), "unproved", reason)
-
-
-def _record(
-    bundle: Bundle, report: Report, goldens: Sequence[Golden], say: Callable[[str], None]
-) -> None:
-    """Mark what passed as proved and what did not as unproved, and record new goldens.
-
-    Nothing is written where nothing is new. New files get new names, and the manifest is replaced
-    before old files go: whenever it is interrupted, the bundle is whole.
-    """
-    manifest = bundle.manifest
-    entries = dict(manifest.adapters)
-    for name in report.adapters:
-        passed = report.adapter_passed(name)
-        entries[name] = dataclasses.replace(entries[name], proved=passed)
-    ready = [g for g in goldens if all(entries[name].proved for name in g.probe.adapters)]
-    if entries == dict(manifest.adapters) and {g.stem for g in ready} <= set(golden_stems(bundle)):
-        return
-    try:
-        written = [save_golden(bundle.directory, golden) for golden in ready]
-        written.append(_save_report(bundle.directory, report))
-        added = {name: _entry(bundle.directory / name) for name in written}
-        stems = {golden.stem for golden in ready}
-        stale = {
-            name
-            for name in manifest.files
-            if name not in added and (stem_of(name) in stems or _is_report(name))
-        }
-        files = {name: entry for name, entry in manifest.files.items() if name not in stale}
-        bundle.write_manifest(
-            dataclasses.replace(manifest, adapters=entries, files={**files, **added})
-        )
-        for name in stale:
-            (bundle.directory / name).unlink(missing_ok=True)
-    except OSError as error:
-        if not report.passed:  # the report matters more than that it could not be recorded
-            say(f"{bundle.directory} cannot be written ({error.strerror}); it keeps its old record")
-            return
-        raise BundleError(
-            f"what was proved cannot be recorded in {bundle.directory}: {error.strerror}",
-            "Make the folder writable, and check the disk space.",
-        ) from error
-
-
-def _save_report(directory: Path, report: Report) -> str:
-    # The bundle may be moved; the report that it carries does not name its folder.
-    text = json.dumps(json.loads(report.to_json()) | {"bundle": "."}, indent=1) + "\n"
-    relative = f"{FOLDER}/report-{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"
-    (directory / FOLDER).mkdir(exist_ok=True)
-    (directory / relative).write_text(text, encoding="utf-8")
-    return relative
-
-
-def _is_report(relative: str) -> bool:
-    return relative.startswith(f"{FOLDER}/report-")
-
-
-def _entry(path: Path) -> FileEntry:
-    return FileEntry(hash_file(path), path.stat().st_size)
+        yield Case(case, (name,), "unproved", reason, kind="proof")

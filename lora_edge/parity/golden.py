@@ -27,7 +27,7 @@ from lora_edge.parity.states import Probe, Row
 FOLDER = "parity"
 _TOP = 6
 _SUBSET = 18
-_LEAST = 5  # columns that are kept in any case; without room for them, the continuation is cut
+_LEAST = 4  # columns that are kept in any case; without room for them, the continuation is cut
 _BUDGET = 900_000  # bytes of all golden cases together
 # Bytes: a column is its id, its logit and the base's; a position its total, best token, margin.
 _COLUMN, _POSITION = 12, 20
@@ -61,7 +61,12 @@ class Golden:
     def stem(self) -> str:
         """What the file is called, without its hash."""
         probe = self.probe
-        return f"adapter-{probe.adapters[0]}" if probe.kind == "adapter" else probe.kind
+        stem = {"adapter": f"adapter-{probe.adapters[0]}" if probe.adapters else ""}.get(
+            probe.kind, probe.kind
+        )
+        if probe.batch > 1:
+            stem += f"-{probe.batch}"
+        return f"given-{stem}" if probe.given else stem
 
 
 def stem_of(relative: str) -> str | None:
@@ -82,17 +87,16 @@ def reduce(golden: Golden, probes: int, *, seed: int = 0) -> Golden:
         seed: of the subset, which is the same at all positions of a row.
     """
     share = _BUDGET / probes
-    golden = _shortened(golden, int(share / (_POSITION + _COLUMN * _LEAST)))
+    allowed = int(share / (_POSITION + _COLUMN * _LEAST)) - sum(golden.prompts)
+    golden = shortened(golden, max(1, allowed // len(golden.prompts)))
     positions = sum(len(row.top1) for row in golden.expected)
     affordable = int((share / positions - _POSITION) / _COLUMN)
     wanted = max(_LEAST, min(_TOP + _SUBSET, affordable))
     return replace(golden, expected=tuple(_reduced(row, wanted, seed) for row in golden.expected))
 
 
-def _shortened(golden: Golden, positions: int) -> Golden:
-    """The case with so many positions at most: its continuation is cut, down to one token."""
-    prompts = golden.prompts
-    steps = max(1, (positions - sum(prompts)) // len(prompts))
+def shortened(golden: Golden, steps: int) -> Golden:
+    """The case with a continuation of so many tokens at most."""
     if steps >= golden.probe.steps:
         return golden
     return replace(
@@ -100,7 +104,8 @@ def _shortened(golden: Golden, positions: int) -> Golden:
         probe=replace(golden.probe, steps=steps),
         tails=tuple(tail[:steps] for tail in golden.tails),
         expected=tuple(
-            row.first(length + steps) for row, length in zip(golden.expected, prompts, strict=True)
+            row.first(length + steps)
+            for row, length in zip(golden.expected, golden.prompts, strict=True)
         ),
     )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from lora_edge.parity.base_check import shortest_window
 from lora_edge.parity.compare import FloatArray, Floor, expect, noise
 from lora_edge.parity.golden import Golden
 from lora_edge.parity.reference import Reference
-from lora_edge.parity.states import BASE, Probe, Row, State, label, plan
+from lora_edge.parity.states import BASE, Probe, Row, label, plan
 
 _STEPS = 64
 _STEPS_OF_LARGE = 16
@@ -29,6 +30,53 @@ _REACHED_TOKENS = 4
 # models are sampled all the same, because float64 is slow; their floor may be too low.
 _FLOOR_ROWS_OF_LARGE = 2
 _FLOOR_TOKENS_OF_LARGE = 40
+
+
+@dataclass(frozen=True)
+class Question:
+    """What PyTorch is asked.
+
+    Attributes:
+        bundle: the bundle that is checked.
+        base: its base model.
+        sources: PEFT directories of the bundle's adapters, of :func:`sources_of`.
+        steps: greedy tokens after each prompt; ``None``: 64, or 16 above 20 M parameters.
+        seed: of the random prompts.
+        prompts: token ids of the user's own prompts, used before random ones.
+        continued: a probe -> the bundle's greedy continuation of each row, ``steps`` tokens.
+        progress: called with a line for each probe.
+        given: probes of the user's own, besides those of the plan.
+        planned: whether the plan is wanted.
+        done: cases that are known already, from a validation that was cut off.
+    """
+
+    bundle: Bundle
+    base: Base
+    sources: Mapping[str, Path]
+    steps: int | None
+    seed: int
+    prompts: Sequence[Row]
+    continued: Callable[[Probe], Sequence[Row]]
+    progress: Callable[[str], None]
+    given: Sequence[Probe] = ()
+    planned: bool = True
+    done: Sequence[Golden] = ()
+
+    @property
+    def floors(self) -> dict[str, Floor]:
+        """Label of a state -> its floor, as far as known."""
+        return {name: floor for golden in self.done for name, floor in golden.floors.items()}
+
+    def wanted(self, plan: Sequence[Probe]) -> list[Probe]:
+        """What is to be run: a merged bundle is its adapter and nothing else."""
+        known = {golden.probe.name for golden in self.done}
+        mode = self.bundle.manifest.mode
+        probes = [*(plan if self.planned else ()), *self.given]
+        return [
+            probe
+            for probe in probes
+            if probe.name not in known and (mode == "switchable" or probe.kind == "adapter")
+        ]
 
 
 def sources_of(
@@ -53,36 +101,17 @@ def sources_of(
     return {name: _peft_directory(bundle, name, directories) for name in names}
 
 
-def ask_pytorch(
-    bundle: Bundle,
-    base: Base,
-    sources: Mapping[str, Path],
-    *,
-    steps: int | None,
-    seed: int,
-    prompts: Sequence[Row],
-    continued: Callable[[Probe], Sequence[Row]],
-    progress: Callable[[str], None],
-) -> Iterator[Golden]:
-    """Run the bundle's plan through PyTorch, probe by probe.
+def ask_pytorch(question: Question) -> Iterator[Golden]:
+    """Run a text generator's plan through PyTorch, probe by probe.
 
     The bundle proposes its greedy continuation and PyTorch judges it, in one forward a row: where
     PyTorch's best token is the proposed one at every position, it is PyTorch's own continuation
     too. Asking PyTorch for it token by token takes minutes.
 
-    Args:
-        bundle: the bundle that is checked.
-        base: its base model.
-        sources: PEFT directories of the bundle's adapters, of :func:`sources_of`.
-        steps: greedy tokens after each prompt; ``None``: 64, or 16 above 20 M parameters.
-        seed: of the random prompts.
-        prompts: token ids of the user's own prompts, used before random ones.
-        continued: a probe -> the bundle's greedy continuation of each row, ``steps`` tokens.
-        progress: called with a line for each probe.
-
     Yields:
         A golden case with whole logits.
     """
+    bundle, base, sources, steps = question.bundle, question.base, question.sources, question.steps
     names = tuple(sources)
     reference = Reference(base)
     if steps is None:
@@ -97,17 +126,16 @@ def ask_pytorch(
         max_length=spec.max_length,
         steps=steps,
         window=shortest_window(base.config),
-        seed=seed,
-        given=prompts,
+        seed=question.seed,
+        given=question.prompts,
         blendable=[name for name in names if reference.can_blend(name) and not alone[name]],
         reach={name: reach_of(load_adapter(path, name)) for name, path in sources.items()},
     )
-    if bundle.manifest.mode == "merged":
-        probes = tuple(probe for probe in probes if probe.kind == "adapter")
-    floors: dict[State, Floor] = {}
-    for probe in probes:
-        progress(f"running {probe.name} in PyTorch")
-        yield _expected(reference, probe, tuple(continued(probe)), floors)
+    floors = question.floors
+    wanted = question.wanted(probes)
+    for index, probe in enumerate(wanted, 1):
+        question.progress(f"running {probe.name} in PyTorch ({index} of {len(wanted)})")
+        yield _expected(reference, probe, tuple(question.continued(probe)), floors)
 
 
 def reach_of(adapter: Adapter) -> list[Row]:
@@ -137,7 +165,7 @@ def _peft_directory(bundle: Bundle, name: str, given: Mapping[str, str | os.Path
 
 
 def _expected(
-    reference: Reference, probe: Probe, tails: tuple[Row, ...], floors: dict[State, Floor]
+    reference: Reference, probe: Probe, tails: tuple[Row, ...], floors: dict[str, Floor]
 ) -> Golden:
     """Run one probe; ``floors`` holds what earlier probes measured and is added to."""
     whole = [(*row, *tail) for row, tail in zip(probe.rows, tails, strict=True)]
@@ -149,7 +177,7 @@ def _expected(
     for index, row in zip(active, plain, strict=True):
         bases[index] = row.astype(np.float32)
     for state in dict.fromkeys(probe.states):
-        if state not in floors:
+        if label(state) not in floors:
             own = [i for i, other in enumerate(probe.states) if other == state]
             longest = max(map(len, whole))
             if reference.parameters > _LARGE:
@@ -157,11 +185,11 @@ def _expected(
             sample = [whole[i][:longest] for i in own]
             with reference.wide():
                 wide = reference.logits(sample, [state] * len(own), [prompts[i] for i in own])
-            floors[state] = noise([logits[i][:longest] for i in own], wide)
+            floors[label(state)] = noise([logits[i][:longest] for i in own], wide)
     return Golden(
         probe,
         tails,
         tuple(expect(y, base) for y, base in zip(logits, bases, strict=True)),
-        {label(state): floors[state] for state in probe.states},
+        {label(state): floors[label(state)] for state in probe.states},
         reference.versions,
     )

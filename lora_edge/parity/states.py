@@ -35,6 +35,8 @@ class Probe:
         rows: prompts, unpadded.
         states: what is active on each row; all the same except in a mixed batch.
         steps: number of tokens decoded after the prompt.
+        given: the prompts are the user's own, kept in the bundle.
+        batch: counts the batches of one kind, where one cannot hold all adapters.
     """
 
     name: str
@@ -42,6 +44,8 @@ class Probe:
     rows: tuple[Row, ...]
     states: tuple[State, ...]
     steps: int
+    given: bool = False
+    batch: int = 1
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -56,6 +60,8 @@ class Probe:
             "rows": [list(row) for row in self.rows],
             "states": [[list(part) for part in state] for state in self.states],
             "steps": self.steps,
+            "given": self.given,
+            "batch": self.batch,
         }
 
     @staticmethod
@@ -67,6 +73,8 @@ class Probe:
             tuple(tuple(int(token) for token in row) for row in data["rows"]),
             tuple(tuple((str(n), float(w)) for n, w in state) for state in data["states"]),
             int(data["steps"]),
+            bool(data.get("given", False)),
+            int(data.get("batch", 1)),
         )
 
 
@@ -176,12 +184,14 @@ def plan(
             name = f"blend {label(blend)}"
             probes.append(Probe(name, "blend", rows, (blend,) * len(rows), steps))
         mixed = prompts(vocab_size, _MIXED_LENGTHS, seed=seed + 1, longest=longest)
-        states = _mixed_states(adapters, blend)
-        own = [
-            reached(row, [x for name, _ in state for x in wanted.get(name, ())])
-            for row, state in zip(mixed, states, strict=True)
-        ]
-        probes.append(Probe("mixed rows", "mixed", tuple(own), states, steps))
+        for batch, start in enumerate(range(0, len(adapters), MIXED_ROWS - 2), 1):
+            states = _mixed_states(adapters[start : start + MIXED_ROWS - 2], blend)
+            own = [
+                reached(row, [x for name, _ in state for x in wanted.get(name, ())])
+                for row, state in zip(mixed, states, strict=True)
+            ]
+            name = "mixed rows" if batch == 1 else f"mixed rows of batch {batch}"
+            probes.append(Probe(name, "mixed", tuple(own), states, steps, batch=batch))
     return tuple(probes)
 
 
@@ -198,5 +208,5 @@ def adapter_probe(name: str, rows: tuple[Row, ...], steps: int) -> Probe:
 
 
 def _mixed_states(adapters: Sequence[str], blend: State | None) -> tuple[State, ...]:
-    distinct = [*map(only, adapters[: MIXED_ROWS - 2]), BASE, *([blend] if blend else [])]
+    distinct = [*map(only, adapters), BASE, *([blend] if blend else [])]
     return tuple(distinct[i % len(distinct)] for i in range(MIXED_ROWS))

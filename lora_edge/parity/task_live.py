@@ -5,20 +5,19 @@ Knows bundles and the reference; knows nothing of runtimes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 
 from lora_edge.adapter import load_adapter
-from lora_edge.base import Base
 from lora_edge.bundle import Bundle
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.parity.base_check import shortest_window
 from lora_edge.parity.compare import Floor, expect, noise
 from lora_edge.parity.golden import Golden
-from lora_edge.parity.live import reach_of
-from lora_edge.parity.states import Probe, Row, State, label, plan
+from lora_edge.parity.live import Question, reach_of
+from lora_edge.parity.states import Probe, label, plan
 from lora_edge.parity.task_reference import TaskReference
 from lora_edge.parity.tasks import by_position, inputs_of
 from lora_edge.tasks import Task
@@ -27,31 +26,16 @@ _IMAGES = 8
 _PIXELS = 1 << 30  # seeds of pictures are below it
 
 
-def ask_pytorch_task(
-    bundle: Bundle,
-    base: Base,
-    sources: dict[str, Path],
-    *,
-    seed: int,
-    prompts: Sequence[Row],
-    progress: Callable[[str], None],
-) -> Iterator[Golden]:
-    """Run the bundle's plan through PyTorch, probe by probe.
+def ask_pytorch_task(question: Question) -> Iterator[Golden]:
+    """Run an encoder's plan through PyTorch, probe by probe.
 
     The effect of an adapter is measured against the model with its low-rank parts off and its own
     task head kept: beside a whole new head, a lost low-rank part would hardly show.
 
-    Args:
-        bundle: the bundle that is checked.
-        base: its base model.
-        sources: PEFT directories of the bundle's adapters.
-        seed: of the random inputs.
-        prompts: token ids of the user's own texts, used before random ones.
-        progress: called with a line for each probe.
-
     Yields:
         A golden case with whole outputs.
     """
+    bundle, base, sources = question.bundle, question.base, question.sources
     manifest = bundle.manifest
     spec = manifest.encoder
     adapters = {name: load_adapter(path, name) for name, path in sources.items()}
@@ -66,22 +50,19 @@ def ask_pytorch_task(
         max_length=2 if spec.image else spec.max_length,
         steps=1,
         window=None if spec.image else shortest_window(base.config),
-        seed=seed,
-        given=prompts,
+        seed=question.seed,
+        given=question.prompts,
         # Each adapter has a model of its own in PyTorch, for the sake of its head.
         blendable=(),
         reach={name: reach_of(adapter) for name, adapter in adapters.items()},
     )
     headless = manifest.mode == "switchable" and _lacks_head(bundle)
-    floors: dict[State, Floor] = {}
-    for probe in probes:
-        if manifest.mode == "merged" and probe.kind != "adapter":
-            continue
-        wanted = _with_heads(probe) if headless else probe
-        if wanted is None:
-            continue
-        progress(f"running {wanted.name} in PyTorch")
-        yield _expected(reference, wanted, bundle, floors)
+    floors = question.floors
+    every = question.wanted(probes)
+    wanted = [kept for probe in every if (kept := _with_heads(probe) if headless else probe)]
+    for index, probe in enumerate(wanted, 1):
+        question.progress(f"running {probe.name} in PyTorch ({index} of {len(wanted)})")
+        yield _expected(reference, probe, bundle, floors)
 
 
 def _lacks_head(bundle: Bundle) -> bool:
@@ -97,11 +78,11 @@ def _with_heads(probe: Probe) -> Probe | None:
         return None
     rows = tuple(probe.rows[index] for index in kept)
     states = tuple(probe.states[index] for index in kept)
-    return Probe(probe.name, probe.kind, rows, states, 0)
+    return dataclasses.replace(probe, rows=rows, states=states)
 
 
 def _expected(
-    reference: TaskReference, probe: Probe, bundle: Bundle, floors: dict[State, Floor]
+    reference: TaskReference, probe: Probe, bundle: Bundle, floors: dict[str, Floor]
 ) -> Golden:
     spec = bundle.manifest.encoder
     rows = [inputs_of(spec, row) for row in probe.rows]
@@ -117,14 +98,14 @@ def _expected(
     narrow = [output.astype(np.float32) for output in outputs]
     with reference.wide():
         for state in dict.fromkeys(probe.states):
-            if state not in floors:
+            if label(state) not in floors:
                 own = [i for i, other in enumerate(probe.states) if other == state]
                 wide = [by_position(reference.outputs([rows[i]], names[i])[0]) for i in own]
-                floors[state] = noise([narrow[i] for i in own], wide)
+                floors[label(state)] = noise([narrow[i] for i in own], wide)
     return Golden(
-        Probe(probe.name, probe.kind, probe.rows, probe.states, 0),
+        dataclasses.replace(probe, steps=0),
         tuple(() for _ in rows),
         tuple(expect(y, base) for y, base in zip(narrow, bases, strict=True)),
-        {label(state): floors[state] for state in probe.states},
+        {label(state): floors[label(state)] for state in probe.states},
         reference.versions,
     )

@@ -1,0 +1,76 @@
+"""Where a validation ran: machine, versions, sessions."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from lora_edge import __version__
+from lora_edge.errors import DataError
+from lora_edge.parity.report import Session
+from lora_edge.runtime import Runner
+from lora_edge.runtime.seq2seq import Seq2Seq
+
+LEVELS = ("disable", "basic", "extended", "all")
+"""ONNX Runtime's levels of graph optimization."""
+
+
+def machine() -> dict[str, str]:
+    """The machine that runs this, in words."""
+    return {
+        "system": f"{platform.system()} {platform.release()}",
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "cores": str(os.cpu_count()),
+        "python": platform.python_version(),
+    }
+
+
+def _processor() -> str:
+    facts = Path("/proc/cpuinfo")
+    if facts.is_file():
+        for line in facts.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"
+
+
+def versions() -> dict[str, str]:
+    """The packages of the bundle's side."""
+    return {"lora-edge": __version__, "onnxruntime": version("onnxruntime")}
+
+
+def session_of(runner: Runner, optimization: str | None) -> Session:
+    """What a report says of an open session."""
+    return Session(
+        runner.session.provider.name,
+        optimization or "all",
+        runner.bundle.manifest.precision,
+        None if isinstance(runner.session, Seq2Seq) else runner.session.placement(),
+    )
+
+
+def combinations(
+    providers: str | Sequence[str], optimizations: str | Sequence[str] | None, *, full: bool
+) -> list[tuple[str, str]]:
+    """Every provider with every level of optimization, the strongest level first.
+
+    Raises:
+        DataError: a list is empty, or a level is unknown.
+    """
+    names = [providers] if isinstance(providers, str) else list(dict.fromkeys(providers))
+    if optimizations is None:
+        levels = list(LEVELS) if full else ["all"]
+    else:
+        levels = [optimizations] if isinstance(optimizations, str) else list(optimizations)
+    unknown = [level for level in levels if level not in LEVELS]
+    if unknown or not levels or not names:
+        raise DataError(
+            f"optimization is {unknown[0]!r}" if unknown else "there is no session to run",
+            f"Levels are {', '.join(LEVELS)}; providers as `lora-edge run` takes them.",
+        )
+    levels.sort(key=LEVELS.index, reverse=True)
+    return [(name, level) for name in names for level in dict.fromkeys(levels)]

@@ -1,0 +1,95 @@
+"""What a validation has finished, in a folder, so that one that was cut off can go on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_edge.errors import DataError
+from lora_edge.parity.compare import Figures, Limits
+from lora_edge.parity.golden import Golden, load_golden, save_golden
+from lora_edge.parity.report import Case, Layer, TaskFigures
+
+_KEY, _PARTS = "validation.json", "finished.jsonl"
+
+
+class Journal:
+    """Finished parts of one validation: the cases of a session and probe, and the probe's golden.
+
+    Args:
+        directory: where they are kept; ``None`` keeps nothing.
+        key: everything that the results depend on; a folder with another key is begun anew.
+
+    Raises:
+        DataError: the folder holds other files.
+    """
+
+    def __init__(self, directory: Path | None, key: Mapping[str, Any]) -> None:
+        self._directory = directory
+        self._parts: dict[tuple[str, str], list[Case]] = {}
+        self.goldens: list[Golden] = []
+        if directory is None:
+            return
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        if directory.is_dir() and any(directory.iterdir()):
+            if not (directory / _KEY).is_file():
+                raise DataError(
+                    f"{directory} is not empty, and holds no validation to go on with",
+                    "Name a new folder, or the one of the validation that was cut off.",
+                )
+            if json.loads((directory / _KEY).read_text(encoding="utf-8"))["key"] == digest:
+                self._read(directory)
+                return
+            shutil.rmtree(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / _KEY).write_text(json.dumps({"key": digest}) + "\n", encoding="utf-8")
+
+    def _read(self, directory: Path) -> None:
+        file = directory / _PARTS
+        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+        for line in lines:
+            try:
+                part = json.loads(line)
+            except ValueError:  # the line that was being written when it was cut off
+                break
+            self._parts[part["session"], part["probe"]] = [_case(data) for data in part["cases"]]
+            if part["golden"]:
+                self.goldens.append(load_golden(directory / part["golden"]))
+
+    def finished(self, session: str, probe: str) -> list[Case] | None:
+        """The cases of a part that is finished; ``None`` if it is not."""
+        return self._parts.get((session, probe))
+
+    def finish(
+        self, session: str, probe: str, cases: Sequence[Case], golden: Golden | None = None
+    ) -> None:
+        """Keep a part; ``golden`` (reduced) where PyTorch was asked for it."""
+        self._parts[session, probe] = list(cases)
+        if self._directory is None:
+            return
+        saved = None if golden is None else save_golden(self._directory, golden)
+        part = {
+            "session": session,
+            "probe": probe,
+            "golden": saved,
+            "cases": [dataclasses.asdict(case) for case in cases],
+        }
+        with (self._directory / _PARTS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(part) + "\n")
+
+    def close(self) -> None:
+        """All is finished: the folder goes."""
+        if self._directory is not None:
+            shutil.rmtree(self._directory)
+
+
+def _case(data: dict[str, Any]) -> Case:
+    parts = {"figures": Figures, "limits": Limits, "task": TaskFigures}
+    built = {name: part(**data[name]) for name, part in parts.items() if data[name] is not None}
+    layers = tuple(Layer(**layer) for layer in data["layers"])
+    return Case(**{**data, **built, "adapters": tuple(data["adapters"]), "layers": layers})

@@ -1,0 +1,83 @@
+"""What a validation leaves in the bundle: golden cases, its report, and who is proved."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lora_edge.bundle import Bundle, FileEntry, hash_file
+from lora_edge.errors import BundleError
+from lora_edge.parity.golden import FOLDER, Golden, golden_stems, save_golden, stem_of
+from lora_edge.parity.report import Report
+
+
+def record(
+    bundle: Bundle, report: Report, goldens: Sequence[Golden], say: Callable[[str], None]
+) -> None:
+    """Mark what passed as proved and what did not as unproved, and record new goldens.
+
+    Nothing is written where nothing is new. New files get new names, and the manifest is replaced
+    before old files go: whenever it is interrupted, the bundle is whole.
+
+    Args:
+        bundle: what was validated.
+        report: what was found, against PyTorch.
+        goldens: reduced cases, to be recorded where all their adapters passed.
+        say: called with a line where the bundle cannot be written.
+
+    Raises:
+        BundleError: what was proved cannot be written.
+    """
+    manifest = bundle.manifest
+    entries = dict(manifest.adapters)
+    for name in report.adapters:
+        passed = report.adapter_passed(name)
+        entries[name] = dataclasses.replace(entries[name], proved=passed)
+    ready = [g for g in goldens if all(entries[name].proved for name in g.probe.adapters)]
+    if entries == dict(manifest.adapters) and {g.stem for g in ready} <= set(golden_stems(bundle)):
+        return
+    try:
+        written = [save_golden(bundle.directory, golden) for golden in ready]
+        written.append(_save_report(bundle.directory, report))
+        added = {name: _entry(bundle.directory / name) for name in written}
+        stems = {golden.stem for golden in ready}
+        stale = {
+            name
+            for name in manifest.files
+            if name not in added and (stem_of(name) in stems or _is_report(name))
+        }
+        files = {name: entry for name, entry in manifest.files.items() if name not in stale}
+        bundle.write_manifest(
+            dataclasses.replace(manifest, adapters=entries, files={**files, **added})
+        )
+        for name in stale:
+            (bundle.directory / name).unlink(missing_ok=True)
+    except OSError as error:
+        if not report.passed:  # the report matters more than that it could not be recorded
+            say(f"{bundle.directory} cannot be written ({error.strerror}); it keeps its old record")
+            return
+        raise BundleError(
+            f"what was proved cannot be recorded in {bundle.directory}: {error.strerror}",
+            "Make the folder writable, and check the disk space.",
+        ) from error
+
+
+def _save_report(directory: Path, report: Report) -> str:
+    # The bundle may be moved; the report that it carries does not name its folder.
+    own = {"bundle": ".", "command": "lora-edge validate ."}
+    text = json.dumps(report.to_data() | own, indent=1, allow_nan=False) + "\n"
+    relative = f"{FOLDER}/report-{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"
+    (directory / FOLDER).mkdir(exist_ok=True)
+    (directory / relative).write_text(text, encoding="utf-8")
+    return relative
+
+
+def _is_report(relative: str) -> bool:
+    return relative.startswith(f"{FOLDER}/report-")
+
+
+def _entry(path: Path) -> FileEntry:
+    return FileEntry(hash_file(path), path.stat().st_size)
