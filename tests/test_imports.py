@@ -124,7 +124,7 @@ def test_heavy_imports_stay_where_they_belong() -> None:
     ["import lora_edge", "from lora_edge.cli import main; main(['--help'])"]
     + [
         f"from lora_edge.cli import main; main(['{verb}', '--help'])"
-        for verb in ("train", "export", "add", "run", "validate", "inspect")
+        for verb in ("train", "export", "add", "run", "validate", "golden", "inspect")
     ],
 )
 def test_help_and_import_need_no_torch_and_switch_telemetry_off(code: str) -> None:

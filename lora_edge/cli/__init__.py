@@ -26,6 +26,7 @@ _VERBS = {
     "add": "Add adapters to an existing bundle.",
     "run": "Generate text with a bundle.",
     "validate": "Check a bundle against PyTorch, or against its own golden cases.",
+    "golden": "Keep your own prompts in a bundle as golden cases.",
     "inspect": "Show what an adapter or a bundle holds.",
 }
 

@@ -3,15 +3,42 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from lora_edge.cli.arguments import named_paths
 
+if TYPE_CHECKING:
+    from lora_edge.parity.engine import Depth
+
 
 @click.command()
 @click.argument("bundle")
 @click.option("--reference", metavar="BASE", help="Compare with PyTorch: the base's folder or id.")
+@click.option(
+    "--quick", "depth", flag_value="quick", help="Continuations of 8 tokens; for every commit."
+)
+@click.option(
+    "--full",
+    "depth",
+    flag_value="full",
+    help="Every level of ONNX Runtime's optimization, and a switch between every two adapters.",
+)
+@click.option(
+    "--provider",
+    "providers",
+    multiple=True,
+    metavar="NAME",
+    help="Execution provider, strict (default cpu). Repeatable.",
+)
+@click.option(
+    "--optimization",
+    "optimizations",
+    multiple=True,
+    type=click.Choice(["disable", "basic", "extended", "all"]),
+    help="Level of ONNX Runtime's graph optimization (default all). Repeatable.",
+)
 @click.option(
     "-a",
     "--adapter",
@@ -21,6 +48,23 @@ from lora_edge.cli.arguments import named_paths
     help="PEFT files of an adapter, where the bundle does not hold them. Repeatable.",
 )
 @click.option(
+    "--steps",
+    type=click.IntRange(1),
+    help="Greedy tokens after each prompt (default 64; 16 above 20 M parameters).",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random prompts.")
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    help="Up to four texts, one in each line, to run before random ones (with --reference).",
+)
+@click.option(
+    "--resume",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Keep what is finished in DIR, and go on from there when called again.",
+)
+@click.option(
     "--json", "json_file", type=click.Path(path_type=Path), help="Write the report there."
 )
 @click.pass_context
@@ -28,19 +72,38 @@ def command(
     context: click.Context,
     bundle: str,
     reference: str | None,
+    depth: Depth | None,
+    providers: tuple[str, ...],
+    optimizations: tuple[str, ...],
     adapters: tuple[str, ...],
+    steps: int | None,
+    seed: int,
+    prompts: Path | None,
+    resume: Path | None,
     json_file: Path | None,
 ) -> None:
     """Check BUNDLE against PyTorch (--reference), or else against its own golden cases.
 
+    Every adapter state runs on every provider with every level of optimization that is named.
+
     Exit code 0: passed. 1: an adapter differs from PyTorch, has no effect, or is unproved.
     """
     from lora_edge.parity import validate
+    from lora_edge.parity.given import read_prompts
 
+    if prompts is not None and reference is None:
+        raise click.UsageError("--prompts needs --reference; `lora-edge golden` keeps prompts")
     report = validate(
         bundle,
         reference,
         adapters=named_paths(adapters),
+        provider=providers or "cpu",
+        optimization=optimizations or None,
+        depth=depth or "normal",
+        steps=steps,
+        seed=seed,
+        prompts=[] if prompts is None else [prompt.text for prompt in read_prompts(prompts)],
+        resume=resume,
         progress=lambda line: click.echo(line, err=True),
     )
     click.echo(report.table(), nl=False)

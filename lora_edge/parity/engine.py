@@ -12,19 +12,18 @@ from pathlib import Path
 from typing import Literal
 
 from lora_edge.base import Base, resolve_base
-from lora_edge.bundle import Bundle, Seq2SeqSpec, hash_file, load_bundle
-from lora_edge.errors import DataError
+from lora_edge.bundle import Bundle, hash_file, load_bundle
 from lora_edge.names import NONE_ADAPTER
-from lora_edge.parity.checks import compare, greedy, switching
+from lora_edge.parity.asking import ask
+from lora_edge.parity.checks import compare, switching
 from lora_edge.parity.compare import Tolerance
 from lora_edge.parity.environment import combinations, machine, session_of, versions
 from lora_edge.parity.golden import Golden, recorded, reduce, shortened
 from lora_edge.parity.journal import Journal
 from lora_edge.parity.record import record
 from lora_edge.parity.report import Case, Report, Session
-from lora_edge.parity.states import MIXED_ROWS, Row
+from lora_edge.parity.states import MIXED_ROWS
 from lora_edge.runtime import Runner
-from lora_edge.tasks import TEXT_GENERATION
 
 Depth = Literal["quick", "normal", "full"]
 Say = Callable[[str], None]
@@ -129,7 +128,17 @@ def validate(
         if index == 0 and base is None:
             asked = goldens = [_cut(golden, settings) for golden in recorded(target)]
         elif index == 0 and base is not None:
-            asked = _asked(target, runner, base, adapters or {}, settings, journal, say)
+            asked = ask(
+                runner,
+                base,
+                adapters or {},
+                say,
+                steps=steps,
+                seed=seed,
+                prompts=prompts,
+                given=[golden.probe for golden in recorded(target) if golden.probe.given],
+                done=tuple(journal.goldens),
+            )
         found: list[Golden] = []
         for golden, part in _compared(runner, session, asked, journal, settings, say):
             cases += part
@@ -245,49 +254,6 @@ def _command(
         words += ["--steps", str(settings.steps)]
     words += ["--seed", str(settings.seed)]
     return shlex.join(words)
-
-
-def _asked(
-    bundle: Bundle,
-    runner: Runner,
-    base: Base,
-    directories: Mapping[str, str | os.PathLike[str]],
-    settings: _Settings,
-    journal: Journal,
-    say: Say,
-) -> Iterator[Golden]:
-    """What PyTorch gives: what a validation that was cut off kept, then the rest."""
-    from lora_edge.parity.live import Question, ask_pytorch, sources_of
-    from lora_edge.parity.seq2seq_live import ask_pytorch_seq2seq
-    from lora_edge.parity.task_live import ask_pytorch_task
-
-    question = Question(
-        bundle,
-        base,
-        sources_of(bundle, base, runner.adapters, directories),
-        settings.steps,
-        settings.seed,
-        [_tokens(runner, text) for text in settings.prompts],
-        continued=lambda probe: greedy(runner, probe),
-        progress=say,
-        done=tuple(journal.goldens),
-    )
-    yield from journal.goldens
-    if isinstance(bundle.manifest.graph, Seq2SeqSpec):
-        yield from ask_pytorch_seq2seq(question)
-    elif bundle.manifest.task == TEXT_GENERATION:
-        yield from ask_pytorch(question)
-    else:
-        yield from ask_pytorch_task(question)
-
-
-def _tokens(runner: Runner, text: str) -> Row:
-    graph = runner.bundle.manifest.graph
-    if isinstance(graph, Seq2SeqSpec) and graph.features:
-        raise DataError("the bundle takes speech, not texts", "Leave the prompts out.")
-    if runner.bundle.manifest.task == TEXT_GENERATION or isinstance(graph, Seq2SeqSpec):
-        return tuple(runner.tokenizer.encode(text))
-    return tuple(runner.outputs.encode([text])[0].ids)
 
 
 def _silent(line: str) -> None:

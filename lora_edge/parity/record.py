@@ -36,7 +36,12 @@ def record(
     for name in report.adapters:
         passed = report.adapter_passed(name)
         entries[name] = dataclasses.replace(entries[name], proved=passed)
-    ready = [g for g in goldens if all(entries[name].proved for name in g.probe.adapters)]
+    ready = [
+        golden
+        for golden in goldens
+        # The user's own are recorded when they are given.
+        if not golden.probe.given and all(entries[name].proved for name in golden.probe.adapters)
+    ]
     if entries == dict(manifest.adapters) and {g.stem for g in ready} <= set(golden_stems(bundle)):
         return
     try:

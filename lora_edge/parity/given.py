@@ -1,0 +1,193 @@
+"""The user's own prompts as golden cases of a bundle."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from lora_edge.base import Base, resolve_base
+from lora_edge.bundle import Bundle, FileEntry, hash_file, load_bundle
+from lora_edge.errors import BundleError, DataError, ParityError
+from lora_edge.names import NONE_ADAPTER
+from lora_edge.parity.asking import ask, longest_prompt, tokens_of
+from lora_edge.parity.checks import compare
+from lora_edge.parity.compare import Tolerance
+from lora_edge.parity.golden import recorded, reduce, save_golden
+from lora_edge.parity.states import BASE, Kind, Probe, Row, only
+from lora_edge.runtime import Runner
+from lora_edge.tasks import TEXT_GENERATION
+
+_ROWS = 8  # of a batch: whole logits of one batch are in memory at a time
+_STEPS = 16
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, and the adapter that it is for; ``None``: all of them, and the base."""
+
+    text: str
+    adapter: str | None = None
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Prompts from a file: lines of text, or of JSON ``{"prompt": …, "adapter": …}`` (``.jsonl``).
+
+    Raises:
+        DataError: the file is missing, is no UTF-8, holds no prompt, or a line is none.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise DataError(f"{path} cannot be read: {reason}", "Give a text or jsonl file.") from error
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        found.append(_json_prompt(path, number, line) if path.suffix == ".jsonl" else Prompt(line))
+    if not found:
+        raise DataError(f"{path} holds no prompt", "Give one prompt in each line.")
+    return found
+
+
+def _json_prompt(path: Path, number: int, line: str) -> Prompt:
+    try:
+        data = json.loads(line)
+    except ValueError:
+        data = None
+    text = data.get("prompt") if isinstance(data, dict) else None
+    adapter = data.get("adapter") if isinstance(data, dict) else None
+    if not isinstance(text, str) or not text or not isinstance(adapter, str | None):
+        raise DataError(
+            f"{path}, line {number}: expected an object with a text 'prompt', and an 'adapter' or "
+            "none",
+            'For example {"prompt": "Dear Sir", "adapter": "polite"}.',
+        )
+    return Prompt(text, adapter)
+
+
+def given_probes(
+    bundle: Bundle,
+    prompts: Sequence[Prompt],
+    encode: Callable[[str], Row],
+    *,
+    steps: int | None = None,
+    longest: int | None = None,
+) -> list[Probe]:
+    """The probes of the user's prompts: batches of the base and of each adapter.
+
+    Args:
+        bundle: names of its adapters, and which batches it has already.
+        prompts: the user's.
+        encode: text -> token ids.
+        steps: greedy tokens after each prompt; ``None``: 16, where the bundle generates text.
+        longest: tokens that a prompt may have.
+
+    Raises:
+        DataError: a prompt is for an adapter that the bundle lacks, is empty, or is too long.
+    """
+    names = sorted(set(bundle.manifest.adapters) - {NONE_ADAPTER})
+    rows: list[tuple[Row, str | None]] = []
+    for prompt in prompts:
+        if prompt.adapter is not None and prompt.adapter not in names:
+            raise DataError(
+                f"a prompt is for the adapter {prompt.adapter!r}, which the bundle does not have",
+                f"Its adapters are {', '.join(names)}.",
+            )
+        row = encode(prompt.text)
+        if not row or (longest is not None and len(row) > longest):
+            raise DataError(
+                f"the prompt {prompt.text[:40]!r} has {len(row)} tokens, expected 1 to {longest}",
+                "Shorten it.",
+            )
+        rows.append((row, prompt.adapter))
+    known = [golden.probe for golden in recorded(bundle) if golden.probe.given]
+    probes = []
+    for name in (None, *names):
+        own = [row for row, adapter in rows if adapter is None or adapter == name]
+        kind: Kind = "base" if name is None else "adapter"
+        state = BASE if name is None else only(name)
+        earlier = [x.batch for x in known if x.kind == kind and x.states[0] == state]
+        for batch, start in enumerate(range(0, len(own), _ROWS), max(earlier, default=0) + 1):
+            part = tuple(own[start : start + _ROWS])
+            who = "base" if name is None else f"adapter {name}"
+            title = f"{who}, given prompts {batch}"
+            count = _STEPS if steps is None else steps
+            states = (state,) * len(part)
+            probes.append(Probe(title, kind, part, states, count, given=True, batch=batch))
+    return probes
+
+
+def add_goldens(
+    bundle: str | os.PathLike[str] | Bundle,
+    prompts: Sequence[Prompt],
+    reference: str | os.PathLike[str] | Base | None = None,
+    *,
+    adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+    steps: int | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Bundle:
+    """Run prompts through PyTorch and keep the outcome in the bundle as golden cases.
+
+    From then on ``validate`` runs them too, from the goldens and against PyTorch alike.
+
+    Args:
+        bundle: the bundle or its folder.
+        prompts: the user's.
+        reference: the base model; ``None``: the one that the bundle names.
+        adapters: PEFT directories of adapters whose files the bundle does not hold.
+        steps: greedy tokens after each prompt; ``None``: 16.
+        progress: called with a line for each probe.
+
+    Returns:
+        The bundle with its new manifest.
+
+    Raises:
+        DataError: a prompt is empty, too long, or for an adapter that the bundle lacks.
+        ParityError: the bundle does not do on them what PyTorch does; nothing is recorded.
+        BundleError: as ``validate``.
+    """
+    target = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
+    target.verify_all()
+    named = target.manifest.base["name_or_path"] if reference is None else reference
+    base = named if isinstance(named, Base) else resolve_base(named)
+    runner = Runner(target)
+    longest = longest_prompt(runner)
+    if longest is not None and target.manifest.task == TEXT_GENERATION:
+        longest -= _STEPS if steps is None else steps
+    probes = given_probes(target, prompts, partial(tokens_of, runner), steps=steps, longest=longest)
+    goldens = []
+    say = progress or _silent
+    asked = ask(runner, base, adapters or {}, say, given=probes, planned=False)
+    for golden in asked:
+        for case in compare(runner, golden, Tolerance()):
+            if case.status != "passed":
+                raise ParityError(
+                    case.reason, "Nothing was recorded. Name the adapter that a prompt is for."
+                )
+        goldens.append(reduce(golden, len(probes)))
+    written: list[Path] = []
+    try:
+        files = dict(target.manifest.files)
+        for golden in goldens:
+            name = save_golden(target.directory, golden)
+            path = target.directory / name
+            written.append(path)
+            files[name] = FileEntry(hash_file(path), path.stat().st_size)
+        return target.write_manifest(dataclasses.replace(target.manifest, files=files))
+    except OSError as error:
+        for path in written:
+            path.unlink(missing_ok=True)
+        raise BundleError(
+            f"the golden cases cannot be written to {target.directory}: {error.strerror}",
+            "Make the folder writable, and check the disk space.",
+        ) from error
+
+
+def _silent(line: str) -> None:
+    """Progress that nobody listens to."""
