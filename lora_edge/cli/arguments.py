@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import click
 
@@ -24,6 +25,14 @@ def named_paths(pairs: Sequence[str]) -> dict[str, str]:
             raise click.BadParameter(f"the adapter {name!r} is given twice")
         found[name] = path
     return found
+
+
+def optional_name(text: str) -> tuple[str | None, Path]:
+    """``[NAME=]FILE`` as a name, or ``None``, and a path; a file of that whole name comes first."""
+    name, separator, path = text.partition("=")
+    if not separator or Path(text).exists():
+        return None, Path(text)
+    return name, Path(path)
 
 
 def conversion_rank(text: str | None) -> int | float | None:

@@ -47,7 +47,7 @@ def command(
     differs from PyTorch on them: exit code 1.
     """
     from lora_edge.parity import add_goldens
-    from lora_edge.parity.given import read_prompts
+    from lora_edge.parity.examples import read_prompts
 
     result = add_goldens(
         bundle,

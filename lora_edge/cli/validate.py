@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from lora_edge.cli.arguments import named_paths
+from lora_edge.cli.arguments import named_paths, optional_name
 
 if TYPE_CHECKING:
     from lora_edge.parity.engine import Depth
@@ -59,6 +60,19 @@ if TYPE_CHECKING:
     help="Up to four texts, one in each line, to run before random ones (with --reference).",
 )
 @click.option(
+    "--eval",
+    "data",
+    multiple=True,
+    metavar="[NAME=]FILE",
+    help='A .jsonl of {"prompt", "completion"} or {"text", "label"} for an adapter, or for all: '
+    "compare a metric on it, under PyTorch and under the bundle (with --reference). Repeatable.",
+)
+@click.option(
+    "--metric",
+    type=click.Choice(["exact_match", "perplexity", "accuracy"]),
+    help="Of --eval (default exact_match; accuracy of labels).",
+)
+@click.option(
     "--resume",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",
@@ -79,6 +93,8 @@ def command(
     steps: int | None,
     seed: int,
     prompts: Path | None,
+    data: tuple[str, ...],
+    metric: str | None,
     resume: Path | None,
     json_file: Path | None,
 ) -> None:
@@ -89,10 +105,12 @@ def command(
     Exit code 0: passed. 1: an adapter differs from PyTorch, has no effect, or is unproved.
     """
     from lora_edge.parity import validate
-    from lora_edge.parity.given import read_prompts
+    from lora_edge.parity.examples import read_examples, read_prompts
 
     if prompts is not None and reference is None:
         raise click.UsageError("--prompts needs --reference; `lora-edge golden` keeps prompts")
+    if data and reference is None:
+        raise click.UsageError("--eval needs --reference")
     report = validate(
         bundle,
         reference,
@@ -103,6 +121,12 @@ def command(
         steps=steps,
         seed=seed,
         prompts=[] if prompts is None else [prompt.text for prompt in read_prompts(prompts)],
+        examples=[
+            dataclasses.replace(example, adapter=example.adapter or name)
+            for name, path in map(optional_name, data)
+            for example in read_examples(path)
+        ],
+        metric=metric,
         resume=resume,
         progress=lambda line: click.echo(line, err=True),
     )

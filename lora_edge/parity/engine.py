@@ -13,13 +13,17 @@ from typing import Literal
 
 from lora_edge.base import Base, resolve_base
 from lora_edge.bundle import Bundle, hash_file, load_bundle
+from lora_edge.errors import DataError
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.parity.asking import ask
 from lora_edge.parity.checks import compare, switching
 from lora_edge.parity.compare import Tolerance
 from lora_edge.parity.environment import combinations, machine, session_of, versions
+from lora_edge.parity.evaluation import evaluate
+from lora_edge.parity.examples import Example
 from lora_edge.parity.golden import Golden, recorded, reduce, shortened
 from lora_edge.parity.journal import Journal
+from lora_edge.parity.live import sources_of
 from lora_edge.parity.record import record
 from lora_edge.parity.report import Case, Report, Session
 from lora_edge.parity.states import MIXED_ROWS
@@ -68,6 +72,8 @@ def validate(
     steps: int | None = None,
     seed: int = 0,
     prompts: Sequence[str] = (),
+    examples: Sequence[Example] = (),
+    metric: str | None = None,
     resume: str | os.PathLike[str] | None = None,
     progress: Say | None = None,
 ) -> Report:
@@ -94,6 +100,10 @@ def validate(
             of more than 20 M parameters.
         seed: of the random prompts.
         prompts: texts to run besides random tokens (with ``reference``), four at most.
+        examples: prompts and completions, or texts and labels, on which the ``metric`` of each
+            adapter is compared too (with ``reference``), in the first session.
+        metric: ``exact_match`` or ``perplexity`` of prompts and completions, ``accuracy`` of texts
+            and labels; ``None``: the first that the bundle's task has.
         resume: a folder for the parts that are finished. A validation that was cut off goes on
             from it when called again; it is removed at the end.
         progress: called with a line for each probe.
@@ -101,13 +111,19 @@ def validate(
     Raises:
         BundleError: a file of the bundle is damaged, or the reference is another base.
         AdapterError: a given PEFT directory is not the adapter that was exported.
-        DataError: an unknown level, or ``resume`` names a folder with other files.
+        DataError: an unknown level or metric, ``examples`` without a reference, or ``resume`` names
+            a folder with other files.
         MissingDependencyError: a reference is given, and torch, transformers or peft is missing.
     """
     started = time.monotonic()
     say = progress or _silent
     target = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
     target.verify_all()
+    if examples and reference is None:
+        raise DataError(
+            "there is nothing to compare the metric with",
+            "Give the base as reference; the goldens of the user's prompts work without it.",
+        )
     if steps is None and depth == "quick":
         steps = _QUICK_STEPS
     settings = _Settings(depth, steps, seed, tuple(prompts), Tolerance())
@@ -145,6 +161,15 @@ def validate(
             found.append(golden)
         goldens = found
         cases += _switched(runner, session, goldens, journal, settings)
+        if index == 0 and base is not None and examples:
+            floors = {name: floor for golden in goldens for name, floor in golden.floors.items()}
+            sources = sources_of(target, base, names, adapters or {})
+            cases += [
+                dataclasses.replace(case, session=session.name)
+                for case in evaluate(
+                    runner, base, sources, examples, metric, floors, settings.tolerance, say
+                )
+            ]
     found_versions = versions()
     for golden in goldens:
         found_versions |= golden.versions

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from lora_edge.names import NONE_ADAPTER
 from lora_edge.parity.asking import ask, longest_prompt, tokens_of
 from lora_edge.parity.checks import compare
 from lora_edge.parity.compare import Tolerance
+from lora_edge.parity.examples import Prompt
 from lora_edge.parity.golden import recorded, reduce, save_golden
 from lora_edge.parity.states import BASE, Kind, Probe, Row, only
 from lora_edge.runtime import Runner
@@ -24,51 +23,6 @@ from lora_edge.tasks import TEXT_GENERATION
 
 _ROWS = 8  # of a batch: whole logits of one batch are in memory at a time
 _STEPS = 16
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt, and the adapter that it is for; ``None``: all of them, and the base."""
-
-    text: str
-    adapter: str | None = None
-
-
-def read_prompts(path: Path) -> list[Prompt]:
-    """Prompts from a file: lines of text, or of JSON ``{"prompt": …, "adapter": …}`` (``.jsonl``).
-
-    Raises:
-        DataError: the file is missing, is no UTF-8, holds no prompt, or a line is none.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise DataError(f"{path} cannot be read: {reason}", "Give a text or jsonl file.") from error
-    found = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        found.append(_json_prompt(path, number, line) if path.suffix == ".jsonl" else Prompt(line))
-    if not found:
-        raise DataError(f"{path} holds no prompt", "Give one prompt in each line.")
-    return found
-
-
-def _json_prompt(path: Path, number: int, line: str) -> Prompt:
-    try:
-        data = json.loads(line)
-    except ValueError:
-        data = None
-    text = data.get("prompt") if isinstance(data, dict) else None
-    adapter = data.get("adapter") if isinstance(data, dict) else None
-    if not isinstance(text, str) or not text or not isinstance(adapter, str | None):
-        raise DataError(
-            f"{path}, line {number}: expected an object with a text 'prompt', and an 'adapter' or "
-            "none",
-            'For example {"prompt": "Dear Sir", "adapter": "polite"}.',
-        )
-    return Prompt(text, adapter)
 
 
 def given_probes(

@@ -14,7 +14,7 @@ from lora_edge.bundle import file_entries, load_bundle
 from lora_edge.errors import DataError, ParityError
 from lora_edge.exporter import export
 from lora_edge.parity import add_goldens, validate
-from lora_edge.parity.given import Prompt, read_prompts
+from lora_edge.parity.examples import Prompt, read_prompts
 from lora_edge.parity.golden import recorded
 from lora_edge.runtime.adapter_file import read_adapter, write_adapter
 

@@ -1,0 +1,99 @@
+"""The user's own prompts and labelled examples, from files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_edge.errors import DataError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, and the adapter that it is for; ``None``: all of them, and the base."""
+
+    text: str
+    adapter: str | None = None
+
+
+@dataclass(frozen=True)
+class Example:
+    """What is asked, what the right answer is, and the adapter that it is for (``None``: all)."""
+
+    text: str
+    answer: str
+    adapter: str | None = None
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Prompts from a file: lines of text, or of JSON ``{"prompt": …, "adapter": …}`` (``.jsonl``).
+
+    Raises:
+        DataError: the file is missing, is no UTF-8, holds no prompt, or a line is none.
+    """
+    if path.suffix != ".jsonl":
+        found = [Prompt(line) for _, line in _lines(path)]
+    else:
+        found = []
+        for number, data in _objects(path):
+            text, adapter = data.get("prompt"), data.get("adapter")
+            if not isinstance(text, str) or not text or not isinstance(adapter, str | None):
+                raise DataError(
+                    f"{path}, line {number}: expected a text 'prompt', and an 'adapter' or none",
+                    'For example {"prompt": "Dear Sir", "adapter": "polite"}.',
+                )
+            found.append(Prompt(text, adapter))
+    if not found:
+        raise DataError(f"{path} holds no prompt", "Give one prompt in each line.")
+    return found
+
+
+def read_examples(path: Path) -> list[Example]:
+    """Examples from a ``.jsonl``: ``{"prompt", "completion"}`` or ``{"text", "label"}``.
+
+    Each may have an ``adapter`` besides.
+
+    Raises:
+        DataError: the file is missing, is no UTF-8, holds no example, or a line is none.
+    """
+    found = []
+    for number, data in _objects(path):
+        text = data.get("prompt", data.get("text"))
+        answer = data.get("completion", data.get("label"))
+        answer = str(answer) if isinstance(answer, int) else answer
+        adapter = data.get("adapter")
+        if not (
+            isinstance(text, str) and isinstance(answer, str) and text and answer
+        ) or not isinstance(adapter, str | None):
+            raise DataError(
+                f"{path}, line {number}: expected 'prompt' and 'completion', or 'text' and 'label'",
+                'For example {"prompt": "Word: river Answer:", "completion": " river river"}.',
+            )
+        found.append(Example(text, answer, adapter))
+    if not found:
+        raise DataError(f"{path} holds no example", "Give one in each line.")
+    return found
+
+
+def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in _lines(path):
+        try:
+            data = json.loads(line)
+        except ValueError:
+            data = None
+        if not isinstance(data, dict):
+            raise DataError(f"{path}, line {number}: expected a JSON object", "Give a jsonl file.")
+        yield number, data
+
+
+def _lines(path: Path) -> list[tuple[int, str]]:
+    """Lines that are not blank, with their numbers from 1."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise DataError(f"{path} cannot be read: {reason}", "Give a text or jsonl file.") from error
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]

@@ -1,0 +1,240 @@
+"""Metrics on examples, under PyTorch and under the bundle: scores, the higher the better."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_edge.adapter import load_adapter
+from lora_edge.base import Base
+from lora_edge.bundle import Seq2SeqSpec
+from lora_edge.errors import DataError
+from lora_edge.parity.compare import log_total
+from lora_edge.parity.examples import Example
+from lora_edge.parity.reference import Reference
+from lora_edge.parity.states import BASE, Row, State, only
+from lora_edge.parity.task_reference import TaskReference
+from lora_edge.runtime import Runner
+from lora_edge.runtime.tokenizer import Encoded
+from lora_edge.tasks import TEXT_GENERATION, Task
+
+Scores = NDArray[np.float64]
+"""``[examples]``."""
+
+METRICS = ("exact_match", "perplexity", "accuracy")
+_BATCH = 8
+_ROOM = 8  # tokens that an answer may be longer than the right one
+
+
+class Metric(ABC):
+    """One metric of one bundle, on either side."""
+
+    metric: str
+
+    @abstractmethod
+    def scores(self, name: str, examples: Sequence[Example]) -> tuple[Scores, Scores, Scores]:
+        """The scores of the bundle with an adapter, of PyTorch with it, and without it."""
+
+    def noise(self, examples: Sequence[Example], each: float) -> Scores:  # noqa: ARG002
+        """What two equal scores may differ by, where a log probability may by ``each``."""
+        return np.zeros(len(examples))
+
+    def average(self, scores: Scores, examples: Sequence[Example]) -> float:  # noqa: ARG002
+        """The metric over all examples."""
+        return float(scores.mean())
+
+
+def choose(runner: Runner, base: Base, sources: Mapping[str, Path], metric: str | None) -> Metric:
+    """The metric of that name, or the first that the bundle's task has.
+
+    Raises:
+        DataError: the task has no such metric.
+    """
+    manifest = runner.bundle.manifest
+    if isinstance(manifest.graph, Seq2SeqSpec):
+        known: dict[str, type[_Generated] | type[_Accuracy]] = {}
+    elif manifest.task == TEXT_GENERATION:
+        known = {"exact_match": _ExactMatch, "perplexity": _Perplexity}
+    elif manifest.task == "text-classification":
+        known = {"accuracy": _Accuracy}
+    else:
+        known = {}
+    if not known or metric not in {None, *known}:
+        raise DataError(
+            f"a bundle of {manifest.task} has no metric"
+            + (f" {metric!r}; it has {', '.join(known)}" if known else ""),
+            "Text generators have exact_match and perplexity, text classifiers accuracy.",
+        )
+    return known[metric or next(iter(known))](runner, base, sources)
+
+
+class _Generated(Metric):
+    """A text generator."""
+
+    def __init__(self, runner: Runner, base: Base, sources: Mapping[str, Path]) -> None:
+        self._runner = runner
+        self._reference = Reference(base)
+        for name, directory in sources.items():
+            self._reference.attach(name, directory)
+
+    def _split(self, example: Example) -> tuple[Row, Row]:
+        """The tokens of the prompt, and of what follows in the two together."""
+        prompt = self._runner.tokenizer.encode(example.text)
+        whole = self._runner.tokenizer.encode(example.text + example.answer)
+        shared = len(prompt)
+        while prompt[:shared] != whole[:shared]:
+            shared -= 1
+        if not shared or shared == len(whole):
+            raise DataError(
+                f"the completion {example.answer[:40]!r} adds no token to its prompt",
+                "Give a prompt and a completion of at least one token each.",
+            )
+        return tuple(whole[:shared]), tuple(whole[shared:])
+
+
+class _ExactMatch(_Generated):
+    """Whether the greedy completion is the right one, apart from blanks around it."""
+
+    metric = "exact_match"
+
+    def scores(self, name: str, examples: Sequence[Example]) -> tuple[Scores, Scores, Scores]:
+        said = self._proposed(name, examples)
+        without = None
+        if self._runner.bundle.manifest.mode == "switchable":
+            without = self._proposed(None, examples)
+        return (
+            self._right(examples, said),
+            self._right(examples, self._answers(only(name), examples, said)),
+            self._right(examples, self._answers(BASE, examples, without)),
+        )
+
+    def _steps(self, examples: Sequence[Example]) -> int:
+        return max(len(self._split(example)[1]) for example in examples) + _ROOM
+
+    def _proposed(self, name: str | None, examples: Sequence[Example]) -> list[list[int]]:
+        """What the bundle says, end tokens included."""
+        rows = [self._runner.tokenizer.encode(example.text) for example in examples]
+        steps = self._steps(examples)
+        return [
+            answer
+            for start in range(0, len(rows), _BATCH)
+            for answer in self._runner.generate_ids(rows[start : start + _BATCH], name, steps)
+        ]
+
+    def _answers(
+        self, state: State, examples: Sequence[Example], proposed: list[list[int]] | None
+    ) -> list[list[int]]:
+        """What PyTorch says. One forward shows whether it is what the bundle proposes."""
+        steps, ends = self._steps(examples), self._runner.eos_ids
+        found = []
+        for index, example in enumerate(examples):
+            row = tuple(self._runner.tokenizer.encode(example.text))
+            if proposed is not None:
+                answer = proposed[index]
+                whole = (*row, *answer)
+                (logits,) = self._reference.logits([whole], [state], [len(row)])
+                if logits[len(row) - 1 : -1].argmax(-1).tolist() == answer:
+                    found.append(answer)
+                    continue
+            (said,) = self._reference.greedy([row], state, steps)
+            stop = next((i for i, token in enumerate(said.tokens) if token in ends), steps)
+            found.append(list(said.tokens[: stop + 1]))
+        return found
+
+    def _right(self, examples: Sequence[Example], answers: Sequence[Sequence[int]]) -> Scores:
+        said = [self._runner.tokenizer.decode(list(answer)).strip() for answer in answers]
+        pairs = zip(said, examples, strict=True)
+        return np.array([float(text == example.answer.strip()) for text, example in pairs])
+
+
+class _Perplexity(_Generated):
+    """The log probability of the completion, in nats; the metric is exp of minus its mean."""
+
+    metric = "perplexity"
+
+    def scores(self, name: str, examples: Sequence[Example]) -> tuple[Scores, Scores, Scores]:
+        parts = [self._split(example) for example in examples]
+        ours: list[float] = []
+        for start in range(0, len(parts), _BATCH):
+            part = parts[start : start + _BATCH]
+            logits = self._runner.logits([[*a, *b] for a, b in part], adapter=name)
+            ours += [_likelihood(*pair, row) for pair, row in zip(part, logits, strict=True)]
+        theirs, without = (
+            np.array([_likelihood(a, b, self._logits(a, b, state)) for a, b in parts])
+            for state in (only(name), BASE)
+        )
+        return np.array(ours), theirs, without
+
+    def _logits(self, prompt: Row, answer: Row, state: State) -> NDArray[np.floating]:
+        return self._reference.logits([(*prompt, *answer)], [state], [len(prompt)])[0]
+
+    def noise(self, examples: Sequence[Example], each: float) -> Scores:
+        return each * np.array([len(self._split(example)[1]) for example in examples])
+
+    def average(self, scores: Scores, examples: Sequence[Example]) -> float:
+        tokens = sum(len(self._split(example)[1]) for example in examples)
+        return float(np.exp(-scores.sum() / tokens))
+
+
+def _likelihood(prompt: Row, answer: Row, logits: NDArray[np.floating]) -> float:
+    rows = logits[len(prompt) - 1 : len(prompt) - 1 + len(answer)].astype(np.float32)
+    chosen = rows[np.arange(len(answer)), list(answer)].astype(np.float64)
+    return float((chosen - log_total(rows)).sum())
+
+
+class _Accuracy(Metric):
+    """Whether the best label is the right one."""
+
+    metric = "accuracy"
+
+    def __init__(self, runner: Runner, base: Base, sources: Mapping[str, Path]) -> None:
+        self._runner = runner
+        task = Task(runner.bundle.manifest.task)
+        self._reference = TaskReference(base, task)
+        for name, directory in sources.items():
+            labels = load_adapter(directory, name).head_labels(task.in_head)
+            self._reference.attach(name, directory, labels)
+
+    def scores(self, name: str, examples: Sequence[Example]) -> tuple[Scores, Scores, Scores]:
+        coded = self._runner.outputs.encode([example.text for example in examples])
+        ours: list[NDArray[np.floating]] = []
+        for start in range(0, len(coded), _BATCH):
+            part = coded[start : start + _BATCH]
+            binding = self._runner.binding(name, len(part))
+            ids, types = [x.ids for x in part], [x.type_ids for x in part]
+            ours += self._runner.outputs.rows(ids, types, binding)
+        rows = [self._inputs(one) for one in coded]
+        theirs, without = (
+            self._reference.outputs(rows, name, low_rank=low_rank) for low_rank in (True, False)
+        )
+        right = self._labels(name, examples)
+        found = (np.array([row.argmax() for row in side]) for side in (ours, theirs, without))
+        first, second, third = ((side == right).astype(np.float64) for side in found)
+        return first, second, third
+
+    def _inputs(self, one: Encoded) -> dict[str, NDArray[np.int64]]:
+        arrays = {
+            "input_ids": np.array(one.ids, np.int64),
+            "attention_mask": np.ones(len(one.ids), np.int64),
+            "token_type_ids": np.array(one.type_ids, np.int64),
+        }
+        return {key: arrays[key] for key in self._runner.encoder.spec.inputs}
+
+    def _labels(self, name: str, examples: Sequence[Example]) -> NDArray[np.int64]:
+        labels = self._runner.bundle.adapter(name).labels
+        right = []
+        for example in examples:
+            if example.answer in labels:
+                right.append(labels.index(example.answer))
+            elif example.answer.isdigit() and int(example.answer) < len(labels):
+                right.append(int(example.answer))
+            else:
+                raise DataError(
+                    f"the label {example.answer!r} is none of {name}'s: {', '.join(labels)}",
+                    "Give its labels, or their numbers from 0.",
+                )
+        return np.array(right, np.int64)
