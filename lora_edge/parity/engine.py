@@ -275,7 +275,8 @@ def _command(
         words += ["--provider", name]
     for level in dict.fromkeys(level for _, level in sessions):
         words += ["--optimization", level]
-    if settings.steps is not None and settings.depth != "quick":
+    quick = settings.depth == "quick" and settings.steps == _QUICK_STEPS
+    if settings.steps is not None and not quick:
         words += ["--steps", str(settings.steps)]
     words += ["--seed", str(settings.seed)]
     return shlex.join(words)
