@@ -24,9 +24,10 @@ from lora_edge.capture.attention import MASKED, RegisteredAttention, explicit_at
 from lora_edge.capture.families import OPTIMUM
 from lora_edge.capture.load import load_model, max_length, model_layers, noted_ranks
 from lora_edge.capture.swaps import constant_views, swapped_linears
-from lora_edge.capture.trace import OPSET, check_inputs, name_nodes, name_weights, quiet
+from lora_edge.capture.trace import OPSET, TRACE_WARNINGS, check_inputs, name_nodes, name_weights
 from lora_edge.capture.weights import attach, placeholders
 from lora_edge.errors import CaptureError, UnsupportedModelError
+from lora_edge.quiet import quiet
 from lora_edge.tasks import Task
 
 # Sizes that no model has, so that a traced size is known for what it is.
@@ -257,7 +258,7 @@ def _export(traced: _Traced, spec: EncoderSpec, task: Task, directory: Path) -> 
         weights = stack.enter_context(placeholders(traced.model))
         stack.enter_context(swapped_linears(traced.model))
         stack.enter_context(constant_views(_BATCH, None if spec.image else _SEQ))
-        stack.enter_context(quiet())
+        stack.enter_context(quiet(TRACE_WARNINGS))
         torch.onnx.export(
             traced,
             tuple(example.values()),

@@ -23,6 +23,7 @@ from lora_edge.capture.families import (
 )
 from lora_edge.capture.swaps import is_linear
 from lora_edge.errors import BaseModelError, UnsupportedModelError
+from lora_edge.quiet import quiet
 from lora_edge.tasks import Task
 
 
@@ -42,11 +43,8 @@ def load_model(base: Base, attention: str | None, task: Task | None = None) -> A
     import transformers
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
-    from transformers.utils import logging
 
     refuse_unloadable(base.config, seq2seq=task is not None and task.seq2seq)
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     options: dict[str, Any] = {"attn_implementation": attention or "eager"}
     loader, labels = "AutoModelForCausalLM", {}
     if task is not None:
@@ -67,14 +65,15 @@ def load_model(base: Base, attention: str | None, task: Task | None = None) -> A
             with torch.device("meta"):  # before any weight is loaded
                 empty = getattr(transformers, loader).from_config(copy.deepcopy(config))
             refuse_loops(empty, base.model_type, field)
-        model, loading = getattr(transformers, loader).from_pretrained(
-            base.directory,
-            # A model keeps its config and writes into it, so this one must be its own.
-            config=copy.deepcopy(config),
-            dtype=torch.float32,
-            output_loading_info=True,
-            **options,
-        )
+        with quiet():
+            model, loading = getattr(transformers, loader).from_pretrained(
+                base.directory,
+                # A model keeps its config and writes into it, so this one must be its own.
+                config=copy.deepcopy(config),
+                dtype=torch.float32,
+                output_loading_info=True,
+                **options,
+            )
     except (
         OSError,
         ValueError,
@@ -96,9 +95,6 @@ def load_model(base: Base, attention: str | None, task: Task | None = None) -> A
             f"{base.name_or_path} cannot be loaded as {what}: {said}",
             f"Check that transformers' {loader} can load it.",
         ) from error
-    finally:
-        if shown:
-            logging.enable_progress_bar()
     # transformers fills these in at random and only warns.
     random = sorted(loading["missing_keys"]) + [str(x[0]) for x in loading["mismatched_keys"]]
     if task is not None:

@@ -7,7 +7,6 @@ for each RMSNorm, logits at chosen positions only. *portable*: standard operator
 from __future__ import annotations
 
 import io
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -49,8 +48,17 @@ from lora_edge.capture.weights import Weight, attach, placeholders
 from lora_edge.errors import CaptureError, UnsupportedModelError
 from lora_edge.experts import ParameterModule
 from lora_edge.names import LOGITS_POSITIONS, past_name, present_name
+from lora_edge.quiet import quiet
 
 OPSET = 18
+# Said of every trace: the exporter is deprecated, sizes become constants.
+TRACE_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
+    ("You are using the legacy TorchScript", DeprecationWarning),
+    ("The feature will be removed", DeprecationWarning),
+    ("", torch.jit.TracerWarning),
+    # Of negative indices, which no known model computes; the base check would find them.
+    ("Exporting aten::index operator", UserWarning),
+)
 # Sizes that no model has, so that a traced size is known for what it is.
 _BATCH, _SEQ, _PAST = 3, 5, 7
 _PREFIX = "model."
@@ -235,7 +243,7 @@ def _export(
             stack.enter_context(swapped_norms(model))
             stack.enter_context(rotary.applied())
         stack.enter_context(constant_views(_BATCH, _SEQ))
-        stack.enter_context(quiet())
+        stack.enter_context(quiet(TRACE_WARNINGS))
         stack.enter_context(_refusing(model))
         torch.onnx.export(
             traced,
@@ -271,20 +279,6 @@ def _refusing(model: nn.Module) -> Iterator[None]:
             f"{type(model).__name__} cannot be traced: {said}",
             OPTIMUM + " LORA_EDGE_DEBUG=1 shows where it failed.",
         ) from error
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence what is said of every trace: the exporter is deprecated, sizes become constants."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "You are using the legacy TorchScript", DeprecationWarning
-        )
-        warnings.filterwarnings("ignore", "The feature will be removed", DeprecationWarning)
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
-        # Of negative indices, which no known model computes; the base check would find them.
-        warnings.filterwarnings("ignore", "Exporting aten::index operator", UserWarning)
-        yield
 
 
 def name_weights(graph: onnx.ModelProto) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from lora_edge.base import Base
 from lora_edge.errors import AdapterError, BaseModelError, MissingDependencyError
 from lora_edge.parity.states import State
 from lora_edge.peft_directory import read_config
+from lora_edge.quiet import quiet
 
 # Fields of an adapter that PEFT cannot hold beside another one in the same model, and the values at
 # which it can.
@@ -269,22 +269,3 @@ def _scaled(model: Any, weights: Mapping[str, float]) -> Iterator[None]:
     finally:
         for scaling, name, value in changed:
             scaling[name] = value
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars and no advice from the loaders; errors are raised all the same."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    level = logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if shown:
-            logging.enable_progress_bar()

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from lora_edge.base import Base
 from lora_edge.errors import BaseModelError, MissingDependencyError
-from lora_edge.parity.reference import quiet
+from lora_edge.quiet import quiet
 from lora_edge.tasks import Task
 
 Row = Mapping[str, NDArray[Any]]

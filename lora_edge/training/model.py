@@ -5,7 +5,6 @@ Knows transformers and PEFT; knows nothing of data or the training loop.
 
 from __future__ import annotations
 
-import contextlib
 import re
 import warnings
 from collections.abc import Iterable, Iterator
@@ -17,22 +16,6 @@ from lora_edge.tasks import Task
 from lora_edge.training.settings import ALL_LINEAR, Settings
 
 _NAMES_SHOWN = 8
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Errors only from transformers' logger, and no progress bars of its own."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def load_tokenizer(base: Base) -> Any:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lora_edge.base import Base, resolve_base
 from lora_edge.bundle import staging
 from lora_edge.errors import BaseModelError, MissingDependencyError
+from lora_edge.quiet import quiet
 from lora_edge.tasks import Task
 from lora_edge.training.data import (
     DataFile,
@@ -126,17 +127,12 @@ def _run(
         from transformers import set_seed
 
         from lora_edge.training.loop import fit
-        from lora_edge.training.model import (
-            add_lora,
-            load_model,
-            load_tokenizer,
-            quiet_transformers,
-        )
+        from lora_edge.training.model import add_lora, load_model, load_tokenizer
     except ImportError as error:
         raise MissingDependencyError(
             f"training needs {error.name}", "Install it with: pip install 'lora-edge[train]'."
         ) from error
-    with quiet_transformers():
+    with quiet(only=()):
         tokenizer = load_tokenizer(base)
         length = _max_length(base, settings)
         task = Task("text-classification", len(source.labels)) if source.labels else None

@@ -29,13 +29,14 @@ from lora_edge.adapter import Adapter
 from lora_edge.bundle import SiteEntry
 from lora_edge.capture.load import model_layers, noted_ranks
 from lora_edge.capture.swaps import swapped_linears
-from lora_edge.capture.trace import OPSET, name_nodes, name_weights, quiet
+from lora_edge.capture.trace import OPSET, TRACE_WARNINGS, name_nodes, name_weights
 from lora_edge.capture.weights import attach, placeholders
 from lora_edge.effects import parameter_changes, site_changes
 from lora_edge.fit import check_copies, check_modules
 from lora_edge.lora import SiteChange
 from lora_edge.names import Part
 from lora_edge.packing import graph_tensors
+from lora_edge.quiet import quiet
 from lora_edge.runtime.active import ActiveAdapters, AdapterArgument
 from lora_edge.runtime.binding import Tensors
 
@@ -77,7 +78,11 @@ class Custom:
             model(self.x)
         torch.backends.mha.set_fastpath_enabled(False)  # which has no ONNX operator
         buffer = io.BytesIO()
-        with placeholders(model.model) as weights, swapped_linears(model.model), quiet():
+        with (
+            placeholders(model.model) as weights,
+            swapped_linears(model.model),
+            quiet(TRACE_WARNINGS),
+        ):
             # Of the shape of a padding that is not of zeros.
             warnings.filterwarnings("ignore", "Constant folding - Only steps=1", UserWarning)
             warnings.filterwarnings("ignore", "Exporting a model to ONNX with a batch_size")
