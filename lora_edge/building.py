@@ -16,22 +16,13 @@ from typing import Any, Literal, get_args
 from lora_edge import __version__
 from lora_edge.adapter import Adapter
 from lora_edge.base import Base
-from lora_edge.bundle import (
-    BASE_GRAPH_FILE,
-    DATA_FILE,
-    GRAPH_FILE,
-    AdapterEntry,
-    Bundle,
-    Manifest,
-    Mode,
-    SiteEntry,
-    file_entries,
-)
+from lora_edge.bundle import BASE_GRAPH_FILE, DATA_FILE, GRAPH_FILE, Bundle, file_entries
 from lora_edge.effects import parameter_changes, site_changes
 from lora_edge.errors import AdapterError, MissingDependencyError
 from lora_edge.fit import check_copies, check_modules
 from lora_edge.kinds import kind_of, parts_of_kinds
 from lora_edge.lora import Head, SiteChange
+from lora_edge.manifest import AdapterEntry, Manifest, Mode, SiteEntry
 from lora_edge.names import NONE_ADAPTER, Part
 from lora_edge.packing import with_heads, write_adapter_folder, write_none
 from lora_edge.tasks import TEXT_GENERATION, Task

@@ -23,7 +23,7 @@ from lora_edge.building import (
     say_cost,
     sign,
 )
-from lora_edge.bundle import DECODER_FILE, ENCODER_FILE, AdapterEntry, Manifest, SiteEntry
+from lora_edge.bundle import DECODER_FILE, ENCODER_FILE
 from lora_edge.effects import parameter_changes, site_changes
 from lora_edge.errors import (
     MissingDependencyError,
@@ -32,6 +32,7 @@ from lora_edge.errors import (
 )
 from lora_edge.fit import Weights, check_copies, check_modules
 from lora_edge.lora import SiteChange
+from lora_edge.manifest import AdapterEntry, Manifest, SiteEntry
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.packing import write_adapter_folder, write_none
 from lora_edge.tasks import Task

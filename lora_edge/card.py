@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_edge.bundle import Manifest, Seq2SeqSpec
+from lora_edge.manifest import Manifest, Seq2SeqSpec
 from lora_edge.tasks import SPEECH, TEXT2TEXT, TEXT_GENERATION
 
 _PROMPT, _TEXT = ("-p 'Hello'",), ("--text 'Hello'",)

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from lora_edge.adapter import Adapter
 from lora_edge.adapter_parts import LowRank, TokenRows
-from lora_edge.bundle import SiteEntry
 from lora_edge.errors import AdapterError, UnsupportedAdapterError
 from lora_edge.experts import (
     ExpertLora,
@@ -36,6 +35,7 @@ from lora_edge.lora import (
     full_rank,
     row_replacement,
 )
+from lora_edge.manifest import SiteEntry
 
 ParameterChange = Callable[["WideArray | None"], WideArray]
 """The base's value in float64 (``None`` where it has none) -> the adapter's. A linear weight is

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_edge.adapter import Adapter
-from lora_edge.bundle import SiteEntry
 from lora_edge.errors import AdapterError, UnsupportedAdapterError
 from lora_edge.experts import ParameterModule, place_of
+from lora_edge.manifest import SiteEntry
 from lora_edge.peft_types import MERGE_FIRST
 
 Weights = Callable[[str], "NDArray[np.floating] | None"]

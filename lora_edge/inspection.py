@@ -19,11 +19,11 @@ import numpy as np
 from lora_edge.adapter import Adapter, examine
 from lora_edge.adapter_parts import LowRank
 from lora_edge.base import Base
-from lora_edge.bundle import SiteEntry, SiteKind
 from lora_edge.effects import parameter_changes
 from lora_edge.errors import AdapterError
 from lora_edge.fit import base_value, check_base_of, check_modules, same_copy
 from lora_edge.kinds import alone
+from lora_edge.manifest import SiteEntry, SiteKind
 from lora_edge.peft_directory import read_config
 from lora_edge.refusals import MODES, Mode, Refusal
 

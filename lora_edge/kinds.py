@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lora_edge.adapter import Adapter
-from lora_edge.bundle import SiteEntry
+from lora_edge.manifest import SiteEntry
 from lora_edge.names import FACTOR_PARTS, Part
 
 _KIND_OF_PART: dict[Part, str] = {

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from lora_edge.adapter import Adapter
-from lora_edge.bundle import AdapterEntry, SiteEntry
 from lora_edge.errors import AdapterError
 from lora_edge.kinds import alone, kind_of
 from lora_edge.lora import FloatArray, Head, SiteChange, zeros
+from lora_edge.manifest import AdapterEntry, SiteEntry
 from lora_edge.names import NONE_ADAPTER, SELECT, STACKED_PARTS, lora_input
 from lora_edge.peft_directory import (
     CONFIG_FILE,

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_edge.bundle import Output
 from lora_edge.errors import BaseModelError
+from lora_edge.manifest import Output
 
 TEXT_GENERATION = "text-generation"
 TASKS: Mapping[str, str] = {

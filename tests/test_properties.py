@@ -22,11 +22,11 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from lora_edge.adapter import Adapter, load_adapter
-from lora_edge.bundle import SiteEntry
 from lora_edge.effects import parameter_changes, site_changes
 from lora_edge.fit import check_modules
 from lora_edge.graph import branch, find_sites, merge
 from lora_edge.lora import Factors, SiteChange
+from lora_edge.manifest import SiteEntry
 from lora_edge.names import Part
 from lora_edge.packing import graph_tensors
 from lora_edge.runtime.active import ActiveAdapters

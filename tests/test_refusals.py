@@ -24,10 +24,10 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lora_edge.adapter import load_adapter
-from lora_edge.bundle import SiteEntry
 from lora_edge.cli import main
 from lora_edge.errors import AdapterError, UnsupportedAdapterError
 from lora_edge.fit import check_modules
+from lora_edge.manifest import SiteEntry
 from lora_edge.peft_types import MERGE_FIRST
 from lora_edge.refusals import MODES, Mode
 

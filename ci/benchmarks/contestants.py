@@ -14,8 +14,8 @@ from prepare import Graphs
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from lora_edge.adapter import load_adapter
-from lora_edge.bundle import GraphSpec, SiteEntry
 from lora_edge.lora import SiteChange
+from lora_edge.manifest import GraphSpec, SiteEntry
 from lora_edge.runtime.binding import Binding
 from lora_edge.runtime.decoder import Decoder
 

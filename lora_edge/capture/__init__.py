@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
 from lora_edge.base import Base
-from lora_edge.bundle import EncoderSpec, GraphSpec, Seq2SeqSpec, SiteEntry
 from lora_edge.errors import MissingDependencyError
 from lora_edge.experts import ParameterModule
+from lora_edge.manifest import EncoderSpec, GraphSpec, Seq2SeqSpec, SiteEntry
 from lora_edge.tasks import Task
 
 __all__ = ["BaseGraph", "capture", "capture_seq2seq", "capture_task"]

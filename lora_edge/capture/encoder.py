@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from lora_edge.base import Base
-from lora_edge.bundle import EncoderSpec, SiteEntry
 from lora_edge.capture.attention import MASKED, RegisteredAttention, explicit_attention
 from lora_edge.capture.families import OPTIMUM
 from lora_edge.capture.load import load_model, max_length, model_layers, noted_ranks
@@ -27,6 +26,7 @@ from lora_edge.capture.swaps import constant_views, swapped_linears
 from lora_edge.capture.trace import OPSET, TRACE_WARNINGS, check_inputs, name_nodes, name_weights
 from lora_edge.capture.weights import attach, placeholders
 from lora_edge.errors import CaptureError, UnsupportedModelError
+from lora_edge.manifest import EncoderSpec, SiteEntry
 from lora_edge.quiet import quiet
 from lora_edge.tasks import Task
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from lora_edge.base import Base
-from lora_edge.bundle import SiteEntry
 from lora_edge.capture.experts import refuse_loops
 from lora_edge.capture.families import (
     OPTIMUM,
@@ -23,6 +22,7 @@ from lora_edge.capture.families import (
 )
 from lora_edge.capture.swaps import is_linear
 from lora_edge.errors import BaseModelError, UnsupportedModelError
+from lora_edge.manifest import SiteEntry
 from lora_edge.quiet import quiet
 from lora_edge.tasks import Task
 

@@ -18,7 +18,7 @@ import onnx
 import torch
 
 from lora_edge.base import Base
-from lora_edge.bundle import DECODER_FILE, ENCODER_FILE, GraphSpec, Seq2SeqSpec, SiteEntry
+from lora_edge.bundle import DECODER_FILE, ENCODER_FILE
 from lora_edge.capture.load import load_model, max_length, model_layers, path_of, tied_pair
 from lora_edge.errors import (
     BaseModelError,
@@ -26,6 +26,7 @@ from lora_edge.errors import (
     MissingDependencyError,
     UnsupportedModelError,
 )
+from lora_edge.manifest import GraphSpec, Seq2SeqSpec, SiteEntry
 from lora_edge.names import past_name
 from lora_edge.tasks import Task
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from lora_edge.base import Base
-from lora_edge.bundle import GraphSpec, SiteEntry
 from lora_edge.capture.attention import (
     AttentionSwap,
     Fused,
@@ -47,6 +46,7 @@ from lora_edge.capture.swaps import (
 from lora_edge.capture.weights import Weight, attach, placeholders
 from lora_edge.errors import CaptureError, UnsupportedModelError
 from lora_edge.experts import ParameterModule
+from lora_edge.manifest import GraphSpec, SiteEntry
 from lora_edge.names import LOGITS_POSITIONS, past_name, present_name
 from lora_edge.quiet import quiet
 

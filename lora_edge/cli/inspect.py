@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_edge.bundle import MANIFEST_NAME, AdapterEntry, Manifest, load_bundle
+from lora_edge.bundle import load_bundle
 from lora_edge.errors import LoraEdgeError
+from lora_edge.manifest import MANIFEST_NAME, AdapterEntry, Manifest
 
 if TYPE_CHECKING:
     from lora_edge.inspection import Inspection, ModuleFacts

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from lora_edge.base import Base
-from lora_edge.bundle import GraphSpec
 from lora_edge.errors import CaptureError
+from lora_edge.manifest import GraphSpec
 from lora_edge.parity.compare import (
     Expected,
     FloatArray,

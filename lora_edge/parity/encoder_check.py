@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_edge.base import Base
-from lora_edge.bundle import EncoderSpec
 from lora_edge.errors import CaptureError
+from lora_edge.manifest import EncoderSpec
 from lora_edge.parity.base_check import shortest_window
 from lora_edge.parity.compare import Tolerance, noise
 from lora_edge.parity.states import prompts

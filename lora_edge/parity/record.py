@@ -8,8 +8,9 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lora_edge.bundle import Bundle, FileEntry, hash_file
+from lora_edge.bundle import Bundle, hash_file
 from lora_edge.errors import BundleError
+from lora_edge.manifest import FileEntry
 from lora_edge.parity.golden import FOLDER, Golden, golden_stems, save_golden, stem_of
 from lora_edge.parity.report import Report
 

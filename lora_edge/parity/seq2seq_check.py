@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from lora_edge.base import Base
-from lora_edge.bundle import Seq2SeqSpec
 from lora_edge.errors import CaptureError
+from lora_edge.manifest import Seq2SeqSpec
 from lora_edge.parity.compare import Tolerance, expect, judge, limits, measure, noise
 from lora_edge.parity.seq2seq import beginning, source, sources
 from lora_edge.parity.states import prompts

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_edge.bundle import Seq2SeqSpec
+from lora_edge.manifest import Seq2SeqSpec
 from lora_edge.parity.compare import Floor, expect, noise
 from lora_edge.parity.golden import Golden
 from lora_edge.parity.live import Question

@@ -14,9 +14,9 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from lora_edge.bundle import SiteEntry
 from lora_edge.errors import BundleError
 from lora_edge.lora import FloatArray, Head, SiteChange, row_gate, zeros
+from lora_edge.manifest import SiteEntry
 from lora_edge.names import SELECT, STACKED_PARTS, lora_input, parse_lora_input
 
 State = tuple[tuple[str, float], ...]

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_edge.bundle import SiteEntry
 from lora_edge.errors import BundleError
 from lora_edge.lora import Factors, FloatArray, Head, SiteChange
+from lora_edge.manifest import SiteEntry
 from lora_edge.names import SELECT, STACKED_PARTS, Part, lora_input
 from lora_edge.runtime.binding import Changes
 

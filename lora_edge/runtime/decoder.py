@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_edge.bundle import GraphSpec, SiteEntry
 from lora_edge.errors import BundleError, DataError
+from lora_edge.manifest import GraphSpec, SiteEntry
 from lora_edge.names import LOGITS_POSITIONS, past_name, present_name
 from lora_edge.runtime.binding import Binding, Tensors, check_adapter_inputs
 from lora_edge.runtime.decoding import ConcatenatedCache, Decoding, SharedCache

@@ -14,8 +14,8 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from lora_edge.bundle import EncoderSpec, SiteEntry
 from lora_edge.errors import BundleError, DataError
+from lora_edge.manifest import EncoderSpec, SiteEntry
 from lora_edge.runtime.binding import Binding, Tensors, check_adapter_inputs
 from lora_edge.runtime.providers import open_session, placement, resolve
 

@@ -17,12 +17,11 @@ from lora_edge.bundle import (
     ENCODER_FILE,
     GRAPH_FILE,
     Bundle,
-    GraphSpec,
-    Seq2SeqSpec,
     load_bundle,
 )
 from lora_edge.errors import BundleError, DataError
 from lora_edge.lora import FloatArray
+from lora_edge.manifest import GraphSpec, Seq2SeqSpec
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.runtime.active import ActiveAdapters, AdapterArgument
 from lora_edge.runtime.binding import Binding

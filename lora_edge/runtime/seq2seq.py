@@ -15,9 +15,10 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from lora_edge.bundle import DECODER_FILE, ENCODER_FILE, Seq2SeqSpec, SiteEntry
+from lora_edge.bundle import DECODER_FILE, ENCODER_FILE
 from lora_edge.errors import BundleError, DataError
 from lora_edge.lora import FloatArray
+from lora_edge.manifest import Seq2SeqSpec, SiteEntry
 from lora_edge.runtime.binding import Binding, Tensors, check_adapter_inputs
 from lora_edge.runtime.providers import open_session, resolve
 from lora_edge.runtime.rows import token_rows

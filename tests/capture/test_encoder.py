@@ -14,10 +14,10 @@ import torch
 import transformers
 
 from lora_edge.base import resolve_base
-from lora_edge.bundle import EncoderSpec
 from lora_edge.capture import BaseGraph, capture_task
 from lora_edge.errors import BaseModelError, CaptureError, UnsupportedModelError
 from lora_edge.graph import check
+from lora_edge.manifest import EncoderSpec
 from lora_edge.parity.encoder_check import check_encoder
 from lora_edge.tasks import Task, fresh_head
 

@@ -227,10 +227,10 @@ def test_a_report_that_cannot_be_written(cli: Cli, bundle: Path, tmp_path: Path)
     "place",
     [
         "shutil.copyfile",  # the tokenizer's files
-        "lora_edge.bundle.os.replace",  # the first manifest
+        "lora_edge.staging.os.replace",  # the first manifest
         "lora_edge.parity.engine.save_golden",  # after the check has passed
         "lora_edge.exporter.bundle_card",  # the last file
-        "lora_edge.bundle.Path.rename",  # publishing
+        "lora_edge.staging.Path.rename",  # publishing
     ],
 )
 def test_a_disk_that_is_full_at_some_stage(
@@ -255,7 +255,7 @@ def test_a_disk_that_is_full_while_an_adapter_is_added(
         raise FULL
 
     before = _tree(bundle)
-    monkeypatch.setattr("lora_edge.bundle.os.replace", full)
+    monkeypatch.setattr("lora_edge.staging.os.replace", full)
     _refused(cli("add", bundle, "-a", f"new={adapter}"), "No space left")
     assert _tree(bundle) == before
     assert not (bundle / "adapters" / "new").exists()

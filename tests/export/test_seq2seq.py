@@ -16,7 +16,6 @@ from click.testing import CliRunner
 from seq2seq import ALL, ATTENTION, VOCAB, make_seq2seq, make_seq2seq_adapter
 
 import lora_edge
-from lora_edge.bundle import Seq2SeqSpec
 from lora_edge.cli.export import command as export
 from lora_edge.cli.run import command as run
 from lora_edge.errors import (
@@ -25,6 +24,7 @@ from lora_edge.errors import (
     UnsupportedAdapterError,
     UnsupportedModelError,
 )
+from lora_edge.manifest import Seq2SeqSpec
 from lora_edge.runtime.adapter_file import read_adapter, write_adapter
 
 HAS_OPTIMUM = importlib.util.find_spec("optimum") is not None

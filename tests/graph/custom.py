@@ -26,7 +26,6 @@ from torch import Tensor, nn
 import lora_edge
 from lora_edge import graph as passes
 from lora_edge.adapter import Adapter
-from lora_edge.bundle import SiteEntry
 from lora_edge.capture.load import model_layers, noted_ranks
 from lora_edge.capture.swaps import swapped_linears
 from lora_edge.capture.trace import OPSET, TRACE_WARNINGS, name_nodes, name_weights
@@ -34,6 +33,7 @@ from lora_edge.capture.weights import attach, placeholders
 from lora_edge.effects import parameter_changes, site_changes
 from lora_edge.fit import check_copies, check_modules
 from lora_edge.lora import SiteChange
+from lora_edge.manifest import SiteEntry
 from lora_edge.names import Part
 from lora_edge.packing import graph_tensors
 from lora_edge.quiet import quiet

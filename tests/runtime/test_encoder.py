@@ -11,9 +11,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from lora_edge.bundle import EncoderSpec, Manifest, SiteEntry
 from lora_edge.errors import BundleError, DataError
 from lora_edge.lora import Factors, SiteChange
+from lora_edge.manifest import EncoderSpec, Manifest, SiteEntry
 from lora_edge.runtime.binding import Binding
 from lora_edge.runtime.encoder import Encoder
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lora_edge.bundle import MANIFEST_NAME, staging
 from lora_edge.errors import BundleError
+from lora_edge.manifest import MANIFEST_NAME
+from lora_edge.staging import staging
 
 
 def _dead_process() -> int:

@@ -1,0 +1,314 @@
+"""``lora_edge.json``: what a runtime or a person needs to know about a bundle, and its JSON.
+
+Knows JSON; knows nothing of the files that it tells of.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lora_edge.errors import BundleError
+from lora_edge.names import FACTOR_PARTS, Part
+
+MANIFEST_NAME = "lora_edge.json"
+FORMAT_VERSION = 1
+
+Mode = Literal["switchable", "merged"]
+Form = Literal["fused", "portable", "foreign"]
+Padding = Literal["right", "left", "either"]
+SiteKind = Literal["linear", "embedding", "conv", "norm", "head"]
+Output = Literal["logits", "last_hidden_state"]
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """What a runtime must know of a decoder graph, whoever made it.
+
+    Attributes:
+        form: ``fused`` (GroupQueryAttention, cache inside the operator), ``portable`` (standard
+            operators) or ``foreign`` (someone else's graph).
+        backend: what made the base graph: ``trace`` or ``optimum``.
+        padding: the side(s) on which a batch of unequal rows may be padded.
+        shared_cache: past and present may be one buffer of ``max_length`` positions.
+        layers: number of layers with a KV cache.
+        kv_heads: number of key/value heads.
+        head_dim: size of each key/value head.
+        vocab_size: size of the logits' last dimension.
+        max_length: longest sequence the model's positions allow.
+        head: module path of the layer that makes the logits.
+    """
+
+    form: Form
+    backend: str
+    padding: Padding
+    shared_cache: bool
+    layers: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_length: int
+    head: str = ""
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """What a runtime must know of a graph without a cache: an encoder, or a model with a head.
+
+    Rows of unequal lengths are padded on the right.
+
+    Attributes:
+        form: ``portable``: standard operators.
+        backend: what made the base graph: ``trace``.
+        inputs: the graph's inputs beside the adapters': ``input_ids``, ``attention_mask`` and,
+            where the model takes them, ``token_type_ids``; or ``pixel_values``.
+        output: ``logits`` or ``last_hidden_state``.
+        vocab_size: token ids are below it; 0 for images.
+        max_length: longest sequence that the model's positions allow; 0 for images.
+        pad_token_id: fills up short rows; a model may tell its last token by it.
+        image: ``(channels, height, width)`` of ``pixel_values``; empty for text.
+    """
+
+    form: Form
+    backend: str
+    inputs: tuple[str, ...]
+    output: Output
+    vocab_size: int
+    max_length: int
+    pad_token_id: int
+    image: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Seq2SeqSpec:
+    """What a runtime must know of an encoder and a decoder in two graphs, without a cache.
+
+    Attributes:
+        form: ``foreign``.
+        backend: what made the graphs: ``optimum``.
+        encoder: module path of the encoder; the layers below it are in the encoder's graph.
+        inputs: the encoder graph's inputs beside the adapters': ``input_ids`` and
+            ``attention_mask``, or ``input_features``.
+        vocab_size: size of the logits' last dimension.
+        max_source: longest input that the encoder's positions allow; 0: any.
+        max_target: the same of the decoder.
+        pad_token_id: fills up short inputs.
+        start: what the decoder begins with: its start token, and what the checkpoint forces
+            behind it.
+        open_language: the checkpoint leaves the language of the speech open, so that ``start``
+            alone does not begin a transcript.
+        suppress: tokens that are never generated.
+        begin_suppress: tokens that are not generated first.
+        features: ``(mels, frames)`` of ``input_features``; empty for text.
+    """
+
+    form: Form
+    backend: str
+    encoder: str
+    inputs: tuple[str, ...]
+    vocab_size: int
+    max_source: int
+    max_target: int
+    pad_token_id: int
+    start: tuple[int, ...]
+    open_language: bool = False
+    suppress: tuple[int, ...] = ()
+    begin_suppress: tuple[int, ...] = ()
+    features: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class SiteEntry:
+    """A layer of the model as an adapter sees it; in a manifest, with the inputs that it has.
+
+    Attributes:
+        in_features: size of the input's last dimension; of an embedding the vocabulary, of a
+            convolution all channels times the kernel's size.
+        out_features: size of the output's last dimension (a convolution's channels).
+        kind: ``linear``, ``embedding``, ``conv``, ``norm``, or ``head``: a linear layer whose
+            outputs are a task's labels, and which adapters replace.
+        bias: the base has a bias there.
+        rank: number of dimensions of the activations that a norm or a linear layer works on.
+        transposed: the checkpoint keeps the weight of this linear layer as ``[in, out]``.
+        parts: the graph inputs ``lora.<path>.<part>`` that the site has.
+        refusal: why PEFT's low-rank pair there is refused; empty where it is not.
+    """
+
+    in_features: int
+    out_features: int
+    kind: SiteKind = "linear"
+    bias: bool = False
+    rank: int = 3
+    transposed: bool = False
+    parts: tuple[Part, ...] = FACTOR_PARTS
+    refusal: str = ""
+
+
+@dataclass(frozen=True)
+class AdapterEntry:
+    """An adapter of the bundle.
+
+    Attributes:
+        name: how the runtime refers to it.
+        file: path of the ``.onnx_adapter`` relative to the bundle; empty when merged.
+        kind: human-readable kind, e.g. ``LoRA``, ``rsLoRA``, ``none``.
+        ranks: rank per site that the adapter changes (others have rank 0 or zeros).
+        digest: sha256 of the PEFT files it came from.
+        base_fingerprint: fingerprint of the base model that it was exported for.
+        proved: parity with PyTorch was checked, and passed when it last was.
+        alone: why it is neither blended nor weighted, e.g. ``DoRA``; empty where it may be.
+        invocation: token ids that activate an aLoRA; empty for any other adapter.
+        labels: names of the outputs of its task head.
+        conversion: for a LoRA that approximates an adapter of another type: ``peft_type``, the
+            ``rank`` asked for, ``worst_error`` and ``mean_error`` of ΔW over its layers.
+    """
+
+    name: str
+    file: str
+    kind: str
+    ranks: Mapping[str, int]
+    digest: str
+    base_fingerprint: str
+    proved: bool
+    alone: str = ""
+    invocation: tuple[int, ...] = ()
+    labels: tuple[str, ...] = ()
+    conversion: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Content hash and size of a file of the bundle."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """``lora_edge.json``: everything a runtime or a person needs to know about a bundle.
+
+    Attributes:
+        mode: ``switchable`` (adapters are inputs) or ``merged`` (one adapter is in the weights).
+        task: ``text-generation``, or one of :data:`lora_edge.tasks.TASKS`.
+        precision: precision of the graph's weights, ``fp32``.
+        graph: the graph's facts: a GraphSpec for ``text-generation``, a Seq2SeqSpec for
+            ``text2text-generation`` and ``automatic-speech-recognition``, else an EncoderSpec.
+        base: ``name_or_path``, ``model_type``, ``fingerprint`` of the base model.
+        kinds: which kinds of adapter the graph has inputs for, e.g. ``lora``, ``dora``.
+        sites: module path -> site; empty when merged.
+        uncovered: module path -> layer that an adapter could change and that has no inputs.
+        tied: module paths of the embedding and of the output layer that shares its weight; empty
+            where none does.
+        adapters: name -> adapter.
+        base_check: figures of the base graph's check against eager PyTorch.
+        versions: versions of the packages that made the bundle.
+        files: relative path -> hash and size, of every other file of the bundle.
+    """
+
+    mode: Mode
+    task: str
+    precision: str
+    graph: GraphSpec | EncoderSpec | Seq2SeqSpec
+    base: Mapping[str, str]
+    kinds: tuple[str, ...]
+    sites: Mapping[str, SiteEntry]
+    adapters: Mapping[str, AdapterEntry]
+    base_check: Mapping[str, Any]
+    versions: Mapping[str, str]
+    files: Mapping[str, FileEntry] = field(default_factory=dict)
+    uncovered: Mapping[str, SiteEntry] = field(default_factory=dict)
+    tied: tuple[str, ...] = ()
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def decoder(self) -> GraphSpec:
+        """The graph's facts, when it is a decoder with a cache.
+
+        Raises:
+            BundleError: it is not.
+        """
+        if isinstance(self.graph, GraphSpec):
+            return self.graph
+        raise BundleError(
+            f"the bundle's task is {self.task}; it generates no text",
+            "Ask it for its outputs instead, or export the base for text-generation.",
+        )
+
+    @property
+    def encoder(self) -> EncoderSpec:
+        """The graph's facts, when it has no cache.
+
+        Raises:
+            BundleError: it has one.
+        """
+        if isinstance(self.graph, EncoderSpec):
+            return self.graph
+        raise BundleError(
+            f"the bundle's task is {self.task}; it has no labels or embeddings",
+            "Export the base for the adapter's own task.",
+        )
+
+    @property
+    def seq2seq(self) -> Seq2SeqSpec:
+        """The graphs' facts, when they are an encoder and a decoder.
+
+        Raises:
+            BundleError: it is one graph.
+        """
+        if isinstance(self.graph, Seq2SeqSpec):
+            return self.graph
+        raise BundleError(
+            f"the bundle's task is {self.task}; it has no encoder and decoder",
+            "Export an encoder-decoder such as T5 or Whisper.",
+        )
+
+    def to_json(self) -> str:
+        """The manifest as indented JSON with sorted keys."""
+        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> Manifest:
+        """Parse a manifest.
+
+        Raises:
+            BundleError: not a manifest, or one of a format version that this release cannot read.
+        """
+        try:
+            data = json.loads(text)
+            version = data["format_version"]
+            if version != FORMAT_VERSION:
+                raise BundleError(
+                    f"{MANIFEST_NAME} has format_version {version}, expected {FORMAT_VERSION}",
+                    "Use the lora-edge release that wrote the bundle, or export it again.",
+                )
+            data["graph"] = _spec(data["task"], data["graph"])
+            data["kinds"] = tuple(data["kinds"])
+            data["tied"] = tuple(data["tied"])
+            for layers in ("sites", "uncovered"):
+                data[layers] = {k: SiteEntry(**_tuples(v)) for k, v in data[layers].items()}
+            data["adapters"] = {k: AdapterEntry(**_tuples(v)) for k, v in data["adapters"].items()}
+            data["files"] = {k: FileEntry(**v) for k, v in data["files"].items()}
+            return Manifest(**data)
+        except (KeyError, TypeError, ValueError) as error:
+            raise BundleError(
+                f"{MANIFEST_NAME} is not a bundle manifest: {error!r}", "Export the bundle again."
+            ) from error
+
+
+def _tuples(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
+
+
+_SPECS: Mapping[str, type[GraphSpec | Seq2SeqSpec]] = {
+    "text-generation": GraphSpec,
+    "text2text-generation": Seq2SeqSpec,
+    "automatic-speech-recognition": Seq2SeqSpec,
+}
+
+
+def _spec(task: str, fields: dict[str, Any]) -> GraphSpec | EncoderSpec | Seq2SeqSpec:
+    return _SPECS.get(task, EncoderSpec)(**_tuples(fields))
