@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from lora_edge.bundle import Bundle
 from lora_edge.errors import DataError
@@ -119,6 +119,44 @@ class Outputs:
         """
         found = self._encoder.run(self._encoder.feeds(rows, types), binding)
         return self._trimmed(found, binding, [len(row) for row in rows])
+
+    def logits(
+        self,
+        rows: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        width: int,
+        types: ArrayLike | None,
+        binding: Binding,
+    ) -> FloatArray:
+        """The output of rows of token ids, in the layout that they came in.
+
+        Args:
+            rows: token ids, without padding.
+            starts: the column in which each row begins.
+            width: number of columns.
+            types: ``[batch, width]`` token types; None is all zeros.
+            binding: the adapters of the rows.
+
+        Returns:
+            ``[batch, labels]``, ``[batch, width, labels]`` or ``[batch, width, hidden] float32``;
+            zeros at padded places and behind a row's own labels.
+        """
+        given = None
+        if types is not None:
+            given = [
+                np.asarray(row)[start : start + len(ids)].tolist()
+                for row, start, ids in zip(np.asarray(types), starts, rows, strict=True)
+            ]
+        found = self.rows(rows, given, binding)
+        size = max(row.shape[-1] for row in found)
+        out = np.zeros((len(rows), *([width] if found[0].ndim == 2 else []), size), np.float32)
+        for index, values in enumerate(found):
+            if values.ndim == 1:
+                out[index, : len(values)] = values
+            else:
+                part = slice(starts[index], starts[index] + len(values))
+                out[index, part, : values.shape[-1]] = values
+        return out
 
     def pixels(self, pixels: NDArray[np.float32], binding: Binding) -> list[FloatArray]:
         """As :meth:`rows`, of ``[batch, *spec.image] float32``."""

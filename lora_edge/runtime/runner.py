@@ -25,17 +25,15 @@ from lora_edge.manifest import GraphSpec, Seq2SeqSpec
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.runtime.active import ActiveAdapters, AdapterArgument
 from lora_edge.runtime.binding import Binding
+from lora_edge.runtime.completions import Prompt, encode, new_ids, pieces
 from lora_edge.runtime.decoder import Decoder
 from lora_edge.runtime.encoder import Encoder
 from lora_edge.runtime.generation import Generation
 from lora_edge.runtime.outputs import Label, Outputs, TextInput, TokenLabel
 from lora_edge.runtime.rows import token_rows
 from lora_edge.runtime.sampling import Sampling
-from lora_edge.runtime.seq2seq import Seq2Seq, Sources
-from lora_edge.runtime.text import TextStream
-from lora_edge.runtime.tokenizer import TOKENIZER_FILES, Message, Tokenizer, eos_ids
-
-Prompt = str | Sequence[Message]
+from lora_edge.runtime.seq2seq import Seq2Seq
+from lora_edge.runtime.tokenizer import TOKENIZER_FILES, Tokenizer, eos_ids
 
 
 class Runner:
@@ -241,37 +239,12 @@ class Runner:
         rows, starts, width = token_rows(input_ids, attention_mask)
         binding = self.binding(adapter, len(rows))
         if isinstance(self.session, Encoder):
-            return self._encoder_logits(rows, starts, width, token_type_ids, binding)
+            return self.outputs.logits(rows, starts, width, token_type_ids, binding)
         decoder, bound = self._session_for(binding)
         decoding = decoder.start(len(rows), max(map(len, rows)), bound)
         out = np.zeros((len(rows), width, self.spec.vocab_size), np.float32)
         for index, values in enumerate(decoding.extend_all(rows)):
             out[index, starts[index] : starts[index] + len(values)] = values
-        return out
-
-    def _encoder_logits(
-        self,
-        rows: list[list[int]],
-        starts: list[int],
-        width: int,
-        types: ArrayLike | None,
-        binding: Binding,
-    ) -> FloatArray:
-        given = None
-        if types is not None:
-            given = [
-                np.asarray(row)[start : start + len(ids)].tolist()
-                for row, start, ids in zip(np.asarray(types), starts, rows, strict=True)
-            ]
-        found = self.outputs.rows(rows, given, binding)
-        size = max(row.shape[-1] for row in found)
-        out = np.zeros((len(rows), *([width] if found[0].ndim == 2 else []), size), np.float32)
-        for index, values in enumerate(found):
-            if values.ndim == 1:
-                out[index, : len(values)] = values
-            else:
-                part = slice(starts[index], starts[index] + len(values))
-                out[index, part, : values.shape[-1]] = values
         return out
 
     def seq2seq_logits(
@@ -404,7 +377,8 @@ class Runner:
                     "an encoder-decoder takes no temperature, no stop and no chat",
                     "Leave them out: it is greedy, and ends at its end token.",
                 )
-            sources = prompts if self.session.spec.features else self._encode(prompts, chat=False)
+            speech = self.session.spec.features
+            sources: Any = prompts if speech else self._encode(prompts, chat=False)
             said = self._answers(self.session, sources, adapter, max_new_tokens, start)
             return [self.tokenizer.decode(row) for row in said]
         _refuse_start(start)
@@ -458,30 +432,19 @@ class Runner:
         _refuse_start(start)
         ids, _, _ = token_rows(rows, None)
         sampling = Sampling(temperature, top_k, top_p, seed)
-        generated: list[list[int]] = [[] for _ in ids]
-        for tokens in self._generation(ids, adapter, max_new_tokens, sampling):
-            for row, token in enumerate(tokens):
-                if token is not None:
-                    generated[row].append(token)
-        return generated
+        return new_ids(self._generation(ids, adapter, max_new_tokens, sampling), len(ids))
 
     def _answers(
         self,
         session: Seq2Seq,
-        sources: Sources | Any,
+        sources: Any,
         adapter: AdapterArgument,
-        max_new_tokens: int,
+        steps: int,
         start: Sequence[int] | None,
     ) -> list[list[int]]:
-        if start is None and session.spec.open_language:
-            raise DataError(
-                "the checkpoint leaves the language of the speech open",
-                "Give start=[...]: the tokens <|startoftranscript|>, the language's, the task's "
-                "and <|notimestamps|>.",
-            )
-        begins = [session.spec.start if start is None else start] * len(sources)
+        starts = session.starts(len(sources), start)
         binding = self.binding(adapter, len(sources))
-        return session.greedy(sources, begins, max_new_tokens, binding, end=self.eos_ids)
+        return session.greedy(sources, starts, steps, binding, end=self.eos_ids)
 
     def _generation(
         self,
@@ -510,36 +473,12 @@ class Runner:
     ) -> Iterator[tuple[int, str]]:
         """(row, text) as it becomes certain. Errors in the arguments are raised here and now."""
         generation = self._generation(rows, adapter, max_new_tokens, sampling)
-        stops = [stop] if isinstance(stop, str) else list(stop)
-        texts = [TextStream(self.tokenizer.decode, stops) for _ in rows]
-
-        def run() -> Iterator[tuple[int, str]]:
-            for tokens in generation:
-                for row, token in enumerate(tokens):
-                    if token is not None:
-                        yield row, texts[row].push(token)
-                        if texts[row].stopped:
-                            generation.finish(row)
-            for row, text in enumerate(texts):
-                yield row, text.close()
-
-        return run()
+        return pieces(generation, len(rows), self.tokenizer.decode, stop)
 
     def _encode(self, prompts: Any, chat: bool) -> list[list[int]]:
         if isinstance(self.session, Encoder):
             _ = self.decoder  # says what the bundle does instead
-        conversation = chat and prompts and all(isinstance(m, Mapping) for m in prompts)
-        if isinstance(prompts, str) or conversation:
-            prompts = [prompts]
-        if chat:
-            return [self.tokenizer.encode_chat(prompt) for prompt in prompts]
-        for prompt in prompts:
-            if not isinstance(prompt, str):
-                raise DataError(
-                    f"a prompt is {type(prompt).__name__}, expected text",
-                    "Pass chat=True for messages, or use generate_ids() for token ids.",
-                )
-        return [self.tokenizer.encode(prompt) for prompt in prompts]
+        return encode(prompts, chat, lambda: self.tokenizer)
 
 
 def _refuse_start(start: Sequence[int] | None) -> None:

@@ -113,6 +113,24 @@ class Seq2Seq:
         rows = self._targets(targets, heard.batch)
         return self._say(heard, rows, binding)
 
+    def starts(self, batch: int, start: Sequence[int] | None = None) -> list[Sequence[int]]:
+        """What the decoder of each row begins with.
+
+        Args:
+            batch: number of rows.
+            start: the tokens; None: those that the checkpoint says.
+
+        Raises:
+            DataError: the checkpoint leaves it open.
+        """
+        if start is None and self.spec.open_language:
+            raise DataError(
+                "the checkpoint leaves the language of the speech open",
+                "Give start=[...]: the tokens <|startoftranscript|>, the language's, the task's "
+                "and <|notimestamps|>.",
+            )
+        return [self.spec.start if start is None else start] * batch
+
     def greedy(
         self,
         sources: Sources,
