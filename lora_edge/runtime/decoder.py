@@ -15,7 +15,8 @@ from lora_edge.errors import BundleError, DataError
 from lora_edge.manifest import GraphSpec, SiteEntry
 from lora_edge.names import LOGITS_POSITIONS, past_name, present_name
 from lora_edge.runtime.binding import Binding, Tensors, check_adapter_inputs
-from lora_edge.runtime.decoding import ConcatenatedCache, Decoding, SharedCache
+from lora_edge.runtime.caches import ConcatenatedCache, SharedCache
+from lora_edge.runtime.decoding import Decoding
 from lora_edge.runtime.providers import open_session, placement, resolve
 
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}

@@ -1,0 +1,164 @@
+"""The two ways in which a graph keeps its KV cache: one buffer, or past in and past and new out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, final
+
+import numpy as np
+import onnxruntime as ort
+
+from lora_edge.lora import FloatArray
+from lora_edge.runtime.binding import Binding
+from lora_edge.runtime.decoding import Chunk, Decoding, IntArray, Rows
+
+if TYPE_CHECKING:
+    from lora_edge.runtime.decoder import Decoder
+
+
+@final
+class SharedCache(Decoding):
+    """One buffer of ``max_length`` positions per layer: present is bound onto past, nothing is
+    copied.
+
+    For GroupQueryAttention: padding on the right only; what lies behind a row's end is overwritten
+    by its next tokens.
+    """
+
+    def __init__(self, decoder: Decoder, batch: int, max_length: int, binding: Binding) -> None:
+        super().__init__(decoder, batch, max_length, binding)
+        spec = decoder.spec
+        shape = (batch, spec.kv_heads, max_length, spec.head_dim)
+        arrays = [np.zeros(shape, decoder.cache_dtype) for _ in decoder.past_names]
+        device = decoder.provider.device
+        self.cache = [ort.OrtValue.ortvalue_from_numpy(array, device) for array in arrays]
+        # On the CPU an OrtValue is a view of its array, and so has views of single rows.
+        self._arrays = arrays if device == "cpu" else []
+        self._io = self._bind_adapters(binding)
+        self._bind_cache(self._io, self.cache)
+
+    def _bind_cache(self, io: Any, cache: Sequence[Any]) -> None:
+        names = zip(self.decoder.past_names, self.decoder.present_names, cache, strict=True)
+        for past, present, value in names:
+            io.bind_ortvalue_input(past, value)
+            io.bind_ortvalue_output(present, value)
+
+    def _feed(self, rows: Rows, every: bool) -> list[FloatArray]:
+        if not any(self.history) or self.batch == 1 or max(len(row) for row in rows) == 1:
+            return self._run(self._io, self._chunk(rows, self.history), every)
+        # GroupQueryAttention takes a past and several new tokens for one row only.
+        if self._arrays:
+            return [self._feed_row(index, row, every) for index, row in enumerate(rows)]
+        return self._feed_by_token(rows, every)
+
+    def _feed_row(self, index: int, row: Sequence[int], every: bool) -> FloatArray:
+        views = [
+            ort.OrtValue.ortvalue_from_numpy(array[index : index + 1]) for array in self._arrays
+        ]
+        binding = self.binding.row(index)
+        io = self._bind_adapters(binding)
+        self._bind_cache(io, views)
+        chunk = replace(self._chunk([row], [self.history[index]]), row=index)
+        return self._run(io, chunk, every)[0]
+
+    def _copy_cache(self, other: SharedCache) -> None:
+        for mine, theirs in zip(self.cache, other.cache, strict=True):
+            mine.update_inplace(theirs.numpy())
+
+    def _feed_by_token(self, rows: Rows, every: bool) -> list[FloatArray]:
+        """For a cache in device memory, of which no row view can be had."""
+        history = [list(row) for row in self.history]
+        logits: list[list[FloatArray]] = [[] for _ in rows]
+        for column in range(max(len(row) for row in rows)):
+            tokens = [row[column : column + 1] for row in rows]
+            step = self._run(self._io, self._chunk(tokens, history), False)
+            for index, token in enumerate(tokens):
+                history[index].extend(token)
+                if token:
+                    logits[index].append(step[index])
+        return [np.concatenate(row if every else row[-1:]) for row in logits]
+
+    def _chunk(self, rows: Rows, history: Rows) -> Chunk:
+        # A resting row writes its last token into its own place again: same token, same values.
+        feed = [row if row else old[-1:] for row, old in zip(rows, history, strict=True)]
+        total = [len(old) + len(row) for row, old in zip(rows, history, strict=True)]
+        width = max(len(row) for row in feed)
+        ids = np.zeros((len(feed), width), np.int64)
+        mask = np.zeros((len(feed), max(total)), np.int64)
+        positions = np.zeros((len(feed), width), np.int64)
+        for index, (row, end) in enumerate(zip(feed, total, strict=True)):
+            ids[index, : len(row)] = row
+            mask[index, :end] = 1
+            positions[index] = np.minimum(np.arange(width) + end - len(row), end - 1)
+        return Chunk(ids, mask, positions, [0] * len(feed), [len(row) for row in feed])
+
+
+@final
+class ConcatenatedCache(Decoding):
+    """Past in, past and new out: each run's presents are the next run's pasts.
+
+    Portable graphs find a token's position from the mask, so gaps between the tokens of a row do no
+    harm. Foreign graphs may count gaps as tokens: where one would arise, the sequences are run
+    again.
+    """
+
+    def __init__(self, decoder: Decoder, batch: int, max_length: int, binding: Binding) -> None:
+        super().__init__(decoder, batch, max_length, binding)
+        spec = decoder.spec
+        self._gaps = spec.form == "portable"
+        self._left = spec.padding == "left" or (spec.padding == "either" and not self._gaps)
+        self._io = self._bind_adapters(binding)
+        self._clear()
+
+    def _clear(self) -> None:
+        spec = self.decoder.spec
+        empty = np.zeros((self.batch, spec.kv_heads, 0, spec.head_dim), self.decoder.cache_dtype)
+        self._past = [ort.OrtValue.ortvalue_from_numpy(empty) for _ in self.decoder.past_names]
+        self._mask: IntArray = np.zeros((self.batch, 0), np.int64)
+
+    def _copy_cache(self, other: ConcatenatedCache) -> None:
+        self._past, self._mask = list(other._past), other._mask
+
+    def _feed(self, rows: Rows, every: bool) -> list[FloatArray]:
+        width = max(len(row) for row in rows)
+        started = self._mask.shape[1] > 0
+        gap = (
+            any(
+                row and (len(row) < width or not m[-1])
+                for row, m in zip(rows, self._mask, strict=True)
+            )
+            if started
+            else False
+        )
+        if not gap or self._gaps:
+            return self._advance(rows, self.lengths, every)
+        self._clear()
+        whole = [[*old, *row] for old, row in zip(self.history, rows, strict=True)]
+        logits = self._advance(whole, [0] * self.batch, every)
+        return [values[-max(len(row), 1) :] for values, row in zip(logits, rows, strict=True)]
+
+    def _advance(self, rows: Rows, start: Sequence[int], every: bool) -> list[FloatArray]:
+        width = max(len(row) for row in rows)
+        ids = np.zeros((self.batch, width), np.int64)
+        new = np.zeros((self.batch, width), np.int64)
+        positions = np.zeros((self.batch, width), np.int64)
+        first = [width - len(row) if self._left and row else 0 for row in rows]
+        for index, row in enumerate(rows):
+            span = slice(first[index], first[index] + len(row))
+            ids[index, span] = row
+            new[index, span] = 1
+            place = np.arange(width) - first[index] + start[index]
+            positions[index] = np.clip(place, 0, max(start[index] + len(row) - 1, 0))
+        mask = np.concatenate([self._mask, new], axis=1)
+        self._io.clear_binding_outputs()
+        for past, present, value in zip(
+            self.decoder.past_names, self.decoder.present_names, self._past, strict=True
+        ):
+            self._io.bind_ortvalue_input(past, value)
+            self._io.bind_output(present, self.decoder.provider.device)
+        chunk = Chunk(ids, mask, positions, first, [len(row) for row in rows])
+        logits = self._run(self._io, chunk, every)
+        self._past = self._io.get_outputs()[: len(self._past)]
+        self._mask = mask
+        return logits
