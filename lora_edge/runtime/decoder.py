@@ -1,78 +1,49 @@
 """One decoder graph in one ONNX Runtime session.
 
-Knows tensors and token ids; knows nothing of bundles, adapters' names or text. A graph without
-adapter inputs runs alike.
+Knows tensors and token ids; knows nothing of bundles, adapters' names or text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from lora_edge.errors import BundleError, DataError
-from lora_edge.manifest import GraphSpec, SiteEntry
+from lora_edge.manifest import GraphSpec
 from lora_edge.names import LOGITS_POSITIONS, past_name, present_name
-from lora_edge.runtime.binding import Binding, Tensors, check_adapter_inputs
+from lora_edge.runtime.binding import Binding
 from lora_edge.runtime.caches import ConcatenatedCache, SharedCache
 from lora_edge.runtime.decoding import Decoding
-from lora_edge.runtime.providers import open_session, placement, resolve
+from lora_edge.runtime.session import ModelSession
 
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
-class Decoder:
-    """A session on a decoder graph, and the way its cache and padding are handled.
+class Decoder(ModelSession[GraphSpec]):
+    """A session on a decoder graph, and the way its cache and padding are handled."""
 
-    Args:
-        graph: the ONNX file.
-        spec: the graph's facts.
-        sites: module path -> site, when the graph has adapter inputs.
-        provider: execution provider, strict (see :mod:`lora_edge.runtime.providers`).
-        threads: intra-op threads; None leaves it to ONNX Runtime.
-        optimization: ``disable``, ``basic``, ``extended`` or ``all`` (None).
-        allow_fallback: let the CPU run the nodes that the provider does not take.
-
-    Raises:
-        ProviderError: the provider is missing, does not start, or would leave nodes to the CPU.
-        BundleError: the graph cannot be loaded, or its inputs are not what ``spec`` and ``sites``
-            say.
-    """
-
-    def __init__(
-        self,
-        graph: Path,
-        spec: GraphSpec,
-        *,
-        sites: Mapping[str, SiteEntry] | None = None,
-        provider: str = "cpu",
-        threads: int | None = None,
-        optimization: str | None = None,
-        allow_fallback: bool = False,
-    ) -> None:
-        self.spec = spec
-        self.sites = dict(sites or {})
-        self.provider = resolve(provider)
-        self.session = open_session(
-            graph,
-            self.provider,
-            threads=threads,
-            optimization=optimization,
-            allow_fallback=allow_fallback,
-        )
-        types = {node.name: node.type for node in self.session.get_inputs()}
-        self.inputs = frozenset(types)
+    def _open(self, path: Path) -> None:
+        layers = range(self.spec.layers)
         self.past_names = tuple(
-            past_name(layer, part) for layer in range(spec.layers) for part in ("key", "value")
+            past_name(layer, part) for layer in layers for part in ("key", "value")
         )
         self.present_names = tuple(
-            present_name(layer, part) for layer in range(spec.layers) for part in ("key", "value")
+            present_name(layer, part) for layer in layers for part in ("key", "value")
         )
-        self._check_inputs(graph)
-        self.cache_dtype = np.dtype(_DTYPES[types[self.past_names[0]]])
-        self.tensors = Tensors(self.sites, self.provider.device, zero_rank=self.provider.zero_rank)
-        self._off = self.tensors.off()
+        graph = self._graph(
+            path,
+            {"input_ids", "attention_mask", *self.past_names},
+            {"logits", *self.present_names},
+        )
+        if self.spec.form == "fused" and not self.spec.shared_cache:
+            raise BundleError(
+                f"{path}: a fused graph must take a shared cache", "Export the bundle again."
+            )
+        self.session = graph.session
+        self.inputs = frozenset(graph.inputs)
+        self.cache_dtype = np.dtype(_DTYPES[graph.inputs[self.past_names[0]]])
 
     @property
     def picks_positions(self) -> bool:
@@ -91,7 +62,6 @@ class Decoder:
         Raises:
             DataError: no rows, more positions than the model has, or a binding for another batch.
         """
-        binding = self._off if binding is None else binding
         if batch < 1:
             raise DataError(f"the batch has {batch} rows, expected at least 1", "Give a prompt.")
         if not 1 <= max_length <= self.spec.max_length:
@@ -99,17 +69,8 @@ class Decoder:
                 f"{max_length} positions were asked for; the model has {self.spec.max_length}",
                 "Shorten the prompt, or lower max_new_tokens.",
             )
-        if binding.batch is not None and binding.batch != batch:
-            raise DataError(
-                f"adapters were given for {binding.batch} rows, the batch has {batch}",
-                "Give one adapter, or one per row.",
-            )
         kind = SharedCache if self.spec.shared_cache else ConcatenatedCache
-        return kind(self, batch, max_length, binding)
-
-    def placement(self) -> dict[str, dict[str, int]] | None:
-        """Which provider runs which operators (:func:`lora_edge.runtime.providers.placement`)."""
-        return placement(self.session)
+        return kind(self, batch, max_length, self._bound(binding, batch))
 
     def check_ids(self, rows: Sequence[Sequence[int]]) -> None:
         """Refuse ids outside the vocabulary.
@@ -125,14 +86,3 @@ class Decoder:
                         f"{self.spec.vocab_size}",
                         "Encode the text with the bundle's own tokenizer.",
                     )
-
-    def _check_inputs(self, graph: Path) -> None:
-        hint = "Export the bundle again."
-        outputs = {node.name for node in self.session.get_outputs()}
-        missing = {"input_ids", "attention_mask", *self.past_names} - self.inputs
-        missing |= {"logits", *self.present_names} - outputs
-        if missing:
-            raise BundleError(f"{graph} lacks {', '.join(sorted(missing))}", hint)
-        if self.spec.form == "fused" and not self.spec.shared_cache:
-            raise BundleError(f"{graph}: a fused graph must take a shared cache", hint)
-        check_adapter_inputs(self.inputs, self.sites, graph)

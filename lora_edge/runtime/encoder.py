@@ -1,7 +1,6 @@
 """One graph without a cache in one ONNX Runtime session: logits or hidden states of a batch.
 
-Knows tensors; knows nothing of bundles, adapters' names, text or images. A graph without adapter
-inputs runs alike.
+Knows tensors; knows nothing of bundles, adapters' names, text or images.
 """
 
 from __future__ import annotations
@@ -14,62 +13,20 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from lora_edge.errors import BundleError, DataError
-from lora_edge.manifest import EncoderSpec, SiteEntry
-from lora_edge.runtime.binding import Binding, Tensors, check_adapter_inputs
-from lora_edge.runtime.providers import open_session, placement, resolve
+from lora_edge.errors import DataError
+from lora_edge.manifest import EncoderSpec
+from lora_edge.runtime.binding import Binding
+from lora_edge.runtime.session import ModelSession
 
 Feeds = Mapping[str, NDArray[Any]]
 """Graph input name -> array: integers ``[batch, seq]``, or float32 ``[batch, *spec.image]``."""
 
 
-class Encoder:
-    """A session on an encoder graph.
+class Encoder(ModelSession[EncoderSpec]):
+    """A session on an encoder graph."""
 
-    Args:
-        graph: the ONNX file.
-        spec: the graph's facts.
-        sites: module path -> site, when the graph has adapter inputs.
-        provider: execution provider, strict (see :mod:`lora_edge.runtime.providers`).
-        threads: intra-op threads; None leaves it to ONNX Runtime.
-        optimization: ``disable``, ``basic``, ``extended`` or ``all`` (None).
-        allow_fallback: let the CPU run the nodes that the provider does not take.
-
-    Raises:
-        ProviderError: the provider is missing, does not start, or would leave nodes to the CPU.
-        BundleError: the graph cannot be loaded, or its inputs are not what ``spec`` and ``sites``
-            say.
-    """
-
-    def __init__(
-        self,
-        graph: Path,
-        spec: EncoderSpec,
-        *,
-        sites: Mapping[str, SiteEntry] | None = None,
-        provider: str = "cpu",
-        threads: int | None = None,
-        optimization: str | None = None,
-        allow_fallback: bool = False,
-    ) -> None:
-        self.spec = spec
-        self.sites = dict(sites or {})
-        self.provider = resolve(provider)
-        self.session = open_session(
-            graph,
-            self.provider,
-            threads=threads,
-            optimization=optimization,
-            allow_fallback=allow_fallback,
-        )
-        self.inputs = frozenset(node.name for node in self.session.get_inputs())
-        outputs = {node.name for node in self.session.get_outputs()}
-        missing = sorted(set(spec.inputs) - self.inputs) + sorted({spec.output} - outputs)
-        if missing:
-            raise BundleError(f"{graph} lacks {', '.join(missing)}", "Export the bundle again.")
-        check_adapter_inputs(self.inputs, self.sites, graph)
-        self.tensors = Tensors(self.sites, self.provider.device, zero_rank=self.provider.zero_rank)
-        self._off = self.tensors.off()
+    def _open(self, path: Path) -> None:
+        self._opened = self._graph(path, set(self.spec.inputs), {self.spec.output})
 
     def run(self, feeds: Feeds, binding: Binding | None = None) -> NDArray[np.float32]:
         """Run one batch.
@@ -89,22 +46,11 @@ class Encoder:
                 binding for another batch.
         """
         arrays = self._checked(feeds)
-        binding = self._off if binding is None else binding
         batch = len(next(iter(arrays.values())))
-        if binding.batch is not None and binding.batch != batch:
-            raise DataError(
-                f"adapters were given for {binding.batch} rows, the batch has {batch}",
-                "Give one adapter, or one per row.",
-            )
-        io = self.session.io_binding()
-        # The binding does not keep its values alive.
         values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
-        for name, value in (*values.items(), *binding.values.items()):
-            io.bind_ortvalue_input(name, value)
-        io.bind_output(self.spec.output)
-        self.session.run_with_iobinding(io)
-        found: NDArray[np.float32] = io.get_outputs()[0].numpy()
-        return found
+        found = self._opened.run(values, self._bound(binding, batch), self.spec.output)
+        output: NDArray[np.float32] = found.numpy()
+        return output
 
     def feeds(
         self, rows: Sequence[Sequence[int]], types: Sequence[Sequence[int]] | None = None
@@ -141,10 +87,6 @@ class Encoder:
             if types is not None:
                 arrays["token_type_ids"][index, :length] = types[index]
         return {name: arrays[name] for name in self.spec.inputs}
-
-    def placement(self) -> dict[str, dict[str, int]] | None:
-        """Which provider runs which operators (:func:`lora_edge.runtime.providers.placement`)."""
-        return placement(self.session)
 
     def _checked(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
         odd = sorted(set(feeds) ^ set(self.spec.inputs))

@@ -16,12 +16,12 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from lora_edge.bundle import DECODER_FILE, ENCODER_FILE
-from lora_edge.errors import BundleError, DataError
+from lora_edge.errors import DataError
 from lora_edge.lora import FloatArray
-from lora_edge.manifest import Seq2SeqSpec, SiteEntry
-from lora_edge.runtime.binding import Binding, Tensors, check_adapter_inputs
-from lora_edge.runtime.providers import open_session, resolve
+from lora_edge.manifest import Seq2SeqSpec
+from lora_edge.runtime.binding import Binding
 from lora_edge.runtime.rows import token_rows
+from lora_edge.runtime.session import ModelSession
 
 Sources = Sequence[Sequence[int]] | NDArray[np.float32]
 """Rows of token ids, special tokens included; or features ``[batch, mels, frames]``."""
@@ -32,62 +32,26 @@ _MASK = "encoder_attention_mask"
 
 @dataclass(frozen=True)
 class _Heard:
-    """What the decoder is given of the encoder: input name -> OrtValue, and the batch."""
+    """What the decoder is given of the encoder: input name -> OrtValue; the batch, its adapters."""
 
     values: Mapping[str, Any]
     batch: int
+    binding: Binding
 
 
-class Seq2Seq:
+class Seq2Seq(ModelSession[Seq2SeqSpec]):
     """Two sessions, on an encoder's graph and a decoder's.
 
-    Args:
-        folder: holds ``encoder_model.onnx`` and ``decoder_model.onnx``.
-        spec: the graphs' facts.
-        sites: module path -> site, when the graphs have adapter inputs.
-        provider: execution provider, strict (see :mod:`lora_edge.runtime.providers`).
-        threads: intra-op threads; None leaves it to ONNX Runtime.
-        optimization: ``disable``, ``basic``, ``extended`` or ``all`` (None).
-        allow_fallback: let the CPU run the nodes that the provider does not take.
-
-    Raises:
-        ProviderError: the provider is missing, does not start, or would leave nodes to the CPU.
-        BundleError: a graph cannot be loaded, or its inputs are not what ``spec`` and ``sites``
-            say.
+    Its ``path`` is the folder of ``encoder_model.onnx`` and ``decoder_model.onnx``.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        spec: Seq2SeqSpec,
-        *,
-        sites: Mapping[str, SiteEntry] | None = None,
-        provider: str = "cpu",
-        threads: int | None = None,
-        optimization: str | None = None,
-        allow_fallback: bool = False,
-    ) -> None:
-        self.spec = spec
-        self.sites = dict(sites or {})
-        self.provider = resolve(provider)
-        paths = folder / Path(ENCODER_FILE).name, folder / Path(DECODER_FILE).name
-        self.encoder, self.decoder = (
-            open_session(
-                path,
-                self.provider,
-                threads=threads,
-                optimization=optimization,
-                allow_fallback=allow_fallback,
-            )
-            for path in paths
-        )
-        below = f"{spec.encoder}."
-        heard = {path: site for path, site in self.sites.items() if path.startswith(below)}
-        said = {path: site for path, site in self.sites.items() if path not in heard}
-        self._encoder_inputs = _inputs(self.encoder, paths[0], set(spec.inputs), heard)
-        self._decoder_inputs = _inputs(self.decoder, paths[1], {"input_ids", _HIDDEN}, said)
-        self.tensors = Tensors(self.sites, self.provider.device, zero_rank=self.provider.zero_rank)
-        self._off = self.tensors.off()
+    def _open(self, path: Path) -> None:
+        below = f"{self.spec.encoder}."
+        heard = {name: site for name, site in self.sites.items() if name.startswith(below)}
+        said = {name: site for name, site in self.sites.items() if name not in heard}
+        needed = set(self.spec.inputs), {"input_ids", _HIDDEN}
+        self._encoder = self._graph(path / Path(ENCODER_FILE).name, needed[0], set(), heard)
+        self._decoder = self._graph(path / Path(DECODER_FILE).name, needed[1], set(), said)
 
     def logits(
         self,
@@ -111,7 +75,7 @@ class Seq2Seq:
         """
         heard = self._hear(sources, binding)
         rows = self._targets(targets, heard.batch)
-        return self._say(heard, rows, binding)
+        return self._say(heard, rows)
 
     def starts(self, batch: int, start: Sequence[int] | None = None) -> list[Sequence[int]]:
         """What the decoder of each row begins with.
@@ -170,7 +134,7 @@ class Seq2Seq:
         for step in range(steps):
             if all(row and row[-1] in end for row in said):
                 break
-            for index, logits in enumerate(self._say(heard, rows, binding)):
+            for index, logits in enumerate(self._say(heard, rows)):
                 last = logits[-1].copy()
                 if not plain:
                     last[list(self.spec.suppress)] = -np.inf
@@ -187,45 +151,24 @@ class Seq2Seq:
         else:
             feeds = self._padded(sources)
         batch = len(next(iter(feeds.values())))
-        if binding is not None and binding.batch not in (None, batch):
-            raise DataError(
-                f"adapters were given for {binding.batch} rows, the batch has {batch}",
-                "Give one adapter, or one per row.",
-            )
-        values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
-        given = {_HIDDEN: self._run(self.encoder, self._encoder_inputs, values, binding)}
-        if _MASK in self._decoder_inputs:
-            given[_MASK] = values["attention_mask"]
-        return _Heard(given, batch)
-
-    def _say(
-        self, heard: _Heard, rows: Sequence[Sequence[int]], binding: Binding | None
-    ) -> list[FloatArray]:
-        # The decoder is causal: what pads a row on the right is seen by no token of it.
-        ids = _right_padded(rows, self.spec.pad_token_id)
-        values = {**heard.values, "input_ids": ort.OrtValue.ortvalue_from_numpy(ids)}
-        found = self._run(self.decoder, self._decoder_inputs, values, binding).numpy()
-        return [logits[: len(row)] for row, logits in zip(rows, found, strict=True)]
-
-    def _run(
-        self,
-        session: Any,
-        inputs: Set[str],
-        values: Mapping[str, Any],
-        binding: Binding | None,
-    ) -> Any:
-        binding = self._off if binding is None else binding
-        if binding.token_gates is not None:
+        adapters = self._bound(binding, batch)
+        if adapters.token_gates is not None:
             raise DataError(
                 "an activated LoRA does not work in an encoder-decoder", "Use another adapter."
             )
-        io = session.io_binding()
-        for name, value in (*values.items(), *binding.values.items()):
-            if name in inputs:
-                io.bind_ortvalue_input(name, value)
-        io.bind_output(session.get_outputs()[0].name)
-        session.run_with_iobinding(io)
-        return io.get_outputs()[0]
+        values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
+        hidden = self._encoder.run(values, adapters, self._encoder.outputs[0])
+        given = {_HIDDEN: hidden}
+        if _MASK in self._decoder.inputs:
+            given[_MASK] = values["attention_mask"]
+        return _Heard(given, batch, adapters)
+
+    def _say(self, heard: _Heard, rows: Sequence[Sequence[int]]) -> list[FloatArray]:
+        # The decoder is causal: what pads a row on the right is seen by no token of it.
+        ids = _right_padded(rows, self.spec.pad_token_id)
+        values = {**heard.values, "input_ids": ort.OrtValue.ortvalue_from_numpy(ids)}
+        found = self._decoder.run(values, heard.binding, self._decoder.outputs[0]).numpy()
+        return [logits[: len(row)] for row, logits in zip(rows, found, strict=True)]
 
     def _padded(self, sources: Sources) -> dict[str, NDArray[Any]]:
         rows, _, width = token_rows(sources, None)
@@ -277,15 +220,3 @@ def _right_padded(rows: Sequence[Sequence[int]], fill: int) -> NDArray[np.int64]
     for index, row in enumerate(rows):
         ids[index, : len(row)] = row
     return ids
-
-
-def _inputs(
-    session: Any, graph: Path, needed: Set[str], sites: Mapping[str, SiteEntry]
-) -> frozenset[str]:
-    """The names of a graph's inputs, checked."""
-    found = frozenset(node.name for node in session.get_inputs())
-    missing = sorted(needed - found)
-    if missing:
-        raise BundleError(f"{graph} lacks {', '.join(missing)}", "Export the bundle again.")
-    check_adapter_inputs(found, sites, graph)
-    return found

@@ -1,0 +1,156 @@
+"""What all sessions on a model's graphs have in common: provider, adapter inputs, the batch.
+
+Knows tensors; knows nothing of bundles, adapters' names or text.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from lora_edge.errors import BundleError, DataError
+from lora_edge.manifest import EncoderSpec, GraphSpec, Seq2SeqSpec, SiteEntry
+from lora_edge.runtime.binding import Binding, Tensors, check_adapter_inputs
+from lora_edge.runtime.providers import open_session, placement, resolve
+
+Spec = TypeVar("Spec", GraphSpec, EncoderSpec, Seq2SeqSpec)
+
+
+@dataclass(frozen=True)
+class OpenGraph:
+    """A graph in an ONNX Runtime session.
+
+    Attributes:
+        session: the ``onnxruntime.InferenceSession``.
+        inputs: name of each input -> its type as ONNX Runtime writes it, ``tensor(float)``.
+        outputs: name of each output, in the graph's order.
+    """
+
+    session: Any
+    inputs: Mapping[str, str]
+    outputs: tuple[str, ...]
+
+    def run(self, values: Mapping[str, Any], binding: Binding, output: str) -> Any:
+        """The OrtValue of one output.
+
+        Args:
+            values: input name -> OrtValue.
+            binding: the adapters; of its tensors those are bound that the graph has inputs for.
+            output: the output's name.
+        """
+        io = self.session.io_binding()  # which does not keep its values alive
+        for name, value in (*values.items(), *binding.values.items()):
+            if name in self.inputs:
+                io.bind_ortvalue_input(name, value)
+        io.bind_output(output)
+        self.session.run_with_iobinding(io)
+        return io.get_outputs()[0]
+
+
+class ModelSession(ABC, Generic[Spec]):
+    """A model's graphs on one execution provider. Graphs without adapter inputs run alike.
+
+    Args:
+        path: the ONNX file, or the folder that holds several.
+        spec: the graph's facts.
+        sites: module path -> site, when the graph has adapter inputs.
+        provider: execution provider, strict (see :mod:`lora_edge.runtime.providers`).
+        threads: intra-op threads; None leaves it to ONNX Runtime.
+        optimization: ``disable``, ``basic``, ``extended`` or ``all`` (None).
+        allow_fallback: let the CPU run the nodes that the provider does not take.
+
+    Raises:
+        ProviderError: the provider is missing, does not start, or would leave nodes to the CPU.
+        BundleError: a graph cannot be loaded, or its inputs are not what ``spec`` and ``sites``
+            say.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        spec: Spec,
+        *,
+        sites: Mapping[str, SiteEntry] | None = None,
+        provider: str = "cpu",
+        threads: int | None = None,
+        optimization: str | None = None,
+        allow_fallback: bool = False,
+    ) -> None:
+        self.spec: Spec = spec
+        self.sites = dict(sites or {})
+        self.provider = resolve(provider)
+        self._options: dict[str, Any] = {
+            "threads": threads,
+            "optimization": optimization,
+            "allow_fallback": allow_fallback,
+        }
+        self._graphs: list[OpenGraph] = []
+        self._open(path)
+        self.tensors = Tensors(self.sites, self.provider.device, zero_rank=self.provider.zero_rank)
+        self._off = self.tensors.off()
+
+    @abstractmethod
+    def _open(self, path: Path) -> None:
+        """Open the model's graphs by :meth:`_graph`."""
+
+    def _graph(
+        self,
+        path: Path,
+        inputs: Set[str],
+        outputs: Set[str],
+        sites: Mapping[str, SiteEntry] | None = None,
+    ) -> OpenGraph:
+        """Open a graph and check that it has these inputs and outputs, and those of the sites.
+
+        Args:
+            path: the ONNX file.
+            inputs: names that it must have; it may have more.
+            outputs: the same of its outputs.
+            sites: the sites whose adapter inputs are in this graph; None is all.
+        """
+        session = open_session(path, self.provider, **self._options)
+        graph = OpenGraph(
+            session,
+            {node.name: node.type for node in session.get_inputs()},
+            tuple(node.name for node in session.get_outputs()),
+        )
+        missing = sorted(inputs - set(graph.inputs)) + sorted(outputs - set(graph.outputs))
+        if missing:
+            raise BundleError(f"{path} lacks {', '.join(missing)}", "Export the bundle again.")
+        check_adapter_inputs(graph.inputs, self.sites if sites is None else sites, path)
+        self._graphs.append(graph)
+        return graph
+
+    def placement(self) -> dict[str, dict[str, int]] | None:
+        """Which provider runs which operators (:func:`lora_edge.runtime.providers.placement`).
+
+        Of several graphs, their nodes together.
+        """
+        together: dict[str, dict[str, int]] = {}
+        for graph in self._graphs:
+            placed = placement(graph.session)
+            if placed is None:
+                return None
+            for provider, operators in placed.items():
+                counts = together.setdefault(provider, {})
+                for operator, count in operators.items():
+                    counts[operator] = counts.get(operator, 0) + count
+        return together
+
+    def _bound(self, binding: Binding | None, batch: int) -> Binding:
+        """The adapters of a batch; off where none are given.
+
+        Raises:
+            DataError: they are for another batch.
+        """
+        if binding is None:
+            return self._off
+        if binding.batch is not None and binding.batch != batch:
+            raise DataError(
+                f"adapters were given for {binding.batch} rows, the batch has {batch}",
+                "Give one adapter, or one per row.",
+            )
+        return binding
