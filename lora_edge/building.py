@@ -146,10 +146,7 @@ def build(
         from lora_edge.capture import capture, capture_task
         from lora_edge.parity import check_base, check_encoder
     except ImportError as error:
-        raise MissingDependencyError(
-            f"exporting needs {error.name}, which is not installed",
-            "Install it with: pip install 'lora-edge[export]'",
-        ) from error
+        raise MissingDependencyError.of_export(error) from error
     task, merged = options.task, options.mode == "merged"
     raw = stage / "capture"
     raw.mkdir()

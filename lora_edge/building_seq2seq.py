@@ -64,10 +64,7 @@ def build_seq2seq(
         from lora_edge.capture import capture_seq2seq
         from lora_edge.parity import check_seq2seq
     except ImportError as error:
-        raise MissingDependencyError(
-            f"exporting needs {error.name}, which is not installed",
-            "Install it with: pip install 'lora-edge[export]'",
-        ) from error
+        raise MissingDependencyError.of_export(error) from error
     raw = stage / "capture"
     raw.mkdir()
     (stage / "onnx").mkdir()

@@ -83,6 +83,14 @@ class DataError(LoraEdgeError):
 class MissingDependencyError(LoraEdgeError):
     """An optional dependency that is not installed; the hint names the extra."""
 
+    @staticmethod
+    def of_export(error: ImportError) -> MissingDependencyError:
+        """Exporting needs what could not be imported."""
+        return MissingDependencyError(
+            f"exporting needs {error.name}, which is not installed",
+            "Install it with: pip install 'lora-edge[export]'",
+        )
+
 
 class ParityError(LoraEdgeError):
     """The exported adapter does not do what it did in PyTorch, or the check proves nothing."""

@@ -9,7 +9,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from lora_edge.errors import BundleError
 from lora_edge.names import FACTOR_PARTS, Part
@@ -118,6 +118,9 @@ class Seq2SeqSpec:
     suppress: tuple[int, ...] = ()
     begin_suppress: tuple[int, ...] = ()
     features: tuple[int, ...] = ()
+
+
+Spec = TypeVar("Spec", GraphSpec, EncoderSpec, Seq2SeqSpec)
 
 
 @dataclass(frozen=True)

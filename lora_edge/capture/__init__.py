@@ -6,21 +6,22 @@ Knows PyTorch and transformers; knows nothing of adapters, graph passes or runti
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Generic, Literal, TypeVar
+from typing import Generic, Literal
 
 from lora_edge.base import Base
 from lora_edge.errors import MissingDependencyError
 from lora_edge.experts import ParameterModule
-from lora_edge.manifest import EncoderSpec, GraphSpec, Seq2SeqSpec, SiteEntry
+from lora_edge.manifest import EncoderSpec, GraphSpec, Seq2SeqSpec, SiteEntry, Spec
 from lora_edge.tasks import Task
 
 __all__ = ["BaseGraph", "capture", "capture_seq2seq", "capture_task"]
 
-Spec = TypeVar("Spec", GraphSpec, EncoderSpec, Seq2SeqSpec)
+_TRACE_PACKAGES: tuple[str, ...] = ("torch", "transformers", "onnx")
+_OPTIMUM_PACKAGES = (*_TRACE_PACKAGES, "optimum", "optimum-onnx")
 
 
 @dataclass(frozen=True)
@@ -79,25 +80,15 @@ def capture(
         from lora_edge.capture.optimum import export_with_optimum
         from lora_edge.capture.trace import trace
     except ImportError as error:
-        raise _missing(error) from error
-    packages = ["torch", "transformers", "onnx"]
+        raise MissingDependencyError.of_export(error) from error
+    packages = _TRACE_PACKAGES
     parameter_modules: Mapping[str, ParameterModule] = {}
     if backend == "optimum":
         path, spec, modules, tied, head = export_with_optimum(base, directory)
-        packages += ["optimum", "optimum-onnx"]
+        packages = _OPTIMUM_PACKAGES
     else:
         path, spec, modules, tied, head, parameter_modules = trace(base, directory, form)
-    return BaseGraph(
-        path=path,
-        spec=spec,
-        modules=modules,
-        tied=tied,
-        head=head,
-        parameter_modules=parameter_modules,
-        model_type=base.model_type,
-        versions={package: version(package) for package in packages},
-        seconds=time.monotonic() - started,
-    )
+    return _base_graph(base, path, spec, modules, packages, started, tied, head, parameter_modules)
 
 
 def capture_task(base: Base, directory: Path, task: Task) -> BaseGraph[EncoderSpec]:
@@ -116,19 +107,9 @@ def capture_task(base: Base, directory: Path, task: Task) -> BaseGraph[EncoderSp
     try:
         from lora_edge.capture.encoder import trace_encoder
     except ImportError as error:
-        raise _missing(error) from error
+        raise MissingDependencyError.of_export(error) from error
     path, spec, modules, head = trace_encoder(base, directory, task)
-    return BaseGraph(
-        path=path,
-        spec=spec,
-        modules=modules,
-        tied=(),
-        head=head,
-        parameter_modules={},
-        model_type=base.model_type,
-        versions={package: version(package) for package in ("torch", "transformers", "onnx")},
-        seconds=time.monotonic() - started,
-    )
+    return _base_graph(base, path, spec, modules, _TRACE_PACKAGES, started, head=head)
 
 
 def capture_seq2seq(base: Base, directory: Path, task: Task) -> BaseGraph[Seq2SeqSpec]:
@@ -147,24 +128,31 @@ def capture_seq2seq(base: Base, directory: Path, task: Task) -> BaseGraph[Seq2Se
     try:
         from lora_edge.capture.optimum import export_seq2seq
     except ImportError as error:
-        raise _missing(error) from error
+        raise MissingDependencyError.of_export(error) from error
     path, spec, modules, tied, head = export_seq2seq(base, directory, task)
-    packages = ("torch", "transformers", "onnx", "optimum", "optimum-onnx")
+    return _base_graph(base, path, spec, modules, _OPTIMUM_PACKAGES, started, tied, head)
+
+
+def _base_graph(
+    base: Base,
+    path: Path,
+    spec: Spec,
+    modules: Mapping[str, SiteEntry],
+    packages: Sequence[str],
+    started: float,
+    tied: tuple[str, ...] = (),
+    head: str = "",
+    parameter_modules: Mapping[str, ParameterModule] | None = None,
+) -> BaseGraph[Spec]:
+    """What was captured since ``started``, by ``time.monotonic``, with these packages."""
     return BaseGraph(
         path=path,
         spec=spec,
         modules=modules,
         tied=tied,
         head=head,
-        parameter_modules={},
+        parameter_modules=parameter_modules or {},
         model_type=base.model_type,
         versions={package: version(package) for package in packages},
         seconds=time.monotonic() - started,
-    )
-
-
-def _missing(error: ImportError) -> MissingDependencyError:
-    return MissingDependencyError(
-        f"exporting needs {error.name}, which is not installed",
-        "Install it with: pip install 'lora-edge[export]'",
     )

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from lora_edge.base import Base
 from lora_edge.errors import CaptureError
-from lora_edge.manifest import GraphSpec
+from lora_edge.manifest import EncoderSpec, GraphSpec, Seq2SeqSpec
 from lora_edge.parity.compare import (
     Expected,
     FloatArray,
@@ -39,20 +39,23 @@ _AFFORDABLE = 2e11  # parameters x tokens beyond which a longer window is not
 _ATTENTION_BYTES = 512 << 20  # of one layer's eager attention scores
 
 
-class CapturedGraph(Protocol):
-    """What the check needs of a capture."""
+Spec_co = TypeVar("Spec_co", bound=GraphSpec | EncoderSpec | Seq2SeqSpec, covariant=True)
+
+
+class Captured(Protocol[Spec_co]):
+    """What a base check needs of a capture."""
 
     @property
     def path(self) -> Path:
-        """The ONNX file."""
+        """The ONNX file; of an encoder-decoder the encoder's, beside the decoder's."""
 
     @property
-    def spec(self) -> GraphSpec:
+    def spec(self) -> Spec_co:
         """Its facts."""
 
 
 def check_base(
-    graph: CapturedGraph, base: Base, *, seed: int = 0, tolerance: Tolerance | None = None
+    graph: Captured[GraphSpec], base: Base, *, seed: int = 0, tolerance: Tolerance | None = None
 ) -> dict[str, Any]:
     """Compare a captured graph, without adapters, with eager PyTorch in float32.
 
@@ -135,7 +138,7 @@ def _length(base: Base, spec: GraphSpec, window: int | None, parameters: int) ->
 
 
 def _observe(
-    graph: CapturedGraph, rows: Sequence[Row], tails: Sequence[Row]
+    graph: Captured[GraphSpec], rows: Sequence[Row], tails: Sequence[Row]
 ) -> Iterator[tuple[str, list[int], list[FloatArray]]]:
     """Each case's name, the first position of each row, and the graph's logits from there on."""
     spec = graph.spec

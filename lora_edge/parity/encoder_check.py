@@ -7,8 +7,7 @@ rows longer than the traced one and than any attention window, token types, othe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from lora_edge.base import Base
 from lora_edge.errors import CaptureError
 from lora_edge.manifest import EncoderSpec
-from lora_edge.parity.base_check import shortest_window
+from lora_edge.parity.base_check import Captured, shortest_window
 from lora_edge.parity.compare import Tolerance, noise
 from lora_edge.parity.states import prompts
 from lora_edge.parity.task_reference import Row, TaskReference
@@ -28,20 +27,8 @@ _IMAGES = 8
 _ALWAYS = 600  # a window up to this is always run past
 
 
-class CapturedEncoder(Protocol):
-    """What the check needs of a capture."""
-
-    @property
-    def path(self) -> Path:
-        """The ONNX file."""
-
-    @property
-    def spec(self) -> EncoderSpec:
-        """Its facts."""
-
-
 def check_encoder(
-    graph: CapturedEncoder,
+    graph: Captured[EncoderSpec],
     base: Base,
     task: Task,
     *,
@@ -51,11 +38,8 @@ def check_encoder(
     """Compare a captured graph, without adapters, with eager PyTorch in float32.
 
     Args:
-        graph: the capture.
-        base: the model that it was captured from.
         task: what it was captured for.
-        seed: of the random inputs.
-        tolerance: how limits follow from the measured floor.
+        graph, base, seed, tolerance: as :func:`~lora_edge.parity.base_check.check_base`.
 
     Returns:
         JSON-ready figures: floor, limit, each case's error, and what was covered of the window.

@@ -47,6 +47,28 @@ class Greedy:
     margins: tuple[float, ...]
 
 
+def libraries() -> tuple[Any, dict[str, str]]:
+    """torch, and the versions of torch, transformers and peft.
+
+    Raises:
+        MissingDependencyError: one of them is not installed.
+    """
+    try:
+        import peft
+        import torch
+        import transformers
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"checking against PyTorch needs {error.name}",
+            "Install it with: pip install 'lora-edge[export]'.",
+        ) from error
+    return torch, {
+        "torch": str(torch.__version__),
+        "transformers": str(transformers.__version__),
+        "peft": str(peft.__version__),
+    }
+
+
 class Reference:
     """A base model in PyTorch, float32, eager attention, with PEFT adapters attached by name."""
 
@@ -57,22 +79,8 @@ class Reference:
             MissingDependencyError: torch, transformers or peft is not installed.
             BaseModelError: transformers cannot load the folder.
         """
-        try:
-            import peft
-            import torch
-            import transformers
-        except ImportError as error:
-            raise MissingDependencyError(
-                f"checking against PyTorch needs {error.name}",
-                "Install it with: pip install 'lora-edge[export]'.",
-            ) from error
-        self._torch = torch
+        self._torch, self.versions = libraries()
         self.base = base
-        self.versions = {
-            "torch": str(torch.__version__),
-            "transformers": str(transformers.__version__),
-            "peft": str(peft.__version__),
-        }
         self._shared: Any = self._load()
         self._wide = False
         self._names: dict[str, str] = {}

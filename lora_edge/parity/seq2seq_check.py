@@ -6,14 +6,14 @@ longer than the traced ones and than the reach of relative positions, the start 
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from lora_edge.base import Base
 from lora_edge.errors import CaptureError
 from lora_edge.manifest import Seq2SeqSpec
+from lora_edge.parity.base_check import Captured
 from lora_edge.parity.compare import Tolerance, expect, judge, limits, measure, noise
 from lora_edge.parity.seq2seq import beginning, source, sources
 from lora_edge.parity.states import prompts
@@ -27,20 +27,8 @@ _LONGER = 150  # past the 128 tokens that T5's relative positions tell apart
 _NOISE = 1 << 30
 
 
-class CapturedSeq2Seq(Protocol):
-    """What the check needs of a capture."""
-
-    @property
-    def path(self) -> Path:
-        """The encoder's ONNX file, beside the decoder's."""
-
-    @property
-    def spec(self) -> Seq2SeqSpec:
-        """Its facts."""
-
-
 def check_seq2seq(
-    graph: CapturedSeq2Seq,
+    graph: Captured[Seq2SeqSpec],
     base: Base,
     task: Task,
     *,
@@ -50,11 +38,8 @@ def check_seq2seq(
     """Compare captured graphs, without adapters, with eager PyTorch in float32.
 
     Args:
-        graph: the capture.
-        base: the model that it was captured from.
         task: what it was captured for.
-        seed: of the random inputs.
-        tolerance: how limits follow from the measured floor.
+        graph, base, seed, tolerance: as :func:`~lora_edge.parity.base_check.check_base`.
 
     Returns:
         JSON-ready figures: floor, limit and each case's errors.

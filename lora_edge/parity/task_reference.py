@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_edge.base import Base
-from lora_edge.errors import BaseModelError, MissingDependencyError
+from lora_edge.errors import BaseModelError
+from lora_edge.parity.reference import libraries
 from lora_edge.quiet import quiet
 from lora_edge.tasks import Task
 
@@ -34,23 +35,9 @@ class TaskReference:
             MissingDependencyError: torch, transformers or peft is not installed.
             BaseModelError: transformers cannot load the folder, or it lacks more than the head.
         """
-        try:
-            import peft
-            import torch
-            import transformers
-        except ImportError as error:
-            raise MissingDependencyError(
-                f"checking against PyTorch needs {error.name}",
-                "Install it with: pip install 'lora-edge[export]'.",
-            ) from error
-        self._torch = torch
+        self._torch, self.versions = libraries()
         self.base = base
         self.task = task
-        self.versions = {
-            "torch": str(torch.__version__),
-            "transformers": str(transformers.__version__),
-            "peft": str(peft.__version__),
-        }
         self._models: dict[str | None, Any] = {None: _load(base, task)}
 
     @property

@@ -9,14 +9,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 
 from lora_edge.errors import BundleError, DataError
-from lora_edge.manifest import EncoderSpec, GraphSpec, Seq2SeqSpec, SiteEntry
+from lora_edge.manifest import SiteEntry, Spec
 from lora_edge.runtime.binding import Binding, Tensors, check_adapter_inputs
 from lora_edge.runtime.providers import open_session, placement, resolve
-
-Spec = TypeVar("Spec", GraphSpec, EncoderSpec, Seq2SeqSpec)
 
 
 @dataclass(frozen=True)
