@@ -77,11 +77,6 @@ class Tokenizer:
         """Number of tokens, the added ones included."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
-    def token_id(self, token: str) -> int | None:
-        """The id of a token's text; None when there is none."""
-        found = self._tokenizer.token_to_id(token)
-        return None if found is None else int(found)
-
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
         """Token ids; ``special_tokens`` adds what the tokenizer itself puts around a text."""
         return list(self._tokenizer.encode(text, add_special_tokens=special_tokens).ids)
