@@ -31,13 +31,13 @@ def _loud() -> Iterator[io.StringIO]:
     handler = logging.StreamHandler(io.StringIO())
     settings.set_verbosity_warning()
     settings.enable_progress_bar()
-    settings.add_handler(handler)
+    logging.getLogger("transformers").addHandler(handler)
     try:
         yield handler.stream
         assert settings.get_verbosity() == settings.WARNING
         assert settings.is_progress_bar_enabled()
     finally:
-        settings.remove_handler(handler)
+        logging.getLogger("transformers").removeHandler(handler)
         settings.set_verbosity(level)
         if not shown:
             settings.disable_progress_bar()
