@@ -228,7 +228,7 @@ def test_a_report_that_cannot_be_written(cli: Cli, bundle: Path, tmp_path: Path)
     [
         "shutil.copyfile",  # the tokenizer's files
         "lora_edge.staging.os.replace",  # the first manifest
-        "lora_edge.parity.engine.save_golden",  # after the check has passed
+        "lora_edge.parity.record.save_golden",  # after the check has passed
         "lora_edge.exporter.bundle_card",  # the last file
         "lora_edge.staging.Path.rename",  # publishing
     ],
