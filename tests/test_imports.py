@@ -79,6 +79,8 @@ ALLOWED: dict[str, set[str]] = {
         "peft_directory",
         "runtime",
     },
+    "reports": {"errors"},
+    "pytest_plugin": {"errors", "parity", "reports"},
     "training": {"base", "bundle", "errors", "quiet", "tasks"},
 }
 TORCH = {"torch", "transformers", "peft", "accelerate", "optimum"}

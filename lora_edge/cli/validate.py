@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from lora_edge.parity.engine import Depth
 
 
+_FILE = click.Path(path_type=Path, dir_okay=False)
+
+
 @click.command()
 @click.argument("bundle")
 @click.option("--reference", metavar="BASE", help="Compare with PyTorch: the base's folder or id.")
@@ -78,8 +81,15 @@ if TYPE_CHECKING:
     metavar="DIR",
     help="Keep what is finished in DIR, and go on from there when called again.",
 )
+@click.option("--json", "json_file", type=_FILE, help="Write the report there.")
+@click.option("--html", "html_file", type=_FILE, help="Write it as one page for people.")
+@click.option("--junit", "junit_file", type=_FILE, help="Write it for a CI's test view.")
+@click.option("--markdown", "markdown_file", type=_FILE, help="Append it to a CI job's summary.")
 @click.option(
-    "--json", "json_file", type=click.Path(path_type=Path), help="Write the report there."
+    "--baseline",
+    type=_FILE,
+    help="A report of earlier (--json): fail also where a figure got worse by more than its own "
+    "spread.",
 )
 @click.pass_context
 def command(
@@ -97,18 +107,28 @@ def command(
     metric: str | None,
     resume: Path | None,
     json_file: Path | None,
+    html_file: Path | None,
+    junit_file: Path | None,
+    markdown_file: Path | None,
+    baseline: Path | None,
 ) -> None:
     """Check BUNDLE against PyTorch (--reference), or else against its own golden cases.
 
     Every adapter state runs on every provider with every level of optimization that is named.
 
-    Exit code 0: passed. 1: an adapter differs from PyTorch, has no effect, or is unproved.
+    Exit code 0: passed. 1: an adapter differs from PyTorch, has no effect, is unproved, or is worse
+    than the --baseline.
     """
     from lora_edge.parity import validate
     from lora_edge.parity.examples import read_examples, read_prompts
+    from lora_edge.reports import compare, html, junit, load_report, markdown
 
     if prompts is not None and reference is None:
         raise click.UsageError("--prompts needs --reference; `lora-edge golden` keeps prompts")
+    for file in (json_file, html_file, junit_file, markdown_file):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise click.UsageError(f"the folder of {file} does not exist")
+    earlier = None if baseline is None else load_report(baseline)
     if data and reference is None:
         raise click.UsageError("--eval needs --reference")
     report = validate(
@@ -130,8 +150,19 @@ def command(
         resume=resume,
         progress=lambda line: click.echo(line, err=True),
     )
+    found = report.to_data()
+    worse = [] if earlier is None else compare(found, earlier)
     click.echo(report.table(), nl=False)
+    for each in worse:
+        click.echo(f"worse: {each.text}")
     if json_file is not None:
         json_file.write_text(report.to_json(), encoding="utf-8")
-    if not report.passed:
+    if html_file is not None:
+        html_file.write_text(html(found, worse), encoding="utf-8")
+    if junit_file is not None:
+        junit_file.write_text(junit(found, worse), encoding="utf-8")
+    if markdown_file is not None:
+        with markdown_file.open("a", encoding="utf-8") as summary:
+            summary.write(markdown(found, worse))
+    if not report.passed or worse:
         context.exit(1)

@@ -12,7 +12,6 @@ from lora_edge import __version__
 from lora_edge.errors import DataError
 from lora_edge.parity.report import Session
 from lora_edge.runtime import Runner
-from lora_edge.runtime.seq2seq import Seq2Seq
 
 LEVELS = ("disable", "basic", "extended", "all")
 """ONNX Runtime's levels of graph optimization."""
@@ -49,7 +48,7 @@ def session_of(runner: Runner, optimization: str | None) -> Session:
         runner.session.provider.name,
         optimization or "all",
         runner.bundle.manifest.precision,
-        None if isinstance(runner.session, Seq2Seq) else runner.session.placement(),
+        runner.session.placement(),
     )
 
 

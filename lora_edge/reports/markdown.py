@@ -1,0 +1,114 @@
+"""A report as Markdown, for the summary of a CI job."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lora_edge.reports.baseline import Regression
+from lora_edge.reports.load import Data
+from lora_edge.reports.words import (
+    COLUMNS,
+    NO_ADAPTER,
+    Case,
+    column,
+    failures,
+    first_layer,
+    number,
+    ratio,
+    rows_of,
+    share,
+    verdict,
+)
+
+_SIGNS = {"passed": "✅", "failed": "❌", "unproved": "⚠️"}
+_WORST = ("failed", "unproved", "passed")
+_MOST = 20  # failures that are listed
+
+
+def markdown(data: Data, worse: Sequence[Regression] = ()) -> str:
+    """Verdict, a table of adapters and states, failures, and what ran on what, folded.
+
+    Args:
+        data: a report.
+        worse: what is worse than an earlier report.
+    """
+    bad = failures(data)
+    sign = _SIGNS["passed" if data["passed"] and not worse else "failed"]
+    lines = [
+        f"## {sign} lora-edge: {verdict(data)}",
+        "",
+        f"`{data['bundle']}` ({data['mode']}, base {_text(data['base'])}), against "
+        f"{'PyTorch' if data['against'] == 'reference' else 'its golden cases'}, "
+        f"{data['seconds']:.1f} s",
+        "",
+        *_table(data),
+    ]
+    if bad:
+        lines += ["", "### What did not pass", ""]
+        for case in bad[:_MOST]:
+            lines.append(f"- {_SIGNS[case['status']]} {_text(case['reason'])}")
+            layer = first_layer(case)
+            if layer:
+                lines.append(f"  - the first layer that differs is `{layer['path']}`")
+        if len(bad) > _MOST:
+            lines.append(f"- and {len(bad) - _MOST} more")
+        lines += ["", "```sh", data["command"], "```"]
+    if worse:
+        lines += ["", "### Worse than before", ""]
+        lines += [f"- {_text(each.text)}" for each in worse]
+    lines += ["", "<details><summary>Figures</summary>", "", *_figures(data), "", "</details>"]
+    ran = [f"{name} {value}" for name, value in {**data["versions"], **data["machine"]}.items()]
+    lines += ["", "<details><summary>What ran on what</summary>", ""]
+    lines += [_text(", ".join(ran)), "", "</details>"]
+    return "\n".join(lines) + "\n"
+
+
+def _table(data: Data) -> list[str]:
+    cells: dict[tuple[str, str], list[Case]] = {}
+    for case in data["cases"]:
+        for row in rows_of(case):
+            cells.setdefault((row, column(case)), []).append(case)
+    names = [name for name in (NO_ADAPTER, *data["adapters"]) if any(x == name for x, _ in cells)]
+    used = [name for name in COLUMNS if any(x == name for _, x in cells)]
+    lines = ["| adapter | " + " | ".join(used) + " |", "|---|" + "---|" * len(used)]
+    for name in names:
+        shown = [_cell(cells.get((name, state), [])) for state in used]
+        lines.append(f"| {_text(name)} | " + " | ".join(shown) + " |")
+    return lines
+
+
+def _cell(cases: list[Case]) -> str:
+    if not cases:
+        return ""
+    worst = min((case["status"] for case in cases), key=_WORST.index)
+    ratios = [value for case in cases if (value := ratio(case)) is not None]
+    return f"{_SIGNS[worst]} {max(ratios):.0%} of limit" if ratios else _SIGNS[worst]
+
+
+def _figures(data: Data) -> list[str]:
+    lines = [
+        "| session | case | logit error | limit | effect error | limit | top-1 | KL |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for case in data["cases"]:
+        figures, limits = case["figures"], case["limits"]
+        if figures and limits:
+            cells = [
+                case["session"],
+                _text(case["name"]),
+                number(figures["logit_error"]),
+                number(limits["logit"]),
+                number(figures["effect_error"]),
+                number(limits["effect"]),
+                share(figures["top1"]),
+                number(figures["kl"]),
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _text(text: str) -> str:
+    """Text that means nothing to Markdown or HTML."""
+    for sign in "\\`*_[]|":
+        text = text.replace(sign, f"\\{sign}")
+    return text.replace("<", "&lt;").replace("\n", " ")

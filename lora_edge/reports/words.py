@@ -1,0 +1,98 @@
+"""How a report's figures and cases are put into words, the same in every format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lora_edge.reports.load import Data
+
+Case = Mapping[str, Any]
+
+COLUMNS = ("alone", "blend", "mixed rows", "switching", "your prompts", "task metric")
+"""Adapter states, in the order in which they are shown."""
+
+_KINDS = {
+    "base": "alone",
+    "adapter": "alone",
+    "proof": "alone",
+    "blend": "blend",
+    "mixed": "mixed rows",
+    "switch": "switching",
+    "task": "task metric",
+}
+NO_ADAPTER = "no adapter"
+
+
+def column(case: Case) -> str:
+    """The adapter state that a case belongs to, of :data:`COLUMNS`."""
+    given = ", given prompts" in case["name"] and case["kind"] in {"base", "adapter"}
+    return "your prompts" if given else _KINDS[case["kind"]]
+
+
+def rows_of(case: Case) -> tuple[str, ...]:
+    """The adapters whose rows of a table a case belongs in."""
+    return tuple(case["adapters"]) or (NO_ADAPTER,)
+
+
+def failures(data: Data) -> list[Case]:
+    """The cases that did not pass."""
+    return [case for case in data["cases"] if case["status"] != "passed"]
+
+
+def verdict(data: Data) -> str:
+    """The outcome in a sentence."""
+    cases, bad = data["cases"], failures(data)
+    if not cases:
+        return "Nothing was compared, so nothing is proved."
+    if data["passed"]:
+        count = len(data["adapters"])
+        who = "adapters do what they" if count > 1 else "adapter does what it"
+        return f"All {len(cases)} cases passed: the {who if count else 'base does what it'} did."
+    failed = sum(case["status"] == "failed" for case in bad)
+    unproved = len(bad) - failed
+    parts = []
+    if failed:
+        parts.append(f"{failed} of {len(cases)} cases {'differs' if failed == 1 else 'differ'}")
+    if unproved:
+        which = f"{unproved} more" if failed else f"{unproved} of {len(cases)} cases"
+        parts.append(f"{which} {'is' if unproved == 1 else 'are'} not proved")
+    names = sorted({name for case in bad for name in case["adapters"]})
+    return ", ".join(parts) + (f": {listed(names)}." if names else ".")
+
+
+def listed(names: Sequence[str], most: int = 4) -> str:
+    """``a, b, c and 5 more``."""
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def first_layer(case: Case) -> Mapping[str, Any] | None:
+    """The first layer that differs, where layers were compared."""
+    return next((layer for layer in case["layers"] if not layer["error"] <= layer["limit"]), None)
+
+
+def ratio(case: Case) -> float | None:
+    """How much of its limit the worse of a case's errors takes; ``None`` where none was measured.
+
+    Of errors bit for bit or without finite figures there is none.
+    """
+    figures, limits = case["figures"], case["limits"]
+    if figures is None or limits is None:
+        return None
+    found = [
+        figures[error] / limits[limit]
+        for error, limit in (("logit_error", "logit"), ("effect_error", "effect"))
+        if figures[error] is not None and limits[limit]
+    ]
+    return max(found, default=None)
+
+
+def number(value: float | None) -> str:
+    """A figure in two digits; ``-`` for none."""
+    return "-" if value is None else f"{value:.1e}"
+
+
+def share(value: float | None) -> str:
+    """A share in percent."""
+    return "-" if value is None else f"{value:.1%}"
