@@ -6,8 +6,8 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from lora_edge.base import Base
-from lora_edge.bundle import GraphSpec, Seq2SeqSpec
 from lora_edge.errors import DataError
+from lora_edge.manifest import GraphSpec, Seq2SeqSpec
 from lora_edge.parity.checks import greedy
 from lora_edge.parity.golden import Golden
 from lora_edge.parity.states import Probe, Row

@@ -9,8 +9,9 @@ from functools import partial
 from pathlib import Path
 
 from lora_edge.base import Base, resolve_base
-from lora_edge.bundle import Bundle, FileEntry, hash_file, load_bundle
+from lora_edge.bundle import Bundle, hash_file, load_bundle
 from lora_edge.errors import BundleError, DataError, ParityError
+from lora_edge.manifest import FileEntry
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.parity.asking import ask, longest_prompt, tokens_of
 from lora_edge.parity.checks import compare

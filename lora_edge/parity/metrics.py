@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from lora_edge.adapter import load_adapter
 from lora_edge.base import Base
-from lora_edge.bundle import Seq2SeqSpec
 from lora_edge.errors import DataError
+from lora_edge.manifest import Seq2SeqSpec
 from lora_edge.parity.compare import log_total
 from lora_edge.parity.examples import Example
 from lora_edge.parity.reference import Reference

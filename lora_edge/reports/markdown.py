@@ -35,7 +35,7 @@ def markdown(data: Data, worse: Sequence[Regression] = ()) -> str:
     bad = failures(data)
     sign = _SIGNS["passed" if data["passed"] and not worse else "failed"]
     lines = [
-        f"## {sign} lora-edge: {verdict(data)}",
+        f"## {sign} lora-edge: {_text(verdict(data))}",
         "",
         f"`{data['bundle']}` ({data['mode']}, base {_text(data['base'])}), against "
         f"{'PyTorch' if data['against'] == 'reference' else 'its golden cases'}, "

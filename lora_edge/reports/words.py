@@ -47,8 +47,9 @@ def verdict(data: Data) -> str:
         return "Nothing was compared, so nothing is proved."
     if data["passed"]:
         count = len(data["adapters"])
-        who = "adapters do what they" if count > 1 else "adapter does what it"
-        return f"All {len(cases)} cases passed: the {who if count else 'base does what it'} did."
+        who = "adapters do" if count > 1 else "adapter does" if count else "base does"
+        they = "they" if count > 1 else "it"
+        return f"All {len(cases)} cases passed: the {who} what {they} did in PyTorch."
     failed = sum(case["status"] == "failed" for case in bad)
     unproved = len(bad) - failed
     parts = []

@@ -1,0 +1,98 @@
+"""The composite action's own shell steps, in a scratch repository: green, red, regression."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from junitparser import JUnitXml
+
+ACTION = Path(__file__).parents[2] / "ci" / "action" / "action.yml"
+
+
+class Job:
+    """A job of a runner: the action's inputs in, exit code and files out."""
+
+    def __init__(self, repository: Path) -> None:
+        self.repository = repository
+        self.summary = repository.parent / "summary.md"
+        self.output = repository / "lora-edge-report"
+        action = yaml.safe_load(ACTION.read_text())
+        self._inputs = action["inputs"]
+        self._steps = [step for step in action["runs"]["steps"] if "run" in step]
+        subprocess.run(["git", "init", "--quiet", str(repository)], check=True)
+
+    def run(self, **given: object) -> int:
+        inputs = {
+            name: str(given.get(name, facts.get("default", "")))
+            for name, facts in self._inputs.items()
+        }
+        inputs["install"] = ""  # the package is installed already
+        for name, facts in self._inputs.items():
+            assert inputs[name] or not facts.get("required"), name
+        for step in self._steps:
+            if step.get("if") == "${{ inputs.install != '' }}":
+                continue
+            named = {
+                key: inputs[value.removeprefix("${{ inputs.").removesuffix(" }}")]
+                for key, value in step["env"].items()
+            }
+            path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+            done = subprocess.run(
+                ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step["run"]],
+                cwd=self.repository,
+                env={**os.environ, **named, "PATH": path, "GITHUB_STEP_SUMMARY": str(self.summary)},
+                check=False,
+            )
+            if done.returncode:
+                return done.returncode
+        return 0
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    return Job(tmp_path / "repository")
+
+
+def test_green_on_a_good_bundle(job: Job, bundle: Path) -> None:
+    shutil.copytree(bundle, job.repository / "bundle")
+    assert job.run(bundle="bundle", options="--quick") == 0
+    assert job.summary.read_text().startswith("## ✅ lora-edge")
+    assert JUnitXml.fromfile(str(job.output / "junit.xml")).failures == 0
+    assert "✓ passed" in (job.output / "report.html").read_text(encoding="utf-8")
+    data = json.loads((job.output / "report.json").read_text())
+    assert data["settings"]["depth"] == "quick"
+
+
+def test_red_on_a_faulty_one(job: Job, faulty: Path) -> None:
+    shutil.copytree(faulty, job.repository / "bundle")
+    assert job.run(bundle="bundle") == 1
+    assert job.summary.read_text().startswith("## ❌ lora-edge")
+    parsed = JUnitXml.fromfile(str(job.output / "junit.xml"))
+    failed = {test.name for suite in parsed for test in suite if not test.is_passed}
+    assert "adapter mirror" in failed
+    assert "adapter echo" not in failed
+
+
+def test_red_where_it_got_worse(job: Job, bundle: Path, reports: dict[str, Any]) -> None:
+    better = copy.deepcopy(reports["good"])
+    for case in better["cases"]:
+        if case["figures"]:
+            case["figures"] |= {"effect_error": 0.0, "error_spread": 0.0}
+    same = [case for case in reports["good"]["cases"] if case["session"] == "cpu, all"]
+    baseline = job.repository / "baseline.json"
+    baseline.write_text(json.dumps({**reports["good"], "cases": same}))
+    assert job.run(bundle=bundle, baseline=baseline) == 0
+    assert "Worse" not in job.summary.read_text()
+    ideal = [case for case in better["cases"] if case["session"] == "cpu, all"]
+    baseline.write_text(json.dumps({**better, "cases": ideal}))
+    assert job.run(bundle=bundle, baseline=baseline) == 1
+    assert "### Worse than before" in job.summary.read_text()
