@@ -26,7 +26,7 @@ from lora_edge.reports.words import (
 )
 
 _WORST = ("failed", "unproved", "passed")
-_OPEN = 6  # failures that are shown unfolded
+_OPEN = 3  # failures that are shown unfolded
 _BEFORE, _BEHIND = 4, 4  # layers shown around the first that differs
 
 

@@ -58,8 +58,16 @@ def verdict(data: Data) -> str:
     if unproved:
         which = f"{unproved} more" if failed else f"{unproved} of {len(cases)} cases"
         parts.append(f"{which} {'is' if unproved == 1 else 'are'} not proved")
-    names = sorted({name for case in bad for name in case["adapters"]})
+    names = _culprits(bad)
     return ", ".join(parts) + (f": {listed(names)}." if names else ".")
+
+
+def _culprits(bad: Sequence[Case]) -> list[str]:
+    """Who fails alone; a blend's failure is that one's fault. Without the base, nobody is blamed."""
+    if any(not case["adapters"] for case in bad):
+        return ["the base itself"]
+    alone = {case["adapters"][0] for case in bad if len(case["adapters"]) == 1}
+    return sorted(alone or {name for case in bad for name in case["adapters"]})
 
 
 def listed(names: Sequence[str], most: int = 4) -> str:

@@ -14,6 +14,7 @@ from junitparser import Failure, JUnitXml
 
 from lora_edge.errors import DataError
 from lora_edge.reports import Regression, junit, load_report, markdown
+from lora_edge.reports.words import verdict
 
 Reports = dict[str, dict[str, Any]]
 KINDS = ("good", "faulty", "unproved")
@@ -139,3 +140,15 @@ def test_markdown_means_what_it_says(reports: Reports) -> None:
     text = markdown(data)
     assert "<script>" not in text
     assert "a\\|b&lt;script>" in text
+
+
+def test_the_verdict_blames_who_fails_alone(reports: Reports) -> None:
+    data = reports["faulty"]
+    blamed = {
+        name for case in data["cases"] if case["status"] != "passed" for name in case["adapters"]
+    }
+    assert blamed == {"echo", "mirror"}  # the blend of both fails, too
+    assert verdict(data).endswith(" cases differ: mirror.")
+    base = copy.deepcopy(data)
+    next(case for case in base["cases"] if case["name"] == "base")["status"] = "failed"
+    assert verdict(base).endswith("differ: the base itself.")
