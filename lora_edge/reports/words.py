@@ -63,7 +63,7 @@ def verdict(data: Data) -> str:
 
 
 def _culprits(bad: Sequence[Case]) -> list[str]:
-    """Who fails alone; a blend's failure is that one's fault. Without the base, nobody is blamed."""
+    """Who fails alone; a blend's failure is that one's fault. None if the base fails itself."""
     if any(not case["adapters"] for case in bad):
         return ["the base itself"]
     alone = {case["adapters"][0] for case in bad if len(case["adapters"]) == 1}
