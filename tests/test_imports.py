@@ -61,6 +61,7 @@ ALLOWED: dict[str, set[str]] = {
         "base",
         "bundle",
         "errors",
+        "graph",
         "lora",
         "manifest",
         "names",

@@ -92,7 +92,7 @@ class Site:
         return source
 
 
-class _Multiplication(NamedTuple):
+class Multiplication(NamedTuple):
     """A node that multiplies an activation with a constant matrix."""
 
     node: ir.Node
@@ -124,8 +124,8 @@ def find_sites(
     Raises:
         GraphError: a layer is not in the graph, or is there more than once.
     """
-    multiplications = list(_multiplications(model))
-    named = {m.node.name: m for m in multiplications if m.node.name}
+    matrices = list(multiplications(model))
+    named = {m.node.name: m for m in matrices if m.node.name}
     sites: dict[str, Site] = {}
     lookup: _ContentIndex | None = None
     for path, layer in layers.items():
@@ -144,7 +144,7 @@ def find_sites(
                 f"the graph has no node for {path} [{layer.in_features} -> {layer.out_features}]",
                 "Give the base model, so that its weights can be looked up in the graph.",
             )
-        lookup = lookup or _ContentIndex(multiplications)
+        lookup = lookup or _ContentIndex(matrices)
         sites[path] = _find_by_content(path, layer, weights(f"{path}.weight"), lookup)
     return sites
 
@@ -180,7 +180,7 @@ def graph_weights(model: ir.Model, layers: Mapping[str, Layer], otherwise: Weigh
         layers: module path -> layer of the model.
         otherwise: asked for what the graph does not name.
     """
-    named = {m.node.name: m for m in _multiplications(model) if m.node.name}
+    named = {m.node.name: m for m in multiplications(model) if m.node.name}
 
     def value(parameter: str) -> NDArray[np.floating] | None:
         initializer = model.graph.initializers.get(parameter)
@@ -201,7 +201,7 @@ def graph_weights(model: ir.Model, layers: Mapping[str, Layer], otherwise: Weigh
 
 
 _OPERATORS = {"embedding": ("Gather",), "conv": ("Conv",)}
-_NORMS = ("LayerNormalization", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
+NORMS = ("LayerNormalization", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
 
 
 def _find_by_weight(model: ir.Model, path: str, layer: Layer, weights: Weights | None) -> Site:
@@ -210,7 +210,7 @@ def _find_by_weight(model: ir.Model, path: str, layer: Layer, weights: Weights |
     value = weight
     if weight is not None and layer.kind == "norm":
         value = effective_weight(weight)
-    operators = _OPERATORS.get(layer.kind, (*_NORMS, "Mul"))
+    operators = _OPERATORS.get(layer.kind, (*NORMS, "Mul"))
     readers = [] if value is None else [use.node for use in value.uses()]
     nodes = [node for node in readers if node.op_type in operators]
     if weight is None or len(nodes) != 1:
@@ -238,7 +238,7 @@ def _find_by_content(
         raise GraphError(
             f"the checkpoint has no weight for {path}", "Is the graph made from this base model?"
         )
-    found: list[tuple[_Multiplication, int]] = []
+    found: list[tuple[Multiplication, int]] = []
     if matrix.shape == (shape.out_features, shape.in_features):
         found += lookup.find(matrix)
     if matrix.shape == (shape.in_features, shape.out_features) and not found:
@@ -263,7 +263,7 @@ def _find_by_content(
     return _site(path, shape, multiplication, start)
 
 
-def _site(path: str, layer: Layer, m: _Multiplication, start: int) -> Site:
+def _site(path: str, layer: Layer, m: Multiplication, start: int) -> Site:
     return Site(
         path=path,
         layer=layer,
@@ -276,7 +276,8 @@ def _site(path: str, layer: Layer, m: _Multiplication, start: int) -> Site:
     )
 
 
-def _multiplications(model: ir.Model) -> Iterable[_Multiplication]:
+def multiplications(model: ir.Model) -> Iterable[Multiplication]:
+    """The nodes whose second input is a constant matrix, and whose output takes a branch."""
     for node in model.graph:
         if node.op_type not in ("MatMul", "Gemm") or len(node.inputs) < 2:
             continue
@@ -302,7 +303,7 @@ def _multiplications(model: ir.Model) -> Iterable[_Multiplication]:
             y = unflattened
         rows, columns = (int(dim) for dim in matrix.shape.numpy())
         in_features, width = (columns, rows) if transposed else (rows, columns)
-        yield _Multiplication(node, y, matrix, transposed, in_features, width)
+        yield Multiplication(node, y, matrix, transposed, in_features, width)
 
 
 def _is_plain(node: ir.Node) -> bool:
@@ -343,9 +344,9 @@ def _name_agrees(path: str, node: ir.Node) -> bool:
 class _ContentIndex:
     """Every output column of every constant matrix of the graph, by the hash of its values."""
 
-    def __init__(self, multiplications: Iterable[_Multiplication]) -> None:
+    def __init__(self, entries: Iterable[Multiplication]) -> None:
         self._columns: dict[bytes, list[tuple[int, int]]] = defaultdict(list)
-        self._entries = list(multiplications)
+        self._entries = list(entries)
         self._hashes: list[list[bytes]] = []
         by_weight: dict[tuple[int, bool], list[bytes]] = {}
         for index, entry in enumerate(self._entries):
@@ -358,7 +359,7 @@ class _ContentIndex:
             for column, digest in enumerate(by_weight[key]):
                 self._columns[digest].append((index, column))
 
-    def find(self, matrix: NDArray[np.floating]) -> list[tuple[_Multiplication, int]]:
+    def find(self, matrix: NDArray[np.floating]) -> list[tuple[Multiplication, int]]:
         """Nodes that hold all rows of ``matrix [out, in]`` as consecutive output columns."""
         wanted = _hash_rows(matrix)
         return [

@@ -113,11 +113,9 @@ def ask_pytorch(question: Question) -> Iterator[Golden]:
     """
     bundle, base, sources, steps = question.bundle, question.base, question.sources, question.steps
     names = tuple(sources)
-    reference = Reference(base)
+    reference = reference_of(base, sources)
     if steps is None:
         steps = _STEPS if reference.parameters <= _LARGE else _STEPS_OF_LARGE
-    for name, directory in sources.items():
-        reference.attach(name, directory)
     spec = bundle.manifest.decoder
     alone = {name: bundle.adapter(name).alone for name in names}
     probes = plan(
@@ -136,6 +134,14 @@ def ask_pytorch(question: Question) -> Iterator[Golden]:
     for index, probe in enumerate(wanted, 1):
         question.progress(f"running {probe.name} in PyTorch ({index} of {len(wanted)})")
         yield _expected(reference, probe, tuple(question.continued(probe)), floors)
+
+
+def reference_of(base: Base, sources: Mapping[str, Path]) -> Reference:
+    """The base in PyTorch with adapters attached, of :func:`sources_of`."""
+    reference = Reference(base)
+    for name, directory in sources.items():
+        reference.attach(name, directory)
+    return reference
 
 
 def reach_of(adapter: Adapter) -> list[Row]:

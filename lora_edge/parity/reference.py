@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,9 @@ _APART: dict[str, tuple[Any, ...]] = {
     "target_parameters": (None, []),
     "trainable_token_indices": (None, [], {}),
 }
+
+LOGITS = ""
+"""The path of the model itself, among those of its modules."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,30 @@ class Reference:
                 offsets = self._offsets(row, state, length)
                 found.append(model(input_ids=ids, use_cache=False, **offsets).logits[0].numpy())
         return found
+
+    def module_outputs(
+        self, row: Sequence[int], state: State, paths: Iterable[str], prompt: int | None = None
+    ) -> dict[str, NDArray[np.floating]]:
+        """What modules of the model give for one row, alone.
+
+        Args:
+            row: token ids.
+            state: what is active.
+            paths: module paths of the base model; those that it lacks, or that it calls more than
+                once or never, are not in the result.
+            prompt: how many of the tokens are the prompt, as in :meth:`logits`.
+
+        Returns:
+            module path -> ``[len, out]``, float32, or float64 inside :meth:`wide`; and the logits
+            ``[len, vocab]`` by the name :data:`LOGITS`.
+        """
+        with self._active(state) as model, self._torch.inference_mode():
+            inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+            ids = self._torch.tensor([list(row)], dtype=self._torch.int64)
+            offsets = self._offsets(row, state, len(row) if prompt is None else prompt)
+            with listened(inner, paths) as found:
+                logits = model(input_ids=ids, use_cache=False, **offsets).logits[0]
+            return {**once(found), LOGITS: logits.numpy()}
 
     def greedy(self, rows: Sequence[Sequence[int]], state: State, steps: int) -> list[Greedy]:
         """Greedy continuations with the cache, each row alone, end-of-text tokens included."""
@@ -277,3 +304,30 @@ def _scaled(model: Any, weights: Mapping[str, float]) -> Iterator[None]:
     finally:
         for scaling, name, value in changed:
             scaling[name] = value
+
+
+@contextlib.contextmanager
+def listened(model: Any, paths: Iterable[str]) -> Iterator[dict[str, list[Any]]]:
+    """Collect what modules return inside the block: module path -> tensors, one for each call."""
+    found: dict[str, list[Any]] = {}
+    modules = dict(model.named_modules())
+    with contextlib.ExitStack() as stack:
+        for path in paths:
+            if path in modules:
+
+                def hear(_module: Any, _args: Any, output: Any, path: str = path) -> None:
+                    # A copy: what follows may add to it in place.
+                    kept = output.clone() if hasattr(output, "clone") else output
+                    found.setdefault(path, []).append(kept)
+
+                stack.callback(modules[path].register_forward_hook(hear).remove)
+        yield found
+
+
+def once(found: Mapping[str, Sequence[Any]]) -> dict[str, NDArray[np.floating]]:
+    """The outputs of modules that were called once, for the only row of the batch."""
+    return {
+        path: outputs[0][0].numpy()
+        for path, outputs in found.items()
+        if len(outputs) == 1 and hasattr(outputs[0], "numpy") and len(outputs[0]) == 1
+    }

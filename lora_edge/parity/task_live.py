@@ -6,11 +6,13 @@ Knows bundles and the reference; knows nothing of runtimes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
 
 from lora_edge.adapter import load_adapter
+from lora_edge.base import Base
 from lora_edge.bundle import Bundle
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.parity.base_check import shortest_window
@@ -39,11 +41,7 @@ def ask_pytorch_task(question: Question) -> Iterator[Golden]:
     manifest = bundle.manifest
     spec = manifest.encoder
     adapters = {name: load_adapter(path, name) for name, path in sources.items()}
-    heads = tuple(x for a in adapters.values() for x in a.config.get("modules_to_save") or ())
-    task = Task(manifest.task, heads=(*Task(manifest.task).heads, *heads))
-    reference = TaskReference(base, task)
-    for name, directory in sources.items():
-        reference.attach(name, directory, adapters[name].head_labels(task.in_head))
+    reference = task_reference_of(base, manifest.task, sources)
     probes = plan(
         tuple(sources),
         vocab_size=_PIXELS if spec.image else spec.vocab_size,
@@ -63,6 +61,17 @@ def ask_pytorch_task(question: Question) -> Iterator[Golden]:
     for index, probe in enumerate(wanted, 1):
         question.progress(f"running {probe.name} in PyTorch ({index} of {len(wanted)})")
         yield _expected(reference, probe, bundle, floors)
+
+
+def task_reference_of(base: Base, task_name: str, sources: Mapping[str, Path]) -> TaskReference:
+    """The base in PyTorch, and one more for each adapter, of :func:`sources_of`."""
+    adapters = {name: load_adapter(path, name) for name, path in sources.items()}
+    heads = tuple(x for a in adapters.values() for x in a.config.get("modules_to_save") or ())
+    task = Task(task_name, heads=(*Task(task_name).heads, *heads))
+    reference = TaskReference(base, task)
+    for name, directory in sources.items():
+        reference.attach(name, directory, adapters[name].head_labels(task.in_head))
+    return reference
 
 
 def _lacks_head(bundle: Bundle) -> bool:

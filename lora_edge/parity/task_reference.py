@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from lora_edge.base import Base
 from lora_edge.errors import BaseModelError
-from lora_edge.parity.reference import libraries
+from lora_edge.parity.reference import LOGITS, libraries, listened, once
 from lora_edge.quiet import quiet
 from lora_edge.tasks import Task
 
@@ -83,13 +83,39 @@ class TaskReference:
         with self._torch.inference_mode(), contextlib.ExitStack() as stack:
             if not low_rank:
                 stack.enter_context(_without_low_rank(model))
-            dtype = next(model.parameters()).dtype
             for row in rows:
-                feeds = {name: self._torch.from_numpy(array)[None] for name, array in row.items()}
-                for key, value in feeds.items():
-                    feeds[key] = value.to(dtype) if value.is_floating_point() else value
-                found.append(getattr(model(**feeds), self.task.output)[0].numpy())
+                found.append(self._output(model, row))
         return found
+
+    def module_outputs(
+        self, row: Row, adapter: str | None, paths: Iterable[str]
+    ) -> dict[str, NDArray[np.floating]]:
+        """What modules of the model give for one row, alone.
+
+        Args:
+            row: inputs.
+            adapter: what is active; ``None``: the base with its own head.
+            paths: module paths of the base model; those that it lacks, or that it calls more than
+                once or never, are not in the result.
+
+        Returns:
+            module path -> the module's output without the batch's axis, float32, or float64 inside
+            :meth:`wide`; and the task's output by the name
+            :data:`~lora_edge.parity.reference.LOGITS`.
+        """
+        model = self._models[adapter]
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        with self._torch.inference_mode(), listened(inner, paths) as found:
+            output = self._output(model, row)
+        return {**once(found), LOGITS: output}
+
+    def _output(self, model: Any, row: Row) -> NDArray[np.floating]:
+        dtype = next(model.parameters()).dtype
+        feeds = {name: self._torch.from_numpy(array)[None] for name, array in row.items()}
+        for key, value in feeds.items():
+            feeds[key] = value.to(dtype) if value.is_floating_point() else value
+        output: NDArray[np.floating] = getattr(model(**feeds), self.task.output)[0].numpy()
+        return output
 
     @contextlib.contextmanager
     def wide(self) -> Iterator[None]:

@@ -36,6 +36,7 @@ _LEVELS = {
     "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
     "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
+_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,22 @@ def open_session(
             "Check its driver and libraries, or choose provider='cpu'.",
         )
     return session
+
+
+def open_like(session: Any, model: bytes, folder: Path) -> Any:
+    """A session on another graph, with the provider and the options of a given one.
+
+    Args:
+        session: an ``onnxruntime.InferenceSession``.
+        model: the serialized graph.
+        folder: where its external data is: that of the session's own graph.
+    """
+    options = session.get_session_options()
+    try:
+        options.get_session_config_entry(_DATA_FOLDER)
+    except RuntimeError:  # it is not set yet; to set it twice is a warning
+        options.add_session_config_entry(_DATA_FOLDER, str(folder))
+    return ort.InferenceSession(model, options, providers=session.get_providers())
 
 
 def placement(session: Any) -> dict[str, dict[str, int]] | None:

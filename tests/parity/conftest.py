@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from lora_edge.base import Base, resolve_base
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # shipped
+sys.path.insert(0, str(Path(__file__).parents[1]))  # families, shipped
 
 
 @pytest.fixture(scope="session")
@@ -59,6 +60,39 @@ def adapters(base: Base, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
             alpha_pattern={"down_proj": 3},
         ),
     }
+
+
+@dataclass(frozen=True)
+class Made:
+    """A base whose heads have a size that both forms take, an adapter's bundle in each of them."""
+
+    base: Base
+    switchable: dict[str, Path]
+    merged: Path
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """``rooted`` and ``narrow`` in both forms, ``rooted`` merged; embedding and head untied."""
+    from families import make_base
+
+    from lora_edge.exporter import export
+
+    root = tmp_path_factory.mktemp("made")
+    base = resolve_base(make_base("llama", root / "base"))
+    adapters = {
+        "narrow": make_adapter(
+            base, root / "narrow", 1, r=3, alpha=6, targets=["q_proj", "v_proj"]
+        ),
+        "rooted": make_adapter(base, root / "rooted", 2, r=5, alpha=4, use_rslora=True),
+    }
+    switchable = {}
+    for form in ("fused", "portable"):
+        switchable[form] = root / form
+        export(base.directory, adapters, output=root / form, form=form)
+    one = {"rooted": adapters["rooted"]}
+    export(base.directory, one, "merged", root / "merged", form="fused")
+    return Made(base, switchable, root / "merged")
 
 
 def make_adapter(
