@@ -229,7 +229,7 @@ class _Bench:
         width = feeds["input_ids"].shape[1] if "input_ids" in feeds else 0
         got = self._session.run_with_ort_values(self._names, dict(values))
         arrays = {
-            name: _own(value.numpy()[index], columns, width)
+            name: _own(value.numpy(), index, columns, width)
             for name, value in zip(self._names, got, strict=True)
         }
         found = {
@@ -261,8 +261,9 @@ class _Bench:
         return Layer(path, _relative(actual, expected), floor, self._multiple * floor)
 
 
-def _own(values: FloatArray, columns: slice | None, width: int) -> FloatArray:
-    """A row's own tokens of an output ``[seq, …]``; anything else as one position or as it is."""
+def _own(values: FloatArray, row: int, columns: slice | None, width: int) -> FloatArray:
+    """A row's own tokens of an output ``[batch | 1, seq, …]``; of one without tokens, all of it."""
+    values = values[row if len(values) > 1 else 0]
     if values.ndim == 1:
         return values[None]
     return values[columns] if columns is not None and len(values) == width else values

@@ -148,7 +148,8 @@ def _prefix(
         feeds = _feeds(runner, cut, [()], 0)
         length = len(cut.rows[0])
         what = f"one row of {length} token{'s' if length > 1 else ''}"
-        yield _shown(feeds, outputs, 0, position, position, len(outputs), what)
+        index = _index(runner, feeds, 0, position, length)
+        yield _Shown(what, feeds, index, outputs[position], position)
 
 
 def _runs(
@@ -168,22 +169,25 @@ def _runs(
         run = max(0, position - first + 1)
         feeds = _feeds(runner, probe, tails, run)
         begins, count = (0, first) if run == 0 else (position, 1)
-        yield _shown(feeds, outputs, index, position, position - begins, count, what)
+        place = _index(runner, feeds, index, position - begins, count)
+        yield _Shown(what, feeds, place, outputs[position], position)
 
 
-def _shown(
-    feeds: Mapping[str, NDArray[Any]],
-    outputs: FloatArray,
-    index: int,
-    position: int,
-    offset: int,
-    count: int,
-    what: str,
-) -> _Shown:
-    """Where a position is in a run of ``count`` tokens of the row."""
-    columns = new_columns(feeds, index, count)
-    place = (index,) if columns is None else (index, columns.start + offset)
-    return _Shown(what, feeds, place, outputs[position], position)
+def _index(
+    runner: Runner, feeds: Mapping[str, NDArray[Any]], row: int, offset: int, count: int
+) -> tuple[int, ...]:
+    """Where the ``offset``-th of the last ``count`` tokens of a row is in the graph's output."""
+    assert not isinstance(runner.session, Seq2Seq)
+    name = _output(runner)
+    shape = next(x.shape for x in runner.session.session.get_outputs() if x.name == name)
+    if len(shape) < 3:
+        return (row,)  # labels of the whole row
+    columns = new_columns(feeds, row, count)
+    return row, offset if columns is None else columns.start + offset
+
+
+def _output(runner: Runner) -> str:
+    return runner.session.spec.output if isinstance(runner.session, Encoder) else "logits"
 
 
 def _feeds(
@@ -249,7 +253,6 @@ def _write(
     limit, rms_limit = _limits(_floor(golden, row), tolerance)
     session = runner.session.session
     level = session.get_session_options().graph_optimization_level.name
-    encoder = runner.session.spec.output if isinstance(runner.session, Encoder) else "logits"
     name = f"{golden.probe.name}, row {row}"
     case = {
         "case": name,
@@ -259,7 +262,7 @@ def _write(
         "file": GRAPH_FILE,
         "provider": session.get_providers()[0],
         "optimization": level,
-        "output": encoder,
+        "output": _output(runner),
         "index": list(shown.index),
         "best": int(expected.top1[position]),
         "limit": limit,

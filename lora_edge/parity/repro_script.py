@@ -4,7 +4,7 @@ python repro.py [MODEL.onnx]
 
 Feeds ``inputs.npz`` to the graph and compares one position of its output with ``expected.npy``,
 what PyTorch gave there; ``columns.npy`` says which columns of the output these are. Exit code 1:
-it differs. 0: it agrees. 2: the graph is not there.
+it differs. 0: it agrees. 2: the graph is not there, or does not run.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -54,4 +55,8 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except Exception:  # noqa: BLE001  # a traceback's own exit code would say that it differs
+        traceback.print_exc()
+        sys.exit(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,17 +11,27 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from transformers.utils import logging
 
+from lora_edge.base import resolve_base
 from lora_edge.bundle import Bundle, load_bundle
+from lora_edge.exporter import export
 from lora_edge.graph import taps
 from lora_edge.parity.golden import Golden, recorded, shortened
 from lora_edge.parity.live import sources_of
 from lora_edge.parity.localise import Divergence, localise, open_reference
+from lora_edge.parity.repro import write_repro
 from lora_edge.runtime import Binding, Runner
+from lora_edge.runtime.adapter_file import read_adapter
 from lora_edge.runtime.decoding import ConcatenatedCache
+from lora_edge.tasks import TASKS
 
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import Made
+from encoders import make_encoder
 from failing import Array, with_graph, with_tensor, with_weight
 
 FORMS = ("fused", "portable")
@@ -191,3 +202,49 @@ def test_a_difference_that_goes_away_with_the_layers_exposed(
     found = find(bundle, "base")
     assert found.first is None
     assert found.text == "the difference does not show with intermediate outputs exposed"
+
+
+@pytest.mark.skipif(
+    transformers.__version__ < "5", reason="the small encoders are made with transformers 5"
+)
+@pytest.mark.parametrize(
+    ("family", "task", "path", "other"),
+    [
+        ("bert", "text-classification", "bert.encoder.layer.1.attention.self.value", "query"),
+        ("distilbert", "token-classification", "distilbert.transformer.layer.0.ffn.lin1", "q_lin"),
+    ],
+)
+def test_a_bundle_without_a_cache(
+    family: str, task: str, path: str, other: str, tmp_path: Path
+) -> None:
+    root = make_encoder(family, task, tmp_path / "base")
+    torch.manual_seed(1)
+    logging.disable_progress_bar()
+    model = getattr(transformers, TASKS[task]).from_pretrained(root)
+    logging.enable_progress_bar()
+    targets = [path.rpartition(".")[2], other]
+    kind = {"text-classification": "SEQ_CLS", "token-classification": "TOKEN_CLS"}[task]
+    config = LoraConfig(r=3, target_modules=targets, task_type=kind, init_lora_weights=False)
+    get_peft_model(model, config).save_pretrained(tmp_path / "own")
+    export(root, {"own": tmp_path / "own"}, output=tmp_path / "good", task=task)
+    good, base = load_bundle(tmp_path / "good"), resolve_base(root)
+    runner = Runner(good)
+    reference = open_reference(runner, base, sources_of(good, base, runner.adapters, {}))
+    for golden in recorded(good):
+        found = localise(runner, reference, golden, 1)
+        assert found.first is None, found.text
+        assert path in [layer.path for layer in found.layers]
+    bundle = with_tensor(good.directory, tmp_path / "out", "own", f"lora.{path}.B", np.zeros_like)
+    for case in ("adapter own", "mixed rows"):
+        golden = golden_of(bundle, case)
+        row = next(i for i, state in enumerate(golden.probe.states) if state)
+        found = localise(Runner(bundle), reference, golden, row)
+        assert found.first == path
+        folder = write_repro(tmp_path / "repro", Runner(bundle), golden, found, row)
+        assert folder is not None
+        command = [sys.executable, str(folder / "repro.py")]
+        assert subprocess.run(command, check=False).returncode == 1
+        right = read_adapter(good.directory / good.adapter("own").file)[f"lora.{path}.B"]
+        inputs = {**np.load(folder / "inputs.npz"), f"lora.{path}.B": right}
+        np.savez(folder / "inputs.npz", **inputs)
+        assert subprocess.run(command, check=False).returncode == 0

@@ -114,8 +114,9 @@ def test_a_graph_fault_that_begins_at_one_token(form: str, made: Made, tmp_path:
     assert _run(folder, tmp_path / "elsewhere").returncode == 1
     right = _run(folder, tmp_path / "elsewhere", good / "onnx" / "model.onnx")
     assert right.returncode == 0, right.stdout
-    missing = _run(folder, tmp_path / "elsewhere", tmp_path / "no.onnx")
-    assert missing.returncode == 2
+    (tmp_path / "damaged.onnx").write_bytes(b"no graph")
+    for path in ("missing.onnx", "damaged.onnx"):
+        assert _run(folder, tmp_path / "elsewhere", tmp_path / path).returncode == 2
     actual = np.load(folder / "actual.npy")
     expected = np.load(folder / "expected.npy")
     assert actual.shape == expected.shape == np.load(folder / "columns.npy").shape
