@@ -81,6 +81,14 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     metavar="DIR",
     help="Keep what is finished in DIR, and go on from there when called again.",
 )
+@click.option(
+    "--repro",
+    type=click.Path(path_type=Path, file_okay=False),
+    default="repro",
+    show_default=True,
+    help="Where the first failure leaves its smallest reproduction: inputs, both outputs, and a "
+    "script for plain ONNX Runtime.",
+)
 @click.option("--json", "json_file", type=_FILE, help="Write the report there.")
 @click.option("--html", "html_file", type=_FILE, help="Write it as one page for people.")
 @click.option("--junit", "junit_file", type=_FILE, help="Write it for a CI's test view.")
@@ -106,6 +114,7 @@ def command(
     data: tuple[str, ...],
     metric: str | None,
     resume: Path | None,
+    repro: Path,
     json_file: Path | None,
     html_file: Path | None,
     junit_file: Path | None,
@@ -148,6 +157,7 @@ def command(
         ],
         metric=metric,
         resume=resume,
+        repro=repro,
         progress=lambda line: click.echo(line, err=True),
     )
     found = report.to_data()

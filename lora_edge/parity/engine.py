@@ -21,6 +21,7 @@ from lora_edge.parity.compare import Tolerance
 from lora_edge.parity.environment import combinations, machine, session_of, versions
 from lora_edge.parity.evaluation import evaluate
 from lora_edge.parity.examples import Example
+from lora_edge.parity.explain import explain
 from lora_edge.parity.golden import Golden, recorded, reduce, shortened
 from lora_edge.parity.journal import Journal
 from lora_edge.parity.live import sources_of
@@ -75,6 +76,7 @@ def validate(
     examples: Sequence[Example] = (),
     metric: str | None = None,
     resume: str | os.PathLike[str] | None = None,
+    repro: str | os.PathLike[str] | None = None,
     progress: Say | None = None,
 ) -> Report:
     """Check that a bundle does what PyTorch does.
@@ -106,6 +108,8 @@ def validate(
             and labels; ``None``: the first that the bundle's task has.
         resume: a folder for the parts that are finished. A validation that was cut off goes on
             from it when called again; it is removed at the end.
+        repro: a folder for the smallest reproduction of the first failure: what the graph is fed,
+            both outputs, and a script that needs numpy and ONNX Runtime alone.
         progress: called with a line for each probe.
 
     Raises:
@@ -136,6 +140,7 @@ def validate(
     cases: list[Case] = []
     sessions: list[Session] = []
     goldens: list[Golden] = []
+    left = ""
     for index, (name, level) in enumerate(wanted):
         runner = Runner(target, name, optimization=level)
         session = session_of(runner, level)
@@ -156,10 +161,17 @@ def validate(
                 done=tuple(journal.goldens),
             )
         found: list[Golden] = []
+        own: list[Case] = []
         for golden, part in _compared(runner, session, asked, journal, settings, say):
-            cases += part
+            own += part
             found.append(golden)
         goldens = found
+        if not any(case.status == "failed" for case in cases):
+            wanted_repro = None if repro is None else Path(repro)
+            own, left = explain(
+                runner, own, goldens, base, adapters or {}, wanted_repro, settings.tolerance, say
+            )
+        cases += own
         cases += _switched(runner, session, goldens, journal, settings)
         if index == 0 and base is not None and examples:
             floors = {name: floor for golden in goldens for name, floor in golden.floors.items()}
@@ -188,6 +200,7 @@ def validate(
         settings=settings.facts(),
         base=target.manifest.base["name_or_path"],
         command=_command(target, base, adapters or {}, wanted, settings),
+        repro=left,
     )
     if base is not None:
         record(target, report, goldens, say)

@@ -5,6 +5,7 @@ Knows tensors; knows nothing of bundles, adapters' names, text or images.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,15 @@ class Encoder(ModelSession[EncoderSpec]):
 
     def _open(self, path: Path) -> None:
         self._opened = self._graph(path, set(self.spec.inputs), {self.spec.output})
+
+    @property
+    def session(self) -> Any:
+        """The ``onnxruntime.InferenceSession``; another that runs alike may take its place."""
+        return self._opened.session
+
+    @session.setter
+    def session(self, session: Any) -> None:
+        self._opened = dataclasses.replace(self._opened, session=session)
 
     def run(self, feeds: Feeds, binding: Binding | None = None) -> NDArray[np.float32]:
         """Run one batch.

@@ -26,7 +26,7 @@ from lora_edge.parity.localise import Divergence, localise, open_reference
 from lora_edge.parity.repro import write_repro
 from lora_edge.runtime import Binding, Runner
 from lora_edge.runtime.adapter_file import read_adapter
-from lora_edge.runtime.decoding import ConcatenatedCache
+from lora_edge.runtime.caches import ConcatenatedCache
 from lora_edge.tasks import TASKS
 
 sys.path.insert(0, str(Path(__file__).parent))

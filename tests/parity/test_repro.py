@@ -19,7 +19,7 @@ from lora_edge.parity.report import Layer
 from lora_edge.parity.repro import worst_row, write_repro
 from lora_edge.runtime import Binding, Runner
 from lora_edge.runtime.adapter_file import read_adapter
-from lora_edge.runtime.decoding import ConcatenatedCache
+from lora_edge.runtime.caches import ConcatenatedCache
 
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import Made
