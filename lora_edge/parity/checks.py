@@ -13,9 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from lora_edge.bundle import GraphSpec
 from lora_edge.lora import FloatArray
 from lora_edge.names import NONE_ADAPTER, SELECT, lora_input
 from lora_edge.parity.compare import Expected, Tolerance, expect, judge, limits, measure
+from lora_edge.parity.diagnosis import Failure, diagnose
+from lora_edge.parity.experiments import Experiments
 from lora_edge.parity.golden import Golden
 from lora_edge.parity.report import Case
 from lora_edge.parity.seq2seq import greedy_answers, observe_seq2seq
@@ -39,7 +42,7 @@ def compare(runner: Runner, golden: Golden, tolerance: Tolerance) -> list[Case]:
     actual = _observe(runner, probe, golden.tails)
     if probe.kind == "mixed":
         row = "mixed row" if probe.batch == 1 else f"batch {probe.batch}, mixed row"
-        return [
+        cases = [
             _judged(
                 f"{row} {index}: {label(state)}",
                 state,
@@ -50,13 +53,17 @@ def compare(runner: Runner, golden: Golden, tolerance: Tolerance) -> list[Case]:
             )
             for index, state in enumerate(probe.states)
         ]
+        return [
+            _explained(runner, golden, case, actual, index) if case.status == "failed" else case
+            for index, case in enumerate(cases)
+        ]
     state = probe.states[0]
     case = _judged(probe.name, state, golden.expected, actual, golden, tolerance)
     if probe.kind == "adapter" and case.status == "passed":
         switchable = runner.bundle.manifest.mode == "switchable"
         trials = _faulty_runs(runner, golden) if switchable else _faulty_outputs(golden, actual)
         return [_controlled(golden, case, trials, tolerance)]
-    return [case]
+    return [_explained(runner, golden, case, actual) if case.status == "failed" else case]
 
 
 def switching(runner: Runner, goldens: Sequence[Golden], *, all_pairs: bool = False) -> list[Case]:
@@ -95,6 +102,38 @@ def _judged(
     verdict = judge(name, figures, limit, tolerance, has_effect=bool(state))
     adapters = tuple(adapter for adapter, _ in state)
     return Case(name, adapters, verdict.status, verdict.reason, figures, limit)
+
+
+def _explained(
+    runner: Runner,
+    golden: Golden,
+    case: Case,
+    actual: Sequence[FloatArray],
+    row: int | None = None,
+) -> Case:
+    """The failed case with a clause on what kind of wrong it is; ``row``: of a mixed batch."""
+    probe, chosen = golden.probe, slice(None) if row is None else slice(row, row + 1)
+    state = probe.states[row or 0]
+    names = sorted(set(runner.bundle.manifest.adapters) - {NONE_ADAPTER})
+    bench = Experiments(runner, _observe, probe, golden.tails, row, state, names)
+    marks, invoked = bench.marks()
+    pairs = zip(probe.rows, golden.tails, strict=True)
+    longest = max(map(len, probe.rows))
+    failure = Failure(
+        [(*prompt, *tail) for prompt, tail in pairs][chosen],
+        golden.prompts[chosen],
+        golden.expected[chosen],
+        actual[chosen],
+        limit=case.limits.logit if case.limits else 0.0,
+        padded=[len(prompt) < longest for prompt in probe.rows][chosen],
+        of_mixed=row is not None,
+        causal=isinstance(runner.bundle.manifest.graph, GraphSpec),
+        headed=not isinstance(runner.bundle.manifest.graph, GraphSpec),
+        marks=marks,
+        invoked=invoked,
+    )
+    clause = diagnose(failure, bench)
+    return dataclasses.replace(case, reason=f"{case.reason}; {clause}") if clause else case
 
 
 def _controlled(golden: Golden, case: Case, trials: Iterable[Trial], tolerance: Tolerance) -> Case:

@@ -317,8 +317,6 @@ def _off(what: str, value: float, limit: float, floor: float) -> str:
 def _gain(gain: float) -> str:
     if math.isnan(gain):
         return ""
-    if abs(gain) < 1e-3:
-        return "; the bundle's adapter does nothing"
     return f"; it has {gain:.2f} times PyTorch's effect"
 
 

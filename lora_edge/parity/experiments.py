@@ -1,0 +1,280 @@
+"""A failed batch run again in other ways, to find out what is wrong with it.
+
+Knows runners, adapter files and PEFT directories; judges nothing (see ``diagnosis``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from lora_edge.adapter import Adapter, load_adapter
+from lora_edge.bundle import GraphSpec
+from lora_edge.lora import FloatArray
+from lora_edge.names import lora_input
+from lora_edge.parity.diagnosis import Outputs, Run, Scaled
+from lora_edge.parity.repairs import Tensors, repairs
+from lora_edge.parity.states import BASE, Probe, Row, State, label, only
+from lora_edge.runtime import Runner
+from lora_edge.runtime.adapter_file import read_adapter
+
+Observe = Callable[[Runner, Probe, Sequence[Row]], list[FloatArray]]
+
+_SAME = 1e-5  # of a tensor's largest value
+_NAMED = 3
+
+
+@dataclass(frozen=True)
+class Experiments:
+    """Other runs of one state on the rows of a batch; a :class:`~lora_edge.parity.diagnosis.Bench`.
+
+    Attributes:
+        runner: the bundle in a session.
+        observe: a probe and its continuations -> the bundle's logits of each row.
+        probe: what failed.
+        tails: the continuation of each of its rows.
+        row: the one row of a mixed batch that failed; None for other batches.
+        state: what is active on the rows.
+        others: names of the adapters whose outputs these may be.
+        tensors: adapter -> tensors used in place of its own in every run.
+    """
+
+    runner: Runner
+    observe: Observe
+    probe: Probe
+    tails: Sequence[Row]
+    row: int | None
+    state: State
+    others: Sequence[str]
+    tensors: Mapping[str, Tensors] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """The prompts."""
+        return self.probe.rows if self.row is None else (self.probe.rows[self.row],)
+
+    @property
+    def _own_tails(self) -> Sequence[Row]:
+        return self.tails if self.row is None else (self.tails[self.row],)
+
+    @property
+    def _switchable(self) -> bool:
+        return self.runner.bundle.manifest.mode == "switchable"
+
+    def off(self) -> tuple[Outputs, Experiments] | None:
+        """The rows without an adapter; of a task, with the adapter's head and nothing else of it.
+
+        Prompts of a mixed batch run alone.
+        """
+        if not self._switchable or not self.state:
+            return None
+        if isinstance(self.runner.bundle.manifest.graph, GraphSpec):
+            bench = replace(self, state=BASE)
+        else:
+            bench = replace(self, tensors={name: self._headed(name) for name, _ in self.state})
+        return bench._run(self.rows, self._own_tails), bench
+
+    def alone(self) -> Outputs | None:
+        """Each row in a batch of its own."""
+        if len(self.probe.rows) == 1:
+            return None
+        pairs = zip(self.rows, self._own_tails, strict=True)
+        return [self._run((row,), (tail,))[0] for row, tail in pairs]
+
+    def alike(self) -> Outputs | None:
+        """The row of a mixed batch, with its own state on all rows."""
+        if self.row is None:
+            return None
+        return [self._run(self.probe.rows, self.tails)[self.row]]
+
+    def at_once(self) -> Outputs | None:
+        """Each row alone, its continuation as part of the prompt."""
+        manifest = self.runner.bundle.manifest
+        invoked = any(self._invocation(name) for name, _ in self.state)
+        if not isinstance(manifest.graph, GraphSpec) or not any(self.tails) or invoked:
+            return None  # an aLoRA begins where the prompt says
+        pairs = zip(self.rows, self._own_tails, strict=True)
+        return [self._run(((*row, *tail),), ((),))[0] for row, tail in pairs]
+
+    def lookalikes(self) -> Iterator[tuple[str, Run]]:
+        """Other states: other adapters, other weights, those of the other rows."""
+        if not self._switchable:
+            return
+        if self.row is not None:
+            for state in dict.fromkeys(self.probe.states):
+                if state != self.state:
+                    yield (
+                        f"it does what {label(state)} does, which other rows have",
+                        self._in(state),
+                    )
+        names = [name for name, _ in self.state]
+        if len(names) > 1:
+            for name in names:
+                yield f"it does what {name} alone does", self._in(only(name))
+            ones = tuple((name, 1.0) for name in names)
+            yield "its weights are ignored: it does what all at weight 1 do", self._in(ones)
+            turned = tuple(zip(names, [w for _, w in reversed(self.state)], strict=True))
+            yield "its weights are exchanged", self._in(turned)
+        elif self.state and self.state[0][1] != 1.0:
+            yield "its weight is ignored: it does what weight 1 does", self._in(only(names[0]))
+        for name in self.others:
+            if name not in names:
+                yield f"it does what {name} does", self._in(only(name))
+
+    def leaks(self) -> Iterator[tuple[str, Scaled]]:
+        """The states of other rows, with a share of each added to the row's own."""
+        bundle = self.runner.bundle
+        for state in dict.fromkeys(self.probe.states):
+            names = {name for name, _ in (*state, *self.state)}
+            if state and state != self.state and not any(bundle.adapter(n).alone for n in names):
+                yield label(state), self._with_share(state)
+
+    def remedies(self) -> Iterator[tuple[str, Run]]:
+        """The bundle's other adapters, and this one with its tensors put right."""
+        if not self._switchable:
+            return
+        names = [name for name, _ in self.state]
+        if len(names) == 1 and self.state[0][1] == 1.0:
+            for other in self.others:
+                if other != names[0]:
+                    yield f"the bundle's {other} does what {names[0]} should", self._in(only(other))
+        for name in names:
+            for clause, tensors in repairs(self._tensors(name)):
+                yield f"{name}: {clause}", self._with({name: tensors})
+
+    def scaled(self) -> Iterator[tuple[str, int, Scaled]]:
+        """Each adapter with its B multiplied."""
+        if not self._switchable:
+            return
+        for name, _ in self.state:
+            own = self._tensors(name)
+            ranks = [b.shape[0] for key, b in own.items() if key.endswith(".B") and b.any()]
+            if ranks:
+                yield name, max(ranks), self._multiplied(name, own)
+
+    def findings(self) -> str:
+        """The first of the adapters whose file says something."""
+        if not self._switchable:
+            return ""
+        return next((said for name, _ in self.state if (said := self._finding(name))), "")
+
+    def marks(self) -> tuple[tuple[Row, ...], bool]:
+        """What the adapter waits for: its invocation (True), or the tokens that it trains."""
+        if not self._switchable or len(self.state) != 1:
+            return (), False
+        name = self.state[0][0]
+        if invocation := self._invocation(name):
+            return (invocation,), True
+        directory = self.runner.bundle.directory / "adapters" / name / "peft"
+        tokens = load_adapter(directory, name).tokens if directory.is_dir() else {}
+        return tuple((index,) for rows in tokens.values() for index in rows.indices), False
+
+    def _run(self, rows: Sequence[Row], tails: Sequence[Row]) -> list[FloatArray]:
+        probe = replace(
+            self.probe, kind="adapter", rows=tuple(rows), states=(self.state,) * len(rows)
+        )
+        try:
+            for name, tensors in self.tensors.items():
+                self.runner.override(name, tensors)
+            return self.observe(self.runner, probe, tails)
+        finally:
+            for name in self.tensors:
+                self.runner.override(name, None)
+
+    def _prompts(self, indices: Sequence[int]) -> list[FloatArray]:
+        return self._run([self.rows[i] for i in indices], [()] * len(indices))
+
+    def _in(self, state: State) -> Run:
+        return replace(self, state=state)._prompts
+
+    def _with(self, tensors: Mapping[str, Tensors]) -> Run:
+        return replace(self, tensors=tensors)._prompts
+
+    def _with_share(self, state: State) -> Scaled:
+        def run(indices: Sequence[int], share: float) -> Outputs:
+            weights = dict(self.state)
+            for name, weight in state:
+                weights[name] = weights.get(name, 0.0) + share * weight
+            return replace(self, state=tuple(sorted(weights.items())))._prompts(indices)
+
+        return run
+
+    def _multiplied(self, name: str, own: Tensors) -> Scaled:
+        def run(indices: Sequence[int], factor: float) -> Outputs:
+            tensors = {
+                key: value * np.float32(factor) if key.endswith(".B") else value
+                for key, value in own.items()
+            }
+            return self._with({name: tensors})(indices)
+
+        return run
+
+    def _tensors(self, name: str) -> dict[str, FloatArray]:
+        bundle = self.runner.bundle
+        return read_adapter(bundle.verify(bundle.adapter(name).file))
+
+    def _invocation(self, name: str) -> Row:
+        return self.runner.bundle.adapter(name).invocation
+
+    def _headed(self, name: str) -> Tensors:
+        kept = (".A", ".gate", ".W", ".c", ".select")
+        own = self._tensors(name)
+        return {key: value if key.endswith(kept) else value * 0 for key, value in own.items()}
+
+    def _finding(self, name: str) -> str:
+        """What an adapter's file has otherwise than its PEFT files."""
+        own = self._tensors(name)
+        bad = [key for key, value in own.items() if not np.isfinite(value).all()]
+        if bad:
+            return f"the file of {name} holds NaN or Inf, first in {bad[0]}"
+        directory = self.runner.bundle.directory / "adapters" / name / "peft"
+        if not directory.is_dir():
+            return ""
+        found = dict(_against(own, load_adapter(directory, name)))
+        odd = [f"{what} ({how})" for what, how in found.items() if how]
+        if not odd:
+            return f"the file of {name} holds what its PEFT files do" if found else ""
+        more = f" and {len(odd) - _NAMED} more" if len(odd) > _NAMED else ""
+        return (
+            f"the file of {name} differs from its PEFT files at {len(odd)} of {len(found)} places: "
+            f"{', '.join(odd[:_NAMED])}{more}"
+        )
+
+
+def _against(own: Tensors, adapter: Adapter) -> Iterator[tuple[str, str]]:
+    """Each place where both hold the same numbers, and how they differ; empty: they do not.
+
+    What depends on the base (DoRA, what replaces a parameter) is seen when it is not there at all.
+    """
+    for path, pair in adapter.modules.items():
+        a, b = own.get(lora_input(path, "A")), own.get(lora_input(path, "B"))
+        if pair.kind == "linear" and a is not None and b is not None:
+            wanted = pair.factors()
+            if pair.magnitude is None:
+                odd = ["A"] * _differ(a, wanted.A) + ["B"] * _differ(b, wanted.B)
+                yield path, "B is zero" if "B" in odd and not b.any() else " and ".join(odd)
+            elif not own[lora_input(path, "G")].any():
+                yield path, "its magnitude is dropped"
+            if pair.bias is not None and pair.bias.any():
+                yield f"{path}.bias", "" if own[lora_input(path, "bias")].any() else "it is dropped"
+    for path, value in adapter.saved.items():
+        module, _, what = path.rpartition(".")
+        key = f"lora.{path}"
+        if lora_input(module, "W") in own and what == "weight":
+            head = own[lora_input(module, "W")]
+            same = not _differ(head[0], np.ascontiguousarray(value.T))
+            yield path, "" if same else "it is zero" if not head.any() else "it is another one"
+        elif key in own:
+            yield path, "" if own[key].any() else "it is the base's"
+    for path in adapter.tokens:
+        b = own.get(lora_input(path, "B"))
+        if b is not None:
+            yield f"rows of {path}", "" if b.any() else "they are dropped"
+
+
+def _differ(one: FloatArray, other: FloatArray) -> bool:
+    if one.shape != other.shape:
+        return True
+    return bool(one.size and np.abs(one - other).max() > _SAME * np.abs(other).max())

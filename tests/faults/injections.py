@@ -1,0 +1,537 @@
+"""How bundles, adapters, graphs and runtimes are broken. Each makes one mistake and no other."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import onnx
+import safetensors.numpy as st
+from onnx import helper, numpy_helper
+
+import lora_edge
+from lora_edge.adapter import load_adapter
+from lora_edge.bundle import file_entries, load_bundle
+from lora_edge.names import lora_input
+from lora_edge.runtime.active import ActiveAdapters
+from lora_edge.runtime.adapter_file import read_adapter, write_adapter
+from lora_edge.runtime.binding import Binding, Tensors, TokenGates
+from lora_edge.runtime.decoding import ConcatenatedCache, Decoding, SharedCache
+from lora_edge.runtime.encoder import Encoder
+
+Arrays = dict[str, np.ndarray]
+Injection = Callable[[Path], None]
+"""Breaks a bundle's folder."""
+
+Patch = Callable[[], AbstractContextManager[Any]]
+"""Breaks the runtime for as long as it is entered."""
+
+
+def sign(directory: Path) -> None:
+    """Make a bundle's hashes right again, so that only the numbers can tell."""
+    found = load_bundle(directory)
+    found.write_manifest(dataclasses.replace(found.manifest, files=file_entries(directory)))
+
+
+# Adapter files.
+
+
+def of_file(adapter: str, edit: Callable[[Arrays], Arrays]) -> Injection:
+    """Rewrite an adapter's tensors."""
+
+    def inject(directory: Path) -> None:
+        path = adapter_file(directory, adapter)
+        with np.errstate(over="ignore"):
+            write_adapter(path, edit(read_adapter(path)))
+
+    return inject
+
+
+def adapter_file(directory: Path, adapter: str) -> Path:
+    return directory / "adapters" / adapter / "adapter.onnx_adapter"
+
+
+def times(factor: float, pattern: str = r"\.B$") -> Callable[[Arrays], Arrays]:
+    """Multiply the tensors whose names match."""
+    return lambda own: {
+        key: value * np.float32(factor) if re.search(pattern, key) else value
+        for key, value in own.items()
+    }
+
+
+def each(change: Callable[[np.ndarray], np.ndarray], pattern: str) -> Callable[[Arrays], Arrays]:
+    """Change the tensors that match and do something."""
+    return lambda own: {
+        key: change(value) if re.search(pattern, key) and value.any() else value
+        for key, value in own.items()
+    }
+
+
+def rooted_scaling(own: Arrays) -> Arrays:
+    """alpha / sqrt(r) at each site."""
+    return {k: v * np.float32(len(v) ** 0.5) if k.endswith(".B") and v.size else v
+            for k, v in own.items()}  # fmt: skip
+
+
+def plain_scaling(own: Arrays) -> Arrays:
+    """alpha / r at each site."""
+    return {k: v / np.float32(len(v) ** 0.5) if k.endswith(".B") and v.size else v
+            for k, v in own.items()}  # fmt: skip
+
+
+def swapped_factors(own: Arrays) -> Arrays:
+    """Bᵀ for A and Aᵀ for B, which square layers do not notice."""
+    changed = dict(own)
+    for key in own:
+        twin = f"{key[:-1]}B"
+        if key.endswith(".A") and own[key].shape == own[twin].T.shape and own[twin].any():
+            changed[key], changed[twin] = own[twin].T, own[key].T
+    return changed
+
+
+def not_transposed(value: np.ndarray) -> np.ndarray:
+    """PEFT's bytes under the graph's shape."""
+    return np.ascontiguousarray(value.T).reshape(value.shape)
+
+
+def exchanged(one: str, other: str) -> Callable[[Arrays], Arrays]:
+    """The factors of two layers, found in names as given, exchanged."""
+
+    def edit(own: Arrays) -> Arrays:
+        turned = {}
+        for key in own:
+            there = key.replace(one, "\0").replace(other, one).replace("\0", other)
+            turned[key] = own[there] if key.endswith((".A", ".B", ".G", ".bias")) else own[key]
+        return turned
+
+    return edit
+
+
+def copied(one: str, other: str) -> Callable[[Arrays], Arrays]:
+    """The factors of ``one`` at ``other`` too."""
+    return lambda own: {
+        key: own[key.replace(other, one)] if key.endswith((".A", ".B")) else own[key] for key in own
+    }
+
+
+def overflowed(own: Arrays) -> Arrays:
+    """A large and B small, with the same product, in half precision."""
+    return {
+        key: (value * np.float32({"A": 1e6, "B": 1e-6}.get(key[-1], 1)))
+        .astype(np.float16)
+        .astype(np.float32)
+        if key.endswith((".A", ".B"))
+        else value
+        for key, value in own.items()
+    }
+
+
+def half(own: Arrays) -> Arrays:
+    return {key: value.astype(np.float16).astype(np.float32) for key, value in own.items()}
+
+
+def other_file(adapter: str, other: str, back: bool = False) -> Injection:
+    """Another adapter's file in its place; ``back``: and its own in the other's."""
+
+    def inject(directory: Path) -> None:
+        paths = adapter_file(directory, adapter), adapter_file(directory, other)
+        own, theirs = (read_adapter(path) for path in paths)
+        write_adapter(paths[0], theirs)
+        if back:
+            write_adapter(paths[1], own)
+
+    return inject
+
+
+def other_head(adapter: str, other: str) -> Injection:
+    """Another adapter's task head."""
+
+    def inject(directory: Path) -> None:
+        path = adapter_file(directory, adapter)
+        theirs = read_adapter(adapter_file(directory, other))
+        heads = {key: value for key, value in theirs.items() if key.endswith((".W", ".c"))}
+        write_adapter(path, {**read_adapter(path), **heads})
+
+    return inject
+
+
+def foreign(adapter: str) -> Injection:
+    """The file that an adapter of another base with the same shapes would have had."""
+
+    def inject(directory: Path) -> None:
+        path = adapter_file(directory, adapter)
+        tensors = read_adapter(path)
+        for site, pair in load_adapter(_beside_base(directory) / "foreign").modules.items():
+            factors = pair.factors()
+            tensors[lora_input(site, "A")], tensors[lora_input(site, "B")] = factors.A, factors.B
+        write_adapter(path, tensors)
+
+    return inject
+
+
+def _beside_base(directory: Path) -> Path:
+    """The folder of a bundle's world."""
+    return Path(load_bundle(directory).manifest.base["name_or_path"]).parent
+
+
+def dead(like: str, size: float) -> Injection:
+    """An adapter like another one, of that size, added to the bundle."""
+
+    def inject(directory: Path) -> None:
+        peft = directory / "adapters" / like / "peft"
+        with TemporaryDirectory() as folder:
+            source = Path(shutil.copytree(peft, folder, dirs_exist_ok=True))
+            file = source / "adapter_model.safetensors"
+            tensors = st.load_file(file)
+            scaled = {k: v * np.float32(size if "lora_B" in k else 1) for k, v in tensors.items()}
+            st.save_file(scaled, file)
+            lora_edge.add(directory, {"dead": source})
+
+    return inject
+
+
+# Graphs.
+
+
+def of_graph(edit: Callable[[onnx.ModelProto], None]) -> Injection:
+    """Rewrite the graph; its weights move into it, and the data file stays for its twin."""
+
+    def inject(directory: Path) -> None:
+        path = directory / "onnx" / "model.onnx"
+        model = onnx.load(path)
+        edit(model)
+        onnx.save(model, path)
+
+    return inject
+
+
+def weight(pattern: str, change: Callable[[np.ndarray], np.ndarray]) -> Injection:
+    """Change an initializer of the graph."""
+
+    def edit(model: onnx.ModelProto) -> None:
+        found = [x for x in model.graph.initializer if re.search(pattern, x.name)]
+        assert found, pattern
+        for tensor in found:
+            changed = change(numpy_helper.to_array(tensor)).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(changed, tensor.name))
+
+    return of_graph(edit)
+
+
+def constant(pattern: str, change: Callable[[np.ndarray], np.ndarray]) -> Injection:
+    """Change the constants made by nodes whose names match."""
+
+    def edit(model: onnx.ModelProto) -> None:
+        nodes = [
+            x for x in model.graph.node if x.op_type == "Constant" and re.search(pattern, x.name)
+        ]
+        assert nodes, pattern
+        for node in nodes:
+            (value,) = node.attribute
+            old = numpy_helper.to_array(value.t)
+            value.t.CopyFrom(numpy_helper.from_array(change(old).astype(old.dtype)))
+
+    return of_graph(edit)
+
+
+def mask_of_ones(model: onnx.ModelProto) -> None:
+    """Whatever the caller says, every position is visible."""
+    for node in model.graph.node:
+        for index, name in enumerate(node.input):
+            if name == "attention_mask":
+                node.input[index] = "all_visible"
+    new = [
+        helper.make_node("Sub", ["attention_mask", "attention_mask"], ["none_visible"]),
+        helper.make_node("Constant", [], ["one"], value_int=1),
+        helper.make_node("Add", ["none_visible", "one"], ["all_visible"]),
+    ]
+    nodes = [*new, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+
+
+def _consumers(model: onnx.ModelProto, name: str) -> list[onnx.NodeProto]:
+    return [node for node in model.graph.node if name in node.input]
+
+
+def rewired(path: str, source: str) -> Injection:
+    """A site's branch reads another tensor; what stands in ``source`` names its node."""
+
+    def edit(model: onnx.ModelProto) -> None:
+        (product,) = _consumers(model, f"lora.{path}.A")
+        (other,) = [node for node in model.graph.node if node.name == source]
+        product.input[list(product.input).index(f"lora.{path}.A") ^ 1] = other.output[0]
+
+    return of_graph(edit)
+
+
+def branch_cut(path: str) -> Injection:
+    """A site's branch is computed and not added."""
+
+    def edit(model: onnx.ModelProto) -> None:
+        (product,) = _consumers(model, f"lora.{path}.B")
+        (total,) = _consumers(model, product.output[0])
+        kept = [x for x in total.input if x != product.output[0]]
+        total.op_type = "Identity"
+        del total.input[:]
+        total.input.extend(kept)
+
+    return of_graph(edit)
+
+
+def gates_cut(model: onnx.ModelProto) -> None:
+    """The gates are not multiplied by."""
+    for node in model.graph.node:
+        gates = [x for x in node.input if x.endswith(".gate")]
+        if gates:
+            kept = [x for x in node.input if x not in gates]
+            node.op_type = "Identity"
+            del node.input[:]
+            node.input.extend(kept)
+    # Graph inputs that nothing reads are inputs all the same.
+
+
+def earlier_positions(model: onnx.ModelProto) -> None:
+    """The head reads the position before the one that was asked for."""
+    (node,) = _consumers(model, "logits_positions")
+    for index, name in enumerate(node.input):
+        if name == "logits_positions":
+            node.input[index] = "earlier_positions"
+    new = [
+        helper.make_node("Constant", [], ["one_back"], value_int=1),
+        helper.make_node("Constant", [], ["zeroth"], value_int=0),
+        helper.make_node("Sub", ["logits_positions", "one_back"], ["unclipped"]),
+        helper.make_node("Max", ["unclipped", "zeroth"], ["earlier_positions"]),
+    ]
+    nodes = [*new, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+
+
+def heads_rolled(size: int) -> Callable[[np.ndarray], np.ndarray]:
+    """A projection's outputs ``[in, heads * size]`` with its heads in another order."""
+    return lambda w: np.roll(w, size, axis=1)
+
+
+def merged(change: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Injection:
+    """Weights of a merged bundle, made of the base's and of what the adapter added to them."""
+
+    def inject(directory: Path) -> None:
+        base = st.load_file(_beside_base(directory) / "base" / "model.safetensors")
+
+        def edit(model: onnx.ModelProto) -> None:
+            for tensor in model.graph.initializer:
+                if tensor.name.endswith("_proj.weight"):
+                    own = numpy_helper.to_array(tensor)
+                    new = change(base[tensor.name].T, own - base[tensor.name].T).astype(np.float32)
+                    tensor.CopyFrom(numpy_helper.from_array(new, tensor.name))
+
+        of_graph(edit)(directory)
+
+    return inject
+
+
+def coarse(step: float) -> Callable[[np.ndarray], np.ndarray]:
+    """Rounded to a grid."""
+    return lambda w: np.round(w / step) * step
+
+
+# Runtimes.
+
+
+@contextmanager
+def replaced(owner: type, name: str, around: Callable[..., Any]) -> Iterator[None]:
+    """A method of a class, given its original first."""
+    original = getattr(owner, name)
+    with patch.object(owner, name, lambda self, *a, **k: around(original, self, *a, **k)):
+        yield
+
+
+def gates_turned() -> AbstractContextManager[Any]:
+    """Each row of a mixed batch gets the gates of the row above it."""
+
+    def turn(real: Any, self: Any, ranks: Any, weights: np.ndarray) -> Any:
+        return real(self, ranks, np.roll(weights, 1, axis=0))
+
+    return replaced(Tensors, "row_weights", turn)
+
+
+def gates_leaking() -> AbstractContextManager[Any]:
+    """Each row of a mixed batch gets a fifth of what its neighbour has."""
+
+    def leak(real: Any, self: Any, ranks: Any, weights: np.ndarray) -> Any:
+        return real(self, ranks, weights + np.float32(0.2) * np.roll(weights, 1, axis=0))
+
+    return replaced(Tensors, "row_weights", leak)
+
+
+def weights_ignored() -> AbstractContextManager[Any]:
+    """A blend adds up its adapters at weight 1."""
+    return replaced(
+        ActiveAdapters, "_blend", lambda real, self, parts: real(self, [(n, 1.0) for n, _ in parts])
+    )
+
+
+def switch_ignored() -> AbstractContextManager[Any]:
+    """Once an adapter is bound, it stays bound, whichever is asked for alone."""
+    bound: dict[int, Any] = {}
+
+    def alike(real: Any, self: Any, state: Any) -> Binding:
+        if not state or len(state) > 1:
+            return real(self, state)
+        return bound.setdefault(id(self), real(self, state))
+
+    return replaced(ActiveAdapters, "_alike", alike)
+
+
+def stale_cache() -> AbstractContextManager[Any]:
+    """A prompt that was seen before gets the keys and values that it had then."""
+    seen: dict[Any, list[np.ndarray]] = {}
+
+    def extend_all(real: Any, self: Any, rows: Any) -> Any:
+        logits = real(self, rows)
+        key = tuple(map(tuple, rows)), self.max_length
+        if key in seen:
+            for value, old in zip(self.cache, seen[key], strict=True):
+                value.update_inplace(old)
+        else:
+            seen[key] = [np.array(value.numpy()) for value in self.cache]
+        return logits
+
+    return replaced(Decoding, "extend_all", extend_all)
+
+
+def cache_rows_turned() -> AbstractContextManager[Any]:
+    """After the prompt, the rows of a batch find each other's keys and values."""
+
+    def extend_all(real: Any, self: Any, rows: Any) -> Any:
+        logits = real(self, rows)
+        for value in self.cache:
+            value.update_inplace(np.ascontiguousarray(np.array(value.numpy())[::-1]))
+        return logits
+
+    return replaced(Decoding, "extend_all", extend_all)
+
+
+def cache_layers_turned() -> AbstractContextManager[Any]:
+    """Each layer's cache is handed to the other layer."""
+
+    def advance(real: Any, self: Any, rows: Any, start: Any, every: bool) -> Any:
+        self._past = [*self._past[2:], *self._past[:2]]
+        return real(self, rows, start, every)
+
+    return replaced(ConcatenatedCache, "_advance", advance)
+
+
+def _moved_on(decoding: Decoding, chunk: Any) -> Any:
+    last = decoding.decoder.spec.max_length - 1
+    return dataclasses.replace(chunk, positions=np.minimum(chunk.positions + 1, last))
+
+
+def decode_shifted() -> AbstractContextManager[Any]:
+    """Tokens after the prompt get the position of the one behind them."""
+
+    def chunk(real: Any, self: Any, rows: Any, history: Any) -> Any:
+        made = real(self, rows, history)
+        return _moved_on(self, made) if any(history) else made
+
+    return replaced(SharedCache, "_chunk", chunk)
+
+
+def positions_shifted() -> AbstractContextManager[Any]:
+    """Every token gets the position of the one behind it."""
+
+    def chunk(real: Any, self: Any, rows: Any, history: Any) -> Any:
+        return _moved_on(self, real(self, rows, history))
+
+    return replaced(SharedCache, "_chunk", chunk)
+
+
+def encoder_unmasked() -> AbstractContextManager[Any]:
+    """Padding is as visible as what it fills up."""
+
+    def feeds(real: Any, self: Any, *args: Any) -> Any:
+        arrays = real(self, *args)
+        return {**arrays, "attention_mask": np.ones_like(arrays["attention_mask"])}
+
+    return replaced(Encoder, "feeds", feeds)
+
+
+def invoked(shift: int | None) -> Patch:
+    """An aLoRA begins so many tokens later than its invocation; None: at the first token."""
+
+    def starts(real: Any, self: Any, prompts: Any) -> Any:
+        found = real(self, prompts)
+        if shift is None:
+            return np.zeros_like(found)
+        never = found == np.iinfo(np.int64).max
+        return np.where(never | (found == 0), found, found + shift)
+
+    return lambda: replaced(TokenGates, "starts", starts)
+
+
+# Integrity: no number is wrong yet, and nothing may run.
+
+
+def cut_off(relative: str) -> Injection:
+    def inject(directory: Path) -> None:
+        path = directory / relative
+        path.write_bytes(path.read_bytes()[:-7])
+
+    return inject
+
+
+def overwritten(relative: str, content: bytes) -> Injection:
+    return lambda directory: (directory / relative).write_bytes(content) and None
+
+
+def missing(relative: str) -> Injection:
+    return lambda directory: (directory / relative).unlink()
+
+
+def of_manifest(edit: Callable[[dict[str, Any]], None]) -> Injection:
+    def inject(directory: Path) -> None:
+        path = directory / "lora_edge.json"
+        data = json.loads(path.read_text(encoding="utf-8"))
+        edit(data)
+        path.write_text(json.dumps(data), encoding="utf-8")
+
+    return inject
+
+
+def golden_changed(directory: Path) -> None:
+    golden = min((directory / "parity").glob("adapter-*.npz"))
+    golden.write_bytes(golden.read_bytes()[:-1])
+
+
+def other_hash(manifest: dict[str, Any]) -> None:
+    manifest["files"]["onnx/model.onnx"]["sha256"] = "0" * 64
+
+
+def other_format(manifest: dict[str, Any]) -> None:
+    manifest["format_version"] += 1
+
+
+def other_fingerprint(adapter: str) -> Callable[[dict[str, Any]], None]:
+    def edit(manifest: dict[str, Any]) -> None:
+        manifest["adapters"][adapter]["base_fingerprint"] = "0" * 64
+
+    return edit
+
+
+def file_of(adapter: str, other: str) -> Callable[[dict[str, Any]], None]:
+    """An adapter's entry points at another's file."""
+
+    def edit(manifest: dict[str, Any]) -> None:
+        manifest["adapters"][adapter]["file"] = manifest["adapters"][other]["file"]
+
+    return edit
