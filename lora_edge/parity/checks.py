@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_edge.bundle import GraphSpec
+from lora_edge.bundle import EncoderSpec, GraphSpec
 from lora_edge.lora import FloatArray
 from lora_edge.names import NONE_ADAPTER, SELECT, lora_input
 from lora_edge.parity.compare import Expected, Tolerance, expect, judge, limits, measure
@@ -128,7 +128,7 @@ def _explained(
         padded=[len(prompt) < longest for prompt in probe.rows][chosen],
         of_mixed=row is not None,
         causal=isinstance(runner.bundle.manifest.graph, GraphSpec),
-        headed=not isinstance(runner.bundle.manifest.graph, GraphSpec),
+        headed=isinstance(runner.bundle.manifest.graph, EncoderSpec),
         marks=marks,
         invoked=invoked,
     )

@@ -48,7 +48,7 @@ class Failure:
         padded: which rows are shorter than the longest of the batch.
         of_mixed: it is one row of a mixed batch.
         causal: a position sees those before it only.
-        headed: without the adapter means: with its task head and nothing else of it.
+        headed: the base of the expected outputs has the adapter's own task head.
         marks: token sequences without which the adapter changes nothing, or not all.
         invoked: it is active from its one mark on, and not before.
     """
@@ -137,7 +137,7 @@ def _of_the_base(failure: Failure, bench: Bench) -> str:
     where = _finite(own, without) or _placed(own, without) or _began(own)
     if failure.headed:
         said = where or "the task head or the base is wrong"
-        return _joined(f"{_largest(errors)} with its head alone: {said}", bench.findings())
+        return _joined(f"{_largest(errors)} with its low-rank part off: {said}", bench.findings())
     return _joined(
         f"the base itself is wrong ({_largest(errors)} without any adapter), which says nothing of "
         "the adapter",

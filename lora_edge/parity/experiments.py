@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from lora_edge.adapter import Adapter, load_adapter
-from lora_edge.bundle import GraphSpec
+from lora_edge.bundle import EncoderSpec, GraphSpec
 from lora_edge.lora import FloatArray
 from lora_edge.names import lora_input
 from lora_edge.parity.diagnosis import Outputs, Run, Scaled
@@ -70,10 +70,10 @@ class Experiments:
         """
         if not self._switchable or not self.state:
             return None
-        if isinstance(self.runner.bundle.manifest.graph, GraphSpec):
-            bench = replace(self, state=BASE)
-        else:
+        if isinstance(self.runner.bundle.manifest.graph, EncoderSpec):
             bench = replace(self, tensors={name: self._headed(name) for name, _ in self.state})
+        else:
+            bench = replace(self, state=BASE)
         return bench._run(self.rows, self._own_tails), bench
 
     def alone(self) -> Outputs | None:
