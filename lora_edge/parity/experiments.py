@@ -232,10 +232,11 @@ class Experiments:
         directory = self.runner.bundle.directory / "adapters" / name / "peft"
         if not directory.is_dir():
             return ""
-        found = dict(_against(own, load_adapter(directory, name)))
+        adapter = load_adapter(directory, name)
+        found = dict(_against(own, adapter))
         odd = [f"{what} ({how})" for what, how in found.items() if how]
         if not odd:
-            return f"the file of {name} holds what its PEFT files do" if found else ""
+            return f"the file of {name} holds what its PEFT files do" if _plain(adapter) else ""
         more = f" and {len(odd) - _NAMED} more" if len(odd) > _NAMED else ""
         return (
             f"the file of {name} differs from its PEFT files at {len(odd)} of {len(found)} places: "
@@ -243,29 +244,45 @@ class Experiments:
         )
 
 
-def _against(own: Tensors, adapter: Adapter) -> Iterator[tuple[str, str]]:
-    """Each place where both hold the same numbers, and how they differ; empty: they do not.
+def _plain(adapter: Adapter) -> bool:
+    """Nothing of it depends on the base, so that all of it was compared."""
+    heads = tuple(f"{head}." for head in adapter.heads)
+    pairs = adapter.modules.values()
+    return (
+        all(x.kind == "linear" and x.magnitude is None and x.bias is None for x in pairs)
+        and all(path.startswith(heads) for path in adapter.saved)
+        and not (adapter.tokens or adapter.stacked)
+    )
 
-    What depends on the base (DoRA, what replaces a parameter) is seen when it is not there at all.
+
+def _against(own: Tensors, adapter: Adapter) -> Iterator[tuple[str, str]]:
+    """Places where a file can be held against PEFT's, and what is wrong there; empty: nothing.
+
+    Of what depends on the base (DoRA, what replaces a parameter, embeddings that are scaled) only
+    this: whether it is there.
     """
     for path, pair in adapter.modules.items():
         a, b = own.get(lora_input(path, "A")), own.get(lora_input(path, "B"))
-        if pair.kind == "linear" and a is not None and b is not None:
+        if a is None or b is None:
+            continue
+        if not b.any() and pair.b.any():
+            yield path, "B is zero"
+        elif pair.magnitude is not None:
+            dropped = not own[lora_input(path, "G")].any()
+            yield path, "its magnitude is dropped" if dropped else ""
+        elif pair.kind == "linear":
             wanted = pair.factors()
-            if pair.magnitude is None:
-                odd = ["A"] * _differ(a, wanted.A) + ["B"] * _differ(b, wanted.B)
-                yield path, "B is zero" if "B" in odd and not b.any() else " and ".join(odd)
-            elif not own[lora_input(path, "G")].any():
-                yield path, "its magnitude is dropped"
-            if pair.bias is not None and pair.bias.any():
-                yield f"{path}.bias", "" if own[lora_input(path, "bias")].any() else "it is dropped"
+            odd = ["A"] * _differ(a, wanted.A) + ["B"] * _differ(b, wanted.B)
+            yield path, " and ".join(odd)
+        if pair.bias is not None and pair.bias.any():
+            yield f"{path}.bias", "" if own[lora_input(path, "bias")].any() else "it is dropped"
     for path, value in adapter.saved.items():
         module, _, what = path.rpartition(".")
+        head = own.get(lora_input(module, "W" if what == "weight" else "c"))
         key = f"lora.{path}"
-        if lora_input(module, "W") in own and what == "weight":
-            head = own[lora_input(module, "W")]
-            same = not _differ(head[0], np.ascontiguousarray(value.T))
-            yield path, "" if same else "it is zero" if not head.any() else "it is another one"
+        if head is not None:
+            same = not _differ(head.reshape(value.T.shape), value.T)
+            yield path, "" if same else "it is another one" if head.any() else "it is zero"
         elif key in own:
             yield path, "" if own[key].any() else "it is the base's"
     for path in adapter.tokens:

@@ -24,7 +24,7 @@ import lora_edge
 GRID = 1 / 32
 """Step of the weights of the base that is merged into, as if it had been quantized."""
 
-_POSITIONS = 48  # half of it is decoded
+_POSITIONS = 32  # half of it is decoded
 _ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
