@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from lora_edge.bundle import EncoderSpec, GraphSpec
 from lora_edge.lora import FloatArray
+from lora_edge.manifest import EncoderSpec, GraphSpec
 from lora_edge.names import NONE_ADAPTER, SELECT, lora_input
 from lora_edge.parity.compare import Expected, Tolerance, expect, judge, limits, measure
 from lora_edge.parity.diagnosis import Failure, diagnose

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from lora_edge.adapter import Adapter, load_adapter
-from lora_edge.bundle import EncoderSpec, GraphSpec
 from lora_edge.lora import FloatArray
+from lora_edge.manifest import EncoderSpec, GraphSpec
 from lora_edge.names import lora_input
 from lora_edge.parity.diagnosis import Outputs, Run, Scaled
 from lora_edge.parity.repairs import Tensors, repairs

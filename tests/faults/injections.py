@@ -25,7 +25,8 @@ from lora_edge.names import lora_input
 from lora_edge.runtime.active import ActiveAdapters
 from lora_edge.runtime.adapter_file import read_adapter, write_adapter
 from lora_edge.runtime.binding import Binding, Tensors, TokenGates
-from lora_edge.runtime.decoding import ConcatenatedCache, Decoding, SharedCache
+from lora_edge.runtime.caches import ConcatenatedCache, SharedCache
+from lora_edge.runtime.decoding import Decoding
 from lora_edge.runtime.encoder import Encoder
 
 Arrays = dict[str, np.ndarray]
