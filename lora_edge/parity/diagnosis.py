@@ -28,7 +28,7 @@ Run = Callable[[Sequence[int]], Outputs]
 Scaled = Callable[[Sequence[int], float], Outputs]
 """The same with a factor."""
 
-_STEPS, _STRIDE = 10, 0.7  # of the search for a factor
+_STEPS, _HOPE, _STRIDE = 10, 3, 0.7  # of the search for a factor
 _LEAK = 1e-4  # a smaller share of another row's adapter is not told from rounding
 _ROUNDING = 0.02  # an error up to this share of the effect may be rounding
 _PROPORTIONAL = 0.98  # cosine with the effect from which it is a multiple of it
@@ -381,7 +381,9 @@ def _solve(miss: Callable[[float], WideArray], starts: Sequence[float], limit: f
     sizes = [float(np.abs(x).max()) for x in misses]
     best = int(np.argmin(sizes))
     factor, here, size = starts[best], misses[best], sizes[best]
-    for _ in range(_STEPS):
+    for step in range(_STEPS):
+        if step == _HOPE and size > 0.2 * sizes[best]:
+            break  # no factor comes near
         slope = (miss(factor * 1.001) - here) / (factor * 0.001)
         steep = float(slope @ slope)
         if not math.isfinite(size) or not math.isfinite(steep) or steep == 0:
