@@ -68,6 +68,7 @@ ALLOWED: dict[str, set[str]] = {
         "peft_directory",
         "quiet",
         "runtime",
+        "staging",
         "tasks",
     },
     "packing": {

@@ -13,7 +13,6 @@ from lora_edge.cli.arguments import named_paths
 @click.argument("bundle")
 @click.option(
     "--prompts",
-    required=True,
     type=click.Path(path_type=Path),
     help='A prompt in each line, or a .jsonl of {"prompt", "adapter"}; without an adapter, it is '
     "run with all of them and with none.",
@@ -34,27 +33,43 @@ from lora_edge.cli.arguments import named_paths
 @click.option(
     "--steps", type=click.IntRange(1), help="Greedy tokens after each prompt (default 16)."
 )
+@click.option(
+    "--onnx-test-data",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Write the graph and PyTorch's whole outputs in the layout of ONNX's backend tests, a "
+    "data set for the base and one for each adapter, for onnx_test_runner and its like.",
+)
 def command(
     bundle: str,
-    prompts: Path,
+    prompts: Path | None,
     reference: str | None,
     adapters: tuple[str, ...],
     steps: int | None,
+    onnx_test_data: Path | None,
 ) -> None:
     """Run your own prompts through PyTorch, and keep the outcome in BUNDLE as golden cases.
 
     `lora-edge validate` runs them from then on, on the device too. Nothing is kept where the bundle
     differs from PyTorch on them: exit code 1.
+
+    --onnx-test-data writes the same kind of proof for other tools, outside of BUNDLE.
     """
     from lora_edge.parity import add_goldens
+    from lora_edge.parity.backend_data import write_onnx_test_data
     from lora_edge.parity.examples import read_prompts
 
-    result = add_goldens(
-        bundle,
-        read_prompts(prompts),
-        reference,
-        adapters=named_paths(adapters),
-        steps=steps,
-        progress=lambda line: click.echo(line, err=True),
-    )
-    click.echo(result.directory)
+    if prompts is None and onnx_test_data is None:
+        raise click.UsageError("give --prompts, --onnx-test-data or both")
+
+    def say(line: str) -> None:
+        click.echo(line, err=True)
+
+    named = named_paths(adapters)
+    if prompts is not None:
+        own = read_prompts(prompts)
+        add_goldens(bundle, own, reference, adapters=named, steps=steps, progress=say)
+        click.echo(bundle)
+    if onnx_test_data is not None:
+        write_onnx_test_data(bundle, onnx_test_data, reference, adapters=named, progress=say)
+        click.echo(onnx_test_data)

@@ -9,18 +9,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_edge.adapter import load_adapter
 from lora_edge.base import Base
 from lora_edge.errors import DataError
 from lora_edge.manifest import Seq2SeqSpec
 from lora_edge.parity.compare import log_total
 from lora_edge.parity.examples import Example
-from lora_edge.parity.reference import Reference
+from lora_edge.parity.live import reference_of
 from lora_edge.parity.states import BASE, Row, State, only
-from lora_edge.parity.task_reference import TaskReference
+from lora_edge.parity.task_live import task_reference_of
 from lora_edge.runtime import Runner
 from lora_edge.runtime.tokenizer import Encoded
-from lora_edge.tasks import TEXT_GENERATION, Task
+from lora_edge.tasks import TEXT_GENERATION
 
 Scores = NDArray[np.float64]
 """``[examples]``."""
@@ -77,9 +76,7 @@ class _Generated(Metric):
 
     def __init__(self, runner: Runner, base: Base, sources: Mapping[str, Path]) -> None:
         self._runner = runner
-        self._reference = Reference(base)
-        for name, directory in sources.items():
-            self._reference.attach(name, directory)
+        self._reference = reference_of(base, sources)
 
     def _split(self, example: Example) -> tuple[Row, Row]:
         """The tokens of the prompt, and of what follows in the two together."""
@@ -193,11 +190,7 @@ class _Accuracy(Metric):
 
     def __init__(self, runner: Runner, base: Base, sources: Mapping[str, Path]) -> None:
         self._runner = runner
-        task = Task(runner.bundle.manifest.task)
-        self._reference = TaskReference(base, task)
-        for name, directory in sources.items():
-            labels = load_adapter(directory, name).head_labels(task.in_head)
-            self._reference.attach(name, directory, labels)
+        self._reference = task_reference_of(base, runner.bundle.manifest.task, sources)
 
     def scores(self, name: str, examples: Sequence[Example]) -> tuple[Scores, Scores, Scores]:
         coded = self._runner.outputs.encode([example.text for example in examples])

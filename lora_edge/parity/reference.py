@@ -143,6 +143,20 @@ class Reference:
                 found.append(model(input_ids=ids, use_cache=False, **offsets).logits[0].numpy())
         return found
 
+    def prefill(
+        self, row: Sequence[int], state: State
+    ) -> tuple[NDArray[np.floating], list[tuple[NDArray[np.floating], NDArray[np.floating]]]]:
+        """The logits of one row, and the cache that it leaves.
+
+        Returns:
+            ``[len, vocab]``, and for each layer keys and values ``[1, heads, len, head_dim]``.
+        """
+        with self._active(state) as model, self._torch.inference_mode():
+            ids = self._torch.tensor([list(row)], dtype=self._torch.int64)
+            out = model(input_ids=ids, use_cache=True, **self._offsets(row, state, len(row)))
+        layers = out.past_key_values.layers
+        return out.logits[0].numpy(), [(x.keys.numpy(), x.values.numpy()) for x in layers]
+
     def module_outputs(
         self, row: Sequence[int], state: State, paths: Iterable[str], prompt: int | None = None
     ) -> dict[str, NDArray[np.floating]]:

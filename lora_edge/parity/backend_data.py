@@ -1,0 +1,118 @@
+"""Golden cases as whole tensors, in the layout of ONNX's backend tests, for other tools to replay.
+
+One prompt for the base and for each adapter; all that the graph is fed, adapters included, and all
+that PyTorch gives for it, the cache too. Knows the reference and runtimes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from numpy.typing import NDArray
+
+from lora_edge.base import Base, resolve_base
+from lora_edge.bundle import GRAPH_FILE, Bundle, load_bundle
+from lora_edge.errors import DataError
+from lora_edge.graph.backend_data import DataSet, write_test_data
+from lora_edge.manifest import GraphSpec
+from lora_edge.names import LOGITS_POSITIONS, past_name, present_name
+from lora_edge.parity.asking import tokens_of
+from lora_edge.parity.golden import recorded
+from lora_edge.parity.live import reference_of, sources_of
+from lora_edge.parity.reference import Reference
+from lora_edge.parity.rerun import rerun
+from lora_edge.parity.states import Probe
+from lora_edge.runtime import Runner
+from lora_edge.staging import staging
+
+_PARTS: tuple[Literal["key", "value"], ...] = ("key", "value")
+_TOKENS = 32  # of a prompt, at most
+
+
+def write_onnx_test_data(
+    bundle: str | os.PathLike[str] | Bundle,
+    output: str | os.PathLike[str],
+    reference: str | os.PathLike[str] | Base | None = None,
+    *,
+    text: str | None = None,
+    adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> list[str]:
+    """Write the graph with a data set for the base and one for each adapter.
+
+    Args:
+        bundle: of a text generator.
+        output: the folder to make; it must not exist, or be empty.
+        reference: the base model; ``None``: the one that the bundle names.
+        text: the prompt; ``None``: of each golden case its own, the first 32 tokens.
+        adapters: PEFT directories of adapters whose files the bundle does not hold.
+        progress: called with a line for each set.
+
+    Returns:
+        What each data set is of, in their order.
+
+    Raises:
+        DataError: the bundle has another task.
+        BundleError: the reference is another base, or the folder is in the way.
+    """
+    target = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
+    if not isinstance(target.manifest.graph, GraphSpec):
+        raise DataError(
+            f"the bundle's task is {target.manifest.task}: test data are of text generators only",
+            "Use its golden cases: lora-edge validate BUNDLE",
+        )
+    named = target.manifest.base["name_or_path"] if reference is None else reference
+    base = named if isinstance(named, Base) else resolve_base(named)
+    runner = Runner(target)
+    model = reference_of(base, sources_of(target, base, runner.adapters, adapters or {}))
+    goldens = [g for g in recorded(target) if g.probe.kind in {"base", "adapter"}]
+    sets: list[DataSet] = []
+    names: list[str] = []
+    for golden in goldens:
+        if golden.probe.given:
+            continue
+        # The last row holds what an adapter needs to be reached (an invocation, trained tokens).
+        row = golden.probe.rows[-1][:_TOKENS] if text is None else tokens_of(runner, text)
+        state = golden.probe.states[0]
+        probe = Probe(golden.probe.name, golden.probe.kind, (row,), (state,), 0)
+        if progress is not None:
+            progress(f"data set {len(sets)}: {probe.name}, {len(row)} tokens")
+        sets.append(_data_set(runner, model, probe))
+        names.append(probe.name)
+    with staging(Path(output)) as stage:
+        write_test_data(stage, target.directory / GRAPH_FILE, sets)
+    return names
+
+
+def _data_set(runner: Runner, model: Reference, probe: Probe) -> DataSet:
+    fed: dict[str, NDArray[Any]] = {}
+
+    def listen(run: int, values: Mapping[str, Any]) -> None:
+        if run == 0:
+            fed.update({name: value.numpy().copy() for name, value in values.items()})
+
+    rerun(runner, probe, [()], listen)
+    spec = runner.decoder.spec
+    logits, cache = model.prefill(probe.rows[0], probe.states[0])
+    outputs: dict[str, NDArray[Any]] = {"logits": logits[None]}
+    if LOGITS_POSITIONS in fed:
+        outputs["logits"] = logits[fed[LOGITS_POSITIONS][0]][None]
+    for layer, pair in enumerate(_kept(cache, spec.layers)):
+        for part, array in zip(_PARTS, pair, strict=True):
+            # Nothing is past, and what is present is as long as the prompt.
+            past = fed[past_name(layer, part)]
+            fed[past_name(layer, part)] = past[:, :, :0]
+            outputs[present_name(layer, part)] = array.astype(past.dtype)
+    return DataSet(fed, outputs)
+
+
+def _kept(cache: Sequence[Any], layers: int) -> Sequence[Any]:
+    if len(cache) != layers:
+        raise DataError(
+            f"PyTorch keeps {len(cache)} layers, the graph {layers}",
+            "This is a fault of lora-edge; report it.",
+        )
+    return cache

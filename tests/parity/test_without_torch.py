@@ -1,0 +1,62 @@
+"""The goldens in a process that has no PyTorch: the same verdicts as here."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lora_edge.base import Base
+from lora_edge.bundle import file_entries, load_bundle
+from lora_edge.exporter import export
+from lora_edge.parity import validate
+from lora_edge.runtime.adapter_file import read_adapter, write_adapter
+
+# The runtime install has none of these.
+BLOCKED = ("torch", "transformers", "peft", "onnx", "onnx_ir", "onnxscript", "safetensors")
+SCRIPT = f"""
+import json, sys
+for name in {BLOCKED!r}:
+    sys.modules[name] = None
+from lora_edge.parity import validate
+from lora_edge.reports import html, junit, markdown
+report = validate(sys.argv[1], depth="full", repro=sys.argv[2])
+data = report.to_data()
+assert html(data) and junit(data) and markdown(data)
+print(json.dumps(data))
+"""
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_the_same_verdicts(
+    base: Base, adapters: dict[str, Path], tmp_path: Path, factor: int
+) -> None:
+    directory = tmp_path / "bundle"
+    two = {name: adapters[name] for name in ("narrow", "rooted")}
+    export(base.directory, two, output=directory, form="portable")
+    bundle = load_bundle(directory)
+    file = directory / bundle.adapter("rooted").file
+    scaled = {
+        k: v * np.float32(factor if k.endswith(".B") else 1) for k, v in read_adapter(file).items()
+    }
+    write_adapter(file, scaled)
+    bundle.write_manifest(replace(bundle.manifest, files=file_entries(directory)))
+    here = validate(directory, depth="full", repro=tmp_path / "repro").to_data()
+    assert here["passed"] == (factor == 1)
+    shutil.rmtree(tmp_path / "repro", ignore_errors=True)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(directory), str(tmp_path / "repro")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    there = json.loads(done.stdout)
+    for data in (here, there):
+        del data["seconds"], data["summary"]
+    assert there == json.loads(json.dumps(here))
