@@ -36,7 +36,6 @@ class Row(NamedTuple):
 
 _FIGURES = re.compile(r"exceeds the limit|^effect-relative error|^it has -?[\d.]+ times PyTorch")
 _CASE = re.compile(r"^(?:adapter \S+|mixed row \d+: [^:]+|blend [^:]+|base): ")
-_MORE = re.compile(r", [^,;]+ \([^)]*\)(?:, [^,;]+ \([^)]*\))*(?: and \d+ more)?$")
 
 
 def explanation(row: Row) -> str:
@@ -46,9 +45,9 @@ def explanation(row: Row) -> str:
 
 
 def shortened(said: str) -> str:
-    """An explanation for the README: short names of layers, one of each list."""
-    said = re.sub(r"\b(?:model|bert|transformer)(?:\.\w+)*\.(\d)\.(?:\w+\.)*(\w+)", r"\1.\2", said)
-    return _MORE.sub(" and others", said)
+    """An explanation for the README: layers without their prefix, one of each list."""
+    said = re.sub(r"\b(?:model|bert|transformer)(?:\.\w+)*?\.(\d\.)", r"\1", said)
+    return re.sub(r"( places: [^,]+ \([^)]*\)), .*", r"\1 and others", said)
 
 
 def refusal(damage: Damage, worlds: Worlds, folder: Path) -> str:

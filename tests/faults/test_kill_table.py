@@ -65,4 +65,4 @@ def test_the_explanation_is_what_stands_behind_the_figures() -> None:
         "the file of a differs from its PEFT files at 3 of 8 places: model.layers"
     )
     short = maker.shortened(said)
-    assert short.endswith("at 3 of 8 places: 1.q_proj (B is zero) and others")
+    assert short.endswith("at 3 of 8 places: 1.self_attn.q_proj (B is zero) and others")
