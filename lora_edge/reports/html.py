@@ -22,6 +22,7 @@ from lora_edge.reports.words import (
     ratio,
     rows_of,
     share,
+    unsaid_layer,
     verdict,
 )
 
@@ -77,7 +78,7 @@ def _status(data: Data, worse: Sequence[Regression]) -> str:
 
 
 def _failure(case: Case) -> dict[str, Any]:
-    return {"case": case, "layer": first_layer(case)}
+    return {"case": case, "layer": unsaid_layer(case)}
 
 
 def _map(cases: Sequence[Case], adapters: Sequence[str], session: str) -> dict[str, Any]:
@@ -150,7 +151,8 @@ def _layers(case: Case) -> dict[str, Any]:
     """The layers around the first that differs, with places on a logarithmic scale."""
     layers = case["layers"]
     first = first_layer(case)
-    at = layers.index(first) if first else len(layers) - 1
+    paths = [layer["path"] for layer in layers]
+    at = paths.index(first["path"]) if first else len(layers) - 1
     shown = layers[max(0, at - _BEFORE) : at + _BEHIND + 1]
     values = [x for each in shown for x in (each["error"], each["limit"]) if x]
     low, high = (
@@ -172,7 +174,7 @@ def _layers(case: Case) -> dict[str, Any]:
             "status": "passed"
             if each["error"] is not None and each["error"] <= each["limit"]
             else "failed",
-            "first": each is first,
+            "first": first is not None and each["path"] == first["path"],
         }
         for each in shown
     ]

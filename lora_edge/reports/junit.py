@@ -8,7 +8,7 @@ from xml.etree import ElementTree as ET
 
 from lora_edge.reports.baseline import Regression
 from lora_edge.reports.load import Data
-from lora_edge.reports.words import Case, column, first_layer, number
+from lora_edge.reports.words import Case, column, number, unsaid_layer
 
 _CLASS = "lora_edge"
 # What XML 1.0 cannot hold; adapters' names may.
@@ -66,7 +66,7 @@ def explain(data: Data, case: Case) -> str:
             f"{task['metric']}: {task['bundle']:.4g} under the bundle, {task['reference']:.4g} "
             f"under PyTorch, {task['base']:.4g} without the adapter"
         )
-    layer = first_layer(case)
+    layer = unsaid_layer(case)
     if layer:
         lines.append(
             f"first layer that differs: {layer['path']} (error {number(layer['error'])}, limit "

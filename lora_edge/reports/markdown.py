@@ -12,11 +12,11 @@ from lora_edge.reports.words import (
     Case,
     column,
     failures,
-    first_layer,
     number,
     ratio,
     rows_of,
     share,
+    unsaid_layer,
     verdict,
 )
 
@@ -47,7 +47,7 @@ def markdown(data: Data, worse: Sequence[Regression] = ()) -> str:
         lines += ["", "### What did not pass", ""]
         for case in bad[:_MOST]:
             lines.append(f"- {_SIGNS[case['status']]} {_text(case['reason'])}")
-            layer = first_layer(case)
+            layer = unsaid_layer(case)
             if layer:
                 lines.append(f"  - the first layer that differs is `{layer['path']}`")
         if len(bad) > _MOST:

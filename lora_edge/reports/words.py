@@ -77,8 +77,17 @@ def listed(names: Sequence[str], most: int = 4) -> str:
 
 
 def first_layer(case: Case) -> Mapping[str, Any] | None:
-    """The first layer that differs, where layers were compared."""
-    return next((layer for layer in case["layers"] if not layer["error"] <= layer["limit"]), None)
+    """The first layer that differs, where layers were compared; one that is NaN or Inf does."""
+    for layer in case["layers"]:
+        if layer["error"] is None or layer["error"] > layer["limit"]:
+            return dict(layer)
+    return None
+
+
+def unsaid_layer(case: Case) -> Mapping[str, Any] | None:
+    """The first layer that differs, where the case's reason does not name it."""
+    layer = first_layer(case)
+    return None if layer is None or layer["path"] in case["reason"] else layer
 
 
 def ratio(case: Case) -> float | None:
