@@ -112,8 +112,11 @@ def _read_by_one(weight: ir.Value) -> Iterator[ir.Value]:
     """The output of the only embedding or norm that reads a weight."""
     readers = [use.node for use in effective_weight(weight).uses()]
     nodes = [node for node in readers if node.op_type in ("Gather", "Mul", *NORMS)]
-    if len(nodes) == 1 and not _scaled_after(nodes[0].outputs[0], nodes[0]):
-        yield nodes[0].outputs[0]
+    value = nodes[0].outputs[0] if len(nodes) == 1 else None
+    if value is None or _scaled_after(value, nodes[0]):
+        return
+    if not any(_AFTER_BRANCH.fullmatch(use.node.name or "") for use in value.uses()):
+        yield value
 
 
 def _scaled_after(value: ir.Value, node: ir.Node) -> bool:

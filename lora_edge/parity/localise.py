@@ -86,7 +86,7 @@ def localise(
         return Divergence((), None, "the layers of an encoder-decoder are not compared")
     limits = tolerance or Tolerance()
     bench = _Bench(runner, reference, golden, row, limits.multiple)
-    hidden = False
+    hidden, inner = False, None
     trials = [(alone(golden, row), 0, "")]
     if len(golden.probe.rows) > 1:
         trials.append((golden.probe, row, " when the row is in its batch"))
@@ -97,7 +97,11 @@ def localise(
             found = bench.compare(probe, index, tails=tails)
             if found.differs:
                 return found.divergence(f"{when}{where}")
+            if inner is None and any(map(_beyond, found.layers)):
+                inner = found.divergence(f"{when}{where}")
             hidden = hidden or found.hidden
+    if inner is not None and not hidden:
+        return inner
     if hidden:
         said = "the difference does not show with intermediate outputs exposed"
     else:
@@ -136,7 +140,7 @@ class _Comparison:
 
     @property
     def differs(self) -> bool:
-        return any(map(_beyond, (*self.layers, self.exposed)))
+        return _beyond(self.exposed)
 
     @property
     def hidden(self) -> bool:
@@ -226,10 +230,10 @@ class _Bench:
         names = ("input_ids", "attention_mask")
         feeds = {name: values[name].numpy() for name in names if name in values}
         columns = new_columns(feeds, index, count)
-        width = feeds["input_ids"].shape[1] if "input_ids" in feeds else 0
+        tokens = feeds["input_ids"].shape if "input_ids" in feeds else (0, 0)
         got = self._session.run_with_ort_values(self._names, dict(values))
         arrays = {
-            name: _own(value.numpy(), index, columns, width)
+            name: _own(value.numpy(), index, columns, tokens)
             for name, value in zip(self._names, got, strict=True)
         }
         found = {
@@ -261,12 +265,23 @@ class _Bench:
         return Layer(path, _relative(actual, expected), floor, self._multiple * floor)
 
 
-def _own(values: FloatArray, row: int, columns: slice | None, width: int) -> FloatArray:
-    """A row's own tokens of an output ``[batch | 1, seq, …]``; of one without tokens, all of it."""
+def _own(
+    values: FloatArray, row: int, columns: slice | None, tokens: tuple[int, ...]
+) -> FloatArray:
+    """A row's own tokens of an output; of one that has no tokens, all that is the row's.
+
+    Args:
+        values: ``[batch | 1, seq, …]``, ``[batch * seq, …]`` or ``[batch, …]``.
+        row: of the batch.
+        columns: the row's tokens, of :func:`new_columns`.
+        tokens: ``(batch, seq)``.
+    """
+    if values.ndim == 2 and len(values) == tokens[0] * tokens[1]:
+        values = values.reshape(*tokens, -1)
     values = values[row if len(values) > 1 else 0]
     if values.ndim == 1:
         return values[None]
-    return values[columns] if columns is not None and len(values) == width else values
+    return values[columns] if columns is not None and len(values) == tokens[1] else values
 
 
 def _relative(values: NDArray[np.floating], expected: NDArray[np.floating]) -> float:

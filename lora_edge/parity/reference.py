@@ -339,9 +339,9 @@ def listened(model: Any, paths: Iterable[str]) -> Iterator[dict[str, list[Any]]]
 
 
 def once(found: Mapping[str, Sequence[Any]]) -> dict[str, NDArray[np.floating]]:
-    """The outputs of modules that were called once, for the only row of the batch."""
+    """The outputs of modules that were called once, without the axis of the batch of one row."""
     return {
-        path: outputs[0][0].numpy()
+        path: (outputs[0][0] if len(outputs[0]) == 1 else outputs[0]).numpy()
         for path, outputs in found.items()
-        if len(outputs) == 1 and hasattr(outputs[0], "numpy") and len(outputs[0]) == 1
+        if len(outputs) == 1 and hasattr(outputs[0], "numpy")
     }

@@ -83,24 +83,30 @@ def test_packed_projections_are_slices_of_one_value(transposed: bool, tmp_path: 
         np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
-def test_embeddings_but_not_those_that_may_be_scaled_in_the_module(tmp_path: Path) -> None:
+@pytest.mark.parametrize("branched", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_embeddings_but_not_those_that_may_be_scaled_in_the_module(
+    scale: float, branched: bool, tmp_path: Path
+) -> None:
     table, head = draw(50, 6, seed=1), draw(6, WIDE, seed=2)
-    for scale in (None, 2.0):
-        small = Small(6)
-        small.x = ir.Value(
-            name="x", shape=ir.Shape(["b", "s"]), type=ir.TensorType(ir.DataType.INT64)
-        )
-        h = small.op("Gather", small.weight("embed.weight", table), small.x)
-        if scale is not None:
-            h = small.op("Mul", h, small.weight("scale", np.float32(scale)))
-        model = small.model(small.linear(h, "head", head))
-        folder = tmp_path / str(scale)
-        folder.mkdir()
-        tapped = _tap(model, folder)
-        assert list(tapped.layers) == (["embed", "head"] if scale is None else ["head"])
-        ids = np.array([[3, 4], [7, 1]])
-        found = _run(tapped, {"x": ids})
-        rows = table[ids] * np.float32(scale or 1)
-        np.testing.assert_allclose(found["y0"], rows @ head, atol=1e-4)
-        if scale is None:
-            np.testing.assert_array_equal(found[tapped.layers["embed"].value], rows)
+    small = Small(6)
+    ids_type = ir.TensorType(ir.DataType.INT64)
+    small.x = ir.Value(name="x", shape=ir.Shape(["batch", "seq"]), type=ids_type)
+    h = small.op("Gather", small.weight("embed.weight", table), small.x)
+    if scale != 1.0:
+        h = small.op("Mul", h, small.weight("scale", np.float32(scale)))
+    model = small.model(small.linear(h, "head", head))
+    ids = np.array([[3, 4], [7, 1]])
+    feeds, rows = {"x": ids}, table[ids]
+    if branched:
+        branch(model, find_sites(model, {"embed": Shape(50, 6, "embedding")}))
+        pair = factors(50, 6, 3)
+        feeds, rows = {**feeds, **lora_feeds({"embed": pair})}, rows + pair.A[ids] @ pair.B
+    tapped = _tap(model, tmp_path)
+    found = _run(tapped, feeds)
+    np.testing.assert_allclose(found["y0"], rows * np.float32(scale) @ head, atol=1e-3)
+    if scale == 1.0:
+        assert list(tapped.layers) == ["embed", "head"]
+        np.testing.assert_allclose(found[tapped.layers["embed"].value], rows, atol=1e-5)
+    else:
+        assert list(tapped.layers) == ["head"]
