@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 
 from lora_edge.base import Base, resolve_base
 from lora_edge.bundle import GRAPH_FILE, Bundle, load_bundle
-from lora_edge.errors import DataError
-from lora_edge.graph.backend_data import DataSet, write_test_data
+from lora_edge.errors import DataError, MissingDependencyError
 from lora_edge.manifest import GraphSpec
 from lora_edge.names import LOGITS_POSITIONS, past_name, present_name
 from lora_edge.parity.asking import tokens_of
@@ -57,7 +56,12 @@ def write_onnx_test_data(
     Raises:
         DataError: the bundle has another task.
         BundleError: the reference is another base, or the folder is in the way.
+        MissingDependencyError: ``lora-edge[export]`` is not installed.
     """
+    try:
+        from lora_edge.graph.backend_data import DataSet, write_test_data
+    except ImportError as error:
+        raise MissingDependencyError.of_export(error) from error
     target = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
     if not isinstance(target.manifest.graph, GraphSpec):
         raise DataError(
@@ -80,14 +84,17 @@ def write_onnx_test_data(
         probe = Probe(golden.probe.name, golden.probe.kind, (row,), (state,), 0)
         if progress is not None:
             progress(f"data set {len(sets)}: {probe.name}, {len(row)} tokens")
-        sets.append(_data_set(runner, model, probe))
+        sets.append(DataSet(*_tensors(runner, model, probe)))
         names.append(probe.name)
     with staging(Path(output)) as stage:
         write_test_data(stage, target.directory / GRAPH_FILE, sets)
     return names
 
 
-def _data_set(runner: Runner, model: Reference, probe: Probe) -> DataSet:
+def _tensors(
+    runner: Runner, model: Reference, probe: Probe
+) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
+    """What the graph is fed, and what PyTorch gives."""
     fed: dict[str, NDArray[Any]] = {}
 
     def listen(run: int, values: Mapping[str, Any]) -> None:
@@ -106,7 +113,7 @@ def _data_set(runner: Runner, model: Reference, probe: Probe) -> DataSet:
             past = fed[past_name(layer, part)]
             fed[past_name(layer, part)] = past[:, :, :0]
             outputs[present_name(layer, part)] = array.astype(past.dtype)
-    return DataSet(fed, outputs)
+    return fed, outputs
 
 
 def _kept(cache: Sequence[Any], layers: int) -> Sequence[Any]:

@@ -87,7 +87,7 @@ def check_base(
     floor = noise([row[:_PLAIN_LENGTH] for row in logits], wide)
     del reference
     cases: dict[str, dict[str, float]] = {}
-    for name, start, actual in _observe(graph, rows, tails):
+    for name, start, actual in observe(graph, rows, tails):
         expected = [
             _part(full, begin, got)
             for full, begin, got in zip(logits[: len(actual)], start, actual, strict=True)
@@ -137,7 +137,7 @@ def _length(base: Base, spec: GraphSpec, window: int | None, parameters: int) ->
     return length, True
 
 
-def _observe(
+def observe(
     graph: Captured[GraphSpec], rows: Sequence[Row], tails: Sequence[Row]
 ) -> Iterator[tuple[str, list[int], list[FloatArray]]]:
     """Each case's name, the first position of each row, and the graph's logits from there on."""

@@ -39,7 +39,7 @@ Trial = tuple[str, Sequence[Expected], Sequence[FloatArray]]
 def compare(runner: Runner, golden: Golden, tolerance: Tolerance) -> list[Case]:
     """One case for a probe; one for each row of a mixed batch, compared with that row alone."""
     probe = golden.probe
-    actual = _observe(runner, probe, golden.tails)
+    actual = observe(runner, probe, golden.tails)
     if probe.kind == "mixed":
         row = "mixed row" if probe.batch == 1 else f"batch {probe.batch}, mixed row"
         cases = [
@@ -78,7 +78,7 @@ def switching(runner: Runner, goldens: Sequence[Golden], *, all_pairs: bool = Fa
 
 def _switched(runner: Runner, golden: Golden, other: Golden) -> Case:
     first, _, again = (
-        _observe(runner, each.probe, [tail[:_SWITCHED_STEPS] for tail in each.tails])
+        observe(runner, each.probe, [tail[:_SWITCHED_STEPS] for tail in each.tails])
         for each in (golden, other, golden)
     )
     same = all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
@@ -115,7 +115,7 @@ def _explained(
     probe, chosen = golden.probe, slice(None) if row is None else slice(row, row + 1)
     state = probe.states[row or 0]
     names = sorted(set(runner.bundle.manifest.adapters) - {NONE_ADAPTER})
-    bench = Experiments(runner, _observe, probe, golden.tails, row, state, names)
+    bench = Experiments(runner, observe, probe, golden.tails, row, state, names)
     marks, invoked = bench.marks()
     pairs = zip(probe.rows, golden.tails, strict=True)
     longest = max(map(len, probe.rows))
@@ -161,7 +161,7 @@ def _faulty_runs(runner: Runner, golden: Golden) -> Iterator[Trial]:
     for fault, tensors in _faults(runner, name):
         runner.override(name, tensors)
         try:
-            yield fault, expected, _observe(runner, golden.probe, [()] * len(expected))
+            yield fault, expected, observe(runner, golden.probe, [()] * len(expected))
         finally:
             runner.override(name, None)
 
@@ -223,7 +223,7 @@ def greedy(runner: Runner, probe: Probe) -> list[Row]:
     return [tuple(row) for row in np.stack(tails, axis=1).tolist()]
 
 
-def _observe(runner: Runner, probe: Probe, tails: Sequence[Row]) -> list[FloatArray]:
+def observe(runner: Runner, probe: Probe, tails: Sequence[Row]) -> list[FloatArray]:
     """The bundle's logits ``[len(row) + len(tail), vocab]`` of each row, prompt and tail."""
     if isinstance(runner.session, Seq2Seq):
         binding = runner.binding(_argument(runner, probe), len(probe.rows))

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_edge.lora import FloatArray
-from lora_edge.parity.checks import _observe
+from lora_edge.parity.checks import observe
 from lora_edge.parity.golden import Golden
 from lora_edge.parity.states import Probe, Row
 from lora_edge.runtime import Runner
@@ -47,7 +47,7 @@ def rerun(
         listener: told of each run.
     """
     with _told(runner, listener) if listener is not None else contextlib.nullcontext():
-        return _observe(runner, probe, tails)
+        return observe(runner, probe, tails)
 
 
 def new_columns(feeds: Mapping[str, NDArray[Any]], row: int, count: int) -> slice | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import shipped
 
 from lora_edge.base import Base
 from lora_edge.bundle import file_entries, load_bundle
@@ -60,3 +61,22 @@ def test_the_same_verdicts(
     for data in (here, there):
         del data["seconds"], data["summary"]
     assert there == json.loads(json.dumps(here))
+
+
+@pytest.mark.parametrize("option", ["--prompts", "--onnx-test-data"])
+def test_what_needs_pytorch_says_so(tmp_path: Path, option: str) -> None:
+    directory = tmp_path / "bundle"
+    export(shipped.BASE, {}, output=directory, sites="adapters")
+    (tmp_path / "prompts.txt").write_text("a prompt\n")
+    value = tmp_path / ("prompts.txt" if option == "--prompts" else "data")
+    script = (
+        f"import sys\nfor name in {BLOCKED!r}:\n    sys.modules[name] = None\n"
+        f"from lora_edge.cli import main\n"
+        f"main(['golden', {str(directory)!r}, {option!r}, {str(value)!r}])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "pip install 'lora-edge[export]'" in done.stderr
+    assert "unexpected" not in done.stderr
