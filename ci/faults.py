@@ -47,7 +47,8 @@ def explanation(row: Row) -> str:
 def shortened(said: str) -> str:
     """An explanation for the README: layers without their prefix, one of each list."""
     said = re.sub(r"\b(?:model|bert|transformer)(?:\.\w+)*?\.(\d\.)", r"\1", said)
-    return re.sub(r"( places: [^,]+ \([^)]*\)), .*", r"\1 and others", said)
+    said = re.sub(r" \(relative error [^)]*\)", "", said)
+    return re.sub(r"( places: [^,;]+ \([^)]*\)), [^;]*", r"\1 and others", said)
 
 
 def refusal(damage: Damage, worlds: Worlds, folder: Path) -> str:

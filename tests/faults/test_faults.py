@@ -22,6 +22,14 @@ from lora_edge.parity.compare import Verdict
 # ci/faults goes through all of them; here a fused and a portable one, and the worlds of the faults.
 _PASSING = [x for x in HEALTHY if not x.startswith("random")] + ["random gemma2", "random gpt_neox"]
 
+# Against PyTorch, of the faults in adapter files, each third: ci/faults goes through all of them.
+_TRIALS = [
+    pytest.param(fault, source, id=f"{fault.name}-{source}")
+    for index, fault in enumerate(FAULTS)
+    for source in SOURCES
+    if source == "goldens" or fault.how != "adapter file" or index % 3 == 0
+]
+
 
 def test_there_are_many_unlike_faults() -> None:
     assert len({fault.name for fault in FAULTS}) == len(FAULTS) >= 60
@@ -30,8 +38,7 @@ def test_there_are_many_unlike_faults() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("fault", FAULTS, ids=[fault.name for fault in FAULTS])
+@pytest.mark.parametrize(("fault", "source"), _TRIALS)
 def test_a_fault_is_found_and_explained(
     fault: Fault, source: Source, worlds: Worlds, tmp_path: Path
 ) -> None:
