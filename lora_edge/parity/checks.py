@@ -17,8 +17,9 @@ from lora_edge.lora import FloatArray
 from lora_edge.manifest import EncoderSpec, GraphSpec
 from lora_edge.names import NONE_ADAPTER, SELECT, lora_input
 from lora_edge.parity.compare import Expected, Tolerance, expect, judge, limits, measure
-from lora_edge.parity.diagnosis import Failure, diagnose
+from lora_edge.parity.diagnosis import diagnose
 from lora_edge.parity.experiments import Experiments
+from lora_edge.parity.failure import Failure
 from lora_edge.parity.golden import Golden
 from lora_edge.parity.report import Case
 from lora_edge.parity.seq2seq import greedy_answers, observe_seq2seq

@@ -1,32 +1,35 @@
 """What kind of wrong a failing comparison is, in one short clause. Pure numpy.
 
 A clause says what was measured and no more. First come the outputs themselves (NaN, the base's
-own), then what the bundle gives when it is asked in another way, through a :class:`Bench`: without
-an adapter, each row alone, without the cache; then *lookalikes* (what else has these outputs) and
-*remedies* (changes of the adapter's tensors that make it right). Where none fits, the clause says
-where it begins, or how much of the effect there is. Knows nothing of bundles and runtimes.
+own), then what the bundle gives when it is asked in another way, through a
+:class:`~lora_edge.parity.failure.Bench`: without an adapter, each row alone, without the cache;
+then *lookalikes* (what else has these outputs) and *remedies* (changes of the adapter's tensors
+that make it right). Where none fits, the clause says where it begins, or how much of the effect
+there is. Knows nothing of bundles and runtimes.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import replace
 
 import numpy as np
 
-from lora_edge.lora import FloatArray, WideArray
+from lora_edge.lora import WideArray
 from lora_edge.parity.compare import Expected
-
-Outputs = Sequence[FloatArray]
-"""Logits ``[positions, vocab] float32`` of each row."""
-
-Run = Callable[[Sequence[int]], Outputs]
-"""Some of the rows, by index -> the logits of their prompts in another state."""
-
-Scaled = Callable[[Sequence[int], float], Outputs]
-"""The same with a factor."""
+from lora_edge.parity.failure import (
+    Bench,
+    Failure,
+    Outputs,
+    Run,
+    Scaled,
+    errors_of,
+    kept,
+    largest,
+    of_base,
+    within,
+)
 
 _STEPS, _HOPE, _STRIDE = 10, 3, 0.7  # of the search for a factor
 _LEAK = 1e-4  # a smaller share of another row's adapter is not told from rounding
@@ -35,78 +38,11 @@ _PROPORTIONAL = 0.98  # cosine with the effect from which it is a multiple of it
 _UNLIKE = 0.3  # cosine with the effect below which it is another one
 
 
-@dataclass(frozen=True)
-class Failure:
-    """A comparison that failed.
-
-    Attributes:
-        rows: token ids of each row, prompt and continuation.
-        prompts: how many positions of each row come before its continuation.
-        expected: what the reference gave for each row.
-        actual: what the bundle gave, the whole vocabulary.
-        limit: of a logit's error; anything within it is right.
-        padded: which rows are shorter than the longest of the batch.
-        of_mixed: it is one row of a mixed batch.
-        causal: a position sees those before it only.
-        headed: the base of the expected outputs has the adapter's own task head.
-        marks: token sequences without which the adapter changes nothing, or not all.
-        invoked: it is active from its one mark on, and not before.
-    """
-
-    rows: Sequence[tuple[int, ...]]
-    prompts: Sequence[int]
-    expected: Sequence[Expected]
-    actual: Outputs
-    limit: float
-    padded: Sequence[bool]
-    of_mixed: bool = False
-    causal: bool = True
-    headed: bool = False
-    marks: Sequence[tuple[int, ...]] = ()
-    invoked: bool = False
-
-    @property
-    def has_effect(self) -> bool:
-        """An adapter is active in it."""
-        return any(row.base is not None for row in self.expected)
-
-
-class Bench(Protocol):
-    """Runs the failed batch again, in other ways."""
-
-    def off(self) -> tuple[Outputs, Bench] | None:
-        """The outputs without adapters, and the same bench without; None where it cannot be."""
-
-    def alone(self) -> Outputs | None:
-        """Each row in a batch of its own; None where there was one row only."""
-
-    def alike(self) -> Outputs | None:
-        """A row of a mixed batch, with its own adapter on all rows; None for other batches."""
-
-    def at_once(self) -> Outputs | None:
-        """Each row alone, its continuation as part of the prompt; None without a cache."""
-
-    def lookalikes(self) -> Iterator[tuple[str, Run]]:
-        """What it does if its outputs are these, and the run that gives them."""
-
-    def leaks(self) -> Iterator[tuple[str, Scaled]]:
-        """Of a row in a mixed batch: another row's state, and the run with a share of it added."""
-
-    def remedies(self) -> Iterator[tuple[str, Run]]:
-        """What is wrong if this run is right."""
-
-    def scaled(self) -> Iterator[tuple[str, int, Scaled]]:
-        """An adapter, its rank, and the run with its B multiplied."""
-
-    def findings(self) -> str:
-        """What the adapters' files show by themselves; empty: nothing."""
-
-
 def diagnose(failure: Failure, bench: Bench) -> str:
     """One clause on what kind of wrong it is, to stand behind the figures."""
     if failure.of_mixed and (alone := bench.alone()) is not None:
         pairs = zip(alone, failure.actual, strict=True)
-        if all(_within([np.abs(x - own).max(-1)], failure.limit) for x, own in pairs):
+        if all(within([np.abs(x - own).max(-1)], failure.limit) for x, own in pairs):
             return "alone the row gives the same: see the case of its adapter, not the batch"
     if failure.has_effect and (found := _of_the_base(failure, bench)):
         return found
@@ -115,7 +51,7 @@ def diagnose(failure: Failure, bench: Bench) -> str:
         return _joined("the base itself is wrong", where or _began(failure))
     if where:
         return where
-    if _within(_errors([_of_base(row) for row in failure.expected], failure.actual), failure.limit):
+    if within(errors_of([of_base(row) for row in failure.expected], failure.actual), failure.limit):
         return _joined("the adapter does nothing: the outputs are the base's", bench.findings())
     found = _alike(failure, bench) or _remedied(failure, bench) or _rescaled(failure, bench)
     if found:
@@ -129,17 +65,17 @@ def _of_the_base(failure: Failure, bench: Bench) -> str:
     if off is None:
         return ""
     outputs, without = off
-    base = [_of_base(row) for row in failure.expected]
-    errors = _errors(base, outputs)
-    if _within(errors, failure.limit):
+    base = [of_base(row) for row in failure.expected]
+    errors = errors_of(base, outputs)
+    if within(errors, failure.limit):
         return ""
     own = replace(failure, expected=base, actual=outputs, marks=())
     where = _finite(own, without) or _placed(own, without) or _began(own)
     if failure.headed:
         said = where or "the task head or the base is wrong"
-        return _joined(f"{_largest(errors)} with its low-rank part off: {said}", bench.findings())
+        return _joined(f"{largest(errors)} with its low-rank part off: {said}", bench.findings())
     return _joined(
-        f"the base itself is wrong ({_largest(errors)} without any adapter), which says nothing of "
+        f"the base itself is wrong ({largest(errors)} without any adapter), which says nothing of "
         "the adapter",
         where,
     )
@@ -157,7 +93,7 @@ def _finite(failure: Failure, bench: Bench) -> str:
         bad = np.flatnonzero(~np.isfinite(logits).all(-1))
         if bad.size:
             alone = bench.alone()
-            if alone is not None and _within(_errors(failure.expected, alone), failure.limit):
+            if alone is not None and within(errors_of(failure.expected, alone), failure.limit):
                 return (
                     "NaN or Inf in the batch only, each row alone is right: 0 x Inf of another row"
                 )
@@ -171,7 +107,7 @@ def _began(failure: Failure) -> str:
     for step, other in ((-1, "before"), (1, "after")):
         if _moved(failure, step):
             return f"each position of the prompts has the outputs of the one {other} it"
-    first = [place for place in _first_wrong(failure) if place is not None]
+    first = [place for place in failure.first_wrong() if place is not None]
     if not failure.causal or len(first) < 2 or len(set(first)) > 1 or first[0] == 0:
         return ""
     if first[0] == 1:
@@ -191,14 +127,14 @@ def _moved(failure: Failure, step: int) -> bool:
         there = row.first(count)
         shifted = np.roll(logits[:count], step, axis=0)
         inner = slice(None, -1) if step < 0 else slice(1, None)
-        moved.append(np.abs(_kept(there, shifted) - there.reference).max(-1)[inner])
-    return bool(rows) and _within(moved, failure.limit)
+        moved.append(np.abs(kept(there, shifted) - there.reference).max(-1)[inner])
+    return bool(rows) and within(moved, failure.limit)
 
 
 def _marked(failure: Failure) -> str:
     """Where the rows go wrong, against the tokens that the adapter waits for."""
-    first = _first_wrong(failure)
-    marks = [_first_mark(failure, index) for index in range(len(first))]
+    first = failure.first_wrong()
+    marks = [failure.first_mark(index) for index in range(len(first))]
     pairs = list(zip(first, marks, strict=True))
     if not failure.marks or all(place is None for place in first):
         return ""
@@ -212,9 +148,7 @@ def _marked(failure: Failure) -> str:
     (off,) = late
     if off < 0:
         return f"wrong from {-off} token(s) before its invocation on: active too early"
-    still = min(
-        _like_base(failure, index, place) for index, (place, _) in enumerate(pairs) if place
-    )
+    still = min(failure.like_base(index, place) for index, (place, _) in enumerate(pairs) if place)
     if off == 0 and still:
         return f"from its invocation on the base's outputs for {still} token(s): active too late"
     return "right before its invocation, wrong from it on" if off == 0 else ""
@@ -226,7 +160,7 @@ def _share(failure: Failure) -> str:
     for row, logits in zip(failure.expected, failure.actual, strict=True):
         if row.base is not None:
             change = row.reference.astype(np.float64) - row.base
-            own = _kept(row, logits).astype(np.float64) - row.base
+            own = kept(row, logits).astype(np.float64) - row.base
             dot += float(np.sum(own * change))
             effect += float(np.sum(change * change))
             size += float(np.sum(own * own))
@@ -262,19 +196,19 @@ def _share(failure: Failure) -> str:
 
 def _placed(failure: Failure, bench: Bench) -> str:
     """It is wrong in company, or behind the cache, only."""
-    first = _first_wrong(failure)
+    first = failure.first_wrong()
     pairs = list(zip(first, failure.prompts, strict=True))
     alone = bench.alone()
-    apart = alone is not None and _within(_errors(failure.expected, alone), failure.limit)
+    apart = alone is not None and within(errors_of(failure.expected, alone), failure.limit)
     if apart:
         alike = bench.alike()
-        if alike is not None and _within(_errors(failure.expected, alike), failure.limit):
+        if alike is not None and within(errors_of(failure.expected, alike), failure.limit):
             return _mixed_up(failure, bench)
         if all(place is None or short for place, short in zip(first, failure.padded, strict=True)):
             return "only rows that are padded are wrong, and alone they are right: padding or mask"
     if all(place is None or place >= prompt for place, prompt in pairs) and any(first):
         at_once = bench.at_once()
-        if at_once is not None and _within(_errors(failure.expected, at_once), failure.limit):
+        if at_once is not None and within(errors_of(failure.expected, at_once), failure.limit):
             return (
                 "the prompt is right and the decode steps are wrong, but right when all tokens "
                 "are run at once: the KV cache, or the positions of decode steps"
@@ -311,7 +245,7 @@ def _remedied(failure: Failure, bench: Bench) -> str:
             x.shape[-1] != failure.actual[i].shape[-1] for i, x in zip(indices, found, strict=True)
         ):
             return False  # another task head
-        return _within(_errors([failure.expected[i] for i in indices], found), failure.limit)
+        return within(errors_of([failure.expected[i] for i in indices], found), failure.limit)
 
     return _first_that(failure, bench.remedies(), right)
 
@@ -322,7 +256,7 @@ def _first_that(
     holds: Callable[[Sequence[int], Outputs], bool],
 ) -> str:
     """The first clause that holds on the shortest wrong row, and then on every row."""
-    wrong = _wrong_prompts(failure)
+    wrong = failure.wrong_prompts()
     if not wrong:
         return ""
     for clause, run in candidates:
@@ -332,7 +266,7 @@ def _first_that(
 
 
 def _rescaled(failure: Failure, bench: Bench) -> str:
-    wrong = _wrong_prompts(failure)
+    wrong = failure.wrong_prompts()
     if not wrong:
         return ""
     every = range(len(failure.rows))
@@ -342,7 +276,7 @@ def _rescaled(failure: Failure, bench: Bench) -> str:
         factor = _solve(_unscaled(run, wrong[0], failure.expected[wrong[0]]), starts, failure.limit)
         if not factor:
             continue
-        if not _within(_errors(failure.expected, run(every, factor)), failure.limit):
+        if not within(errors_of(failure.expected, run(every, factor)), failure.limit):
             continue
         if abs(factor + 1) < 1e-3:
             return f"{name} has its sign reversed (with its B negated it is right)"
@@ -366,7 +300,7 @@ def _rooted(scale: float, rank: int) -> str:
 def _unscaled(run: Scaled, index: int, expected: Expected) -> Callable[[float], WideArray]:
     def miss(factor: float) -> WideArray:
         (found,) = run([index], factor)
-        return _missing([_kept(expected, found)], [expected.reference[: len(found)]])
+        return _missing([kept(expected, found)], [expected.reference[: len(found)]])
 
     return miss
 
@@ -401,73 +335,3 @@ def _solve(miss: Callable[[float], WideArray], starts: Sequence[float], limit: f
 def _missing(outputs: Outputs, wanted: Outputs) -> WideArray:
     pairs = zip(outputs, wanted, strict=True)
     return np.concatenate([(x.astype(np.float64) - y).ravel() for x, y in pairs])
-
-
-# Errors, row by row.
-
-
-def _of_base(row: Expected) -> Expected:
-    return replace(row, reference=row.reference if row.base is None else row.base, base=None)
-
-
-def _kept(row: Expected, logits: FloatArray) -> FloatArray:
-    if row.columns is None:
-        return logits
-    return np.take_along_axis(logits, row.columns[: len(logits)], axis=-1)
-
-
-def _errors(expected: Sequence[Expected], outputs: Outputs) -> list[FloatArray]:
-    """The largest error at each position, of as many positions as the outputs have."""
-    return [
-        np.abs(_kept(row, x) - row.reference[: len(x)]).max(-1)
-        for row, x in zip(expected, outputs, strict=True)
-    ]
-
-
-def _within(errors: Sequence[FloatArray], limit: float) -> bool:
-    return all(bool((row <= limit).all()) for row in errors)
-
-
-def _largest(errors: Sequence[FloatArray]) -> str:
-    worst = max(float(row.max()) for row in errors)
-    return f"off by {worst:.1e}" if math.isfinite(worst) else "NaN or Inf"
-
-
-def _first_wrong(failure: Failure) -> list[int | None]:
-    """The first position of each row that is wrong; None where none is."""
-    found: list[int | None] = []
-    for row in _errors(failure.expected, failure.actual):
-        wrong = np.flatnonzero(~(row <= failure.limit))
-        found.append(int(wrong[0]) if wrong.size else None)
-    return found
-
-
-def _wrong_prompts(failure: Failure) -> list[int]:
-    """Rows whose prompt is wrong somewhere, the shortest first."""
-    first = enumerate(_first_wrong(failure))
-    wrong = [i for i, place in first if place is not None and place < failure.prompts[i]]
-    return sorted(wrong, key=lambda index: failure.prompts[index])
-
-
-def _first_mark(failure: Failure, index: int) -> int | None:
-    """Where the adapter begins to act on a row: its last invocation, its first trained token."""
-    row = failure.rows[index]
-    if failure.invoked:
-        row = row[: failure.prompts[index]]
-    places = [
-        start
-        for mark in failure.marks
-        for start in range(len(row) - len(mark) + 1)
-        if tuple(row[start : start + len(mark)]) == tuple(mark)
-    ]
-    if not places:
-        return None
-    return max(places) if failure.invoked else min(places)
-
-
-def _like_base(failure: Failure, index: int, start: int) -> int:
-    """For how many positions from ``start`` on the outputs are the base's."""
-    row = _of_base(failure.expected[index])
-    (errors,) = _errors([row], [failure.actual[index]])
-    wrong = np.flatnonzero(~(errors[start:] <= failure.limit))
-    return int(wrong[0]) if wrong.size else len(errors) - start

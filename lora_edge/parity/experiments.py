@@ -14,7 +14,7 @@ from lora_edge.adapter import Adapter, load_adapter
 from lora_edge.lora import FloatArray
 from lora_edge.manifest import EncoderSpec, GraphSpec
 from lora_edge.names import lora_input
-from lora_edge.parity.diagnosis import Outputs, Run, Scaled
+from lora_edge.parity.failure import Outputs, Run, Scaled
 from lora_edge.parity.repairs import Tensors, repairs
 from lora_edge.parity.states import BASE, Probe, Row, State, label, only
 from lora_edge.runtime import Runner
@@ -28,7 +28,7 @@ _NAMED = 3
 
 @dataclass(frozen=True)
 class Experiments:
-    """Other runs of one state on the rows of a batch; a :class:`~lora_edge.parity.diagnosis.Bench`.
+    """Other runs of one state on the rows of a batch; a :class:`~lora_edge.parity.failure.Bench`.
 
     Attributes:
         runner: the bundle in a session.

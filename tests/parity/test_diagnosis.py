@@ -11,7 +11,8 @@ import pytest
 
 from lora_edge.lora import FloatArray
 from lora_edge.parity.compare import expect
-from lora_edge.parity.diagnosis import Failure, Outputs, Run, Scaled, diagnose
+from lora_edge.parity.diagnosis import diagnose
+from lora_edge.parity.failure import Failure, Outputs, Run, Scaled
 from lora_edge.parity.repairs import repairs
 
 LIMIT = 1e-5
