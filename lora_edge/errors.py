@@ -14,6 +14,8 @@
     ├── ProviderError                 an execution provider that is missing or would fall back
     ├── DataError                     training data, prompts or token ids that cannot be used
     ├── MissingDependencyError        an optional extra that is not installed
+    ├── OutOfMemoryError              a training step that does not fit in the device's memory
+    ├── InterruptedRunError           exit code 130: training was told to stop; a checkpoint is kept
     └── ParityError                   exit code 1: the numbers differ, or prove nothing
 
 The message says what was found and what was expected; ``hint`` says what to do next. The command
@@ -90,6 +92,16 @@ class MissingDependencyError(LoraEdgeError):
             f"exporting needs {error.name}, which is not installed",
             "Install it with: pip install 'lora-edge[export]'",
         )
+
+
+class OutOfMemoryError(LoraEdgeError):
+    """A training step that does not fit in the device's memory."""
+
+
+class InterruptedRunError(LoraEdgeError):
+    """A training run that was told to stop, and that can go on from a checkpoint."""
+
+    exit_code: ClassVar[int] = 130
 
 
 class ParityError(LoraEdgeError):

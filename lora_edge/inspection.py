@@ -229,6 +229,19 @@ def inspect_adapter(path: str | os.PathLike[str], base: Base | None = None) -> I
     )
 
 
+def mode_refusals(path: str | os.PathLike[str], base: Base) -> Mapping[Mode, tuple[Refusal, ...]]:
+    """The reasons for which each mode refuses an adapter for a base, without reading its weights.
+
+    Raises:
+        AdapterError: the folder has no readable config.
+        BaseModelError: the base cannot be read.
+    """
+    adapter, refusals = examine(Path(path), "adapter")
+    if adapter is not None:
+        refusals += _Fit(adapter, base).refusals()
+    return _by_mode(refusals)
+
+
 def _by_mode(refusals: list[Refusal]) -> dict[Mode, tuple[Refusal, ...]]:
     return {mode: tuple(x for x in refusals if mode in x.modes) for mode in MODES}
 

@@ -83,7 +83,17 @@ ALLOWED: dict[str, set[str]] = {
     },
     "reports": {"errors"},
     "pytest_plugin": {"errors", "parity", "reports"},
-    "training": {"base", "bundle", "errors", "quiet", "tasks"},
+    "training": {
+        "base",
+        "bundle",
+        "capture",
+        "errors",
+        "inspection",
+        "quiet",
+        "refusals",
+        "runtime",
+        "tasks",
+    },
 }
 TORCH = {"torch", "transformers", "peft", "accelerate", "optimum"}
 TORCH_FILES = {"quiet.py", "reference.py", "task_reference.py"}

@@ -1,39 +1,44 @@
-"""jsonl -> token ids and labels.
+"""Files of examples: jsonl and csv -> texts, pairs, chats or labelled texts, each with its line.
 
-``{"prompt", "completion"}`` trains a generator, with loss on the completion only; ``{"text",
-"label"}`` trains a classifier.
-
-Knows files and a tokenizer; knows nothing of models or training.
+Knows files; knows nothing of tokenizers, models or training.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lora_edge.errors import DataError
 
-IGNORED = -100
-"""The label that PyTorch's cross entropy skips."""
+Kind = Literal["text", "pair", "chat", "labelled", "image"]
+
+KEYS: Mapping[Kind, tuple[str, ...]] = {
+    "chat": ("messages",),
+    "pair": ("prompt", "completion"),
+    "labelled": ("text", "label"),
+    "text": ("text",),
+}
+"""Kind -> the fields of a line, in the order in which a line is tried."""
 
 _FORMAT_HINT = (
-    'Each line is a JSON object: {"prompt": "…", "completion": "…"} for a generator, or '
-    '{"text": "…", "label": "…"} for a classifier.'
+    'Each line is a JSON object (or a csv row with such columns): {"prompt", "completion"}, '
+    '{"messages": [{"role", "content"}]} or {"text"} for a generator, {"text", "label"} for a '
+    "classifier."
 )
-_PAIR = ("prompt", "completion")
-_LABELLED = ("text", "label")
 
 
 @dataclass(frozen=True)
 class Example:
-    """One line of the data.
+    """A prompt and its answer.
 
     Attributes:
-        prompt: the text that the model is given; no loss on it.
+        prompt: the text that the model is given; no loss on it; empty for plain text.
         completion: the text that it shall answer with, without an end token; not empty.
         where: ``FILE:LINE``, for messages.
     """
@@ -44,11 +49,24 @@ class Example:
 
 
 @dataclass(frozen=True)
+class ChatExample:
+    """A conversation.
+
+    Attributes:
+        messages: role and content of each turn; at least one is the assistant's.
+        where: ``FILE:LINE``, for messages.
+    """
+
+    messages: tuple[tuple[str, str], ...]
+    where: str
+
+
+@dataclass(frozen=True)
 class LabelledExample:
     """One line of a classifier's data.
 
     Attributes:
-        text: what is classified; not empty.
+        text: what is classified, not empty; of an image the path of its file.
         label: the name of its class.
         where: ``FILE:LINE``, for messages.
     """
@@ -58,196 +76,117 @@ class LabelledExample:
     where: str
 
 
-@dataclass(frozen=True)
-class TokenizedExample:
-    """One example as the model sees it.
-
-    Attributes:
-        input_ids: prompt and completion, special tokens included.
-        labels: the same length; ``IGNORED`` on the prompt, the token ids on the completion.
-        cut: tokens that were cut off at the end to respect ``max_length``.
-    """
-
-    input_ids: tuple[int, ...]
-    labels: tuple[int, ...]
-    cut: int
-
-    @property
-    def targets(self) -> int:
-        """How many tokens carry loss (a label at position 0 is never predicted)."""
-        return sum(label != IGNORED for label in self.labels[1:])
-
-
-@dataclass(frozen=True)
-class ClassifiedExample:
-    """One text as the model sees it.
-
-    Attributes:
-        input_ids: special tokens included.
-        type_ids: as long; all 0 for one text.
-        label: index of its class.
-        cut: tokens that were cut off to respect ``max_length``.
-    """
-
-    input_ids: tuple[int, ...]
-    type_ids: tuple[int, ...]
-    label: int
-    cut: int
-
-
-Tokenized = TokenizedExample | ClassifiedExample
+Row = Example | ChatExample | LabelledExample
 
 
 @dataclass(frozen=True)
 class DataFile:
-    """The lines of one file, in its order.
+    """The examples of one file, in its order.
 
     Attributes:
-        path: the file.
-        sha256: of its bytes.
-        examples: prompts and completions; empty for a classifier's data.
-        labelled: texts and labels; empty for a generator's data.
-        labels: the distinct labels, numbers by size and names by the alphabet.
+        path: the file, or the folder of images.
+        sha256: of its bytes; of a folder, of its files' names and bytes.
+        kind: what its lines are.
+        rows: the examples: of :class:`Example` for ``text`` and ``pair``.
+        labels: the distinct labels, numbers by size and names by the alphabet; empty for a
+            generator's data.
     """
 
     path: Path
     sha256: str
-    examples: tuple[Example, ...] = ()
-    labelled: tuple[LabelledExample, ...] = ()
+    kind: Kind
+    rows: tuple[Row, ...]
     labels: tuple[str, ...] = ()
 
 
-def read_data(path: Path) -> DataFile:
-    """Read a jsonl file; its first line says whether it is a generator's or a classifier's data.
+def read_data(path: Path, labels: Sequence[str] | None = None) -> DataFile:
+    """Read a jsonl or csv file; its first line says what kind of data it is.
 
-    Blank lines and other keys are passed over.
+    Blank lines and other fields are passed over. A file is csv if it is called so.
+
+    Args:
+        path: the file, UTF-8.
+        labels: of the data that was trained on; others are refused. ``None``: these are they.
 
     Raises:
         DataError: no such file, nothing in it, one label only, or a line that is not UTF-8, not a
-            JSON object, or lacks one of its two fields; the message names the first such line and
-            counts the others.
+            JSON object, or lacks a field; the message names the first such line and counts the
+            others.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be read: {error.strerror or error}", "Give a jsonl file."
-        ) from error
-    examples: list[Example] = []
-    labelled: list[LabelledExample] = []
+    content = _content(path)
+    parsed = _csv_rows if path.suffix.lower() == ".csv" else _json_rows
+    rows: list[Row] = []
     numbers: set[bool] = set()
     problems: list[str] = []
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if not line.strip():
-            continue
+    kind: Kind | None = None
+    for number, row in parsed(content):
         where = f"{path}:{number}"
         try:
-            row = _row(line)
-            keys = _keys(row, bool(labelled), bool(examples))
-            if keys == _PAIR:
-                examples.append(Example(*_texts(row, keys), where))
-            else:
-                is_number = _is_number(row["label"])
-                row["label"] = str(row["label"]) if is_number else row["label"]
-                labelled.append(LabelledExample(*_texts(row, keys), where))
-                numbers.add(is_number)
+            if isinstance(row, ValueError):
+                raise row
+            found = _kind(row, kind)
+            made, is_number = _row(found, row, where)
+            if labels is not None and isinstance(made, LabelledExample):
+                check_label(made.label, labels)
         except ValueError as error:
             problems.append(f"{where}: {error}")
+        else:
+            kind = found
+            rows.append(made)
+            numbers.add(is_number)
     if problems:
         more = f" (and {len(problems) - 1} more bad lines)" if len(problems) > 1 else ""
         raise DataError(problems[0] + more, _FORMAT_HINT)
-    if not examples and not labelled:
+    if kind is None:
         raise DataError(f"{path} holds no examples", _FORMAT_HINT)
-    labels = {example.label for example in labelled}
-    if labelled and (len(labels) < 2 or len(numbers) > 1):
-        what = "labels of two kinds, numbers and names" if len(numbers) > 1 else "one label only"
-        raise DataError(f"{path} holds {what}", "Give every class a label of its own, all alike.")
+    if path.suffix.lower() == ".csv":  # where numbers are texts too
+        numbers = {all(row.label.isdecimal() for row in rows if isinstance(row, LabelledExample))}
     return DataFile(
         path,
         hashlib.sha256(content).hexdigest(),
-        tuple(examples),
-        tuple(labelled),
-        tuple(sorted(labels, key=int if numbers == {True} else str)),
+        kind,
+        tuple(rows),
+        label_order(path, rows, numbers) if labels is None else tuple(labels),
     )
 
 
-def tokenize(
-    examples: Sequence[Example], tokenizer: Any, max_length: int
-) -> tuple[TokenizedExample, ...]:
-    """Encode examples: ``labels`` cover the completion and the end token that is put after it.
-
-    The prompt's tokens are found by encoding it alone, as it will be at inference; they must be the
-    first tokens of the whole, or the model would be trained on a boundary that it never meets.
+def label_order(path: Path, rows: Sequence[Row], numbers: set[bool]) -> tuple[str, ...]:
+    """The distinct labels in the order of the head's outputs; empty for a generator's data.
 
     Args:
-        examples: what :func:`read_data` read.
-        tokenizer: a transformers tokenizer with an end token.
-        max_length: tokens per example; what goes beyond is cut at the end.
+        path: for messages.
+        rows: the examples.
+        numbers: whether labels were numbers; both where some were and some were not.
 
     Raises:
-        DataError: no end token; a prompt whose tokens are not a prefix of the whole; an example
-            that has no target token left.
+        DataError: fewer than two labels, or numbers beside names.
     """
-    end = tokenizer.eos_token_id
-    if end is None:
+    found = {row.label for row in rows if isinstance(row, LabelledExample)}
+    if found and (len(found) < 2 or len(numbers) > 1):
+        what = "labels of two kinds, numbers and names" if len(numbers) > 1 else "one label only"
+        raise DataError(f"{path} holds {what}", "Give every class a label of its own, all alike.")
+    return tuple(sorted(found, key=int if numbers == {True} else str))
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
         raise DataError(
-            "the base's tokenizer has no end token, so a completion could not be ended",
-            "Set eos_token in the base's tokenizer_config.json.",
-        )
-    return tuple(_tokenize_one(example, tokenizer, end, max_length) for example in examples)
+            f"{path} cannot be read: {error.strerror or error}", "Give a jsonl or csv file."
+        ) from error
 
 
-def classify(
-    examples: Sequence[LabelledExample], labels: Sequence[str], tokenizer: Any, max_length: int
-) -> tuple[ClassifiedExample, ...]:
-    """Encode texts with the special tokens that the tokenizer puts around them.
-
-    Args:
-        examples: what :func:`read_data` read.
-        labels: the labels by index.
-        tokenizer: a transformers tokenizer.
-        max_length: tokens per text; what goes beyond is cut at its end, special tokens are kept.
-    """
-    index = {label: number for number, label in enumerate(labels)}
-    made = []
-    for example in examples:
-        whole = len(tokenizer(example.text, verbose=False)["input_ids"])
-        coded = tokenizer(example.text, truncation=True, max_length=max_length)
-        ids = tuple(coded["input_ids"])
-        types = tuple(coded.get("token_type_ids", (0,) * len(ids)))
-        made.append(ClassifiedExample(ids, types, index[example.label], whole - len(ids)))
-    return tuple(made)
+def _json_rows(content: bytes) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        if line.strip():
+            try:
+                yield number, _json(line)
+            except ValueError as error:
+                yield number, error
 
 
-def _tokenize_one(example: Example, tokenizer: Any, end: int, max_length: int) -> TokenizedExample:
-    prompt = _encode(tokenizer, example.prompt, end)
-    ids = _encode(tokenizer, example.prompt + example.completion, end)
-    if ids[: len(prompt)] != prompt:
-        raise DataError(
-            f"{example.where}: the tokenizer joins the end of the prompt to the completion's start",
-            "Put the space or line break between the two at the start of the completion.",
-        )
-    ids.append(end)
-    labels = [IGNORED] * len(prompt) + ids[len(prompt) :]
-    made = TokenizedExample(
-        tuple(ids[:max_length]), tuple(labels[:max_length]), max(0, len(ids) - max_length)
-    )
-    if made.targets == 0:
-        raise DataError(
-            f"{example.where}: no token of the completion is left within {max_length} tokens "
-            f"(the prompt has {len(prompt)})",
-            "Raise --max-length or shorten the prompt.",
-        )
-    return made
-
-
-def _encode(tokenizer: Any, text: str, end: int) -> list[int]:
-    # Some tokenizers put the end token after every text by themselves.
-    ids = list(tokenizer(text, truncation=False, verbose=False)["input_ids"])
-    return ids[:-1] if ids and ids[-1] == end and not text.endswith(tokenizer.eos_token) else ids
-
-
-def _row(line: bytes) -> dict[str, Any]:
+def _json(line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -261,31 +200,108 @@ def _row(line: bytes) -> dict[str, Any]:
     return row
 
 
-def _keys(row: dict[str, Any], labelled: bool, paired: bool) -> tuple[str, str]:
-    """The two fields of a line; those of the lines before it, where there are any."""
-    for keys, others in ((_PAIR, labelled), (_LABELLED, paired)):
-        if not others and all(key in row for key in keys):
-            return keys
-    allowed = [keys for keys, others in ((_PAIR, labelled), (_LABELLED, paired)) if not others]
-    wanted = " or ".join(f"{first!r} and {second!r}" for first, second in allowed)
-    raise ValueError(f"expected the keys {wanted}, got {', '.join(map(repr, row)) or 'none'}")
+def _csv_rows(content: bytes) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = content[: error.start]
+        byte = error.start - (before.rfind(b"\n") + 1)
+        yield before.count(b"\n") + 1, ValueError(f"not UTF-8 (byte {byte + 1} of the line)")
+        return
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    columns: list[str] | None = None
+    start = 1
+    try:
+        for cells in reader:
+            # A quoted cell may span lines; the row is named by its first.
+            number, start = start, reader.line_num + 1
+            if not any(cell.strip() for cell in cells):
+                continue
+            if columns is None:
+                columns = [cell.strip() for cell in cells]
+                if not any(all(key in columns for key in keys) for keys in KEYS.values()):
+                    yield number, ValueError(f"expected the columns {_wanted(None)}, got {columns}")
+                    return
+            elif len(cells) != len(columns):
+                yield number, ValueError(f"{len(cells)} cells, expected {len(columns)}")
+            else:
+                yield number, dict(zip(columns, cells, strict=True))
+    except csv.Error as error:
+        yield start, ValueError(f"not csv: {error}")
 
 
-def _is_number(label: Any) -> bool:
-    return isinstance(label, int) and not isinstance(label, bool)
+def _kind(row: Mapping[str, Any], before: Kind | None) -> Kind:
+    """The kind of a line: that of the lines before it, where there are any."""
+    for kind, keys in KEYS.items():
+        if before in (None, kind) and all(key in row for key in keys):
+            return kind
+    raise ValueError(
+        f"expected the keys {_wanted(before)}, got {', '.join(map(repr, row)) or 'none'}"
+    )
 
 
-def _texts(row: dict[str, Any], keys: tuple[str, str]) -> tuple[str, str]:
-    for key in keys:
-        if not isinstance(row[key], str):
-            raise ValueError(f"{key!r} is {type(row[key]).__name__}, expected a text")
+def _wanted(before: Kind | None) -> str:
+    return " or ".join(
+        " and ".join(map(repr, keys)) for kind, keys in KEYS.items() if before in (None, kind)
+    )
+
+
+def _row(kind: Kind, row: Mapping[str, Any], where: str) -> tuple[Row, bool]:
+    """The example of a line, and whether its label is a number."""
+    if kind == "chat":
+        return ChatExample(_messages(row["messages"]), where), False
+    if kind == "text":
+        return Example("", _text(row, "text"), where), False
+    if kind == "pair":
+        # A prompt may be empty: the model then writes from nothing.
+        prompt = _text(row, "prompt", empty=True)
+        return Example(prompt, _text(row, "completion"), where), False
+    is_number = isinstance(row["label"], int) and not isinstance(row["label"], bool)
+    label = str(row["label"]) if is_number else _text(row, "label")
+    return LabelledExample(_text(row, "text"), label, where), is_number
+
+
+def _messages(value: Any) -> tuple[tuple[str, str], ...]:
+    if isinstance(value, str):  # a cell of a csv file
         try:
-            row[key].encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{key!r} holds a lone surrogate, which is no text") from error
-    # A prompt may be empty: the model then writes from nothing.
-    for key in keys:
-        if not row[key] and key != "prompt":
-            raise ValueError(f"{key!r} is empty")
-    first, second = keys
-    return row[first], row[second]
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise ValueError("'messages' is a text that is not JSON") from error
+    if not isinstance(value, list) or not value:
+        raise ValueError("'messages' is not a list of turns, or an empty one")
+    turns = []
+    for index, turn in enumerate(value):
+        if not isinstance(turn, dict):
+            raise ValueError(f"message {index} is {type(turn).__name__}, expected an object")
+        if not {"role", "content"} <= set(turn):
+            raise ValueError(
+                f"message {index}: expected the keys 'role' and 'content', got "
+                f"{', '.join(map(repr, turn)) or 'none'}"
+            )
+        turns.append((_text(turn, "role"), _text(turn, "content", empty=True)))
+    if not any(role == "assistant" and content for role, content in turns):
+        raise ValueError("'messages' has no turn of the role 'assistant' that says anything")
+    return tuple(turns)
+
+
+def _text(row: Mapping[str, Any], key: str, *, empty: bool = False) -> str:
+    value = row[key]
+    if not isinstance(value, str):
+        raise ValueError(f"{key!r} is {type(value).__name__}, expected a text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{key!r} holds a lone surrogate, which is no text") from error
+    if not value and not empty:
+        raise ValueError(f"{key!r} is empty")
+    return value
+
+
+def check_label(label: str, labels: Sequence[str]) -> None:
+    """Refuse a label that was not trained on.
+
+    Raises:
+        ValueError: it is not among ``labels``.
+    """
+    if label not in labels:
+        raise ValueError(f"the label {label!r} is not among those trained: {', '.join(labels)}")

@@ -1,82 +1,100 @@
-"""``transformers.Trainer`` on tokenized examples: right padding, progress, the final loss."""
+"""``transformers.Trainer`` on tokenized examples: batches, loss, evaluation, checkpoints.
+
+Knows torch, transformers and token ids; knows nothing of files of data or of adapters' formats.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import math
-import tempfile
-import time
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft.optimizers import create_loraplus_optimizer
+from torch.nn.functional import cross_entropy
 from transformers import (
+    EarlyStoppingCallback,
     PrinterCallback,
     ProgressCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.integrations import TensorBoardCallback
 
-from lora_edge.errors import AdapterError
-from lora_edge.training.data import IGNORED, ClassifiedExample, Tokenized, TokenizedExample
+from lora_edge.errors import InterruptedRunError
+from lora_edge.training.batches import LengthGroups, collate, size_of
+from lora_edge.training.callbacks import Progress, Reporter, Stopper, diverged
+from lora_edge.training.devices import processes
+from lora_edge.training.head import TargetHead, predicting, target_logits
 from lora_edge.training.settings import Settings
+from lora_edge.training.tokens import PackedExample, Tokenized, TokenizedExample
 
 _REPORTS = 100  # how often a whole run reports
-_WARMUP = 0.03  # share of the steps
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run is.
-
-    Attributes:
-        step: optimizer steps done.
-        steps: optimizer steps of the whole run.
-        loss: mean loss per target token, or per text of a classifier (nats), since the last report.
-        tokens_per_second: tokens per second, padding not counted, since the run began.
-    """
-
-    step: int
-    steps: int
-    loss: float
-    tokens_per_second: float
+_SAVES = 10
+_LEAST_SAVE = 50  # steps
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to: optimizer steps, and the mean loss of its end (as in Progress)."""
+    """What a run came to.
+
+    Attributes:
+        steps: optimizer steps.
+        final_loss: mean loss of its end, as in :class:`~lora_edge.training.callbacks.Progress`.
+        best_step: the step whose weights were kept, where evaluations chose them.
+        evaluation: ``eval_loss``, ``eval_accuracy``, and ``eval_perplexity`` of a generator, of the
+            weights that were kept; empty without evaluation.
+    """
 
     steps: int
     final_loss: float
+    best_step: int | None
+    evaluation: dict[str, float]
 
 
-def collate(
-    examples: Sequence[Tokenized], pad_id: int, *, types: bool = False
-) -> dict[str, torch.Tensor]:
-    """``input_ids``, ``attention_mask`` ``[batch, seq] int64``, right-padded, and ``labels``.
+@dataclass(frozen=True)
+class Batches:
+    """How examples become batches; see :func:`~lora_edge.training.batches.collate`."""
 
-    ``labels`` is ``[batch, seq]``, or ``[batch]`` for a classifier; with ``types``, a classifier
-    also gets ``token_type_ids``.
-    """
-    width = max(len(example.input_ids) for example in examples)
+    pad_id: int
+    types: bool = False
+    pixels: Callable[[Sequence[str]], torch.Tensor] | None = None
 
-    def padded(rows: Sequence[tuple[int, ...]], fill: int) -> torch.Tensor:
-        return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
+    def __call__(self, examples: Sequence[Tokenized]) -> dict[str, torch.Tensor]:
+        """One batch, with the number of its tokens under ``tokens``."""
+        batch = collate(examples, self.pad_id, types=self.types, pixels=self.pixels)
+        return batch | {"tokens": torch.tensor(sum(map(size_of, examples)))}
 
-    batch = {
-        "input_ids": padded([example.input_ids for example in examples], pad_id),
-        "attention_mask": padded([(1,) * len(example.input_ids) for example in examples], 0),
+
+def steps_per_epoch(count: int, settings: Settings) -> int:
+    """Optimizer steps in one pass over ``count`` rows."""
+    batches = math.ceil(count / (settings.batch_size * processes()))
+    return max(1, math.ceil(batches / settings.accumulate))
+
+
+def steps_of(count: int, settings: Settings) -> int:
+    """Optimizer steps of a whole run on ``count`` rows."""
+    if settings.max_steps is not None:
+        return settings.max_steps
+    return max(1, math.ceil(settings.epochs * steps_per_epoch(count, settings)))
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The checkpoint of the most steps in a run's folder that was written whole."""
+    found = {
+        int(match[1]): path
+        for path in run.glob("checkpoint-*")
+        if (match := _CHECKPOINT.fullmatch(path.name)) and (path / "trainer_state.json").is_file()
     }
-    classified = [example for example in examples if isinstance(example, ClassifiedExample)]
-    if classified:
-        batch["labels"] = torch.tensor([example.label for example in classified])
-        if types:
-            batch["token_type_ids"] = padded([example.type_ids for example in classified], 0)
-    else:
-        paired = [example for example in examples if isinstance(example, TokenizedExample)]
-        batch["labels"] = padded([example.labels for example in paired], IGNORED)
-    return batch
+    return found[max(found)] if found else None
 
 
 def fit(
@@ -84,84 +102,261 @@ def fit(
     examples: Sequence[Tokenized],
     settings: Settings,
     *,
-    pad_id: int,
-    types: bool = False,
+    batches: Batches,
+    run: Path,
+    device: str = "cpu",
+    evaluation: Sequence[Tokenized] = (),
+    head: TargetHead | None = None,
+    resume: Path | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Outcome:
-    """Train ``model``'s trainable parameters in place, on the CPU; see :func:`collate`.
+    """Train ``model``'s trainable parameters in place.
+
+    Args:
+        model: PEFT's wrapper around the base.
+        examples: what is trained on.
+        settings: how.
+        batches: makes batches of examples.
+        run: folder for checkpoints and metrics.jsonl.
+        device: ``cpu`` or ``cuda``.
+        evaluation: what is evaluated on; the weights of the best evaluation are kept.
+        head: computes the output head on targets only; ``None``: the model's own loss is used.
+        resume: checkpoint to go on from.
+        progress: called about a hundred times.
 
     Raises:
         AdapterError: the loss or the weights are no longer finite.
+        InterruptedRunError: Ctrl-C or a polite kill; a checkpoint was written.
     """
-    steps = max(1, math.ceil(settings.epochs * math.ceil(len(examples) / settings.batch_size)))
-    tokens = sum(len(example.input_ids) for example in examples) / len(examples)
-    reporter = _Reporter(steps, tokens * settings.batch_size, progress)
-    with tempfile.TemporaryDirectory(prefix="lora-edge-train-") as scratch:
-        trainer = Trainer(
-            model=model,
-            args=TrainingArguments(
-                output_dir=scratch,
-                max_steps=steps,
-                per_device_train_batch_size=settings.batch_size,
-                learning_rate=settings.lr,
-                lr_scheduler_type="linear",
-                warmup_steps=math.ceil(_WARMUP * steps),
-                weight_decay=settings.weight_decay,
-                max_grad_norm=1.0,
-                logging_steps=max(1, steps // _REPORTS),
-                save_strategy="no",
-                report_to=[],
-                disable_tqdm=True,
-                remove_unused_columns=False,
-                dataloader_pin_memory=False,
-                use_cpu=True,
-                seed=settings.seed,
-            ),
-            train_dataset=list(examples),
-            data_collator=lambda batch: collate(batch, pad_id, types=types),
-            callbacks=[reporter],
+    steps = steps_of(len(examples), settings)
+    args = _arguments(settings, steps, len(examples), run, device, evaluated=bool(evaluation))
+    reporter = Reporter(run if args.process_index == 0 else None, progress)
+    stopper = Stopper()
+    callbacks: list[TrainerCallback] = [reporter, stopper]
+    writer = _tensorboard(run) if args.process_index == 0 else None
+    if settings.patience is not None:
+        callbacks.append(EarlyStoppingCallback(settings.patience))
+    if writer is not None:
+        callbacks.append(TensorBoardCallback(writer))
+    trainer = _Trainer(
+        model,
+        args,
+        settings,
+        head,
+        reporter,
+        train_dataset=list(examples),
+        eval_dataset=list(evaluation) or None,
+        data_collator=batches,
+        callbacks=callbacks,
+        compute_metrics=partial(_metrics, generates=_generates(examples)) if evaluation else None,
+    )
+    for noisy in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(noisy)
+    try:
+        with stopper.listening():
+            trainer.train(resume_from_checkpoint=str(resume) if resume is not None else None)
+    finally:
+        if writer is not None:
+            writer.close()  # else its thread goes on writing to a folder that may be gone
+    if stopper.asked and trainer.state.global_step < steps:
+        raise InterruptedRunError(
+            f"interrupted at step {trainer.state.global_step} of {steps}; the checkpoint "
+            f"{latest_checkpoint(run)} is kept",
+            "Give the same command with --resume to go on.",
         )
-        for noisy in (PrinterCallback, ProgressCallback):
-            trainer.remove_callback(noisy)
-        trainer.train()
     if any(not p.isfinite().all() for p in model.parameters() if p.requires_grad):
-        raise _diverged(steps, math.nan)
-    return Outcome(steps, reporter.loss)
+        raise diverged(trainer.state.global_step, math.nan)
+    best = trainer.state.best_global_step if evaluation else None
+    kept = reporter.evaluation
+    if best is not None:
+        kept = next(
+            {key: row[key] for key in _KEPT if key in row}
+            for row in trainer.state.log_history
+            if row["step"] == best and "eval_loss" in row
+        )
+    return Outcome(trainer.state.global_step, reporter.loss, best, kept)
 
 
-def _diverged(step: int, loss: float) -> AdapterError:
-    return AdapterError(f"training diverged by step {step} (loss {loss})", "Lower --lr.")
+_KEPT = ("eval_loss", "eval_perplexity", "eval_accuracy")
 
 
-class _Reporter(TrainerCallback):
-    """Passes the trainer's log on, and stops a run that has diverged."""
+def _arguments(
+    settings: Settings, steps: int, count: int, run: Path, device: str, *, evaluated: bool
+) -> TrainingArguments:
+    save_every = settings.save_every or max(_LEAST_SAVE, steps // _SAVES)
+    options: dict[str, Any] = {}
+    if evaluated:
+        every = settings.eval_every or steps_per_epoch(count, settings)
+        every = min(every, steps)
+        # The best weights can only be those of a checkpoint.
+        save_every = every
+        options = {
+            "eval_strategy": "steps",
+            "eval_steps": every,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "eval_loss",
+            "greater_is_better": False,
+        }
+    if settings.gradient_checkpointing:
+        # transformers 5 has a new name for it.
+        names = {field.name for field in dataclasses.fields(TrainingArguments)}
+        kind = "activation" if "activation_checkpointing" in names else "gradient"
+        options[f"{kind}_checkpointing"] = True
+        options[f"{kind}_checkpointing_kwargs"] = {"use_reentrant": False}
+    if processes() > 1:
+        options["ddp_backend"] = "gloo" if device == "cpu" else "nccl"
+        options["ddp_find_unused_parameters"] = False
+    made = TrainingArguments(
+        output_dir=str(run),
+        max_steps=steps,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulate,
+        learning_rate=settings.lr,
+        lr_scheduler_type=(
+            "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
+        ),
+        warmup_steps=math.ceil(settings.warmup * steps),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        logging_steps=max(1, steps // _REPORTS),
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=save_every,
+        save_total_limit=2,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device == "cuda",
+        use_cpu=device == "cpu",
+        bf16=settings.precision == "bf16",
+        fp16=settings.precision == "fp16",
+        seed=settings.seed,
+        full_determinism=settings.deterministic,
+        **options,
+    )
+    if processes() == 1 and device == "cuda":
+        made._n_gpu = 1  # else Trainer would split every batch over all devices in one process
+    return made
+
+
+def _tensorboard(run: Path) -> Any:
+    """A writer of TensorBoard's events; ``None`` where it is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(run / "tensorboard"))
+
+
+def _generates(examples: Sequence[Tokenized]) -> bool:
+    return isinstance(examples[0], (TokenizedExample, PackedExample))
+
+
+class _Trainer(Trainer):
+    """The Trainer, with the loss on targets, LoRA+, groups of like length, exact evaluation."""
 
     def __init__(
-        self, steps: int, tokens_per_step: float, progress: Callable[[Progress], None] | None
-    ) -> None:
-        self.loss = math.nan
-        self._steps = steps
-        self._tokens_per_step = tokens_per_step
-        self._progress = progress
-        self._started = time.monotonic()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        self._started = time.monotonic()
-
-    def on_log(
         self,
-        args: Any,  # noqa: ARG002
-        state: Any,
-        control: Any,  # noqa: ARG002
-        logs: dict[str, float] | None = None,
-        **_: Any,
+        model: Any,
+        args: TrainingArguments,
+        settings: Settings,
+        head: TargetHead | None,
+        reporter: Reporter,
+        **options: Any,
     ) -> None:
-        if logs is None or "loss" not in logs:
-            return
-        self.loss = float(logs["loss"])
-        if not math.isfinite(self.loss):
-            raise _diverged(state.global_step, self.loss)
-        if self._progress is not None:
-            seconds = max(time.monotonic() - self._started, 1e-9)
-            rate = state.global_step * self._tokens_per_step / seconds
-            self._progress(Progress(state.global_step, self._steps, self.loss, rate))
+        # A loss function makes Trainer count the targets of all accumulated batches and processes.
+        counted = _mean_over_all if head is not None or not settings.full_logits else None
+        super().__init__(model=model, args=args, compute_loss_func=counted, **options)
+        self._settings = settings
+        self._head = head
+        self._reporter = reporter
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._settings.group_by_length:
+            return super()._get_train_sampler(*args, **kwargs)
+        together = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        lengths = [size_of(example) for example in self.train_dataset]
+        return LengthGroups(lengths, together * self.args.world_size, self._settings.seed)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        ratio = self._settings.loraplus_ratio
+        if ratio == 1.0:
+            return super().create_optimizer(*args, **kwargs)
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        self.optimizer: Any = create_loraplus_optimizer(
+            self.model,
+            kind,
+            loraplus_lr_ratio=ratio,
+            loraplus_weight_decay=self.args.weight_decay,
+            **options,
+        )
+        return self.optimizer
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        self._reporter.tokens += int(inputs.pop("tokens"))
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if not torch.isfinite(loss):
+            raise diverged(self.state.global_step + 1, float(loss))
+        return loss
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        if self._head is None or return_outputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs.pop("labels")
+        logits, targets = target_logits(model, inputs, labels, self._head)
+        loss = cross_entropy(logits, targets, reduction="sum")
+        if num_items_in_batch is None:
+            return loss / len(targets)
+        # Gradients are averaged over the processes afterwards.
+        return loss / num_items_in_batch * self.accelerator.num_processes
+
+    def prediction_step(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,  # noqa: ARG002
+        ignore_keys: Any = None,  # noqa: ARG002
+    ) -> tuple[None, torch.Tensor, torch.Tensor]:
+        """For each example the sum of its losses, the count of its targets, and of those met."""
+        inputs = self._prepare_inputs({k: v for k, v in inputs.items() if k != "tokens"})
+        labels = inputs.pop("labels")
+        with torch.no_grad(), self.compute_loss_context_manager():
+            if labels.ndim == 1:
+                logits, targets = model(**inputs).logits.float(), labels
+                rows = torch.arange(len(labels), device=labels.device)
+            else:
+                logits, targets = target_logits(model, inputs, labels, self._head)
+                rows = predicting(labels).nonzero()[:, 0]
+            losses = cross_entropy(logits, targets, reduction="none").double()
+        sums = torch.zeros(len(labels), 3, dtype=torch.float64, device=labels.device)
+        met = (logits.argmax(-1) == targets).double()
+        sums.index_add_(0, rows, torch.stack([losses, torch.ones_like(losses), met], dim=1))
+        return None, sums, torch.zeros(len(labels), device=labels.device)
+
+
+def _mean_over_all(
+    outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None
+) -> torch.Tensor:
+    """Mean loss over the targets of all accumulated batches, the head computed everywhere."""
+    logits, targets = outputs.logits, labels
+    if labels.ndim == 2:
+        keep = predicting(labels)
+        logits, targets = logits[keep], labels[:, 1:][keep[:, :-1]]
+    loss = cross_entropy(logits.float(), targets, reduction="sum")
+    return loss / (len(targets) if num_items_in_batch is None else num_items_in_batch)
+
+
+def _metrics(predictions: Any, *, generates: bool) -> dict[str, float]:
+    """Over all targets of all examples, not the mean of batches' means."""
+    loss, count, met = predictions.predictions.sum(axis=0).tolist()
+    found = {"loss": loss / count, "accuracy": met / count}
+    if generates:
+        found["perplexity"] = math.exp(min(loss / count, 700.0))
+    return {f"eval_{key}": value for key, value in found.items()}

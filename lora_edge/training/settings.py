@@ -4,14 +4,30 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from lora_edge.errors import AdapterError
 
 ALL_LINEAR = "all-linear"
+BIASES = ("none", "all", "lora_only")
+INITS = ("default", "gaussian", "orthogonal", "pissa", "olora")
+CONVERTED_INITS = ("pissa", "olora")
+SCHEDULES = ("linear", "cosine", "constant")
+PRECISIONS = ("fp32", "bf16", "fp16")
+DEVICES = ("auto", "cpu", "cuda")
+BASE_FORMATS = ("fp32", "bf16", "4bit")
+
 _DEFAULT = "Correct it, or leave it out for the default."
+_CHOICES = {
+    "bias": BIASES,
+    "init": INITS,
+    "schedule": SCHEDULES,
+    "precision": PRECISIONS,
+    "device": DEVICES,
+    "base_format": BASE_FORMATS,
+}
 
 
 @dataclass(frozen=True)
@@ -24,58 +40,141 @@ class Settings:
         target_modules: ``all-linear`` (every linear layer but the output head), a tuple of module
             names (the ends of module paths), or a regex over whole module paths.
         rslora: scale by ``alpha / sqrt(rank)``.
+        dora: train a magnitude for each output besides (DoRA).
         rank_pattern: module name or regex -> rank, over ``rank``; the first match wins.
         alpha_pattern: module name or regex -> alpha, over ``alpha``; the first match wins.
         dropout: on the input of ``lora_A``, during training only.
+        bias: the base's biases that are trained: ``none``, ``all``, ``lora_only`` (those of the
+            adapted layers).
+        modules_to_save: names of modules that are trained whole.
+        layers: indices of the layers that are adapted; empty: all.
+        init: of the factors: ``default`` (A random, B = 0), ``gaussian``, ``orthogonal``, or
+            ``pissa`` and ``olora``, which start from the base's weights and are converted when they
+            are saved, at twice the rank, to a LoRA for the base as it was.
+        loraplus_ratio: learning rate of B over that of A (LoRA+); 1 is plain AdamW.
         epochs: passes over the data; fractions are allowed.
-        lr: peak learning rate of AdamW; 3 % linear warm-up, then linear decay to 0.
+        max_steps: optimizer steps, over ``epochs``.
+        lr: peak learning rate of AdamW.
+        schedule: after the warm-up: ``linear`` or ``cosine`` to 0, or ``constant``.
+        warmup: share of the steps in which the learning rate rises from 0.
         weight_decay: of AdamW, on both factors; keeps what training changes small.
-        batch_size: examples per step.
+        max_grad_norm: gradients are scaled down to this norm.
+        batch_size: examples (packed: rows) per forward pass and process.
+        accumulate: forward passes per optimizer step and process.
+        gradient_checkpointing: compute activations again in the backward pass: less memory.
+        precision: of the computation: ``fp32``, or autocast to ``bf16`` or ``fp16``.
+        base_format: of the frozen base: ``fp32``, ``bf16`` (half the memory), ``4bit`` (QLoRA).
+        device: ``cpu``, ``cuda``, or ``auto``: cuda where there is one.
         max_length: tokens per example, prompt and completion together; ``None``: the smaller of
             1024 and what the base's positions allow.
+        drop_too_long: leave out examples without a target within ``max_length``; else they are
+            refused.
+        packing: put several examples into one row of ``max_length``, each blind to the others.
+        group_by_length: put examples of like length into one batch.
+        full_logits: compute the output head on every position, as transformers does; else only
+            where there is a target.
+        eval_split: share of the data that is kept for evaluation, drawn by the seed.
+        eval_every: steps between evaluations; ``None``: once an epoch.
+        save_every: steps between checkpoints; ``None``: at evaluations, else each tenth of the
+            run, but not more often than every 50 steps.
+        patience: stop after so many evaluations without a better loss; ``None``: never.
         seed: of the initial weights, the order of the examples and the dropout.
+        deterministic: on CUDA, use deterministic algorithms only; a CPU does in any case.
     """
 
     rank: int = 8
     alpha: float = 16.0
     target_modules: str | tuple[str, ...] = ALL_LINEAR
     rslora: bool = False
+    dora: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     dropout: float = 0.0
+    bias: str = "none"
+    modules_to_save: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
+    init: str = "default"
+    loraplus_ratio: float = 1.0
     epochs: float = 3.0
+    max_steps: int | None = None
     lr: float = 2e-4
+    schedule: str = "linear"
+    warmup: float = 0.03
     weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
     batch_size: int = 8
+    accumulate: int = 1
+    gradient_checkpointing: bool = False
+    precision: str = "fp32"
+    base_format: str = "fp32"
+    device: str = "auto"
     max_length: int | None = None
+    drop_too_long: bool = False
+    packing: bool = False
+    group_by_length: bool = False
+    full_logits: bool = False
+    eval_split: float = 0.0
+    eval_every: int | None = None
+    save_every: int | None = None
+    patience: int | None = None
     seed: int = 0
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse values that cannot be meant.
+        """Refuse values that cannot be meant; lists become tuples.
 
         Raises:
             AdapterError: a value out of its range, or a pattern that is not a regex.
         """
-        for name, least in (("rank", 1), ("batch_size", 1), ("seed", 0)):
+        for name in ("target_modules", "modules_to_save", "layers"):
+            value = getattr(self, name)
+            if not isinstance(value, (str, tuple)):
+                object.__setattr__(self, name, tuple(value))
+        self._check_numbers()
+        self._check_words()
+        self._check_patterns()
+        self._check_together()
+
+    def _check_numbers(self) -> None:
+        for name, least in (("rank", 1), ("batch_size", 1), ("accumulate", 1), ("seed", 0)):
             _require(name, getattr(self, name), at_least=least)
+        for name in ("max_steps", "eval_every", "save_every", "patience"):
+            if getattr(self, name) is not None:
+                _require(name, getattr(self, name), at_least=1)
         if self.max_length is not None:
             _require("max_length", self.max_length, at_least=2)
-        for name in ("alpha", "epochs", "lr"):
+        for name in ("alpha", "epochs", "lr", "max_grad_norm", "loraplus_ratio"):
             _require_positive(name, getattr(self, name))
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0.0):
             raise AdapterError(
                 f"weight_decay is {self.weight_decay}, expected 0 or more",
                 "0 leaves it out; 0.01 to 0.1 is common.",
             )
-        if not 0.0 <= self.dropout < 1.0:
-            raise AdapterError(
-                f"dropout is {self.dropout}, expected 0 <= dropout < 1",
-                "0 leaves it out; 0.05 to 0.1 is common.",
-            )
+        for name, hint in (
+            ("dropout", "0 leaves it out; 0.05 to 0.1 is common."),
+            ("warmup", "0 leaves it out; 0.03 is the default."),
+            ("eval_split", "0 leaves it out; 0.1 keeps a tenth of the data."),
+        ):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise AdapterError(
+                    f"{name} is {getattr(self, name)}, expected 0 <= {name} < 1", hint
+                )
         for key, rank in self.rank_pattern.items():
             _require(f"rank_pattern[{key!r}]", rank, at_least=1)
         for key, alpha in self.alpha_pattern.items():
             _require_positive(f"alpha_pattern[{key!r}]", alpha)
+        for layer in self.layers:
+            _require("a layer", layer, at_least=0)
+
+    def _check_words(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise AdapterError(
+                    f"{name} is {getattr(self, name)!r}, expected one of {', '.join(choices)}",
+                    _DEFAULT,
+                )
+
+    def _check_patterns(self) -> None:
         if not self.target_modules:
             raise AdapterError(
                 "target_modules is empty", "Leave it out to adapt every linear layer."
@@ -92,12 +191,68 @@ class Settings:
                     "Quote it for the shell, and write a literal dot as \\. in a pattern.",
                 ) from error
 
+    def _check_together(self) -> None:
+        if self.layers and isinstance(self.target_modules, str) and not self.all_linear:
+            raise AdapterError(
+                "layers are given beside a regex of target modules, which has them already",
+                "Put the layers into the regex, or give names.",
+            )
+        patterns = self.rank_pattern or self.alpha_pattern
+        if self.init in CONVERTED_INITS and self.rslora and patterns:
+            raise AdapterError(
+                f"init is {self.init} with rsLoRA and patterns, which PEFT cannot convert back",
+                "Leave out one of them.",
+            )
+        if self.init in CONVERTED_INITS and (self.dora or self.base_format == "4bit"):
+            other = "DoRA" if self.dora else "a 4-bit base"
+            raise AdapterError(
+                f"init is {self.init} with {other}, which cannot be converted back",
+                "Leave out one.",
+            )
+        if self.packing and self.group_by_length:
+            raise AdapterError(
+                "packing and group_by_length are both set; packed rows are all as long",
+                "Give one of them.",
+            )
+
+    @property
+    def all_linear(self) -> bool:
+        """Every linear layer but the output head is adapted."""
+        return self.target_modules == ALL_LINEAR
+
     def to_json(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
         values = asdict(self)
-        if isinstance(self.target_modules, tuple):
-            values["target_modules"] = list(self.target_modules)
+        for name, value in values.items():
+            if isinstance(value, tuple):
+                values[name] = list(value)
         return values
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> Settings:
+        """The settings of a record; what it does not know is as transformers has it.
+
+        Raises:
+            AdapterError: it holds something that is no setting.
+        """
+        known = {one.name for one in fields(Settings)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise AdapterError(
+                f"the record has settings that this release does not know: {', '.join(unknown)}",
+                "Update lora-edge.",
+            )
+        # Records of release 0.1 know no full_logits; there, it was how things were.
+        return Settings(**{"full_logits": True, **values})
+
+
+def changed(one: Settings, other: Settings) -> Sequence[str]:
+    """Names of the settings in which two differ."""
+    return [
+        entry.name
+        for entry in fields(Settings)
+        if getattr(one, entry.name) != getattr(other, entry.name)
+    ]
 
 
 def _require(name: str, value: int, *, at_least: int) -> None:

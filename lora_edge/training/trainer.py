@@ -2,38 +2,71 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
+import contextlib
+import dataclasses
 import os
-import platform
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_edge.base import Base, resolve_base
 from lora_edge.bundle import staging
-from lora_edge.errors import BaseModelError, MissingDependencyError
+from lora_edge.errors import AdapterError, BundleError, MissingDependencyError
 from lora_edge.quiet import quiet
-from lora_edge.tasks import Task
-from lora_edge.training.data import (
-    DataFile,
-    Tokenized,
-    TokenizedExample,
-    classify,
-    read_data,
-    tokenize,
+from lora_edge.refusals import Mode, Refusal
+from lora_edge.training.data import DataFile
+from lora_edge.training.images import read_source
+from lora_edge.training.record import (
+    PLOT_NAME,
+    RECORD_NAME,
+    RECORD_VERSION,
+    Recipe,
+    card,
+    file_sha256,
+    plot,
+    read_recipe,
+    versions,
+    write_json,
 )
-from lora_edge.training.settings import ALL_LINEAR, Settings
+from lora_edge.training.settings import Settings, changed
 
 if TYPE_CHECKING:
-    from lora_edge.training.loop import Outcome, Progress
+    from lora_edge.training.callbacks import Progress
+    from lora_edge.training.estimate import Memory
+    from lora_edge.training.loop import Outcome
+    from lora_edge.training.prepare import Prepared
 
-RECORD_NAME = "training.json"
-RECORD_VERSION = 1
 CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+RUN_NAME = "run.json"
 
-_DEFAULT_LENGTH = 1024
-_LIBRARIES = ("lora-edge", "torch", "transformers", "peft", "accelerate")
+Notify = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do, found without a step of it.
+
+    Attributes:
+        parameters: of the base.
+        trainable: that would be trained.
+        modules: paths of the modules that get factors.
+        memory: bytes that the run would hold.
+        steps: optimizer steps.
+        modes: mode of export -> the reasons why it would refuse the adapter; none: it takes it.
+        base: why export's own backend refuses the base's architecture, if it does.
+    """
+
+    parameters: int
+    trainable: int
+    modules: tuple[str, ...]
+    memory: Memory
+    steps: int
+    modes: Mapping[Mode, tuple[Refusal, ...]]
+    base: Refusal | None
 
 
 def train(
@@ -41,42 +74,36 @@ def train(
     data: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
-    rank: int = 8,
-    alpha: float = 16.0,
-    target_modules: str | Sequence[str] | None = None,
-    rslora: bool = False,
-    rank_pattern: Mapping[str, int] | None = None,
-    alpha_pattern: Mapping[str, float] | None = None,
-    dropout: float = 0.0,
-    epochs: float = 3.0,
-    lr: float = 2e-4,
-    weight_decay: float = 0.0,
-    batch_size: int = 8,
-    max_length: int | None = None,
-    seed: int = 0,
+    evaluation: str | os.PathLike[str] | None = None,
+    settings: Settings | None = None,
+    resume: bool = False,
     force: bool = False,
     progress: Callable[[Progress], None] | None = None,
-    notify: Callable[[str], None] | None = None,
+    notify: Notify | None = None,
+    **options: Any,
 ) -> Path:
-    """Train a LoRA adapter on prompts and completions, or on texts and labels; float32, CPU.
+    """Train a LoRA adapter on texts, on prompts and completions, on chats, or on labelled texts.
 
-    With prompts, the loss is on the completion and the end token after it. With labels, the adapter
-    also carries the classifier's head, and the record names the labels in the head's order. The
-    same arguments on the same machine give the same bytes. Written are PEFT's own
-    ``adapter_config.json`` and ``adapter_model.safetensors``, and ``training.json``, the record of
-    the run.
+    The loss is on completions, or the assistant's turns, and the end token after them. With labels,
+    the adapter also carries the classifier's head, and the record names the labels in the head's
+    order. The same arguments on the same machine give the same adapter. Written are PEFT's own
+    ``adapter_config.json`` and ``adapter_model.safetensors``, the record of the run
+    ``training.json``, ``metrics.jsonl``, ``loss.png`` and a model card. Until then, checkpoints are
+    in ``OUTPUT.run`` beside the output.
 
     Args:
-        base: folder or hub id of a causal language model; of any text model, with or without a
-            head, for labels.
-        data: jsonl file of ``{"prompt": …, "completion": …}`` or of ``{"text": …, "label": …}``.
+        base: folder or hub id of a causal language model; of any text model, or vision model for
+            images, with or without a head, for labels.
+        data: jsonl or csv file of ``{"text"}``, ``{"prompt", "completion"}``, ``{"messages"}``, or
+            of ``{"text", "label"}``; or a folder of images, ``FOLDER/LABEL/IMAGE``.
         output: the adapter's folder; made whole or not at all.
-        target_modules: ``None`` for every linear layer but the output head, a list of module names,
-            or a regex over whole module paths. Other options: see
-            :class:`~lora_edge.training.settings.Settings`.
-        force: replace ``output`` if it holds an adapter.
+        evaluation: another such file; the weights that do best on it are kept.
+        settings: how to train; ``options`` go over them.
+        resume: go on from the latest checkpoint of an interrupted run with the same arguments.
+        force: replace ``output`` if it holds an adapter, and forget an interrupted run.
         progress: called about a hundred times during the run.
-        notify: called with one-line remarks on the data before the run.
+        notify: called with one-line remarks before the run.
+        options: fields of :class:`~lora_edge.training.settings.Settings`.
 
     Returns:
         ``output``.
@@ -84,189 +111,308 @@ def train(
     Raises:
         DataError: the data cannot be read or used.
         BaseModelError: the base cannot be read or used.
-        AdapterError: an option that cannot be meant, or a run that diverged.
-        BundleError: ``output`` is in the way.
+        AdapterError: an option that cannot be meant, an adapter that no mode of export would take,
+            or a run that diverged.
+        BundleError: ``output`` is in the way, or an interrupted run is.
         MissingDependencyError: ``lora-edge[train]`` is not installed.
+        InterruptedRunError: Ctrl-C or a polite kill; a checkpoint is kept.
     """
-    if target_modules is None:
-        target_modules = ALL_LINEAR
-    settings = Settings(
-        rank=rank,
-        alpha=alpha,
-        target_modules=target_modules if isinstance(target_modules, str) else tuple(target_modules),
-        rslora=rslora,
-        rank_pattern=dict(rank_pattern or {}),
-        alpha_pattern=dict(alpha_pattern or {}),
-        dropout=dropout,
-        epochs=epochs,
-        lr=lr,
-        weight_decay=weight_decay,
-        batch_size=batch_size,
-        max_length=max_length,
-        seed=seed,
-    )
+    chosen = _settings(settings, options, evaluation)
     target = Path(output)
-    with staging(target, force=force, marker=CONFIG_NAME) as stage:
-        source = read_data(Path(data))
+    run = target.parent / f"{target.name}.run"
+    device = _check_environment(chosen)
+    from lora_edge.training.devices import memory_errors, process
+    from lora_edge.training.loop import fit
+
+    main = process() == 0
+    tell = notify if notify is not None and main else lambda _: None
+    with _staged(target, force, main=main) as stage, _one_process_group():
+        source, judged = _read(data, evaluation)
         found = resolve_base(base)
-        _run(found, source, settings, stage, progress=progress, notify=notify or (lambda _: None))
+        header = _header(found, source, judged, chosen)
+        checkpoint = _open_run(run, header, resume=resume, force=force, main=main)
+        with quiet(only=()), _closing(run, main=main), memory_errors(chosen):
+            from lora_edge.training.prepare import (
+                base_refusal,
+                export_modes,
+                keep_start,
+                prepare,
+            )
+
+            prepared = prepare(found, source, judged, chosen, device, tell)
+            _refuse_useless(export_modes(prepared, chosen, stage))
+            refused = base_refusal(found, prepared.task)
+            if refused is not None:
+                tell(f"export will refuse this base: {refused.message} → {refused.hint}")
+            start = keep_start(prepared, chosen, stage)
+            if checkpoint is not None:
+                tell(f"going on from {checkpoint}")
+            outcome = fit(
+                prepared.model,
+                prepared.rows,
+                chosen,
+                batches=prepared.batches,
+                run=run,
+                device=device,
+                evaluation=prepared.evaluation,
+                head=prepared.head,
+                resume=checkpoint,
+                progress=progress if main else None,
+            )
+            if main:
+                _write(stage, run, header, prepared, outcome, chosen, start, tell)
+    if main:
+        shutil.rmtree(run, ignore_errors=True)
     return target
 
 
-def _run(
-    base: Base,
-    source: DataFile,
-    settings: Settings,
-    stage: Path,
+def plan(
+    base: str | os.PathLike[str],
+    data: str | os.PathLike[str],
     *,
-    progress: Callable[[Progress], None] | None,
-    notify: Callable[[str], None],
-) -> None:
+    evaluation: str | os.PathLike[str] | None = None,
+    settings: Settings | None = None,
+    notify: Notify | None = None,
+    **options: Any,
+) -> Plan:
+    """What :func:`train` would do with these arguments; loads the base, trains nothing.
+
+    Raises:
+        DataError, BaseModelError, AdapterError, MissingDependencyError: as :func:`train`.
+    """
+    chosen = _settings(settings, options, evaluation)
+    device = _check_environment(chosen)
+    from lora_edge.training.devices import memory_errors
+    from lora_edge.training.estimate import estimate
+    from lora_edge.training.loop import steps_of
+    from lora_edge.training.lora import adapted_paths
+    from lora_edge.training.prepare import base_refusal, export_modes, prepare
+
+    source, judged = _read(data, evaluation)
+    found = resolve_base(base)
+    with quiet(only=()), memory_errors(chosen), tempfile.TemporaryDirectory() as scratch:
+        prepared = prepare(found, source, judged, chosen, device, notify or (lambda _: None))
+        trainable, total = prepared.model.get_nb_trainable_parameters()
+        return Plan(
+            parameters=total - trainable,
+            trainable=trainable,
+            modules=tuple(adapted_paths(prepared.model)),
+            memory=estimate(prepared.model, prepared.rows, chosen, prepared.batches, prepared.head),
+            steps=steps_of(len(prepared.rows), chosen),
+            modes=export_modes(prepared, chosen, Path(scratch)),
+            base=base_refusal(found, prepared.task),
+        )
+
+
+def _settings(
+    settings: Settings | None, options: Mapping[str, Any], evaluation: object
+) -> Settings:
+    given = dict(options)
+    if given.get("target_modules", "") is None:
+        del given["target_modules"]
+    chosen = dataclasses.replace(settings or Settings(), **given)
+    evaluated = evaluation is not None or chosen.eval_split
+    if evaluation is not None and chosen.eval_split:
+        raise AdapterError(
+            "a file to evaluate on and eval_split are both given", "Give one of them."
+        )
+    for name in ("eval_every", "patience"):
+        if getattr(chosen, name) is not None and not evaluated:
+            raise AdapterError(
+                f"{name} is set, and there is nothing to evaluate on",
+                "Give --eval DATA or --eval-split SHARE.",
+            )
+    if chosen.save_every is not None and evaluated:
+        raise AdapterError(
+            "save_every is set beside an evaluation, which writes a checkpoint each time, so that "
+            "the best weights are kept",
+            "Use --eval-every.",
+        )
+    return chosen
+
+
+def _check_environment(settings: Settings) -> str:
     try:
         import accelerate  # noqa: F401  Trainer imports it late, with a longer message
-        from transformers import set_seed
+        import peft  # noqa: F401
 
-        from lora_edge.training.loop import fit
-        from lora_edge.training.model import add_lora, load_model, load_tokenizer
+        from lora_edge.training.devices import choose_device
     except ImportError as error:
         raise MissingDependencyError(
             f"training needs {error.name}", "Install it with: pip install 'lora-edge[train]'."
         ) from error
-    with quiet(only=()):
-        tokenizer = load_tokenizer(base)
-        length = _max_length(base, settings)
-        task = Task("text-classification", len(source.labels)) if source.labels else None
-        examples: Sequence[Tokenized]
-        if task is None:
-            examples = tokenize(source.examples, tokenizer, length)
-        else:
-            length = min(length, tokenizer.model_max_length)
-            examples = classify(source.labelled, source.labels, tokenizer, length)
-        _check_vocabulary(base, examples)
-        _remark(examples, length, notify)
-        model = load_model(base, task)
-        set_seed(settings.seed)
-        wrapped = add_lora(model, settings, base.name_or_path, task)
-        pad = tokenizer.pad_token_id
-        if pad is None:
-            pad = tokenizer.eos_token_id
-        if task is not None and model.config.pad_token_id is None:
-            model.config.pad_token_id = pad  # by which a decoder finds a row's last token
-        outcome = fit(
-            wrapped,
-            examples,
-            settings,
-            pad_id=pad,
-            types="token_type_ids" in tokenizer.model_input_names,
-            progress=progress,
-        )
-        trainable, _ = wrapped.get_nb_trainable_parameters()
-        wrapped.save_pretrained(stage, save_embedding_layers=False)
-    (stage / "README.md").unlink(missing_ok=True)  # PEFT's form with nothing filled in
-    _settle_order(stage / CONFIG_NAME, settings)
-    record = _record(base, source, examples, settings, outcome=outcome, trainable=trainable)
-    (stage / RECORD_NAME).write_text(
-        json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    return choose_device(settings)
 
 
-def _max_length(base: Base, settings: Settings) -> int:
-    positions = base.config.get("max_position_embeddings") or base.config.get("n_positions")
-    if settings.max_length is None:
-        return min(_DEFAULT_LENGTH, positions or _DEFAULT_LENGTH)
-    if positions and settings.max_length > positions:
-        raise BaseModelError(
-            f"max_length is {settings.max_length}, but {base.name_or_path} has "
-            f"{positions} positions",
-            f"Give --max-length {positions} or less.",
-        )
-    return settings.max_length
+def _read(
+    data: str | os.PathLike[str], evaluation: str | os.PathLike[str] | None
+) -> tuple[DataFile, DataFile | None]:
+    source = read_source(Path(data))
+    if evaluation is None:
+        return source, None
+    return source, read_source(Path(evaluation), source.labels or None)
 
 
-def _check_vocabulary(base: Base, examples: Sequence[Tokenized]) -> None:
-    size = base.config.get("vocab_size")
-    highest = max(max(example.input_ids) for example in examples)
-    if size is not None and highest >= size:
-        raise BaseModelError(
-            f"{base.name_or_path}: its tokenizer makes token {highest}, but vocab_size is {size}",
-            "The tokenizer belongs to another model, or the embeddings must be resized first.",
-        )
+@contextlib.contextmanager
+def _staged(target: Path, force: bool, *, main: bool) -> Iterator[Path]:
+    if main:
+        with staging(target, force=force, marker=CONFIG_NAME) as stage:
+            yield stage
+    else:  # the other processes of a run write nothing
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch)
 
 
-def _remark(examples: Sequence[Tokenized], length: int, notify: Callable[[str], None]) -> None:
-    lengths = sorted(len(example.input_ids) for example in examples)
-    targets = _targets(examples)
-    notify(
-        f"{len(examples)} examples, {sum(lengths)} tokens, "
-        + (f"{targets} of them with loss; " if targets else "one label each; ")
-        + f"lengths {lengths[0]} to {lengths[-1]}, median {lengths[len(lengths) // 2]}"
-    )
-    cut = [example.cut for example in examples if example.cut]
-    if cut:
-        notify(f"{len(cut)} examples lost their ends to max_length {length} ({sum(cut)} tokens)")
+@contextlib.contextmanager
+def _one_process_group() -> Iterator[None]:
+    import torch
+
+    yield
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
-def _targets(examples: Sequence[Tokenized]) -> int:
-    """Tokens that carry loss; 0 for a classifier."""
-    return sum(example.targets for example in examples if isinstance(example, TokenizedExample))
-
-
-def _settle_order(config_file: Path, settings: Settings) -> None:
-    config = json.loads(config_file.read_text(encoding="utf-8"))
-    # PEFT writes a set in the order of the process's string hashes, which differs from run to run.
-    for field in ("target_modules", "modules_to_save"):
-        if isinstance(config[field], list):
-            config[field] = sorted(config[field])
-    # PEFT sorts the patterns' keys, and the first match wins: sorted, they can mean something else.
-    for option, given in (
-        ("rank_pattern", settings.rank_pattern),
-        ("alpha_pattern", settings.alpha_pattern),
-    ):
-        config[option] = {key: config[option][key] for key in given}
-    config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _record(
-    base: Base,
-    source: DataFile,
-    examples: Sequence[Tokenized],
-    settings: Settings,
-    *,
-    outcome: Outcome,
-    trainable: int,
+def _header(
+    base: Base, source: DataFile, judged: DataFile | None, settings: Settings
 ) -> dict[str, Any]:
-    labels = {"labels": list(source.labels)} if source.labels else {}
-    return {
+    """What is known of a run before it begins."""
+    header: dict[str, Any] = {
         "record_version": RECORD_VERSION,
         "base": base.name_or_path,
         "base_fingerprint": base.fingerprint(),
-        **labels,
-        "data": {
-            "file": source.path.name,
-            "sha256": source.sha256,
-            "examples": len(examples),
-            "tokens": sum(len(example.input_ids) for example in examples),
-            "target_tokens": _targets(examples),
-            "examples_cut": sum(example.cut > 0 for example in examples),
-        },
-        "settings": settings.to_json(),
-        "result": {
-            "steps": outcome.steps,
-            "final_loss": outcome.final_loss,
-            "trainable_parameters": trainable,
-        },
-        "versions": {"python": platform.python_version(), **_versions()},
+    }
+    if source.labels:
+        header["labels"] = list(source.labels)
+    header["data"] = _named(source)
+    if judged is not None:
+        header["evaluation"] = _named(judged)
+    return header | {"settings": settings.to_json(), "versions": versions()}
+
+
+def _named(source: DataFile) -> dict[str, Any]:
+    return {
+        "path": str(source.path),
+        "file": source.path.name,
+        "kind": source.kind,
+        "sha256": source.sha256,
     }
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for library in _LIBRARIES:
-        try:
-            found[library] = importlib.metadata.version(library)
-        except importlib.metadata.PackageNotFoundError:
-            # Run from a checkout that is not installed.
-            from lora_edge import __version__
+def _open_run(
+    run: Path, header: Mapping[str, Any], *, resume: bool, force: bool, main: bool
+) -> Path | None:
+    """Make the run's folder, or find its latest checkpoint."""
+    from lora_edge.training.loop import latest_checkpoint
 
-            found[library] = __version__
-    return found
+    checkpoint = latest_checkpoint(run)
+    if resume:
+        if checkpoint is None:
+            raise BundleError(f"{run} has no checkpoint to go on from", "Leave out --resume.")
+        _check_same(read_recipe(run / RUN_NAME), header, run)
+        return checkpoint
+    if not main:
+        return None
+    if checkpoint is not None and not force:
+        raise BundleError(
+            f"{run} holds an interrupted run, up to {checkpoint.name}",
+            "Give --resume to go on with it, or --force to begin anew.",
+        )
+    shutil.rmtree(run, ignore_errors=True)
+    run.mkdir(parents=True)
+    write_json(run / RUN_NAME, header)
+    return None
+
+
+def _check_same(before: Recipe, header: Mapping[str, Any], run: Path) -> None:
+    now = Settings.from_json(header["settings"])
+    differing = list(changed(before.settings, now))
+    if before.base_fingerprint != header["base_fingerprint"]:
+        differing.append("base")
+    if before.data_sha256 != header["data"]["sha256"]:
+        differing.append("data")
+    if before.evaluation_sha256 != header.get("evaluation", {}).get("sha256"):
+        differing.append("evaluation")
+    if differing:
+        raise AdapterError(
+            f"{run} was begun with another {' and '.join(differing)}",
+            "Resume with the same arguments, or begin anew with --force.",
+        )
+
+
+@contextlib.contextmanager
+def _closing(run: Path, *, main: bool) -> Iterator[None]:
+    """Leave a run's folder only if there is a checkpoint in it."""
+    from lora_edge.training.loop import latest_checkpoint
+
+    try:
+        yield
+    except BaseException:
+        if main and latest_checkpoint(run) is None:
+            shutil.rmtree(run, ignore_errors=True)
+        raise
+
+
+def _refuse_useless(modes: Mapping[Mode, tuple[Refusal, ...]]) -> None:
+    """Refuse to spend hours on an adapter that no mode of export would take."""
+    if all(modes.values()):
+        refusal = next(iter(modes.values()))[0]
+        raise AdapterError(
+            f"no mode of export would take this adapter: {refusal.message}", refusal.hint
+        )
+
+
+def _write(
+    stage: Path,
+    run: Path,
+    header: Mapping[str, Any],
+    prepared: Prepared,
+    outcome: Outcome,
+    settings: Settings,
+    start: Path | None,
+    notify: Notify,
+) -> None:
+    from lora_edge.training.callbacks import METRICS_NAME, read_metrics
+    from lora_edge.training.lora import save_adapter
+
+    save_adapter(prepared.model, stage, settings, start)
+    if start is not None:
+        shutil.rmtree(start)
+    record = _record(header, prepared, outcome, stage)
+    write_json(stage / RECORD_NAME, record)
+    (stage / "README.md").write_text(card(record), encoding="utf-8")
+    if (run / METRICS_NAME).is_file():
+        shutil.copy(run / METRICS_NAME, stage / METRICS_NAME)
+    if (run / "tensorboard").is_dir():
+        shutil.copytree(run / "tensorboard", stage / "tensorboard")
+    if not plot(read_metrics(stage / METRICS_NAME), stage / PLOT_NAME):
+        notify("no loss.png: it needs matplotlib (pip install 'lora-edge[train]')")
+
+
+def _record(
+    header: Mapping[str, Any], prepared: Prepared, outcome: Outcome, stage: Path
+) -> dict[str, Any]:
+    from lora_edge.training.batches import size_of
+    from lora_edge.training.prepare import cut_counts, target_count
+
+    record = dict(header)
+    record["data"] = {
+        **header["data"],
+        "examples": len(prepared.examples),
+        "tokens": sum(map(size_of, prepared.examples)),
+        "target_tokens": target_count(prepared.examples),
+        "examples_cut": len(cut_counts(prepared.examples)),
+        "examples_dropped": prepared.dropped,
+        "rows": len(prepared.rows),
+    }
+    if "evaluation" in header:
+        record["evaluation"] = {**header["evaluation"], "examples": len(prepared.evaluation)}
+    trainable, _ = prepared.model.get_nb_trainable_parameters()
+    record["result"] = {
+        "steps": outcome.steps,
+        "final_loss": outcome.final_loss,
+        "best_step": outcome.best_step,
+        "evaluation": outcome.evaluation,
+        "trainable_parameters": trainable,
+        "adapter_sha256": file_sha256(stage / WEIGHTS_NAME),
+    }
+    return record

@@ -16,9 +16,10 @@ from lora_edge.base import resolve_base
 from lora_edge.errors import BaseModelError, DataError, UnsupportedModelError
 from lora_edge.tasks import Task, fresh_head
 from lora_edge.training import train
-from lora_edge.training.data import classify, read_data
-from lora_edge.training.loop import collate
+from lora_edge.training.batches import collate
+from lora_edge.training.data import read_data
 from lora_edge.training.model import load_model, load_tokenizer
+from lora_edge.training.tokens import classify
 
 QUICK: dict[str, Any] = {"epochs": 2, "batch_size": 2, "lr": 1e-2, "rank": 3, "alpha": 5.0}
 ROWS = [("one and two", "small"), ("ninety nine", "big"), ("three", "small"), ("eleven", "middle")]
@@ -60,8 +61,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
 def test_labels_are_sorted_as_what_they_are(tmp_path: Path, labelled: Path) -> None:
     read = read_data(labelled)
     assert read.labels == ("big", "middle", "small")
-    assert [(x.text, x.label) for x in read.labelled] == ROWS
-    assert read.examples == ()
+    assert [(x.text, x.label) for x in read.rows] == ROWS
     numbers = [{"text": "a", "label": n} for n in (10, 9, 10)]
     assert read_data(write(tmp_path / "numbers.jsonl", numbers)).labels == ("9", "10")
 
@@ -82,7 +82,11 @@ def test_labels_are_sorted_as_what_they_are(tmp_path: Path, labelled: Path) -> N
             [{"prompt": "b", "completion": "y"}, {"text": "a", "label": "x"}],
             ":2: expected the keys 'prompt' and 'completion', got 'text', 'label'",
         ),
-        ([{"text": "a"}], "'prompt' and 'completion' or 'text' and 'label', got 'text'"),
+        ([{"txt": "a"}], "'prompt' and 'completion' or 'text' and 'label' or 'text', got 'txt'"),
+        (
+            [{"text": "a", "label": "x"}, {"text": "b"}],
+            ":2: expected the keys 'text' and 'label', got 'text'",
+        ),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, rows: list[Any], message: str) -> None:
@@ -143,7 +147,7 @@ def test_what_was_learnt_is_in_the_adapter(encoder: Path, labelled: Path, tmp_pa
     task = Task("text-classification", 3)
     tokenizer = load_tokenizer(found)
     read = read_data(labelled)
-    batch = collate(classify(read.labelled, read.labels, tokenizer, 32), tokenizer.pad_token_id)
+    batch = collate(classify(read.rows, read.labels, tokenizer, 32), tokenizer.pad_token_id)
     wanted = batch.pop("labels")
     with torch.inference_mode():
         trained = PeftModel.from_pretrained(load_model(found, task), made).eval()

@@ -17,9 +17,11 @@ import lora_edge
 from lora_edge.base import resolve_base
 from lora_edge.errors import AdapterError, BaseModelError, BundleError, LoraEdgeError
 from lora_edge.training import train
-from lora_edge.training.data import read_data, tokenize
-from lora_edge.training.loop import Progress, collate
+from lora_edge.training.batches import collate
+from lora_edge.training.callbacks import Progress
+from lora_edge.training.data import read_data
 from lora_edge.training.model import load_model, load_tokenizer
+from lora_edge.training.tokens import tokenize
 
 QUICK: dict[str, Any] = {"epochs": 2, "batch_size": 2, "lr": 1e-2, "rank": 3, "alpha": 5.0}
 
@@ -36,7 +38,7 @@ def hash_of(adapter: Path) -> str:
 def logits_gradient(base: Path, data: Path, *, on_everything: bool = False) -> tuple[Any, Any]:
     """Gradient of the loss with respect to the logits, and which positions predict a target."""
     found = resolve_base(base)
-    examples = tokenize(read_data(data).examples, load_tokenizer(found), 64)
+    examples = tokenize(read_data(data).rows, load_tokenizer(found), 64)
     batch = collate(examples, pad_id=256)
     predicts = torch.zeros_like(batch["labels"], dtype=torch.bool)
     predicts[:, :-1] = batch["labels"][:, 1:] != -100
@@ -57,7 +59,7 @@ def test_no_gradient_reaches_prompt_or_padding_positions(base: Path, data: Path)
 
 
 def test_padding_is_on_the_right_and_masked(base: Path, data: Path) -> None:
-    examples = tokenize(read_data(data).examples, load_tokenizer(resolve_base(base)), 64)
+    examples = tokenize(read_data(data).rows, load_tokenizer(resolve_base(base)), 64)
     batch = collate(examples, pad_id=256)
     for row, example in enumerate(examples):
         length = len(example.input_ids)
@@ -82,11 +84,16 @@ def test_what_is_written(base: Path, data: Path, tmp_path: Path) -> None:
     seen: list[Progress] = []
     notes: list[str] = []
     made = train(base, data, tmp_path / "made", progress=seen.append, notify=notes.append, **QUICK)
-    assert {path.name for path in made.iterdir()} == {
+    written = {path.name for path in made.iterdir()} - {"tensorboard"}
+    assert written == {
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "loss.png",
+        "metrics.jsonl",
         "training.json",
     }
+    assert not (tmp_path / "made.run").exists()
     tensors = load_file(made / "adapter_model.safetensors")
     assert all(tensor.abs().sum() > 0 for key, tensor in tensors.items() if "lora_B" in key)
     record = json.loads((made / "training.json").read_text())
@@ -223,11 +230,11 @@ def test_refused_bases(base: Path, data: Path, tmp_path: Path) -> None:
         metadata={"format": "pt"},
     )
     refused(broken, "lacks 9 weights")
-    (broken / "model.safetensors").write_bytes(b"\x00" * 20)
-    refused(broken, "cannot be loaded|safetensors")
     config = json.loads((base / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps({**config, "vocab_size": 200}))
     refused(broken, "its tokenizer makes token 258, but vocab_size is 200")
+    (broken / "model.safetensors").write_bytes(b"\x00" * 20)
+    refused(broken, "cannot be loaded|safetensors")
 
 
 def test_an_output_that_is_in_the_way_is_refused(base: Path, data: Path, tmp_path: Path) -> None:

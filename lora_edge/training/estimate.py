@@ -1,0 +1,122 @@
+"""How much memory a run will need: counted where it can be, else scaled from one short pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from lora_edge.training.head import TargetHead, target_logits
+from lora_edge.training.loop import Batches
+from lora_edge.training.settings import Settings
+from lora_edge.training.tokens import PackedExample, Tokenized, TokenizedExample
+
+_PROBE_TOKENS = 128
+_PER_TRAINED = 16  # bytes: float32 weight, gradient, and AdamW's two moments
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a training step holds at its peak, of tensors; the libraries come on top.
+
+    Attributes:
+        base: the frozen base.
+        trained: weights, gradients and optimizer state of what is trained.
+        activations: what one forward pass keeps for its backward pass, at the largest batch.
+    """
+
+    base: int
+    trained: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.base + self.trained + self.activations
+
+
+def estimate(
+    model: Any,
+    examples: Sequence[Tokenized],
+    settings: Settings,
+    batches: Batches,
+    head: TargetHead | None,
+) -> Memory:
+    """Estimate a run's memory from the model and one short forward pass.
+
+    Args:
+        model: PEFT's wrapper around the base.
+        examples: what is trained on.
+        settings: how.
+        batches: makes batches of examples.
+        head: computes the output head on targets only.
+    """
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    unique = {p.data_ptr(): p.numel() * p.element_size() for p in frozen}
+    longest = max(examples, key=_size)
+    probe = _shortened(longest)
+    kept = _kept_bytes(model, batches([probe]), head, settings)
+    share = _size(longest) / _size(probe)
+    return Memory(
+        sum(unique.values()), _PER_TRAINED * trained, round(kept * share * settings.batch_size)
+    )
+
+
+def _size(example: Tokenized) -> int:
+    return len(getattr(example, "input_ids", (0,)))
+
+
+def _shortened(example: Tokenized) -> Tokenized:
+    """The end of a long example, with its share of targets; a classifier's as it is."""
+    if isinstance(example, PackedExample):
+        example = max(example.parts, key=_size)
+    if isinstance(example, TokenizedExample) and _size(example) > _PROBE_TOKENS:
+        step = _size(example) / _PROBE_TOKENS
+        picked = [int(index * step) for index in range(_PROBE_TOKENS)]
+        ids, labels = example.input_ids, example.labels
+        return TokenizedExample(
+            tuple(ids[i] for i in picked), tuple(labels[i] for i in picked), example.cut
+        )
+    return example
+
+
+def _kept_bytes(
+    model: Any, batch: dict[str, torch.Tensor], head: TargetHead | None, settings: Settings
+) -> int:
+    """Bytes of the distinct tensors that autograd saves, the model's own parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    device = next(model.parameters()).device
+    inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "tokens"}
+    labels = inputs.pop("labels")
+    was = model.training
+    model.train()
+    state = torch.get_rng_state()  # dropout; the run's own numbers must not depend on this
+    half = settings.precision != "fp32"
+    dtype = torch.float16 if settings.precision == "fp16" else torch.bfloat16
+    try:
+        with (
+            torch.autocast(device.type, dtype=dtype, enabled=half),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        ):
+            if labels.ndim == 1:
+                logits, targets = model(**inputs).logits, labels
+            else:
+                logits, targets = target_logits(model, inputs, labels, head)
+            loss = cross_entropy(logits.float(), targets)
+    finally:
+        torch.set_rng_state(state)
+        model.train(was)
+    del loss
+    return sum(saved.values())
