@@ -27,39 +27,62 @@ class Job:
         self.output = repository / "lora-edge-report"
         action = yaml.safe_load(ACTION.read_text())
         self._inputs = action["inputs"]
-        self._steps = [step for step in action["runs"]["steps"] if "run" in step]
+        self._steps = {step["name"]: step for step in action["runs"]["steps"] if "run" in step}
         subprocess.run(["git", "init", "--quiet", str(repository)], check=True)
 
-    def run(self, **given: object) -> int:
-        inputs = {
-            name: str(given.get(name, facts.get("default", "")))
-            for name, facts in self._inputs.items()
-        }
-        inputs["install"] = ""  # the package is installed already
+    def run(self, step: str = "Validate", **given: object) -> int:
+        """Run a step as a runner does; ``Validate`` where the package is installed already."""
+        known = {"github.action_path": str(ACTION.parent)}
         for name, facts in self._inputs.items():
-            assert inputs[name] or not facts.get("required"), name
-        for step in self._steps:
-            if step.get("if") == "${{ inputs.install != '' }}":
-                continue
-            named = {
-                key: inputs[value.removeprefix("${{ inputs.").removesuffix(" }}")]
-                for key, value in step["env"].items()
-            }
-            path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-            done = subprocess.run(
-                ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step["run"]],
-                cwd=self.repository,
-                env={**os.environ, **named, "PATH": path, "GITHUB_STEP_SUMMARY": str(self.summary)},
-                check=False,
-            )
-            if done.returncode:
-                return done.returncode
-        return 0
+            known[f"inputs.{name}"] = str(given.pop(name, facts.get("default", "")))
+            assert known[f"inputs.{name}"] or not facts.get("required"), name
+        assert not given
+        named = {
+            key: known[value.removeprefix("${{ ").removesuffix(" }}")]
+            for key, value in self._steps[step]["env"].items()
+        }
+        folders = (self.repository.parent, Path(sys.executable).parent, os.environ["PATH"])
+        named |= {
+            "PATH": os.pathsep.join(map(str, folders)),
+            "GITHUB_STEP_SUMMARY": str(self.summary),
+        }
+        return subprocess.run(
+            ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", self._steps[step]["run"]],
+            cwd=self.repository,
+            env={**os.environ, **named},
+            check=False,
+        ).returncode
 
 
 @pytest.fixture
 def job(tmp_path: Path) -> Job:
     return Job(tmp_path / "repository")
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({}, None),
+        ({"reference": "models/base"}, "[export]"),
+        ({"install": "lora-edge==1"}, "lora-edge==1"),
+    ],
+)
+def test_it_installs_what_it_came_with(
+    job: Job, tmp_path: Path, given: dict[str, str], wanted: str | None
+) -> None:
+    """No name is asked of a registry that somebody else could hold there."""
+    python = tmp_path / "python"  # says what it was asked instead of installing it
+    python.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > "{tmp_path}/asked"\n')
+    python.chmod(0o755)
+    assert job.run("Install", bundle="bundle", **given) == 0
+    *command, asked = (tmp_path / "asked").read_text().splitlines()
+    assert command == ["-m", "pip", "install", "--quiet"]
+    if "install" in given:
+        assert asked == wanted
+        return
+    folder, bracket, extra = asked.partition("[")
+    assert (Path(folder) / "pyproject.toml").samefile(ACTION.parents[2] / "pyproject.toml")
+    assert bracket + extra == (wanted or "")
 
 
 def test_green_on_a_good_bundle(job: Job, bundle: Path) -> None:
