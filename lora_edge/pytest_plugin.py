@@ -15,15 +15,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 _MARK, _FIXTURE = "lora_parity", "lora_edge_case"
-_Key = tuple[str, str | None, tuple[tuple[str, Any], ...]]
-_REPORTS = pytest.StashKey[dict[_Key, dict[str, Any]]]()
+_REPORTS = pytest.StashKey[dict["_Wanted", dict[str, Any]]]()
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A validation that a test asks for; equal ones run once."""
+
+    bundle: str
+    reference: str | None
+    options: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    said: str = ""
+    """The options as text: lists and dictionaries have no hash."""
 
 
 @dataclass(frozen=True)
@@ -113,9 +123,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             pytrace=False,
         )
     cases, names = [], []
-    for key in wanted:
-        report = _validated(metafunc.config, key)
-        prefix = f"{Path(key[0]).name}: " if len(wanted) > 1 else ""
+    for each in wanted:
+        report = _validated(metafunc.config, each)
+        prefix = f"{Path(each.bundle).name}: " if len(wanted) > 1 else ""
         several = len(report["sessions"]) > 1
         for case in report["cases"]:
             session = f" ({case['session']})" if several and case["session"] else ""
@@ -124,7 +134,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(_FIXTURE, cases, ids=names, indirect=True)
 
 
-def _wanted(metafunc: pytest.Metafunc) -> Iterator[_Key]:
+def _wanted(metafunc: pytest.Metafunc) -> Iterator[_Wanted]:
     marks = list(metafunc.definition.iter_markers(_MARK))
     for mark in marks:
         options = dict(mark.kwargs)
@@ -133,24 +143,24 @@ def _wanted(metafunc: pytest.Metafunc) -> Iterator[_Key]:
             pytest.fail(f"@pytest.mark.{_MARK} names no bundle", pytrace=False)
         reference = options.pop("reference", None)
         known = None if reference is None else os.fspath(reference)
-        yield os.fspath(bundle), known, tuple(sorted(options.items()))
+        yield _Wanted(os.fspath(bundle), known, options, repr(sorted(options.items())))
     if not marks:
         for bundle in metafunc.config.getoption("--lora-edge-bundle"):
-            yield bundle, metafunc.config.getoption("--lora-edge-reference"), ()
+            yield _Wanted(bundle, metafunc.config.getoption("--lora-edge-reference"))
 
 
-def _validated(config: pytest.Config, key: _Key) -> dict[str, Any]:
+def _validated(config: pytest.Config, wanted: _Wanted) -> dict[str, Any]:
     reports = config.stash[_REPORTS]
-    if key not in reports:
+    if wanted not in reports:
         from lora_edge.errors import LoraEdgeError
         from lora_edge.parity import validate
 
-        bundle, reference, options = key
         try:
-            reports[key] = validate(bundle, reference, **dict(options)).to_data()
+            found = validate(wanted.bundle, wanted.reference, **wanted.options)
         except LoraEdgeError as error:
             pytest.fail(f"lora-edge: {error} {error.hint}", pytrace=False)
-    return reports[key]
+        reports[wanted] = found.to_data()
+    return reports[wanted]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -64,15 +64,27 @@ def test_the_mark_names_bundle_reference_and_options(suite: Path, bundle: Path) 
         f"""
 import pytest
 
-@pytest.mark.lora_parity({str(bundle)!r}, reference={str(shipped.BASE)!r}, depth="quick", steps=1)
+@pytest.mark.lora_parity({str(bundle)!r}, reference={str(shipped.BASE)!r}, depth="quick", steps=1,
+                         optimization=["basic"])
 def test_parity(lora_edge_case):
     assert lora_edge_case.report["against"] == "reference"
     assert lora_edge_case.report["settings"]["steps"] == 1
+    assert lora_edge_case.report["sessions"][0]["optimization"] == "basic"
     lora_edge_case.check()
 """
     )
     code, out = _pytest(suite)
     assert code == 0, out
+
+
+def test_in_several_processes(suite: Path, faulty: Path) -> None:
+    page = suite / "page.html"
+    code, out = _pytest(suite, "-n", "2", "--lora-edge-bundle", faulty, "--lora-edge-html", page)
+    assert code == 1, out
+    assert "test_parity[adapter echo]" not in out
+    assert "FAILED test_bundle.py::test_parity[adapter mirror]" in out
+    assert "6 failed, 9 passed" in out
+    assert "✗ not passed" in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
