@@ -27,10 +27,10 @@ class Regression:
 def compare(data: Data, baseline: Data) -> Sequence[Regression]:
     """What is worse in a report than in an earlier one of the same bundle or of its successor.
 
-    A case got worse when it passed and does not, when it is gone, or when its error relative to the
-    effect grew by more than that error varies from position to position, before or now. A task
-    metric got worse when fewer of its examples are as good as PyTorch's, and the split is
-    significant; that fails by itself.
+    A case got worse when it passed and does not, when it ran and does not, or when its error
+    relative to the effect grew by more than that error varies from position to position, before or
+    now. A task metric got worse when fewer of its examples are as good as PyTorch's, and the split
+    is significant; that fails by itself.
 
     Args:
         data: the report of today.
@@ -49,6 +49,9 @@ def compare(data: Data, baseline: Data) -> Sequence[Regression]:
 def _worse(before: Case, now: Case | None) -> str:
     who = f"{before['name']} ({before['session'] or 'record'})"
     if now is None:
+        # A missing proof is gone when the adapter has been proved, or when it is gone itself.
+        if before["kind"] == "proof":
+            return ""
         return f"{who}: it was checked before, and is not any more"
     if before["status"] == "passed" and now["status"] != "passed":
         return f"{who}: it passed before, and is {now['status']} now"

@@ -89,6 +89,14 @@ def test_what_counts(
         assert words in regression.text
 
 
+def test_a_proof_that_came_is_no_loss(reports: Reports) -> None:
+    before = reports["unproved"]
+    proved = [case for case in before["cases"] if case["kind"] != "proof"]
+    assert len(proved) == len(before["cases"]) - 1
+    assert compare({**before, "cases": proved}, before) == []
+    assert len(compare({**before, "cases": proved[1:]}, before)) == 1
+
+
 def test_what_failed_before_may_fail(reports: Reports) -> None:
     assert compare(reports["faulty"], reports["faulty"]) == []
     worse = {each.name for each in compare(reports["faulty"], reports["good"])}
