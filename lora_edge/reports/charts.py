@@ -10,23 +10,30 @@ from html import escape
 from lora_edge.reports.words import Case, number
 
 _WIDTH, _HEIGHT = 460, 320
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 14, 46
-_LANE = 82  # for cases without an adapter, which have no effect
+_LEFT, _RIGHT, _TOP, _BOTTOM = 78, 14, 14, 50
+_LANE = 84  # for cases without an effect, such as those without an adapter
+_GAP = 22  # from there to the first decade, so that the labels below do not touch
+_DECADES = 6  # labelled ones, at most, beside the first
+_NAMED, _LONGEST, _APART = 3, 16, 17  # names in the chart: how many, characters, units apart
+_SIDES = {True: "end", False: "start"}
 
 
 @dataclass(frozen=True)
 class _Axis:
-    """A logarithmic axis over whole decades."""
+    """A logarithmic axis over whole decades; every ``step``-th is labelled, with both ends."""
 
     low: int
     high: int
+    step: int
     start: float
     end: float
 
     @staticmethod
     def over(values: Sequence[float], start: float, end: float) -> _Axis:
         low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
-        return _Axis(low, max(high, low + 1), start, end)
+        high = max(high, low + 1)
+        step = math.ceil((high - low) / _DECADES)
+        return _Axis(low, low + step * math.ceil((high - low) / step), step, start, end)
 
     def at(self, value: float) -> float:
         part = (math.log10(value) - self.low) / (self.high - self.low)
@@ -34,8 +41,7 @@ class _Axis:
 
     @property
     def decades(self) -> list[int]:
-        step = max(1, math.ceil((self.high - self.low) / 6))
-        return list(range(self.low, self.high + 1, step))
+        return list(range(self.low, self.high + 1, self.step))
 
 
 def effect_chart(cases: Sequence[Case]) -> str:
@@ -44,48 +50,77 @@ def effect_chart(cases: Sequence[Case]) -> str:
     Args:
         cases: of a report; those without finite figures are left out.
     """
-    shown = [case for case in cases if case["figures"] and case["limits"] and _finite(case)]
+    shown = [case for case in cases if drawn(case)]
     if not shown:
         return ""
     errors = [value for case in shown for value in _heights(case)]
     effects = [case["figures"]["effect_max"] for case in shown if case["figures"]["effect_max"] > 0]
-    y = _Axis.over(errors, _HEIGHT - _BOTTOM, _TOP)
-    x = _Axis.over(effects or [1.0], _LEFT + _LANE, _WIDTH - _RIGHT)
+    foot, lane = _HEIGHT - _BOTTOM, _LEFT + _LANE / 2
+    y = _Axis.over(errors, foot, _TOP)
+    x = _Axis.over(effects or [1.0], _LEFT + _LANE + _GAP, _WIDTH - _RIGHT)
+    bad = sum(case["status"] != "passed" for case in shown)
     lines = [
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-labelledby="effect-title">',
-        '<title id="effect-title">Logit error against the effect of the adapter, each case with '
-        "its noise floor and its limit, on logarithmic axes</title>",
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-labelledby="effect-title '
+        'effect-desc"><title id="effect-title">Error of a logit against the effect of the adapter, '
+        "on logarithmic axes</title>",
+        f'<desc id="effect-desc">{len(shown)} cases, each with its noise floor and its limit: '
+        f"{len(shown) - bad} passed, {bad} did not. Largest errors from "
+        f"{number(min(c['figures']['logit_error'] for c in shown))} to "
+        f"{number(max(c['figures']['logit_error'] for c in shown))}. The figures are in the table "
+        "of every case.</desc>",
+        f'<rect class="lane" x="{_LEFT}" y="{_TOP}" width="{_LANE}" height="{foot - _TOP}"/>',
     ]
     for decade in y.decades:
         at = y.at(10.0**decade)
         lines.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" {_level(at)}/>')
-        lines.append(f'<text class="tick" x="{_LEFT - 7}" y="{at + 4:.1f}" text-anchor="end">')
-        lines.append(f"{_power(decade)}</text>")
-    foot = _HEIGHT - _BOTTOM
-    if effects:
-        for decade in x.decades:
-            at = x.at(10.0**decade)
-            lines.append(
-                f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{_TOP}" y2="{foot}"/>'
-            )
-            lines.append(f'<text class="tick" x="{at:.1f}" y="{foot + 17}" text-anchor="middle">')
-            lines.append(f"{_power(decade)}</text>")
-    lane = _LEFT + _LANE / 2
+        lines.append(_text("tick", _LEFT - 7, at + 4, _power(decade), "end"))
+    for decade in x.decades if effects else []:
+        at = x.at(10.0**decade)
+        lines.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{_TOP}" y2="{foot}"/>')
+        anchor = "end" if at > _WIDTH - 2 * _RIGHT else "middle"
+        lines.append(_text("tick", at, foot + 18, _power(decade), anchor))
     lines += [
-        f'<text class="tick" x="{lane:.1f}" y="{foot + 17}" text-anchor="middle">no adapter</text>',
-        f'<text class="axis" x="{(x.start + x.end) / 2:.1f}" y="{_HEIGHT - 8}" '
-        'text-anchor="middle">largest effect on a logit</text>',
-        f'<text class="axis" transform="translate(13 {(_TOP + foot) / 2:.1f}) rotate(-90)" '
+        _text("tick", lane, foot + 18, "no effect", "middle"),
+        _text("axis", (x.start + x.end) / 2, _HEIGHT - 8, "largest effect on a logit", "middle"),
+        f'<text class="axis" transform="translate(17 {(_TOP + foot) / 2:.1f}) rotate(-90)" '
         'text-anchor="middle">largest error of a logit</text>',
     ]
+    spread = _spread(len(shown) - len(effects))
+    named: dict[str, list[tuple[float, float]]] = {}
     # What did not pass is drawn last, on top.
-    order = sorted(shown, key=lambda case: case["status"] != "passed")
-    spread = _spread(len([c for c in shown if not c["figures"]["effect_max"] > 0]))
-    for case in order:
+    for case in sorted(shown, key=lambda case: case["status"] != "passed"):
         effect = case["figures"]["effect_max"]
         at = x.at(effect) if effect > 0 else lane + next(spread)
         lines += _stem(case, at, y)
-    return "".join([*lines, "</svg>"])
+        if case["status"] != "passed" and len(case["adapters"]) == 1:
+            named.setdefault(case["adapters"][0], []).append((at, y.at(_heights(case)[0])))
+    return "".join([*lines, *_names(named), "</svg>"])
+
+
+def drawn(case: Case) -> bool:
+    """Whether a case has a place in the chart: it has figures, and they are finite."""
+    figures, limits = case["figures"], case["limits"]
+    if not figures or not limits:
+        return False
+    values = (figures["logit_error"], figures["effect_max"], limits["logit_floor"], limits["logit"])
+    return None not in values and limits["logit_floor"] > 0
+
+
+def _names(marks: dict[str, list[tuple[float, float]]]) -> Iterator[str]:
+    """Who did not pass, beside their marks, none on top of another; nothing where it is many."""
+    if len(marks) > _NAMED:
+        return
+    level = 0.0
+    for name, places in sorted(marks.items(), key=lambda item: min(y for _, y in item[1])):
+        left = min(places)[0] > _WIDTH / 2
+        at, height = min(places) if left else max(places)
+        level = max(height + 4, level + _APART)
+        short = name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
+        yield _text("name", at - 11 if left else at + 11, level, escape(short), _SIDES[left])
+
+
+def _text(style: str, x: float, y: float, inner: str, anchor: str) -> str:
+    return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{inner}</text>'
 
 
 def _stem(case: Case, at: float, y: _Axis) -> list[str]:
@@ -119,12 +154,6 @@ def _heights(case: Case) -> tuple[float, float, float]:
     return max(case["figures"]["logit_error"], floor / 10), floor, limit
 
 
-def _finite(case: Case) -> bool:
-    figures, limits = case["figures"], case["limits"]
-    values = (figures["logit_error"], figures["effect_max"], limits["logit_floor"], limits["logit"])
-    return None not in values and limits["logit_floor"] > 0
-
-
 def _level(at: float) -> str:
     return f'y1="{at:.1f}" y2="{at:.1f}"'
 
@@ -132,4 +161,4 @@ def _level(at: float) -> str:
 def _power(decade: int) -> str:
     if -2 <= decade <= 3:
         return f"{10.0**decade:g}"
-    return f'10<tspan dy="-5" font-size="9">{decade}</tspan>'.replace(">-", ">−")
+    return f'10<tspan dy="-.4em" font-size="75%">{decade}</tspan>'.replace(">-", ">−")

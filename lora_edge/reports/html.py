@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lora_edge.reports.baseline import Regression
-from lora_edge.reports.charts import effect_chart
+from lora_edge.reports.charts import drawn, effect_chart
 from lora_edge.reports.load import Data
 from lora_edge.reports.words import (
     COLUMNS,
@@ -17,18 +17,27 @@ from lora_edge.reports.words import (
     Case,
     column,
     failures,
+    figure,
     first_layer,
     number,
     ratio,
     rows_of,
     share,
+    telling_first,
     unsaid_layer,
     verdict,
+    within,
 )
 
 _WORST = ("failed", "unproved", "passed")
 _OPEN = 3  # failures that are shown unfolded
 _BEFORE, _BEHIND = 4, 4  # layers shown around the first that differs
+_WORDS = {
+    "multiple": "limit / noise floor",
+    "sensitivity": "largest error a proof may miss",
+    "prompts": "own prompts",
+    "seed": "seed of prompts",
+}
 
 
 def html(data: Data, worse: Sequence[Regression] = ()) -> str:
@@ -45,8 +54,8 @@ def html(data: Data, worse: Sequence[Regression] = ()) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "share": share}
-    bad = failures(data)
+    environment.filters |= {"number": number, "share": share, "figure": figure, "power": _power}
+    bad = telling_first(failures(data))
     sessions = [session["name"] for session in data["sessions"]]
     maps = [_map(data["cases"], data["adapters"], "")]
     if len(sessions) > 1:
@@ -59,13 +68,16 @@ def html(data: Data, worse: Sequence[Regression] = ()) -> str:
         verdict=verdict(data),
         status=_status(data, worse),
         worse=worse,
+        located=next(((case, layer) for case in bad if (layer := first_layer(case))), None),
         failures=[_failure(case) for case in bad],
         open=_OPEN,
         maps=maps,
         chart=effect_chart(data["cases"]),
+        left_out=sum(bool(c["figures"]) and not drawn(c) for c in data["cases"]),
         tokens=_tokens(data["cases"]),
         layers=[_layers(case) for case in bad if case["layers"]],
         tasks=[case for case in data["cases"] if case["task"]],
+        words=_WORDS,
         placements=[_placement(session) for session in data["sessions"]],
     )
 
@@ -106,7 +118,7 @@ def _cell(cases: Sequence[Case]) -> dict[str, Any] | None:
     if status != "unproved" and ratios:
         text = _times(max(ratios))
     elif own[0]["task"]:
-        text = f"{own[0]['task']['bundle']:.3g}"
+        text = figure(own[0]["task"]["bundle"])
     return {
         "status": status,
         "text": text,
@@ -132,13 +144,13 @@ def _tokens(cases: Sequence[Case]) -> list[dict[str, Any]]:
     for name, own in rows.items():
         figures = [case["figures"] for case in own]
         positions = sum(each["positions"] for each in figures)
-        agree = sum(each["top1"] * each["positions"] for each in figures)
+        agree = sum((each["top1"] or 0) * each["positions"] for each in figures)
         kl = [each["kl"] for each in figures if each["kl"] is not None]
         found.append(
             {
                 "name": name,
                 "positions": positions,
-                "top1": agree / positions,
+                "top1": agree / positions if positions else None,
                 "ties": sum(each["token_ties"] for each in figures),
                 "differences": sum(each["token_differences"] for each in figures),
                 "kl": max(kl, default=None),
@@ -148,37 +160,45 @@ def _tokens(cases: Sequence[Case]) -> list[dict[str, Any]]:
 
 
 def _layers(case: Case) -> dict[str, Any]:
-    """The layers around the first that differs, with places on a logarithmic scale."""
+    """The layers around the first that differs, with places on a logarithmic scale in percent."""
     layers = case["layers"]
     first = first_layer(case)
     paths = [layer["path"] for layer in layers]
     at = paths.index(first["path"]) if first else len(layers) - 1
     shown = layers[max(0, at - _BEFORE) : at + _BEHIND + 1]
     values = [x for each in shown for x in (each["error"], each["limit"]) if x]
-    low, high = (
-        math.log10(min(values, default=1e-9)) - 0.5,
-        math.log10(max(values, default=1)) + 0.2,
-    )
+    low = math.floor(math.log10(min(values, default=1e-9)) - 0.1)
+    high = max(low + 1, math.ceil(math.log10(max(values, default=1.0))))
 
     def place(value: float | None) -> float:
         if value is None:
             return 100.0
-        return 0.0 if value <= 0 else 100 * (math.log10(value) - low) / (high - low)
+        return 0.0 if value <= 0 else round(100 * (math.log10(value) - low) / (high - low), 1)
 
     rows = [
         {
             "path": each["path"],
             "error": each["error"],
-            "place": round(place(each["error"]), 1),
-            "limit": round(place(each["limit"]), 1),
-            "status": "passed"
-            if each["error"] is not None and each["error"] <= each["limit"]
-            else "failed",
+            "limit": each["limit"],
+            "place": place(each["error"]),
+            "mark": place(each["limit"]),
+            "status": "passed" if within(each) else "failed",
             "first": first is not None and each["path"] == first["path"],
         }
         for each in shown
     ]
-    return {"case": case, "first": first, "rows": rows, "left_out": len(layers) - len(shown)}
+    before = max(0, at - _BEFORE)
+    return {
+        "case": case,
+        "rows": rows,
+        "before": before,
+        "behind": len(layers) - len(shown) - before,
+        "scale": (10.0**low, 10.0**high),
+    }
+
+
+def _power(value: float) -> str:
+    return f"{value:g}" if value >= 0.01 else f"{value:.0e}"
 
 
 def _placement(session: dict[str, Any]) -> dict[str, Any]:

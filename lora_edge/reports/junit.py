@@ -8,7 +8,7 @@ from xml.etree import ElementTree as ET
 
 from lora_edge.reports.baseline import Regression
 from lora_edge.reports.load import Data
-from lora_edge.reports.words import Case, column, number, unsaid_layer
+from lora_edge.reports.words import Case, column, figure, number, share, unsaid_layer
 
 _CLASS = "lora_edge"
 # What XML 1.0 cannot hold; adapters' names may.
@@ -46,7 +46,8 @@ def junit(data: Data, worse: Sequence[Regression] = ()) -> str:
             test = ET.SubElement(suite, "testcase", name=name, classname=f"{_CLASS}.baseline")
             ET.SubElement(test, "failure", message=_clean(each.text), type="worse")
     ET.indent(root)
-    return ET.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+    # ElementTree of Python 3.10 would declare the encoding of the locale.
+    return f"<?xml version='1.0' encoding='utf-8'?>\n{ET.tostring(root, encoding='unicode')}\n"
 
 
 def explain(data: Data, case: Case) -> str:
@@ -59,12 +60,12 @@ def explain(data: Data, case: Case) -> str:
             f"floor {number(limits['logit_floor'])}",
             f"effect error  {number(figures['effect_error'])}, limit {number(limits['effect'])}, "
             f"floor {number(limits['effect_floor'])}",
-            f"best tokens   {figures['top1']:.1%} agree over {figures['positions']} positions",
+            f"best tokens   {share(figures['top1'])} agree over {figures['positions']} positions",
         ]
     if task:
         lines.append(
-            f"{task['metric']}: {task['bundle']:.4g} under the bundle, {task['reference']:.4g} "
-            f"under PyTorch, {task['base']:.4g} without the adapter"
+            f"{task['metric']}: {figure(task['bundle'])} under the bundle, "
+            f"{figure(task['reference'])} under PyTorch, {figure(task['base'])} without the adapter"
         )
     layer = unsaid_layer(case)
     if layer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -32,4 +33,9 @@ def load_report(path: str | os.PathLike[str]) -> Data:
     if version != SCHEMA_VERSION:
         found = "no report" if version is None else f"a report of version {version}"
         raise DataError(f"{os.fspath(path)} is {found}, expected version {SCHEMA_VERSION}", hint)
+    described = files("lora_edge.reports").joinpath("report.schema.json")
+    schema = json.loads(described.read_text(encoding="utf-8"))
+    missing = [name for name in schema["required"] if name not in data]
+    if missing:
+        raise DataError(f"{os.fspath(path)} is no whole report: it lacks {missing[0]!r}", hint)
     return dict(data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from lora_edge.reports.baseline import Regression
@@ -16,6 +17,7 @@ from lora_edge.reports.words import (
     ratio,
     rows_of,
     share,
+    telling_first,
     unsaid_layer,
     verdict,
 )
@@ -32,12 +34,12 @@ def markdown(data: Data, worse: Sequence[Regression] = ()) -> str:
         data: a report.
         worse: what is worse than an earlier report.
     """
-    bad = failures(data)
+    bad = telling_first(failures(data))
     sign = _SIGNS["passed" if data["passed"] and not worse else "failed"]
     lines = [
         f"## {sign} lora-edge: {_text(verdict(data))}",
         "",
-        f"`{data['bundle']}` ({data['mode']}, base {_text(data['base'])}), against "
+        f"{_code(data['bundle'])} ({data['mode']}, base {_text(data['base'])}), against "
         f"{'PyTorch' if data['against'] == 'reference' else 'its golden cases'}, "
         f"{data['seconds']:.1f} s",
         "",
@@ -49,10 +51,16 @@ def markdown(data: Data, worse: Sequence[Regression] = ()) -> str:
             lines.append(f"- {_SIGNS[case['status']]} {_text(case['reason'])}")
             layer = unsaid_layer(case)
             if layer:
-                lines.append(f"  - the first layer that differs is `{layer['path']}`")
+                lines.append(f"  - the first layer that differs is {_code(layer['path'])}")
         if len(bad) > _MOST:
             lines.append(f"- and {len(bad) - _MOST} more")
-        lines += ["", "```sh", data["command"], "```"]
+        fence = "`" * max(3, _longest_run(data["command"]) + 1)
+        lines += ["", f"{fence}sh", data["command"], fence]
+        if data["repro"]:
+            lines += [
+                "",
+                f"The first failure alone, for plain ONNX Runtime: {_code(data['repro'])}",
+            ]
     if worse:
         lines += ["", "### Worse than before", ""]
         lines += [f"- {_text(each.text)}" for each in worse]
@@ -107,8 +115,19 @@ def _figures(data: Data) -> list[str]:
     return lines
 
 
+def _code(text: str) -> str:
+    """Text as it is; what quotes it is longer than what it holds."""
+    quote = "`" * (_longest_run(text) + 1)
+    space = " " if "`" in text else ""
+    return f"{quote}{space}{' '.join(text.splitlines())}{space}{quote}"
+
+
+def _longest_run(text: str) -> int:
+    return max((len(run) for run in re.findall("`+", text)), default=0)
+
+
 def _text(text: str) -> str:
     """Text that means nothing to Markdown or HTML."""
-    for sign in "\\`*_[]|":
+    for sign in "\\`*_[]|~$":
         text = text.replace(sign, f"\\{sign}")
-    return text.replace("<", "&lt;").replace("\n", " ")
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace("\n", " ")

@@ -64,10 +64,25 @@ def verdict(data: Data) -> str:
 
 def _culprits(bad: Sequence[Case]) -> list[str]:
     """Who fails alone; a blend's failure is that one's fault. None if the base fails itself."""
-    if any(not case["adapters"] for case in bad):
+    if any(case["kind"] == "base" for case in bad):
         return ["the base itself"]
     alone = {case["adapters"][0] for case in bad if len(case["adapters"]) == 1}
-    return sorted(alone or {name for case in bad for name in case["adapters"]})
+    others = {name for case in bad for name in case["adapters"]}
+    return sorted(alone or others) or ["rows without an adapter"]
+
+
+def telling_first(bad: Sequence[Case]) -> list[Case]:
+    """The failures, one of each culprit before what follows from it, else in their order.
+
+    First comes the base, then cases whose layers were compared, then each adapter's first failure
+    of its own, then the rest.
+    """
+    leading: dict[tuple[str, ...], Case] = {}
+    for case in sorted(bad, key=lambda case: (case["kind"] != "base", not case["layers"])):
+        if len(case["adapters"]) < 2 or case["layers"]:
+            leading.setdefault(tuple(case["adapters"]), case)
+    first = list(leading.values())
+    return first + [case for case in bad if not any(case is each for each in first)]
 
 
 def listed(names: Sequence[str], most: int = 4) -> str:
@@ -77,11 +92,14 @@ def listed(names: Sequence[str], most: int = 4) -> str:
 
 
 def first_layer(case: Case) -> Mapping[str, Any] | None:
-    """The first layer that differs, where layers were compared; one that is NaN or Inf does."""
-    for layer in case["layers"]:
-        if layer["error"] is None or layer["error"] > layer["limit"]:
-            return dict(layer)
-    return None
+    """The first layer that differs, where layers were compared."""
+    return next((layer for layer in case["layers"] if not within(layer)), None)
+
+
+def within(layer: Mapping[str, Any]) -> bool:
+    """Whether a layer is as near to PyTorch's as its limit; NaN and Inf (``None``) are not."""
+    error, limit = layer["error"], layer["limit"]
+    return error is not None and (limit is None or error <= limit)
 
 
 def unsaid_layer(case: Case) -> Mapping[str, Any] | None:
@@ -109,6 +127,11 @@ def ratio(case: Case) -> float | None:
 def number(value: float | None) -> str:
     """A figure in two digits; ``-`` for none."""
     return "-" if value is None else f"{value:.1e}"
+
+
+def figure(value: float | None) -> str:
+    """A metric or an effect in up to four digits; ``not finite`` for none."""
+    return "not finite" if value is None else f"{value:.4g}"
 
 
 def share(value: float | None) -> str:

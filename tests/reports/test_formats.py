@@ -14,7 +14,7 @@ from junitparser import Failure, JUnitXml
 
 from lora_edge.errors import DataError
 from lora_edge.reports import Regression, junit, load_report, markdown
-from lora_edge.reports.words import verdict
+from lora_edge.reports.words import failures, telling_first, verdict
 
 Reports = dict[str, dict[str, Any]]
 KINDS = ("good", "faulty", "unproved")
@@ -57,6 +57,7 @@ def test_reports_are_read_back(reports: Reports, tmp_path: Path) -> None:
         ("{", "not JSON"),
         ("[]", "no report"),
         ('{"a": 1}', "no report"),
+        ('{"schema_version": 2}', "no whole report: it lacks"),
         ('{"schema_version": 1}', "a report of version 1, expected version 2"),
     ],
 )
@@ -152,3 +153,30 @@ def test_the_verdict_blames_who_fails_alone(reports: Reports) -> None:
     base = copy.deepcopy(data)
     next(case for case in base["cases"] if case["name"] == "base")["status"] = "failed"
     assert verdict(base).endswith("differ: the base itself.")
+    leak = copy.deepcopy(reports["good"])
+    row = next(c for c in leak["cases"] if c["kind"] == "mixed" and not c["adapters"])
+    row["status"], leak["passed"] = "failed", False
+    assert verdict(leak).endswith("1 of 30 cases differs: rows without an adapter.")
+
+
+def test_each_culprit_comes_before_what_follows_from_it(reports: Reports) -> None:
+    bad = [
+        {"kind": kind, "adapters": names, "layers": layers}
+        for kind, names, layers in (
+            ("mixed", ["b"], []),
+            ("blend", ["a", "b"], []),
+            ("mixed", ["a"], []),
+            ("adapter", ["a"], ["of it"]),
+            ("base", [], []),
+        )
+    ]
+    assert [bad.index(case) for case in telling_first(bad)] == [4, 3, 0, 1, 2]
+    told = telling_first(failures(reports["faulty"]))
+    assert told[0]["name"] == "adapter mirror"
+    assert sorted(map(str, told)) == sorted(map(str, failures(reports["faulty"])))
+
+
+def test_markdown_quotes_what_has_quotes(reports: Reports) -> None:
+    text = markdown({**reports["faulty"], "bundle": "a`b``c", "command": "run ```x```"})
+    assert "```a`b``c ```".replace("```a", "``` a") in text
+    assert "\n````sh\nrun ```x```\n````\n" in text

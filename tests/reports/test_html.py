@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -100,9 +101,63 @@ def test_layers_regressions_and_the_reproduction_are_shown(reports: Reports) -> 
     assert f"The first layer that differs is {paths[7]}" in page.text
     assert paths[3] in page.text
     assert paths[0] not in page.text  # far from where it begins
-    assert "3 more layers" in page.text
+    assert "3 earlier layers agree with PyTorch's" in page.text
+    assert f"{paths[7]} ← first" in page.text
     assert "adapter echo got worse" in page.text
     assert "repro/adapter-mirror" in page.text
+
+
+def test_the_verdict_names_the_layer(reports: Reports) -> None:
+    data = copy.deepcopy(reports["faulty"])
+    case = next(c for c in reversed(data["cases"]) if c["status"] == "failed" and c["figures"])
+    wrong = {"path": "model.layers.1.mlp", "error": None, "floor": 1e-7, "limit": 1e-6}
+    case["layers"] = [{**wrong, "path": "model.layers.0.mlp", "error": 1e-7}, wrong]
+    text = html(data)
+    said = f"The first layer that differs is model.layers.1.mlp in the case {case['name']}."
+    first = _Page(text[: text.index("</section>")]).text
+    assert said in first
+    assert "✗ not finite" in _Page(text).text  # NaN and Inf in its place
+
+
+def test_the_page_can_be_heard_and_reached(reports: Reports) -> None:
+    text = html(reports["faulty"])
+    assert text.count('role="img" aria-labelledby="effect-title effect-desc"') == 1
+    assert text.count('id="effect-title"') == text.count('id="effect-desc"') == 1
+    assert text.count("<table>") == text.count('<div class="scroll" tabindex="0" role="region"') > 2
+    for sign in ("✗ failed", "✓", "✗"):  # no verdict by its colour alone
+        assert sign in text
+
+
+def _colours(style: str) -> list[tuple[int, int, int]]:
+    found = re.findall("#([0-9a-f]+);", style)
+    assert len(found) == 8
+    whole = ["".join(2 * digit for digit in text) if len(text) == 3 else text for text in found]
+    return [(int(x[:2], 16), int(x[2:4], 16), int(x[4:], 16)) for x in whole]
+
+
+def _luminance(colour: tuple[float, float, float]) -> float:
+    parts = [c / 255 for c in colour]
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_text_stands_out(reports: Reports, theme: str) -> None:
+    """WCAG 2.2, 1.4.3: text at least 4.5 : 1, also on what the verdict and the heat map tint."""
+    _, light, dark = html(reports["good"]).split(":root {")[:3]
+    style = (light if theme == "light" else dark).split("}")[0]
+    page, card, ink, soft, _, *states = _colours(style)
+    tint = float(style.split("--tint:")[1].split("%")[0]) / 100
+    heat = 60 * float(style.split("--heat:")[1].split("%")[0]) / 100  # a cell's largest weight
+    pairs = [(text, ground) for text in (ink, soft) for ground in (page, card)]
+    for state in states:
+        pairs.append((state, card))
+        for share, text in ((tint, state), (tint, soft), (heat, ink)):
+            mixed = tuple(share * s + (1 - share) * c for s, c in zip(state, card, strict=True))
+            pairs.append((text, mixed))
+    for text, ground in pairs:
+        bright, dim = sorted((_luminance(text), _luminance(ground)), reverse=True)
+        assert (bright + 0.05) / (dim + 0.05) >= 4.5, (text, ground)
 
 
 def test_forty_adapters(reports: Reports) -> None:
