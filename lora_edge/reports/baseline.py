@@ -15,7 +15,7 @@ class Regression:
 
     Attributes:
         session: that ran it.
-        name: of the case.
+        name: of the case; ``session`` where all of its cases are gone.
         text: one line: what, before, now.
     """
 
@@ -37,8 +37,18 @@ def compare(data: Data, baseline: Data) -> Sequence[Regression]:
         baseline: the one to be held to.
     """
     now = {(case["session"], case["name"]): case for case in data["cases"]}
+    ran = {session["name"] for session in data["sessions"]}
     found = []
+    for session in baseline["sessions"]:
+        name = session["name"]
+        lost = sum(case["session"] == name for case in baseline["cases"])
+        if lost and name not in ran:
+            text = f"{name}: its {lost} cases were checked before, and the session did not run"
+            found.append(Regression(name, "session", text))
+    gone = {each.session for each in found}
     for case in baseline["cases"]:
+        if case["session"] in gone:
+            continue
         key = case["session"], case["name"]
         text = _worse(case, now.get(key))
         if text:

@@ -24,6 +24,7 @@ from lora_edge.reports.words import (
     rows_of,
     share,
     telling_first,
+    times,
     unsaid_layer,
     verdict,
     within,
@@ -116,7 +117,7 @@ def _cell(cases: Sequence[Case]) -> dict[str, Any] | None:
     ratios = [value for case in own if (value := ratio(case)) is not None]
     text = {"passed": "equal", "failed": "differs", "unproved": "unproved"}[status]
     if status != "unproved" and ratios:
-        text = _times(max(ratios))
+        text = times(max(ratios))
     elif own[0]["task"]:
         text = figure(own[0]["task"]["bundle"])
     return {
@@ -125,13 +126,9 @@ def _cell(cases: Sequence[Case]) -> dict[str, Any] | None:
         # From the floor (a tenth of the limit) to the limit: the darker, the closer.
         "weight": round(18 + 42 * min(1.0, max(0.0, 1 + math.log10(max(ratios)))))
         if status == "passed" and ratios and max(ratios) > 0
-        else 18,
+        else (18 if status == "passed" else 36),
         "title": "; ".join(case["reason"] or case["name"] for case in own[:3]),
     }
-
-
-def _times(value: float) -> str:
-    return f"{value:.0%}" if value < 10 else f"{value:.1e}×" if value >= 1e4 else f"{value:,.0f}×"
 
 
 def _tokens(cases: Sequence[Case]) -> list[dict[str, Any]]:

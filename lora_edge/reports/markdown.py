@@ -18,6 +18,7 @@ from lora_edge.reports.words import (
     rows_of,
     share,
     telling_first,
+    times,
     unsaid_layer,
     verdict,
 )
@@ -90,7 +91,7 @@ def _cell(cases: list[Case]) -> str:
         return ""
     worst = min((case["status"] for case in cases), key=_WORST.index)
     ratios = [value for case in cases if (value := ratio(case)) is not None]
-    return f"{_SIGNS[worst]} {max(ratios):.0%} of limit" if ratios else _SIGNS[worst]
+    return f"{_SIGNS[worst]} {times(max(ratios))} of limit" if ratios else _SIGNS[worst]
 
 
 def _figures(data: Data) -> list[str]:

@@ -124,6 +124,11 @@ def ratio(case: Case) -> float | None:
     return max(found, default=None)
 
 
+def times(value: float) -> str:
+    """A multiple, in percent as long as that is short."""
+    return f"{value:.0%}" if value < 10 else f"{value:.1e}×" if value >= 1e4 else f"{value:,.0f}×"
+
+
 def number(value: float | None) -> str:
     """A figure in two digits; ``-`` for none."""
     return "-" if value is None else f"{value:.1e}"

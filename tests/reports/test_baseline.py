@@ -89,6 +89,20 @@ def test_what_counts(
         assert words in regression.text
 
 
+def test_a_session_that_did_not_run_is_one_line(reports: Reports) -> None:
+    before = reports["good"]
+    now = {
+        **before,
+        "sessions": [each for each in before["sessions"] if each["optimization"] == "all"],
+        "cases": [case for case in before["cases"] if case["session"] == "cpu, all"],
+    }
+    (lost,) = compare(now, before)
+    assert lost.text == (
+        "cpu, disable: its 15 cases were checked before, and the session did not run"
+    )
+    assert compare(before, now) == []
+
+
 def test_a_proof_that_came_is_no_loss(reports: Reports) -> None:
     before = reports["unproved"]
     proved = [case for case in before["cases"] if case["kind"] != "proof"]
