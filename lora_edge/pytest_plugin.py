@@ -175,4 +175,5 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         path = Path(file)
         if number > 1:
             path = path.with_name(f"{path.stem}-{number}{path.suffix}")
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(html(data), encoding="utf-8")

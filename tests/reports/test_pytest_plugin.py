@@ -78,7 +78,7 @@ def test_parity(lora_edge_case):
 
 
 def test_in_several_processes(suite: Path, faulty: Path) -> None:
-    page = suite / "page.html"
+    page = suite / "new" / "page.html"
     code, out = _pytest(suite, "-n", "2", "--lora-edge-bundle", faulty, "--lora-edge-html", page)
     assert code == 1, out
     assert "test_parity[adapter echo]" not in out
