@@ -21,7 +21,7 @@ from lora_edge import __version__
 from lora_edge.errors import LoraEdgeError
 
 _VERBS = {
-    "train": "Train a LoRA adapter on prompts and completions.",
+    "train": "Train a LoRA adapter on texts, chats, labels or images.",
     "export": "Export a base model and adapters to one ONNX bundle.",
     "add": "Add adapters to an existing bundle.",
     "run": "Generate text with a bundle.",

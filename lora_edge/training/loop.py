@@ -155,15 +155,15 @@ def fit(
     try:
         with stopper.listening():
             trainer.train(resume_from_checkpoint=str(resume) if resume is not None else None)
+    except KeyboardInterrupt:
+        if latest_checkpoint(run) is None:
+            raise
+        raise _interrupted(trainer.state.global_step, steps, run) from None
     finally:
         if writer is not None:
             writer.close()  # else its thread goes on writing to a folder that may be gone
     if stopper.asked and trainer.state.global_step < steps:
-        raise InterruptedRunError(
-            f"interrupted at step {trainer.state.global_step} of {steps}; the checkpoint "
-            f"{latest_checkpoint(run)} is kept",
-            "Give the same command with --resume to go on.",
-        )
+        raise _interrupted(trainer.state.global_step, steps, run)
     if any(not p.isfinite().all() for p in model.parameters() if p.requires_grad):
         raise diverged(trainer.state.global_step, math.nan)
     best = trainer.state.best_global_step if evaluation else None
@@ -175,6 +175,13 @@ def fit(
             if row["step"] == best and "eval_loss" in row
         )
     return Outcome(trainer.state.global_step, reporter.loss, best, kept)
+
+
+def _interrupted(step: int, steps: int, run: Path) -> InterruptedRunError:
+    return InterruptedRunError(
+        f"interrupted at step {step} of {steps}; the checkpoint {latest_checkpoint(run)} is kept",
+        "Give the same command with --resume to go on.",
+    )
 
 
 _KEPT = ("eval_loss", "eval_perplexity", "eval_accuracy")

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_edge.base import Base, resolve_base
+from lora_edge.base import resolve_base
 from lora_edge.bundle import staging
-from lora_edge.errors import AdapterError, BundleError, MissingDependencyError
+from lora_edge.errors import AdapterError, MissingDependencyError
 from lora_edge.quiet import quiet
 from lora_edge.refusals import Mode, Refusal
 from lora_edge.training.data import DataFile
@@ -22,16 +22,13 @@ from lora_edge.training.images import read_source
 from lora_edge.training.record import (
     PLOT_NAME,
     RECORD_NAME,
-    RECORD_VERSION,
-    Recipe,
     card,
     file_sha256,
     plot,
-    read_recipe,
-    versions,
     write_json,
 )
-from lora_edge.training.settings import Settings, changed
+from lora_edge.training.runs import closing, header_of, open_run
+from lora_edge.training.settings import Settings
 
 if TYPE_CHECKING:
     from lora_edge.training.callbacks import Progress
@@ -41,7 +38,6 @@ if TYPE_CHECKING:
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-RUN_NAME = "run.json"
 
 Notify = Callable[[str], None]
 
@@ -129,9 +125,9 @@ def train(
     with _staged(target, force, main=main) as stage, _one_process_group():
         source, judged = _read(data, evaluation)
         found = resolve_base(base)
-        header = _header(found, source, judged, chosen)
-        checkpoint = _open_run(run, header, resume=resume, force=force, main=main)
-        with quiet(only=()), _closing(run, main=main), memory_errors(chosen):
+        header = header_of(found, source, judged, chosen)
+        checkpoint = open_run(run, header, resume=resume, force=force, main=main)
+        with quiet(only=()), closing(run, main=main), memory_errors(chosen):
             from lora_edge.training.prepare import (
                 base_refusal,
                 export_modes,
@@ -270,86 +266,6 @@ def _one_process_group() -> Iterator[None]:
     yield
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def _header(
-    base: Base, source: DataFile, judged: DataFile | None, settings: Settings
-) -> dict[str, Any]:
-    """What is known of a run before it begins."""
-    header: dict[str, Any] = {
-        "record_version": RECORD_VERSION,
-        "base": base.name_or_path,
-        "base_fingerprint": base.fingerprint(),
-    }
-    if source.labels:
-        header["labels"] = list(source.labels)
-    header["data"] = _named(source)
-    if judged is not None:
-        header["evaluation"] = _named(judged)
-    return header | {"settings": settings.to_json(), "versions": versions()}
-
-
-def _named(source: DataFile) -> dict[str, Any]:
-    return {
-        "path": str(source.path),
-        "file": source.path.name,
-        "kind": source.kind,
-        "sha256": source.sha256,
-    }
-
-
-def _open_run(
-    run: Path, header: Mapping[str, Any], *, resume: bool, force: bool, main: bool
-) -> Path | None:
-    """Make the run's folder, or find its latest checkpoint."""
-    from lora_edge.training.loop import latest_checkpoint
-
-    checkpoint = latest_checkpoint(run)
-    if resume:
-        if checkpoint is None:
-            raise BundleError(f"{run} has no checkpoint to go on from", "Leave out --resume.")
-        _check_same(read_recipe(run / RUN_NAME), header, run)
-        return checkpoint
-    if not main:
-        return None
-    if checkpoint is not None and not force:
-        raise BundleError(
-            f"{run} holds an interrupted run, up to {checkpoint.name}",
-            "Give --resume to go on with it, or --force to begin anew.",
-        )
-    shutil.rmtree(run, ignore_errors=True)
-    run.mkdir(parents=True)
-    write_json(run / RUN_NAME, header)
-    return None
-
-
-def _check_same(before: Recipe, header: Mapping[str, Any], run: Path) -> None:
-    now = Settings.from_json(header["settings"])
-    differing = list(changed(before.settings, now))
-    if before.base_fingerprint != header["base_fingerprint"]:
-        differing.append("base")
-    if before.data_sha256 != header["data"]["sha256"]:
-        differing.append("data")
-    if before.evaluation_sha256 != header.get("evaluation", {}).get("sha256"):
-        differing.append("evaluation")
-    if differing:
-        raise AdapterError(
-            f"{run} was begun with another {' and '.join(differing)}",
-            "Resume with the same arguments, or begin anew with --force.",
-        )
-
-
-@contextlib.contextmanager
-def _closing(run: Path, *, main: bool) -> Iterator[None]:
-    """Leave a run's folder only if there is a checkpoint in it."""
-    from lora_edge.training.loop import latest_checkpoint
-
-    try:
-        yield
-    except BaseException:
-        if main and latest_checkpoint(run) is None:
-            shutil.rmtree(run, ignore_errors=True)
-        raise
 
 
 def _refuse_useless(modes: Mapping[Mode, tuple[Refusal, ...]]) -> None:
