@@ -79,8 +79,12 @@ def test_a_damaged_bundle_is_refused(damage: Damage, worlds: Worlds, tmp_path: P
 
 
 def test_the_command_says_what_is_wrong_and_exits_with_1_or_2(
-    worlds: Worlds, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    worlds: Worlds,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # a reproduction is left there
     _, bundle = worlds.copy("portable", tmp_path / "bundle")
     injections.of_file("plain", injections.times(2))(bundle)
     with pytest.raises(SystemExit) as stopped:
