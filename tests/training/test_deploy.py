@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import lora_edge
 from lora_edge.base import resolve_base
-from lora_edge.training import train
+from lora_edge.training import Settings, train
 from lora_edge.training.callbacks import read_metrics
 from lora_edge.training.model import load_model, load_tokenizer
 
@@ -24,8 +24,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "loraplus": {"loraplus_ratio": 8.0, "lr": 2e-3},
     "rslora": {"rslora": True, "alpha": 8.0},
     "dora": {"dora": True},
-    "pissa": {"init": "pissa", "lr": 2e-3},
-    "saved": {"modules_to_save": ("model.norm", "down_proj"), "target_modules": ("q_proj",)},
+    "pissa": {"init": "pissa", "lr": 6e-3},
 }
 
 
@@ -89,14 +88,16 @@ def test_two_processes_are_one_on_the_same_global_batch(base: Path, tmp_path: Pa
     data = tmp_path / "data.jsonl"
     rows = [{"prompt": f"say {n}:", "completion": " a" * n} for n in range(1, 11)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = Settings(
+        max_steps=6, lr=1e-2, rank=3, eval_split=0.2, eval_every=3, device="cpu", batch_size=2
+    )
     options = ["--max-steps", "6", "--lr", "1e-2", "--rank", "3", "--eval-split", "0.2"]
-    options += ["--eval-every", "3", "--device", "cpu"]
-    command = [str(base), str(data), *options, "--batch-size"]
+    options += ["--eval-every", "3", "--device", "cpu", "--batch-size", "2"]
     alone, other, both = (tmp_path / name for name in ("alone", "other", "both"))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     launch += ["--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     done = subprocess.run(
-        [*launch, "-m", "lora_edge.cli", "train", *command, "2", "-o", str(both)],
+        [*launch, "-m", "lora_edge.cli", "train", base, data, *options, "-o", both],
         capture_output=True,
         text=True,
         check=False,
@@ -104,9 +105,8 @@ def test_two_processes_are_one_on_the_same_global_batch(base: Path, tmp_path: Pa
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().splitlines()[-1] == str(both)
     assert "6 steps of 4 examples; evaluated on 2 examples" in done.stderr
-    for size, folder in (("4", alone), ("2", other)):
-        once = [sys.executable, "-m", "lora_edge.cli", "train", *command, size, "-o", str(folder)]
-        subprocess.run(once, capture_output=True, text=True, check=True)
+    train(base, data, alone, settings=settings, batch_size=4)
+    train(base, data, other, settings=settings)
 
     def difference(one: Path, two: Path) -> float:
         first, second = (load_file(p / "adapter_model.safetensors") for p in (one, two))
