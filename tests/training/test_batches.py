@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from lora_edge.errors import UnsupportedModelError
 from lora_edge.training import Settings, train
 from lora_edge.training.batches import LengthGroups, collate
 from lora_edge.training.head import TargetHead, agrees, predicting, target_logits
+from lora_edge.training.loop import _mean_over_all
 from lora_edge.training.lora import add_lora
 from lora_edge.training.tokens import IGNORED, TokenizedExample, pack
 
@@ -123,7 +125,7 @@ def test_a_head_that_takes_something_else_is_computed_whole() -> None:
     assert agrees(model, batch, head)
 
 
-def test_prompt_positions_get_no_gradient_and_prompt_labels_change_nothing() -> None:
+def test_prompt_positions_get_no_gradient_through_the_head_on_targets() -> None:
     model = adapted(CONFIGS["llama"])
     head = TargetHead(model)
     batch = collate(examples(), 0)
@@ -141,6 +143,38 @@ def test_prompt_positions_get_no_gradient_and_prompt_labels_change_nothing() -> 
     reached = hidden[0].grad.abs().sum(-1) > 0
     assert torch.equal(reached, predicting(labels))
     assert not reached.all()
+
+
+def test_what_is_said_of_the_prompt_changes_nothing() -> None:
+    """Neither the logits at prompt positions nor which tokens stand there as labels."""
+    rows = [example for example in examples() if example.labels.count(IGNORED) > 1]
+    labels = collate(rows, 0)["labels"]
+    logits = torch.randn(*labels.shape, 264, generator=torch.Generator().manual_seed(2))
+    keep = predicting(labels)
+
+    def loss_and_gradient(logits: torch.Tensor, labels: torch.Tensor) -> tuple[Any, Any]:
+        leaf = logits.clone().requires_grad_()
+        loss = _mean_over_all(SimpleNamespace(logits=leaf), labels)
+        loss.backward()
+        return loss.detach(), leaf.grad
+
+    loss, gradient = loss_and_gradient(logits, labels)
+    assert torch.all(gradient[~keep] == 0)
+    assert torch.all(gradient[keep].abs().sum(-1) > 0)
+    moved = logits + torch.where(keep, 0.0, 3.0).unsqueeze(-1) * torch.rand(logits.shape)
+    again, same = loss_and_gradient(moved, labels)
+    assert torch.equal(loss, again)
+    assert torch.equal(gradient, same)
+    # The same completions after prompts of other tokens, as long: other labels before the mask.
+    others = [
+        TokenizedExample(tuple((i + 7) % 264 for i in row.input_ids), row.labels, 0) for row in rows
+    ]
+    assert torch.equal(collate(others, 0)["labels"], labels)
+    moved = logits.clone()
+    moved[keep] += torch.rand(moved[keep].shape)  # control
+    assert not torch.equal(loss_and_gradient(moved, labels)[0], loss)
+    unmasked = collate(rows, 0)["input_ids"]
+    assert not torch.equal(loss_and_gradient(logits, unmasked)[0], loss)
 
 
 @pytest.mark.parametrize("epoch", [0, 1])

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -323,3 +324,27 @@ def test_a_split_that_leaves_nothing_is_refused(base: Path, tmp_path: Path) -> N
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     with pytest.raises(DataError, match=r"holds pair data, and .* labelled data"):
         train(base, path, tmp_path / "a", evaluation=tmp_path / "pairs.jsonl")
+
+
+def test_tensorboard_gets_the_losses_where_it_is_installed(
+    base: Path, words: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorboard", reason="TensorBoard is optional")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    made = train(base, words, tmp_path / "a", **{**RUN, "max_steps": 2})
+    events = EventAccumulator(str(made / "tensorboard"))
+    events.Reload()
+    losses = [event.value for event in events.Scalars("train/loss")]
+    logged = [row["loss"] for row in read_metrics(made / "metrics.jsonl")]
+    assert losses == pytest.approx(logged, rel=1e-6)
+
+
+def test_without_matplotlib_there_is_no_plot_and_a_remark(
+    base: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    notes: list[str] = []
+    made = train(base, words, tmp_path / "a", **{**RUN, "max_steps": 1}, notify=notes.append)
+    assert not (made / "loss.png").exists()
+    assert notes[-1].startswith("no loss.png: it needs matplotlib")
