@@ -24,7 +24,7 @@ _VERBS = {
     "train": "Train a LoRA adapter on texts, chats, labels or images.",
     "export": "Export a base model and adapters to one ONNX bundle.",
     "add": "Add adapters to an existing bundle.",
-    "run": "Generate text with a bundle.",
+    "run": "Generate text, or label texts and images, with a bundle.",
     "validate": "Check a bundle against PyTorch, or against its own golden cases.",
     "golden": "Keep your own prompts in a bundle as golden cases.",
     "inspect": "Show what an adapter or a bundle holds.",
