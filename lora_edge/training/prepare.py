@@ -138,7 +138,8 @@ def prepare(
     batches = encode.batches
     if task is not None and getattr(model.config, "pad_token_id", 0) is None:
         model.config.pad_token_id = batches.pad_id  # by which a decoder finds a row's last token
-    wrapped.to(device)
+    if settings.base_format != "4bit":  # which is loaded onto its device, and cannot be moved
+        wrapped.to(device)
     head = None
     if task is None and not settings.full_logits:
         head = _target_head(wrapped, examples, batches, notify)

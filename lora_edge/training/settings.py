@@ -230,7 +230,7 @@ class Settings:
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> Settings:
-        """The settings of a record; what it does not know is as transformers has it.
+        """The settings of a record; those that it lacks have their defaults.
 
         Raises:
             AdapterError: it holds something that is no setting.
@@ -242,7 +242,7 @@ class Settings:
                 f"the record has settings that this release does not know: {', '.join(unknown)}",
                 "Update lora-edge.",
             )
-        # Records of release 0.1 know no full_logits; there, it was how things were.
+        # Release 0.1 computed the head everywhere, and its records do not say so.
         return Settings(**{"full_logits": True, **values})
 
 
