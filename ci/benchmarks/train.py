@@ -72,7 +72,7 @@ class Run:
 
 
 def make_base(folder: Path) -> Path:
-    """A Llama of 15 million random parameters, a sixth of them in the output head."""
+    """A Llama of 17.5 million random parameters, a seventh of them in the output head."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
