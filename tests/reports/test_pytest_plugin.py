@@ -10,7 +10,7 @@ import pytest
 import shipped
 from junitparser import JUnitXml
 
-OPTIONS = ("-p", "lora_edge.pytest_plugin", "-p", "no:cacheprovider", "-q", "-rfE")
+OPTIONS = ("-p", "no:cacheprovider", "-q", "-rfE")  # the plugin comes with the package
 SUITE = """
 import pytest
 
