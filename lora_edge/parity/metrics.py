@@ -24,7 +24,6 @@ from lora_edge.tasks import TEXT_GENERATION
 Scores = NDArray[np.float64]
 """``[examples]``."""
 
-METRICS = ("exact_match", "perplexity", "accuracy")
 _BATCH = 8
 _ROOM = 8  # tokens that an answer may be longer than the right one
 

@@ -118,11 +118,6 @@ class Case:
     layers: tuple[Layer, ...] = ()
     task: TaskFigures | None = None
 
-    @property
-    def key(self) -> tuple[str, str]:
-        """What identifies the case in a report, and across reports: session and name."""
-        return self.session, self.name
-
 
 @dataclass(frozen=True)
 class Report:
@@ -172,12 +167,15 @@ class Report:
     def adapter_passed(self, name: str) -> bool:
         """The adapter was compared on its own, and every case that it took part in passed.
 
-        A case that it shares with an adapter that fails alone does not count against it.
+        A case that it shares with an adapter that fails alone does not count against it, nor does a
+        metric of the user's that cannot tell.
         """
-        broken = {case.adapters for case in self.failures if len(case.adapters) == 1}
+        told = [case for case in self.cases if case.kind != "task" or case.status != "unproved"]
+        failed = [case for case in told if case.status != "passed"]
+        broken = {case.adapters for case in failed if len(case.adapters) == 1}
         mine = [
             case
-            for case in self.cases
+            for case in told
             if name in case.adapters
             and not any((other,) in broken for other in case.adapters if other != name)
         ]

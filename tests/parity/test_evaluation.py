@@ -94,9 +94,13 @@ def test_a_broken_adapter_is_worse_example_by_example(
 
 def test_a_metric_that_does_not_show_the_adapter_proves_nothing(exported: Path) -> None:
     examples = [replace(example, adapter="mirror") for example in _examples("echo")]
-    case = _task(validate(exported, shipped.BASE, steps=1, examples=examples), "mirror")
+    report = validate(exported, shipped.BASE, steps=1, examples=examples)
+    case = _task(report, "mirror")
     assert case.status == "unproved"
     assert "does not show what the adapter does" in case.reason
+    assert not report.passed
+    # The logits have proved it all the same.
+    assert load_bundle(exported).adapter("mirror").proved
     few = validate(exported, shipped.BASE, steps=1, examples=_examples("echo", 3))
     assert _task(few, "echo").status == "unproved"  # three examples show nothing
 

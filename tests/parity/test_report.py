@@ -46,6 +46,17 @@ def test_a_shared_failure_is_the_fault_of_the_one_that_fails_alone() -> None:
     assert not unexplained.adapter_passed("b")
 
 
+def test_a_metric_that_cannot_tell_withdraws_no_proof() -> None:
+    mute = Case("adapter a, accuracy", ("a",), "unproved", "a: does not show", kind="task")
+    assert _report(GOOD, mute).adapter_passed("a")
+    assert not _report(GOOD, mute).passed
+    shared = Case("blend a + b", ("a", "b"), "failed", "blend a + b: wrong", FIGURES, LIMITS)
+    good_b = Case("adapter b", ("b",), "passed", "", FIGURES, LIMITS)
+    assert not _report(GOOD, good_b, mute, shared).adapter_passed("b")
+    worse = Case("adapter a, accuracy", ("a",), "failed", "a: worse", kind="task")
+    assert not _report(GOOD, worse).adapter_passed("a")
+
+
 def test_json_is_strict_and_versioned() -> None:
     data = json.loads(_report(BASE, GOOD, SWITCH).to_json())
     assert data["schema_version"] == 2
