@@ -146,7 +146,7 @@ def check_name(name: str) -> str:
     Raises:
         AdapterError: it is reserved, or has characters that a folder name should not have.
     """
-    if name == NONE_ADAPTER:
+    if name in {NONE_ADAPTER, "base"}:  # what the state without adapters is called
         raise AdapterError(
             f"the adapter name {name!r} is reserved for the base", "Choose another name."
         )

@@ -35,6 +35,8 @@ def staging(output: Path, *, force: bool = False, marker: str = MANIFEST_NAME) -
             is and the folder has no ``marker``.
     """
     _remove_stale(output)
+    if output.exists() and not output.is_dir():
+        raise BundleError(f"{output} exists and is no folder", "Choose another folder.")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())) and not force:
         raise BundleError(
             f"{output} exists and is not empty",

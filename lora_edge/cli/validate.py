@@ -56,11 +56,13 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     type=click.IntRange(1),
     help="Greedy tokens after each prompt (default 64; 16 above 20 M parameters).",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the random prompts.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the random prompts."
+)
 @click.option(
     "--prompts",
     type=click.Path(path_type=Path),
-    help="Up to four texts, one in each line, to run before random ones (with --reference).",
+    help="Texts, one in each line, to run instead of random ones (with --reference).",
 )
 @click.option(
     "--eval",

@@ -54,7 +54,7 @@ def write_onnx_test_data(
         What each data set is of, in their order.
 
     Raises:
-        DataError: the bundle has another task.
+        DataError: the bundle has another task, or an adapter without golden cases.
         BundleError: the reference is another base, or the folder is in the way.
         MissingDependencyError: ``lora-edge[export]`` is not installed.
     """
@@ -73,6 +73,13 @@ def write_onnx_test_data(
     runner = Runner(target)
     model = reference_of(base, sources_of(target, base, runner.adapters, adapters or {}))
     goldens = [g for g in recorded(target) if g.probe.kind in {"base", "adapter"}]
+    covered = {name for golden in goldens for name in golden.probe.adapters}
+    missing = sorted(set(runner.adapters) - covered)
+    if missing:
+        raise DataError(
+            f"{', '.join(missing)} was never compared with PyTorch, and has no prompts of its own",
+            "Run lora-edge validate with --reference first.",
+        )
     sets: list[DataSet] = []
     names: list[str] = []
     for golden in goldens:

@@ -82,7 +82,7 @@ def _switched(runner: Runner, golden: Golden, other: Golden) -> Case:
         observe(runner, each.probe, [tail[:_SWITCHED_STEPS] for tail in each.tails])
         for each in (golden, other, golden)
     )
-    same = all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    same = all(np.array_equal(a, b, equal_nan=True) for a, b in zip(first, again, strict=True))
     one, two = (label(each.probe.states[0]) for each in (golden, other))
     name = f"{one} -> {two} -> {one}, bit for bit"
     reason = "" if same else f"{one}: its outputs differ after {two} was used in between"

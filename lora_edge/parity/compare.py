@@ -38,6 +38,12 @@ class Floor:
     logit: float
     rms: float
 
+    def joined(self, other: Floor | None) -> Floor:
+        """The larger of each, of two measurements of one state."""
+        if other is None:
+            return self
+        return Floor(max(self.logit, other.logit), max(self.rms, other.rms))
+
 
 @dataclass(frozen=True)
 class Tolerance:

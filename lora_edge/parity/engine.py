@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from lora_edge.base import Base, resolve_base
 from lora_edge.bundle import Bundle, hash_file, load_bundle
@@ -18,8 +18,14 @@ from lora_edge.names import NONE_ADAPTER
 from lora_edge.parity.asking import ask
 from lora_edge.parity.checks import compare, switching
 from lora_edge.parity.compare import Tolerance
-from lora_edge.parity.environment import combinations, machine, session_of, versions
-from lora_edge.parity.evaluation import evaluate
+from lora_edge.parity.environment import (
+    combinations,
+    machine,
+    reference_versions,
+    session_of,
+    versions,
+)
+from lora_edge.parity.evaluation import check_examples, evaluate
 from lora_edge.parity.examples import Example
 from lora_edge.parity.explain import explain
 from lora_edge.parity.golden import Golden, recorded, reduce, shortened
@@ -120,6 +126,10 @@ def validate(
         MissingDependencyError: a reference is given, and torch, transformers or peft is missing.
     """
     started = time.monotonic()
+    if depth not in get_args(Depth):
+        raise DataError(f"depth is {depth!r}", f"Depths are {', '.join(get_args(Depth))}.")
+    if (steps is not None and steps < 1) or seed < 0:
+        raise DataError(f"steps is {steps}, seed {seed}", "Steps are 1 or more, seeds 0 or more.")
     say = progress or _silent
     target = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
     target.verify_all()
@@ -135,7 +145,11 @@ def validate(
     base = None
     if reference is not None:
         base = reference if isinstance(reference, Base) else resolve_base(reference)
-    journal = Journal(None if resume is None else Path(resume), _key(target, base, settings))
+    if examples:
+        check_examples(target, examples, metric)
+    journal = Journal(
+        None if resume is None else Path(resume), _key(target, base, settings, wanted[0])
+    )
     names = tuple(sorted(set(target.manifest.adapters) - {NONE_ADAPTER}))
     cases: list[Case] = []
     sessions: list[Session] = []
@@ -261,11 +275,14 @@ def _cut(golden: Golden, settings: _Settings) -> Golden:
     return golden if settings.steps is None else shortened(golden, settings.steps)
 
 
-def _key(bundle: Bundle, base: Base | None, settings: _Settings) -> dict[str, object]:
+def _key(
+    bundle: Bundle, base: Base | None, settings: _Settings, first: tuple[str, str]
+) -> dict[str, object]:
     return {
         "bundle": hash_file(bundle.directory / "lora_edge.json"),
         "base": None if base is None else base.fingerprint(),
-        "versions": versions(),
+        "first session": first,  # which is compared with whole logits
+        "versions": versions() | (reference_versions() if base is not None else {}),
         "machine": machine(),
         **dataclasses.asdict(settings),
     }

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from lora_edge import __version__
 from lora_edge.errors import DataError
 from lora_edge.parity.report import Session
 from lora_edge.runtime import Runner
+from lora_edge.runtime.providers import resolve
 
 LEVELS = ("disable", "basic", "extended", "all")
 """ONNX Runtime's levels of graph optimization."""
@@ -42,6 +44,15 @@ def versions() -> dict[str, str]:
     return {"lora-edge": __version__, "onnxruntime": version("onnxruntime")}
 
 
+def reference_versions() -> dict[str, str]:
+    """The packages of the reference, as far as they are installed."""
+    found = {}
+    for name in ("torch", "transformers", "peft"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
 def session_of(runner: Runner, optimization: str | None) -> Session:
     """What a report says of an open session."""
     return Session(
@@ -59,8 +70,10 @@ def combinations(
 
     Raises:
         DataError: a list is empty, or a level is unknown.
+        ProviderError: a provider is not available.
     """
-    names = [providers] if isinstance(providers, str) else list(dict.fromkeys(providers))
+    given = [providers] if isinstance(providers, str) else list(providers)
+    names = list(dict.fromkeys(resolve(name).name for name in given))
     if optimizations is None:
         levels = list(LEVELS) if full else ["all"]
     else:

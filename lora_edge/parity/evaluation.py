@@ -15,10 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from lora_edge.base import Base
+from lora_edge.bundle import Bundle
 from lora_edge.errors import DataError
+from lora_edge.names import NONE_ADAPTER
 from lora_edge.parity.compare import Floor, Status, Tolerance
 from lora_edge.parity.examples import Example
-from lora_edge.parity.metrics import Metric, Scores, choose
+from lora_edge.parity.metrics import Metric, Scores, check_metric, choose, right_labels
 from lora_edge.parity.report import Case, TaskFigures
 from lora_edge.runtime import Runner
 
@@ -54,13 +56,7 @@ def evaluate(
     Raises:
         DataError: the bundle's task has no such metric, or no example is for one of its adapters.
     """
-    names = {example.adapter for example in examples} - {None, *runner.adapters}
-    if names:
-        raise DataError(
-            f"an example is for the adapter {sorted(map(str, names))[0]!r}, which the bundle does "
-            "not have",
-            f"Its adapters are {', '.join(runner.adapters)}.",
-        )
+    check_examples(runner.bundle, examples, metric)
     measure = choose(runner, base, sources, metric)
     cases = []
     for name in runner.adapters:
@@ -69,6 +65,26 @@ def evaluate(
             progress(f"measuring {measure.metric} of {name} on {len(own)} examples")
             cases.append(_case(measure, name, own, floors[name], tolerance))
     return cases
+
+
+def check_examples(bundle: Bundle, examples: Sequence[Example], metric: str | None) -> None:
+    """Find mistakes before hours are spent.
+
+    Raises:
+        DataError: as :func:`evaluate`, or a label that an adapter's head does not have.
+    """
+    adapters = sorted(set(bundle.manifest.adapters) - {NONE_ADAPTER})
+    names = {example.adapter for example in examples} - {None, *adapters}
+    if names:
+        raise DataError(
+            f"an example is for the adapter {sorted(map(str, names))[0]!r}, which the bundle does "
+            "not have",
+            f"Its adapters are {', '.join(adapters)}.",
+        )
+    if check_metric(bundle, metric) == "accuracy":
+        for name in adapters:
+            own = [example for example in examples if example.adapter in {None, name}]
+            right_labels(bundle, name, own)
 
 
 def _case(

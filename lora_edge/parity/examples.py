@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from lora_edge.errors import DataError
 
@@ -40,7 +40,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         found = []
         for number, data in _objects(path):
             text, adapter = data.get("prompt"), data.get("adapter")
-            if not isinstance(text, str) or not text or not isinstance(adapter, str | None):
+            if not _is_text(text) or not isinstance(adapter, str | None):
                 raise DataError(
                     f"{path}, line {number}: expected a text 'prompt', and an 'adapter' or none",
                     'For example {"prompt": "Dear Sir", "adapter": "polite"}.',
@@ -65,9 +65,7 @@ def read_examples(path: Path) -> list[Example]:
         answer = data.get("completion", data.get("label"))
         answer = str(answer) if isinstance(answer, int) else answer
         adapter = data.get("adapter")
-        if not (
-            isinstance(text, str) and isinstance(answer, str) and text and answer
-        ) or not isinstance(adapter, str | None):
+        if not (_is_text(text) and _is_text(answer)) or not isinstance(adapter, str | None):
             raise DataError(
                 f"{path}, line {number}: expected 'prompt' and 'completion', or 'text' and 'label'",
                 'For example {"prompt": "Word: river Answer:", "completion": " river river"}.',
@@ -76,6 +74,17 @@ def read_examples(path: Path) -> list[Example]:
     if not found:
         raise DataError(f"{path} holds no example", "Give one in each line.")
     return found
+
+
+def _is_text(value: object) -> TypeGuard[str]:
+    """Text that is not empty and can be encoded: half of a surrogate pair cannot."""
+    if not isinstance(value, str) or not value:
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -92,8 +101,10 @@ def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _lines(path: Path) -> list[tuple[int, str]]:
     """Lines that are not blank, with their numbers from 1."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): JSON may hold other signs that end a line.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise DataError(f"{path} cannot be read: {reason}", "Give a text or jsonl file.") from error
-    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    numbered = [(number, line.rstrip("\r")) for number, line in enumerate(lines, 1)]
+    return [(number, line) for number, line in numbered if line.strip()]

@@ -73,7 +73,7 @@ def explain(
         if repro is not None and not left:
             try:
                 written = write_repro(repro, runner, golden, divergence, chosen, tolerance)
-            except BundleError as error:  # the verdict matters more
+            except (BundleError, OSError) as error:  # the verdict matters more
                 progress(f"no reproduction is left: {error}")
                 repro = None
                 continue

@@ -5,17 +5,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_edge.errors import DataError
 from lora_edge.parity.compare import Figures, Limits
-from lora_edge.parity.golden import Golden, load_golden, save_golden
+from lora_edge.parity.golden import FOLDER, Golden, load_golden, save_golden
 from lora_edge.parity.report import Case, Layer, TaskFigures
 
-_KEY, _PARTS = "validation.json", "finished.jsonl"
+_KEY, _PARTS = "lora-edge-validation.json", "finished.jsonl"
 
 
 class Journal:
@@ -42,21 +41,21 @@ class Journal:
                     f"{directory} is not empty, and holds no validation to go on with",
                     "Name a new folder, or the one of the validation that was cut off.",
                 )
-            if json.loads((directory / _KEY).read_text(encoding="utf-8"))["key"] == digest:
+            if (directory / _KEY).read_text(encoding="utf-8") == _text(digest):
                 self._read(directory)
                 return
-            shutil.rmtree(directory)
+            self._remove()
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / _KEY).write_text(json.dumps({"key": digest}) + "\n", encoding="utf-8")
+        (directory / _KEY).write_text(_text(digest), encoding="utf-8")
 
     def _read(self, directory: Path) -> None:
         file = directory / _PARTS
-        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-        for line in lines:
-            try:
-                part = json.loads(line)
-            except ValueError:  # the line that was being written when it was cut off
-                break
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:  # the line that was being written when it was cut off
+            file.write_text(whole, encoding="utf-8")
+        for line in whole.splitlines():
+            part = json.loads(line)
             self._parts[part["session"], part["probe"]] = [_case(data) for data in part["cases"]]
             if part["golden"]:
                 self.goldens.append(load_golden(directory / part["golden"]))
@@ -83,9 +82,24 @@ class Journal:
             file.write(json.dumps(part) + "\n")
 
     def close(self) -> None:
-        """All is finished: the folder goes."""
+        """All is finished: the journal goes, and the folder if nothing else is in it."""
         if self._directory is not None:
-            shutil.rmtree(self._directory)
+            self._remove()
+            if not any(self._directory.iterdir()):
+                self._directory.rmdir()
+
+    def _remove(self) -> None:
+        """Remove what a journal has written, and nothing else."""
+        assert self._directory is not None
+        goldens = self._directory / FOLDER
+        for path in [*goldens.glob("*.npz"), self._directory / _PARTS, self._directory / _KEY]:
+            path.unlink(missing_ok=True)
+        if goldens.is_dir() and not any(goldens.iterdir()):
+            goldens.rmdir()
+
+
+def _text(digest: str) -> str:
+    return json.dumps({"key": digest}) + "\n"
 
 
 def _case(data: dict[str, Any]) -> Case:

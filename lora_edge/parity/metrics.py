@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_edge.base import Base
+from lora_edge.bundle import Bundle
 from lora_edge.errors import DataError
-from lora_edge.manifest import Seq2SeqSpec
+from lora_edge.manifest import GraphSpec
 from lora_edge.parity.compare import log_total
 from lora_edge.parity.examples import Example
 from lora_edge.parity.live import reference_of
@@ -19,7 +20,6 @@ from lora_edge.parity.states import BASE, Row, State, only
 from lora_edge.parity.task_live import task_reference_of
 from lora_edge.runtime import Runner
 from lora_edge.runtime.tokenizer import Encoded
-from lora_edge.tasks import TEXT_GENERATION
 
 Scores = NDArray[np.float64]
 """``[examples]``."""
@@ -46,28 +46,51 @@ class Metric(ABC):
         return float(scores.mean())
 
 
-def choose(runner: Runner, base: Base, sources: Mapping[str, Path], metric: str | None) -> Metric:
-    """The metric of that name, or the first that the bundle's task has.
+def check_metric(bundle: Bundle, metric: str | None) -> str:
+    """The metric, or the first that the bundle's task has.
 
     Raises:
         DataError: the task has no such metric.
     """
-    manifest = runner.bundle.manifest
-    if isinstance(manifest.graph, Seq2SeqSpec):
-        known: dict[str, type[_Generated] | type[_Accuracy]] = {}
-    elif manifest.task == TEXT_GENERATION:
-        known = {"exact_match": _ExactMatch, "perplexity": _Perplexity}
+    manifest = bundle.manifest
+    known: tuple[str, ...] = ()
+    if isinstance(manifest.graph, GraphSpec):
+        known = ("exact_match", "perplexity")
     elif manifest.task == "text-classification":
-        known = {"accuracy": _Accuracy}
-    else:
-        known = {}
+        known = ("accuracy",)
     if not known or metric not in {None, *known}:
         raise DataError(
             f"a bundle of {manifest.task} has no metric"
             + (f" {metric!r}; it has {', '.join(known)}" if known else ""),
             "Text generators have exact_match and perplexity, text classifiers accuracy.",
         )
-    return known[metric or next(iter(known))](runner, base, sources)
+    return metric or known[0]
+
+
+def right_labels(bundle: Bundle, name: str, examples: Sequence[Example]) -> list[int]:
+    """The label of each example, as a place in an adapter's task head.
+
+    Raises:
+        DataError: the head has no such label.
+    """
+    labels = bundle.adapter(name).labels
+    right = []
+    for example in examples:
+        if example.answer in labels:
+            right.append(labels.index(example.answer))
+        elif example.answer.isdecimal() and int(example.answer) < len(labels):
+            right.append(int(example.answer))
+        else:
+            raise DataError(
+                f"the label {example.answer!r} is none of {name}'s: {', '.join(labels)}",
+                "Give its labels, or their numbers from 0.",
+            )
+    return right
+
+
+def choose(runner: Runner, base: Base, sources: Mapping[str, Path], metric: str | None) -> Metric:
+    """The metric, ready to measure; raises as :func:`check_metric`."""
+    return _KINDS[check_metric(runner.bundle, metric)](runner, base, sources)
 
 
 class _Generated(Metric):
@@ -203,7 +226,7 @@ class _Accuracy(Metric):
         theirs, without = (
             self._reference.outputs(rows, name, low_rank=low_rank) for low_rank in (True, False)
         )
-        right = self._labels(name, examples)
+        right = np.array(right_labels(self._runner.bundle, name, examples), np.int64)
         found = (np.array([row.argmax() for row in side]) for side in (ours, theirs, without))
         first, second, third = ((side == right).astype(np.float64) for side in found)
         return first, second, third
@@ -216,17 +239,9 @@ class _Accuracy(Metric):
         }
         return {key: arrays[key] for key in self._runner.encoder.spec.inputs}
 
-    def _labels(self, name: str, examples: Sequence[Example]) -> NDArray[np.int64]:
-        labels = self._runner.bundle.adapter(name).labels
-        right = []
-        for example in examples:
-            if example.answer in labels:
-                right.append(labels.index(example.answer))
-            elif example.answer.isdigit() and int(example.answer) < len(labels):
-                right.append(int(example.answer))
-            else:
-                raise DataError(
-                    f"the label {example.answer!r} is none of {name}'s: {', '.join(labels)}",
-                    "Give its labels, or their numbers from 0.",
-                )
-        return np.array(right, np.int64)
+
+_KINDS: dict[str, type[_ExactMatch] | type[_Perplexity] | type[_Accuracy]] = {
+    "exact_match": _ExactMatch,
+    "perplexity": _Perplexity,
+    "accuracy": _Accuracy,
+}

@@ -136,7 +136,8 @@ class Report:
         settings: what was asked for: ``depth``, ``steps``, ``seed``, ``multiple``,
             ``sensitivity``.
         base: name of the base model.
-        command: a command line that makes the report again.
+        command: a command line that makes the report again, but for prompts and examples of the
+            user's own.
         repro: folder of the reproduction of the first failure; empty where there is none.
     """
 
@@ -173,10 +174,13 @@ class Report:
         told = [case for case in self.cases if case.kind != "task" or case.status != "unproved"]
         failed = [case for case in told if case.status != "passed"]
         broken = {case.adapters for case in failed if len(case.adapters) == 1}
+        alone_broken = {case.adapters for case in failed if case.kind == "adapter"}
         mine = [
             case
             for case in told
             if name in case.adapters
+            # NaN of one adapter reaches all rows of its batch.
+            and not (case.kind == "mixed" and alone_broken - {(name,)})
             and not any((other,) in broken for other in case.adapters if other != name)
         ]
         alone = any(case.adapters == (name,) and case.figures for case in mine)

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_edge.bundle import GRAPH_FILE, staging
+from lora_edge.errors import BundleError
 from lora_edge.lora import FloatArray
 from lora_edge.parity.compare import Expected, Floor, Tolerance
 from lora_edge.parity.golden import Golden
@@ -32,6 +33,16 @@ if TYPE_CHECKING:
     from lora_edge.parity.localise import Divergence
 
 _SCRIPT = Path(__file__).with_name("repro_script.py")
+_FILES = {
+    "README.txt",
+    "actual.npy",
+    "case.json",
+    "columns.npy",
+    "expected.npy",
+    "inputs.npz",
+    "layers.json",
+    "repro.py",
+}
 _README = """\
 {case}: the graph differs from PyTorch ({what}).
 {found}
@@ -96,6 +107,11 @@ def write_repro(
     if shown is None:
         return None
     target = Path(directory).absolute()
+    there = {path.name for path in target.iterdir()} if target.is_dir() else set()
+    if there and (there - _FILES or "case.json" not in there):
+        raise BundleError(
+            f"{target} holds files that are no reproduction", "Name another folder with --repro."
+        )
     with staging(target, force=True, marker="repro.py") as stage:
         _write(stage, target, runner, golden, index, limits, shown, divergence)
     return target

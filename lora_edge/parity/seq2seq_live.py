@@ -80,11 +80,11 @@ def _expected(
     narrow = [logits(i, names[i]).astype(np.float32) for i in every]
     bases = [None if names[i] is None else logits(i, None).astype(np.float32) for i in every]
     for state in dict.fromkeys(probe.states):
-        if label(state) not in floors:
-            own = [i for i in every if probe.states[i] == state]
-            with reference.wide():
-                wide = [logits(i, names[i]) for i in own]
-            floors[label(state)] = noise([narrow[i] for i in own], wide)
+        own = [i for i in every if probe.states[i] == state]
+        with reference.wide():
+            wide = [logits(i, names[i]) for i in own]
+        floor = noise([narrow[i] for i in own], wide)
+        floors[label(state)] = floor.joined(floors.get(label(state)))
     return Golden(
         probe,
         tails,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from onnx import numpy_helper
 
 from lora_edge.base import Base
 from lora_edge.errors import BundleError, DataError
-from lora_edge.exporter import export
+from lora_edge.exporter import add, export
 from lora_edge.parity.backend_data import write_onnx_test_data
 
 
@@ -75,6 +76,16 @@ def test_a_fused_graph_of_the_shipped_models(tmp_path: Path) -> None:
         np.testing.assert_allclose(actual, outputs[name], rtol=1e-3, atol=1e-4, err_msg=name)
     with pytest.raises(BundleError):
         write_onnx_test_data(output, tmp_path / "data", shipped.BASE)
+
+
+def test_an_adapter_that_was_never_compared_has_no_prompts(
+    bundles: dict[str, Path], base: Base, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    directory = Path(shutil.copytree(bundles["switchable"], tmp_path / "bundle"))
+    add(directory, {"varied": adapters["varied"]})
+    with pytest.raises(DataError, match="varied was never compared"):
+        write_onnx_test_data(directory, tmp_path / "data", base)
+    assert not (tmp_path / "data").exists()
 
 
 def test_classifiers_have_none(tmp_path: Path) -> None:

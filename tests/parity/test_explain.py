@@ -104,3 +104,33 @@ def test_a_base_that_differs_explains_all_others(good: Path, base: Base, tmp_pat
     assert explained == {"base"}
     case = next(case for case in report.cases if case.name == "base")
     assert "the first layer that differs is model.layers.1.mlp.down_proj " in case.reason
+
+
+def test_a_neighbour_of_nan_keeps_its_proof(good: Path, base: Base, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(good, tmp_path / "faulty"))
+    bundle = load_bundle(directory)
+    file = directory / bundle.adapter("rooted").file
+    tensors = read_adapter(file)
+    key = f"lora.{SITE}.B"
+    write_adapter(file, {**tensors, key: np.full_like(tensors[key], np.nan)})
+    bundle.write_manifest(replace(bundle.manifest, files=file_entries(directory)))
+    report = validate(directory, base, steps=2)
+    assert not report.passed
+    proved = {
+        name: entry.proved for name, entry in load_bundle(directory).manifest.adapters.items()
+    }
+    assert proved["narrow"]
+    assert not proved["rooted"]
+    switched = [case for case in report.cases if case.kind == "switch"]
+    assert all(case.status == "passed" for case in switched)
+
+
+def test_a_file_in_the_way_of_the_reproduction_stays(faulty: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "letter").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "repro.py").write_text("mine")
+    for name in ("letter", "folder"):
+        report = validate(faulty, repro=tmp_path / name)
+        assert (report.passed, report.repro) == (False, "")
+    assert (tmp_path / "letter").read_text() == "mine"
+    assert (tmp_path / "folder" / "repro.py").read_text() == "mine"

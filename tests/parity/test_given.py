@@ -79,6 +79,9 @@ def test_prompts_from_files(tmp_path: Path) -> None:
     text.write_text("Dear Sir\n\nDear Madam\n")
     assert read_prompts(text) == [Prompt("Dear Sir"), Prompt("Dear Madam")]
     lines = tmp_path / "prompts.jsonl"
+    # JSON holds signs that end a line elsewhere; a byte order mark is no fault.
+    lines.write_text('\ufeff{"prompt": "a\u2028b\x85c"}\r\n', encoding="utf-8")
+    assert read_prompts(lines) == [Prompt("a\u2028b\x85c")]
     lines.write_text('{"prompt": "a"}\n{"prompt": "b", "adapter": "echo"}\n')
     assert read_prompts(lines) == [Prompt("a"), Prompt("b", "echo")]
 
@@ -89,6 +92,7 @@ def test_prompts_from_files(tmp_path: Path) -> None:
         ("a.jsonl", b'{"prompt": "a"}\n{"text": "b"}\n', "line 2"),
         ("a.jsonl", b"not json\n", "line 1"),
         ("a.txt", b"\n\n", "no prompt"),
+        ("a.jsonl", b'{"prompt": "a\\ud800b"}\n', "line 1"),
         ("a.txt", b"\xff\xfe\x00", "UTF-8"),
         ("missing.txt", None, "cannot be read"),
     ],

@@ -172,3 +172,40 @@ def test_the_report_says_what_ran_on_what(bundle: Path, base: Base) -> None:
         "mixed",
         "switch",
     }
+
+
+def test_what_is_not_its_own_stays(bundle: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for name in ("validation.json", "lora-edge-validation.json"):
+        (folder / name).write_text('{"key": "mine"}')
+        (folder / "data.csv").write_text("mine")
+        if name == "validation.json":
+            with pytest.raises(DataError, match="holds no validation"):
+                validate(bundle, resume=folder)
+        else:
+            assert validate(bundle, steps=1, resume=folder).passed
+        assert (folder / "data.csv").read_text() == "mine"
+    assert sorted(path.name for path in folder.iterdir()) == ["data.csv", "validation.json"]
+
+
+def test_another_first_session_is_compared_with_whole_logits(
+    bundle: Path, base: Base, tmp_path: Path
+) -> None:
+    def stop(line: str) -> None:
+        if "blend" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        validate(bundle, base, steps=2, resume=tmp_path / "finished", progress=stop)
+    options: dict[str, Any] = {"steps": 2, "optimization": "basic"}
+    resumed = validate(bundle, base, resume=tmp_path / "finished", **options)
+    assert _data(resumed) == _data(validate(bundle, base, **options))
+
+
+def test_arguments_that_cannot_be_meant(bundle: Path) -> None:
+    for options in ({"depth": "fulll"}, {"steps": 0}, {"seed": -1}):
+        with pytest.raises(DataError):
+            validate(bundle, **options)  # type: ignore[arg-type]
+    report = validate(bundle, provider=["cpu", "CPUExecutionProvider"], steps=1)
+    assert len(report.sessions) == 1
