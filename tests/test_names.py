@@ -101,3 +101,13 @@ def test_names_of_the_graph() -> None:
     ]
     assert past_name(3, "key") == "past_key_values.3.key"
     assert present_name(11, "value") == "present.11.value"
+
+
+@pytest.mark.parametrize("name", ["none", "base"])
+def test_what_names_no_adapter_at_all_names_no_adapter(name: str) -> None:
+    from lora_edge.adapter import check_name
+    from lora_edge.errors import AdapterError
+
+    with pytest.raises(AdapterError, match="reserved"):
+        check_name(name)
+    assert check_name(f"{name}-2") == f"{name}-2"
