@@ -49,6 +49,7 @@ __all__ = [
     "Seq2SeqSpec",
     "SiteEntry",
     "file_entries",
+    "file_entry",
     "hash_file",
     "load_bundle",
     "staging",
@@ -147,10 +148,15 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def file_entry(path: Path) -> FileEntry:
+    """The manifest's entry of one file."""
+    return FileEntry(hash_file(path), path.stat().st_size)
+
+
 def file_entries(directory: Path) -> dict[str, FileEntry]:
     """Hash every file below a folder except the manifest, by relative path."""
     return {
-        path.relative_to(directory).as_posix(): FileEntry(hash_file(path), path.stat().st_size)
+        path.relative_to(directory).as_posix(): file_entry(path)
         for path in sorted(directory.rglob("*"))
         if path.is_file() and path.name != MANIFEST_NAME
     }

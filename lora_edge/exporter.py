@@ -16,7 +16,7 @@ from lora_edge.adapter import load_adapter
 from lora_edge.base import Base, resolve_base
 from lora_edge.building import Options, Progress, build, chosen_task, sign
 from lora_edge.building_seq2seq import build_seq2seq, check_linear
-from lora_edge.bundle import Bundle, hash_file, load_bundle
+from lora_edge.bundle import Bundle, file_entry, load_bundle
 from lora_edge.card import bundle_card
 from lora_edge.convert import Conversion, converting
 from lora_edge.effects import site_changes
@@ -29,7 +29,7 @@ from lora_edge.errors import (
 from lora_edge.fit import Weights, check_base_of, check_copies, check_modules
 from lora_edge.kinds import KINDS
 from lora_edge.lora import Head, SiteChange
-from lora_edge.manifest import FileEntry, Manifest, Mode, Seq2SeqSpec
+from lora_edge.manifest import Manifest, Mode, Seq2SeqSpec
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.packing import check_parts, with_heads, write_adapter_folder
 from lora_edge.runtime.adapter_file import read_adapter
@@ -189,7 +189,7 @@ def add(
             for file in folder.rglob("*"):
                 if file.is_file():
                     name = file.relative_to(target.directory).as_posix()
-                    files[name] = FileEntry(hash_file(file), file.stat().st_size)
+                    files[name] = file_entry(file)
         return target.write_manifest(dataclasses.replace(manifest, adapters=entries, files=files))
     except BaseException:
         for folder in written:

@@ -9,6 +9,15 @@ from pathlib import Path
 
 import click
 
+peft_files = click.option(
+    "-a",
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="NAME=DIR",
+    help="PEFT files of an adapter, where the bundle does not hold them. Repeatable.",
+)
+
 
 def named_paths(pairs: Sequence[str]) -> dict[str, str]:
     """``NAME=DIR`` options as a mapping.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from lora_edge.cli.arguments import named_paths
+from lora_edge.cli.arguments import named_paths, peft_files
 
 
 @click.command()
@@ -22,14 +22,7 @@ from lora_edge.cli.arguments import named_paths
     metavar="BASE",
     help="The base's folder or id, where it is not the one that the bundle names.",
 )
-@click.option(
-    "-a",
-    "--adapter",
-    "adapters",
-    multiple=True,
-    metavar="NAME=DIR",
-    help="PEFT files of an adapter, where the bundle does not hold them. Repeatable.",
-)
+@peft_files
 @click.option(
     "--steps", type=click.IntRange(1), help="Greedy tokens after each prompt (default 16)."
 )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora_edge.cli.arguments import named_paths, optional_name
+from lora_edge.cli.arguments import named_paths, optional_name, peft_files
 
 if TYPE_CHECKING:
     from lora_edge.parity.engine import Depth
@@ -43,14 +43,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     type=click.Choice(["disable", "basic", "extended", "all"]),
     help="Level of ONNX Runtime's graph optimization (default all). Repeatable.",
 )
-@click.option(
-    "-a",
-    "--adapter",
-    "adapters",
-    multiple=True,
-    metavar="NAME=DIR",
-    help="PEFT files of an adapter, where the bundle does not hold them. Repeatable.",
-)
+@peft_files
 @click.option(
     "--steps",
     type=click.IntRange(1),

@@ -98,3 +98,7 @@ def longest_prompt(runner: Runner) -> int | None:
     if isinstance(graph, Seq2SeqSpec):
         return graph.max_source or None
     return graph.max_length
+
+
+def silent(line: str) -> None:
+    """Progress that nobody listens to."""

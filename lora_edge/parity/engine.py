@@ -15,7 +15,7 @@ from lora_edge.base import Base, resolve_base
 from lora_edge.bundle import Bundle, hash_file, load_bundle
 from lora_edge.errors import DataError
 from lora_edge.names import NONE_ADAPTER
-from lora_edge.parity.asking import ask
+from lora_edge.parity.asking import ask, silent
 from lora_edge.parity.checks import compare, switching
 from lora_edge.parity.compare import Tolerance
 from lora_edge.parity.environment import (
@@ -130,7 +130,7 @@ def validate(
         raise DataError(f"depth is {depth!r}", f"Depths are {', '.join(get_args(Depth))}.")
     if (steps is not None and steps < 1) or seed < 0:
         raise DataError(f"steps is {steps}, seed {seed}", "Steps are 1 or more, seeds 0 or more.")
-    say = progress or _silent
+    say = progress or silent
     target = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
     target.verify_all()
     if examples and reference is None:
@@ -310,10 +310,6 @@ def _command(
         words += ["--steps", str(settings.steps)]
     words += ["--seed", str(settings.seed)]
     return shlex.join(words)
-
-
-def _silent(line: str) -> None:
-    """Progress that nobody listens to."""
 
 
 def _unproved(bundle: Bundle, names: Sequence[str], goldens: Sequence[Golden]) -> Iterable[Case]:

@@ -9,11 +9,10 @@ from functools import partial
 from pathlib import Path
 
 from lora_edge.base import Base, resolve_base
-from lora_edge.bundle import Bundle, hash_file, load_bundle
+from lora_edge.bundle import Bundle, file_entry, load_bundle
 from lora_edge.errors import BundleError, DataError, ParityError
-from lora_edge.manifest import FileEntry
 from lora_edge.names import NONE_ADAPTER
-from lora_edge.parity.asking import ask, longest_prompt, tokens_of
+from lora_edge.parity.asking import ask, longest_prompt, silent, tokens_of
 from lora_edge.parity.checks import compare
 from lora_edge.parity.compare import Tolerance
 from lora_edge.parity.examples import Prompt
@@ -117,7 +116,7 @@ def add_goldens(
         longest -= _STEPS if steps is None else steps
     probes = given_probes(target, prompts, partial(tokens_of, runner), steps=steps, longest=longest)
     goldens = []
-    say = progress or _silent
+    say = progress or silent
     asked = ask(runner, base, adapters or {}, say, given=probes, planned=False)
     for golden in asked:
         for case in compare(runner, golden, Tolerance()):
@@ -133,7 +132,7 @@ def add_goldens(
             name = save_golden(target.directory, golden)
             path = target.directory / name
             written.append(path)
-            files[name] = FileEntry(hash_file(path), path.stat().st_size)
+            files[name] = file_entry(path)
         return target.write_manifest(dataclasses.replace(target.manifest, files=files))
     except OSError as error:
         for path in written:
@@ -142,7 +141,3 @@ def add_goldens(
             f"the golden cases cannot be written to {target.directory}: {error.strerror}",
             "Make the folder writable, and check the disk space.",
         ) from error
-
-
-def _silent(line: str) -> None:
-    """Progress that nobody listens to."""

@@ -61,9 +61,7 @@ class Golden:
     def stem(self) -> str:
         """What the file is called, without its hash."""
         probe = self.probe
-        stem = {"adapter": f"adapter-{probe.adapters[0]}" if probe.adapters else ""}.get(
-            probe.kind, probe.kind
-        )
+        stem = f"adapter-{probe.adapters[0]}" if probe.kind == "adapter" else str(probe.kind)
         if probe.batch > 1:
             stem += f"-{probe.batch}"
         return f"given-{stem}" if probe.given else stem

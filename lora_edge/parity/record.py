@@ -8,9 +8,8 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lora_edge.bundle import Bundle, hash_file
+from lora_edge.bundle import Bundle, file_entry
 from lora_edge.errors import BundleError
-from lora_edge.manifest import FileEntry
 from lora_edge.parity.golden import FOLDER, Golden, golden_stems, save_golden, stem_of
 from lora_edge.parity.report import Report
 
@@ -48,7 +47,7 @@ def record(
     try:
         written = [save_golden(bundle.directory, golden) for golden in ready]
         written.append(_save_report(bundle.directory, report))
-        added = {name: _entry(bundle.directory / name) for name in written}
+        added = {name: file_entry(bundle.directory / name) for name in written}
         stems = {golden.stem for golden in ready}
         stale = {
             name
@@ -83,7 +82,3 @@ def _save_report(directory: Path, report: Report) -> str:
 
 def _is_report(relative: str) -> bool:
     return relative.startswith(f"{FOLDER}/report-")
-
-
-def _entry(path: Path) -> FileEntry:
-    return FileEntry(hash_file(path), path.stat().st_size)
