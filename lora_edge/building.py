@@ -18,13 +18,14 @@ from lora_edge.adapter import Adapter
 from lora_edge.base import Base
 from lora_edge.bundle import BASE_GRAPH_FILE, DATA_FILE, GRAPH_FILE, Bundle, file_entries
 from lora_edge.effects import parameter_changes, site_changes
-from lora_edge.errors import AdapterError, MissingDependencyError
+from lora_edge.errors import AdapterError, MissingDependencyError, UnsupportedModelError
 from lora_edge.fit import check_copies, check_modules
 from lora_edge.kinds import kind_of, parts_of_kinds
 from lora_edge.lora import Head, SiteChange
 from lora_edge.manifest import AdapterEntry, Manifest, Mode, SiteEntry
 from lora_edge.names import NONE_ADAPTER, Part
 from lora_edge.packing import with_heads, write_adapter_folder, write_none
+from lora_edge.quantization import BITS, Precision, measured, rounded_weights
 from lora_edge.tasks import TEXT_GENERATION, Task
 
 Progress = Callable[[str], None]
@@ -67,6 +68,7 @@ class Options:
     sites: Literal["all", "adapters"]
     kinds: tuple[str, ...]
     task: Task | None
+    precision: Precision = "fp32"
 
 
 def chosen_task(
@@ -130,6 +132,25 @@ def _seq2seq_task(base: Base) -> str:
     return "automatic-speech-recognition" if speech else "text2text-generation"
 
 
+def check_precision(options: Options) -> None:
+    """Check that there are quantized graphs of the kind that is asked for.
+
+    Raises:
+        UnsupportedModelError: there are none.
+    """
+    if options.precision == "fp32":
+        return
+    plain = options.task is None and options.backend == "trace"
+    if not plain or options.form != "fused":
+        what = "text generation" if options.task is None else options.task.name
+        raise UnsupportedModelError(
+            f"--precision {options.precision} is for text generation in the trace backend's fused "
+            f"form, got {what}, {options.backend}, {options.form}: the operator, MatMulNBits, is "
+            "ONNX Runtime's own",
+            "Use --precision fp32, or --form fused.",
+        )
+
+
 def build(
     base: Base, adapters: Sequence[Adapter], stage: Path, options: Options, say: Progress
 ) -> Manifest:
@@ -169,6 +190,17 @@ def build(
     say("checking the base graph against PyTorch")
     figures = check_base(captured, base) if task is None else check_encoder(captured, base, task)
     graph_file = stage / GRAPH_FILE
+    quantization = None
+    if options.precision != "fp32":
+        # Not the head: it is the layer that suffers most, and often the embedding too.
+        linear = {path: x for path, x in captured.modules.items() if path != captured.head}
+        rounding = passes.quantizable(model, linear)
+        quantization = measured(BITS[options.precision], rounding, weights, captured.modules)
+        say(
+            f"rounding {len(rounding)} layers to {options.precision}: ‖W - Q(W)‖ / ‖W‖ is "
+            f"{quantization.mean_error:.3g} in the mean, {quantization.worst_error:.3g} at worst"
+        )
+        weights = rounded_weights(weights, quantization, captured.modules)
     fingerprint = base.fingerprint()
     base_labels = _base_labels(base, captured, task)
     entries: dict[str, AdapterEntry] = {}
@@ -181,6 +213,14 @@ def build(
         say(f"merging {adapters[0].name} into {len(changes)} parameters")
         owners = {path.rpartition(".")[0] for path in changes} & set(captured.modules)
         layers = {path: captured.modules[path] for path in sorted(owners)}
+        if quantization is not None:
+            matrices = {path.removesuffix(".weight") for path in changes}
+            touched = [path for path in quantization.layers if path in matrices]
+            others = [path for path in quantization.layers if path not in matrices]
+            passes.quantize_layers(model, captured.modules, others, quantization)
+            passes.round_layers(model, captured.modules, touched, quantization)
+            if touched:
+                say(f"{len(touched)} layers stay in fp32: the adapter is in their rounded weights")
         found = passes.find_sites(model, layers, weights)
         passes.merge(model, found, changes, weights)
         passes.save_with_data(model, graph_file)
@@ -197,14 +237,21 @@ def build(
         }
         given = {name: with_heads(changes, heads) for name, changes in given.items()}
         say(f"adding branches to {len(covered)} layers")
-        plain = captured.path.with_name("base.onnx")
+        path = captured.path
+        if quantization is not None:
+            passes.quantize_layers(model, captured.modules, quantization.layers, quantization)
+            path = raw / "quantized" / captured.path.name
+            path.parent.mkdir()
+            passes.save_with_data(model, path)
+            model = passes.load(path)
+        plain = path.with_name("base.onnx")
         if task is None:
             passes.save_graph(model, plain)
         passes.branch(model, passes.find_sites(model, covered, weights))
         # Beside its data, which is moved and never rewritten.
-        passes.save_graph(model, captured.path)
-        captured.path.rename(graph_file)
-        (raw / "model.onnx_data").rename(stage / DATA_FILE)
+        passes.save_graph(model, path)
+        path.rename(graph_file)
+        path.with_name("model.onnx_data").rename(stage / DATA_FILE)
         if task is None:
             plain.rename(stage / BASE_GRAPH_FILE)
         none = write_none(stage, covered, fingerprint, heads)
@@ -222,7 +269,7 @@ def build(
     copy_files(base, stage)
     modules = captured.modules
     manifest = manifest_of(options, base, captured, figures, entries, covered, modules, fingerprint)
-    return sign(stage, manifest)
+    return sign(stage, dataclasses.replace(manifest, quantization=quantization))
 
 
 def manifest_of(
@@ -251,7 +298,7 @@ def manifest_of(
     return Manifest(
         mode=options.mode,
         task=TEXT_GENERATION if options.task is None else options.task.name,
-        precision="fp32",
+        precision=options.precision,
         graph=captured.spec,
         base={
             "name_or_path": base.name_or_path,

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 from lora_edge.errors import BundleError
 from lora_edge.names import FACTOR_PARTS, Part
+from lora_edge.quantization import Quantization
 
 MANIFEST_NAME = "lora_edge.json"
 FORMAT_VERSION = 1
@@ -197,7 +198,7 @@ class Manifest:
     Attributes:
         mode: ``switchable`` (adapters are inputs) or ``merged`` (one adapter is in the weights).
         task: ``text-generation``, or one of :data:`lora_edge.tasks.TASKS`.
-        precision: precision of the graph's weights, ``fp32``.
+        precision: precision of the graph's linear layers: ``fp32``, ``int8`` or ``int4``.
         graph: the graph's facts: a GraphSpec for ``text-generation``, a Seq2SeqSpec for
             ``text2text-generation`` and ``automatic-speech-recognition``, else an EncoderSpec.
         base: ``name_or_path``, ``model_type``, ``fingerprint`` of the base model.
@@ -210,6 +211,7 @@ class Manifest:
         base_check: figures of the base graph's check against eager PyTorch.
         versions: versions of the packages that made the bundle.
         files: relative path -> hash and size, of every other file of the bundle.
+        quantization: how the base's weights were rounded; ``None`` where they were not.
     """
 
     mode: Mode
@@ -225,6 +227,7 @@ class Manifest:
     files: Mapping[str, FileEntry] = field(default_factory=dict)
     uncovered: Mapping[str, SiteEntry] = field(default_factory=dict)
     tied: tuple[str, ...] = ()
+    quantization: Quantization | None = None
     format_version: int = FORMAT_VERSION
 
     @property
@@ -294,6 +297,8 @@ class Manifest:
             for layers in ("sites", "uncovered"):
                 data[layers] = {k: SiteEntry(**_tuples(v)) for k, v in data[layers].items()}
             data["adapters"] = {k: AdapterEntry(**_tuples(v)) for k, v in data["adapters"].items()}
+            if data.get("quantization") is not None:
+                data["quantization"] = Quantization(**_tuples(data["quantization"]))
             data["files"] = {k: FileEntry(**v) for k, v in data["files"].items()}
             return Manifest(**data)
         except (KeyError, TypeError, ValueError) as error:

@@ -76,6 +76,14 @@ from lora_edge.tasks import SEQ2SEQ, TASKS, TEXT_GENERATION
     "rank, or of the ranks that keep this share (0 to 1) of each delta's energy, and say how far "
     "off they are.",
 )
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "int8", "int4"]),
+    default="fp32",
+    show_default=True,
+    help="Of the linear layers, the head excepted. int8 and int4 are for text generation in the "
+    "fused form; adapters stay in fp32, and so do the layers that a merged one changes.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 def command(adapters: tuple[str, ...], output: Path, **options: Any) -> None:
     """Export BASE (a Hugging Face folder or hub id) and PEFT adapters to one ONNX bundle.

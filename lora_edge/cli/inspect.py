@@ -69,6 +69,13 @@ def _bundle(path: Path, manifest: Manifest, size: int) -> Iterator[str]:
     yield from _entry(
         "size", f"{size:,} bytes in {len(manifest.files)} files, {len(manifest.sites)} sites"
     )
+    if manifest.quantization is not None:
+        made = manifest.quantization
+        yield from _entry(
+            "quantized",
+            f"{len(made.layers)} layers to {made.bits} bits in blocks of {made.block_size}: "
+            f"‖W − Q(W)‖/‖W‖ {made.mean_error:.2e} in the mean, {made.worst_error:.2e} at worst",
+        )
     if manifest.mode == "switchable":
         yield from _entry("kinds", f"takes adapters of {', '.join(manifest.kinds) or 'no kind'}")
     yield "adapters"

@@ -7,6 +7,7 @@ from lora_edge.graph.branch import branch
 from lora_edge.graph.check import check
 from lora_edge.graph.fuse import fuse
 from lora_edge.graph.merge import merge
+from lora_edge.graph.quantize import quantizable, quantize_layers, round_layers
 from lora_edge.graph.sites import Site, find_sites, graph_weights
 from lora_edge.graph.store import load, save_graph, save_with_data
 
@@ -19,6 +20,9 @@ __all__ = [
     "graph_weights",
     "load",
     "merge",
+    "quantizable",
+    "quantize_layers",
+    "round_layers",
     "save_graph",
     "save_with_data",
 ]

@@ -215,7 +215,7 @@ def _sum(made: _Branch, terms: list[ir.Value]) -> ir.Value:
 def _without_bias(made: _Branch) -> ir.Value:
     """The site's columns of the base's output, less a bias that its own node adds."""
     site, value = made.site, made.site.y
-    bias = site.node.inputs[2] if len(site.node.inputs) > 2 else None
+    bias = site.own_bias
     if bias is not None:
         if site.layer.kind == "conv":
             axes = list(range(1, _spatial(site) + 1))

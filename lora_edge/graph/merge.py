@@ -162,7 +162,7 @@ def _change_bias(model: ir.Model, site: Site, change: Change) -> None:
 
 def _bias_input(site: Site) -> tuple[ir.Node, int] | None:
     """The node and input that hold the base's bias: the node's own, or an Add that follows."""
-    if len(site.node.inputs) > 2 and site.node.inputs[2] is not None:
+    if site.own_bias is not None:
         return site.node, 2
     uses = tuple(site.y.uses())
     if len(uses) == 1 and uses[0].node.op_type == "Add":

@@ -76,6 +76,13 @@ class Site:
         return self.layer.out_features
 
     @property
+    def own_bias(self) -> ir.Value | None:
+        """The bias that the layer's node itself adds; ``None``: none, or an Add that follows."""
+        if self.node.op_type not in ("Gemm", "Conv") or len(self.node.inputs) < 3:
+            return None
+        return self.node.inputs[2]
+
+    @property
     def x(self) -> ir.Value:
         """The layer's input, ``[batch, seq, in]`` (an embedding's ids), as the graph is now.
 
@@ -279,6 +286,9 @@ def _site(path: str, layer: Layer, m: Multiplication, start: int) -> Site:
 def multiplications(model: ir.Model) -> Iterable[Multiplication]:
     """The nodes whose second input is a constant matrix, and whose output takes a branch."""
     for node in model.graph:
+        if node.op_type == "MatMulNBits":
+            yield _quantized(node)
+            continue
         if node.op_type not in ("MatMul", "Gemm") or len(node.inputs) < 2:
             continue
         x, matrix = node.inputs[0], node.inputs[1]
@@ -304,6 +314,14 @@ def multiplications(model: ir.Model) -> Iterable[Multiplication]:
         rows, columns = (int(dim) for dim in matrix.shape.numpy())
         in_features, width = (columns, rows) if transposed else (rows, columns)
         yield Multiplication(node, y, matrix, transposed, in_features, width)
+
+
+def _quantized(node: ir.Node) -> Multiplication:
+    """A weight of few bits: its codes, ``[out, blocks, bytes]``."""
+    codes = node.inputs[1]
+    assert codes is not None
+    sizes = (_int_attribute(node, name, 0) for name in ("K", "N"))
+    return Multiplication(node, node.outputs[0], codes, True, *sizes)
 
 
 def _is_plain(node: ir.Node) -> bool:
@@ -346,7 +364,8 @@ class _ContentIndex:
 
     def __init__(self, entries: Iterable[Multiplication]) -> None:
         self._columns: dict[bytes, list[tuple[int, int]]] = defaultdict(list)
-        self._entries = list(entries)
+        # Columns of codes are nobody's weights.
+        self._entries = [entry for entry in entries if entry.node.op_type != "MatMulNBits"]
         self._hashes: list[list[bytes]] = []
         by_weight: dict[tuple[int, bool], list[bytes]] = {}
         for index, entry in enumerate(self._entries):

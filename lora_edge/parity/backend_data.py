@@ -71,7 +71,7 @@ def write_onnx_test_data(
     named = target.manifest.base["name_or_path"] if reference is None else reference
     base = named if isinstance(named, Base) else resolve_base(named)
     runner = Runner(target)
-    model = reference_of(base, sources_of(target, base, runner.adapters, adapters or {}))
+    model = reference_of(target, base, sources_of(target, base, runner.adapters, adapters or {}))
     goldens = [g for g in recorded(target) if g.probe.kind in {"base", "adapter"}]
     covered = {name for golden in goldens for name in golden.probe.adapters}
     missing = sorted(set(runner.adapters) - covered)

@@ -113,7 +113,7 @@ def ask_pytorch(question: Question) -> Iterator[Golden]:
     """
     bundle, base, sources, steps = question.bundle, question.base, question.sources, question.steps
     names = tuple(sources)
-    reference = reference_of(base, sources)
+    reference = reference_of(bundle, base, sources)
     if steps is None:
         steps = _STEPS if reference.parameters <= _LARGE else _STEPS_OF_LARGE
     spec = bundle.manifest.decoder
@@ -136,9 +136,9 @@ def ask_pytorch(question: Question) -> Iterator[Golden]:
         yield _expected(reference, probe, tuple(question.continued(probe)), floors)
 
 
-def reference_of(base: Base, sources: Mapping[str, Path]) -> Reference:
-    """The base in PyTorch with adapters attached, of :func:`sources_of`."""
-    reference = Reference(base)
+def reference_of(bundle: Bundle, base: Base, sources: Mapping[str, Path]) -> Reference:
+    """The bundle's base in PyTorch with adapters attached, of :func:`sources_of`."""
+    reference = Reference(base, bundle.manifest.quantization)
     for name, directory in sources.items():
         reference.attach(name, directory)
     return reference

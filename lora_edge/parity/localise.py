@@ -126,7 +126,7 @@ def open_reference(
         return None
     if isinstance(runner.session, Encoder):
         return task_reference_of(base, runner.bundle.manifest.task, sources)
-    return reference_of(base, sources)
+    return reference_of(runner.bundle, base, sources)
 
 
 @dataclass(frozen=True)

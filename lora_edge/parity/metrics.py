@@ -98,7 +98,7 @@ class _Generated(Metric):
 
     def __init__(self, runner: Runner, base: Base, sources: Mapping[str, Path]) -> None:
         self._runner = runner
-        self._reference = reference_of(base, sources)
+        self._reference = reference_of(runner.bundle, base, sources)
 
     def _split(self, example: Example) -> tuple[Row, Row]:
         """The tokens of the prompt, and of what follows in the two together."""

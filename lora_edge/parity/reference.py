@@ -21,6 +21,7 @@ from lora_edge.base import Base
 from lora_edge.errors import AdapterError, BaseModelError, MissingDependencyError
 from lora_edge.parity.states import State
 from lora_edge.peft_directory import read_config
+from lora_edge.quantization import Quantization
 from lora_edge.quiet import quiet
 
 # Fields of an adapter that PEFT cannot hold beside another one in the same model, and the values at
@@ -75,8 +76,12 @@ def libraries() -> tuple[Any, dict[str, str]]:
 class Reference:
     """A base model in PyTorch, float32, eager attention, with PEFT adapters attached by name."""
 
-    def __init__(self, base: Base) -> None:
+    def __init__(self, base: Base, quantization: Quantization | None = None) -> None:
         """Load the model.
+
+        Args:
+            base: the model's folder.
+            quantization: round the weights of these layers first.
 
         Raises:
             MissingDependencyError: torch, transformers or peft is not installed.
@@ -84,6 +89,7 @@ class Reference:
         """
         self._torch, self.versions = libraries()
         self.base = base
+        self._quantization = quantization
         self._shared: Any = self._load()
         self._wide = False
         self._names: dict[str, str] = {}
@@ -243,7 +249,18 @@ class Reference:
                     f"transformers cannot load {self.base.name_or_path}: {error}",
                     "Check the folder with AutoModelForCausalLM.from_pretrained.",
                 ) from error
+        if self._quantization is not None:
+            self._round(model, self._quantization)
         return model.eval()
+
+    def _round(self, model: Any, quantization: Quantization) -> None:
+        """Give the layers the values that their codes mean, as PEFT sees a quantized layer."""
+        for path in quantization.layers:
+            module = model.get_submodule(path)
+            own = module.weight.detach()
+            matrix = own if isinstance(module, self._torch.nn.Linear) else own.T  # Conv1D
+            rounded = self._torch.from_numpy(quantization.rounded(matrix.numpy()))
+            matrix.copy_(rounded)
 
     def _attached(self, model: Any, directory: str | os.PathLike[str], inner: str) -> Any:
         from peft import PeftModel
