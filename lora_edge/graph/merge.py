@@ -76,7 +76,7 @@ def _change_linears(model: ir.Model, changes: list[tuple[Site, Change]]) -> None
         return original
 
     if _readers(weight) == 1:
-        weight.const_value = _lazy(str(weight.name), weight, merged)
+        weight.const_value = lazily(str(weight.name), weight, merged)
     else:
         _untie(model, changes[0][0], merged)
 
@@ -86,7 +86,7 @@ def _change_reader(model: ir.Model, site: Site, change: Change) -> None:
     if site.layer.kind == "conv":
         _change_kernel(model, site, change)
     elif _readers(site.weight) == 1:
-        site.weight.const_value = _lazy(str(site.weight.name), site.weight, change)
+        site.weight.const_value = lazily(str(site.weight.name), site.weight, change)
     else:
         value = _copy(model, f"{site.path}.weight", site.weight, change)
         _reread(site, site.weight, value)
@@ -98,7 +98,7 @@ def _change_kernel(model: ir.Model, site: Site, change: Change) -> None:
     kernel = change(old.astype(np.float64)).astype(old.dtype)
     channels = site.in_features // int(np.prod(kernel.shape[2:]))
     site.node.attributes["group"] = ir.AttrInt64("group", channels // kernel.shape[1])
-    _reread(site, site.weight, _initializer(model, f"{site.path}.weight", kernel))
+    _reread(site, site.weight, add_initializer(model, f"{site.path}.weight", kernel))
 
 
 def _reread(site: Site, old: ir.Value, new: ir.Value) -> None:
@@ -116,7 +116,7 @@ def _change_initializer(
             f"the parameter {path} is not in the graph",
             "Use the trace backend, or another base model.",
         )
-    value.const_value = _lazy(path, value, change)
+    value.const_value = lazily(path, value, change)
 
 
 def _change_bias(model: ir.Model, site: Site, change: Change) -> None:
@@ -127,7 +127,7 @@ def _change_bias(model: ir.Model, site: Site, change: Change) -> None:
         bias = node.inputs[index]
         assert bias is not None
         if _readers(bias) == 1 and site.width == site.out_features:
-            bias.const_value = _lazy(str(bias.name), bias, change)
+            bias.const_value = lazily(str(bias.name), bias, change)
             return
         columns = slice(site.start, site.start + site.out_features)
 
@@ -140,7 +140,7 @@ def _change_bias(model: ir.Model, site: Site, change: Change) -> None:
         return
     added = np.zeros(site.width, np.float32)
     added[site.start : site.start + site.out_features] = change(None)
-    tensor = _initializer(model, f"{site.path}.bias", added)
+    tensor = add_initializer(model, f"{site.path}.bias", added)
     if site.layer.kind == "conv":
         site.node.resize_inputs(3)
         site.node.replace_input_with(2, tensor)
@@ -184,7 +184,7 @@ def _readers(weight: ir.Value) -> int:
     return count
 
 
-def _lazy(name: str, weight: ir.Value, change: Callable[[WideArray], WideArray]) -> ir.LazyTensor:
+def lazily(name: str, weight: ir.Value, change: Callable[[WideArray], WideArray]) -> ir.LazyTensor:
     """The changed values of a weight, computed when they are read."""
     tensor = _tensor(weight)
 
@@ -215,13 +215,14 @@ def _copy(
         name=_free(model, name),
         shape=_shape(tensor),
         type=ir.TensorType(tensor.dtype),
-        const_value=_lazy(name, weight, change),
+        const_value=lazily(name, weight, change),
     )
     model.graph.register_initializer(value)
     return value
 
 
-def _initializer(model: ir.Model, name: str, array: NDArray[np.generic]) -> ir.Value:
+def add_initializer(model: ir.Model, name: str, array: NDArray[np.generic]) -> ir.Value:
+    """A new initializer, whose name tells where that name is free."""
     tensor = ir.tensor(np.ascontiguousarray(array), name=_free(model, name))
     value = ir.Value(
         name=tensor.name,

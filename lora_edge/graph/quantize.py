@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from lora_edge.errors import GraphError
+from lora_edge.graph.merge import WideArray, add_initializer, lazily
 from lora_edge.graph.sites import Layer, Multiplication, multiplications
 from lora_edge.quantization import Blocks, Quantization, quantize
 
@@ -65,11 +66,14 @@ def round_layers(
     """
     found = _own(model, layers)
     for path in paths:
-        weight = _matrix(found[path])
-        values = quantization.rounded(weight)
-        stored = np.ascontiguousarray(values if found[path].transposed else values.T)
+        transposed = found[path].transposed
+
+        def rounded(stored: WideArray, transposed: bool = transposed) -> WideArray:
+            matrix = quantization.rounded(stored if transposed else stored.T)
+            return (matrix if transposed else matrix.T).astype(np.float64)
+
         value = found[path].weight
-        value.const_value = ir.tensor(stored, name=value.name)
+        value.const_value = lazily(str(value.name), value, rounded)
 
 
 def _own(model: ir.Model, layers: Mapping[str, Layer]) -> dict[str, Multiplication]:
@@ -105,15 +109,7 @@ def _replace(model: ir.Model, path: str, found: Multiplication, blocks: Blocks) 
     codes, scales, zeros = blocks.packed()
     inputs = [old.inputs[0]]
     for name, array in (("codes", codes), ("scales", scales), ("zeros", zeros)):
-        tensor = ir.tensor(array, name=f"{path}.weight.{name}")
-        value = ir.Value(
-            name=tensor.name,
-            shape=ir.Shape(array.shape),
-            type=ir.TensorType(tensor.dtype),
-            const_value=tensor,
-        )
-        model.graph.register_initializer(value)
-        inputs.append(value)
+        inputs.append(add_initializer(model, f"{path}.weight.{name}", array))
     node = ir.node(
         MATMUL_NBITS,
         inputs,
