@@ -118,6 +118,7 @@ def _replace(model: ir.Model, path: str, found: Multiplication, blocks: Blocks) 
             "N": found.width,
             "bits": blocks.bits,
             "block_size": blocks.codes.shape[-1],
+            "accuracy_level": 1,  # activations in fp32
         },
         domain="com.microsoft",
         name=path,
