@@ -22,7 +22,7 @@ from lora_edge.errors import AdapterError, MissingDependencyError, UnsupportedMo
 from lora_edge.fit import check_copies, check_modules
 from lora_edge.kinds import kind_of, parts_of_kinds
 from lora_edge.lora import Head, SiteChange
-from lora_edge.manifest import AdapterEntry, Manifest, Mode, SiteEntry
+from lora_edge.manifest import AdapterEntry, Manifest, Mode, SiteEntry, WeightEntry
 from lora_edge.names import NONE_ADAPTER, Part
 from lora_edge.packing import with_heads, write_adapter_folder, write_none
 from lora_edge.quantization import BITS, Precision, measured, rounded_weights
@@ -245,9 +245,11 @@ def build(
             passes.save_with_data(model, path)
             model = passes.load(path)
         plain = path.with_name("base.onnx")
+        found = passes.find_sites(model, covered, weights)
         if task is None:
             passes.save_graph(model, plain)
-        passes.branch(model, passes.find_sites(model, covered, weights))
+            covered = with_weights(covered, found)
+        passes.branch(model, found)
         # Beside its data, which is moved and never rewritten.
         passes.save_graph(model, path)
         path.rename(graph_file)
@@ -367,6 +369,23 @@ def covered_layers(
             parts = tuple(part for part in get_args(Part) if part in wanted)
             covered[path] = dataclasses.replace(entry, parts=parts)
     return covered
+
+
+def with_weights(layers: Mapping[str, SiteEntry], found: Mapping[str, Any]) -> dict[str, SiteEntry]:
+    """The layers, with where the data file has their weights.
+
+    Args:
+        layers: module path -> layer.
+        found: module path -> :class:`~lora_edge.graph.Site`, before anything replaces a weight.
+    """
+    from lora_edge.graph import stored_weight
+
+    located = dict(layers)
+    for path, layer in layers.items():
+        stored = stored_weight(found[path])
+        if stored is not None:
+            located[path] = dataclasses.replace(layer, weight=WeightEntry(**stored._asdict()))
+    return located
 
 
 def say_cost(adapter: Adapter, file: Path, head: str, say: Progress) -> None:

@@ -125,6 +125,29 @@ Spec = TypeVar("Spec", GraphSpec, EncoderSpec, Seq2SeqSpec)
 
 
 @dataclass(frozen=True)
+class WeightEntry:
+    """Where ``onnx/base.onnx`` has a site's weight: in ``onnx/model.onnx_data``, row by row.
+
+    Attributes:
+        name: the initializer's name.
+        dtype: ``float32`` or ``float16``.
+        shape: of the whole initializer, which packed projections share.
+        offset: byte of the data file at which it begins.
+        transposed: it is ``[out, in]``, not ``[in, out]``.
+        start: the site's first output in it; 0 unless projections are packed.
+        readers: number of nodes that read it; above 1 where layers share it.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    transposed: bool = False
+    start: int = 0
+    readers: int = 1
+
+
+@dataclass(frozen=True)
 class SiteEntry:
     """A layer of the model as an adapter sees it; in a manifest, with the inputs that it has.
 
@@ -139,6 +162,8 @@ class SiteEntry:
         transposed: the checkpoint keeps the weight of this linear layer as ``[in, out]``.
         parts: the graph inputs ``lora.<path>.<part>`` that the site has.
         refusal: why PEFT's low-rank pair there is refused; empty where it is not.
+        weight: where a decoder without branches has its weight; None where it has none, or the
+            weight is kept in another way.
     """
 
     in_features: int
@@ -149,6 +174,7 @@ class SiteEntry:
     transposed: bool = False
     parts: tuple[Part, ...] = FACTOR_PARTS
     refusal: str = ""
+    weight: WeightEntry | None = None
 
 
 @dataclass(frozen=True)
@@ -295,7 +321,7 @@ class Manifest:
             data["kinds"] = tuple(data["kinds"])
             data["tied"] = tuple(data["tied"])
             for layers in ("sites", "uncovered"):
-                data[layers] = {k: SiteEntry(**_tuples(v)) for k, v in data[layers].items()}
+                data[layers] = {k: _site(v) for k, v in data[layers].items()}
             data["adapters"] = {k: AdapterEntry(**_tuples(v)) for k, v in data["adapters"].items()}
             if data.get("quantization") is not None:
                 data["quantization"] = Quantization(**_tuples(data["quantization"]))
@@ -305,6 +331,12 @@ class Manifest:
             raise BundleError(
                 f"{MANIFEST_NAME} is not a bundle manifest: {error!r}", "Export the bundle again."
             ) from error
+
+
+def _site(record: dict[str, Any]) -> SiteEntry:
+    weight = record.pop("weight", None)
+    entry = None if weight is None else WeightEntry(**_tuples(weight))
+    return SiteEntry(**_tuples(record), weight=entry)
 
 
 def _tuples(record: Mapping[str, Any]) -> dict[str, Any]:

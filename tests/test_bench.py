@@ -12,12 +12,22 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ci" / "benchmarks"))
 import decode
-from contestants import AGAIN, EAGER, MERGED, OFF, ON, PEFT, PLAIN, REFERENCE
+from contestants import (
+    AGAIN,
+    EAGER,
+    MERGED,
+    OFF,
+    OFF_PINNED,
+    ON,
+    ON_PINNED,
+    PEFT,
+    REFERENCE,
+)
 from decode import ratio, verdict
 from measure import compare
 from prepare import genai_installed
 
-OURS = {MERGED, ON, OFF, PLAIN, PEFT, EAGER}
+OURS = {MERGED, ON, OFF, ON_PINNED, OFF_PINNED, PEFT, EAGER}
 
 
 @pytest.mark.slow
@@ -34,7 +44,8 @@ def test_every_contestant_is_reported(tmp_path: Path) -> None:
     assert all(seconds > 0 for seconds in medians.values())
     assert set(results["speed"]) == expected - {REFERENCE if genai_installed() else MERGED}
     targets = {(entry["name"], entry["over"]) for entry in results["targets"]}
-    assert {(ON, MERGED), (OFF, MERGED), (PLAIN, MERGED), (ON, PEFT)} <= targets
+    over_merged = {(name, MERGED) for name in (ON, OFF, ON_PINNED, OFF_PINNED)}
+    assert over_merged | {(ON, PEFT)} <= targets
     for name in expected:
         assert name in done.stdout
 

@@ -18,12 +18,17 @@ from lora_edge.lora import SiteChange
 from lora_edge.manifest import GraphSpec, SiteEntry
 from lora_edge.runtime.binding import Binding
 from lora_edge.runtime.decoder import Decoder
+from lora_edge.runtime.pinned import merged_values
+from lora_edge.runtime.session import Fixed
 
 REFERENCE, AGAIN = "genai", "genai again"
 MERGED, ON, OFF = "merged", "switchable on", "switchable off"
-PLAIN = "off, own session"
+ON_PINNED, OFF_PINNED = "on, pinned", "off, pinned"
 PEFT, EAGER = "PEFT eager", "PyTorch eager"
-WITHOUT_ADAPTER = (OFF, PLAIN, EAGER)
+WITHOUT_ADAPTER = (OFF, OFF_PINNED, EAGER)
+
+
+_STATE = (("bench", 1.0),)
 
 
 class Contestant(Protocol):
@@ -46,15 +51,14 @@ class Graph:
         threads: int,
         sites: dict[str, SiteEntry] | None = None,
         adapter: Path | None = None,
+        fixed: Fixed | None = None,
     ) -> None:
-        self._decoder = Decoder(path, spec, sites=sites, threads=threads)
-        tensors = self._decoder.tensors
-        self._binding = tensors.off()
+        self._decoder = Decoder(path, spec, sites=sites, threads=threads, fixed=fixed)
+        self._binding: Binding | None = None
         if adapter is not None:
-            modules = load_adapter(adapter, "bench").modules
-            changes = {path: SiteChange(module.factors()) for path, module in modules.items()}
+            tensors, changes = self._decoder.tensors, _changes(adapter)
             values = tensors.changes(changes, [changes])
-            self._binding = Binding(((("bench", 1.0),),), {**values, **tensors.weight(1.0)})
+            self._binding = Binding((_STATE,), {**values, **tensors.weight(1.0)})
 
     def start(self, prompt: list[int], length: int) -> NDArray[np.float32]:
         self._decoding = self._decoder.start(1, length, self._binding)
@@ -91,13 +95,26 @@ class Eager:
         return logits[0, -1].numpy()
 
 
+def _changes(adapter: Path) -> dict[str, SiteChange]:
+    modules = load_adapter(adapter, "bench").modules
+    return {path: SiteChange(module.factors()) for path, module in modules.items()}
+
+
+def _pinned(graphs: Graphs, changes: dict[str, SiteChange]) -> Fixed:
+    data = graphs.plain.with_name("model.onnx_data")
+    return Fixed(_STATE, merged_values(data, graphs.sites, changes))
+
+
 def makers(graphs: Graphs, threads: int) -> dict[str, Callable[[], Contestant]]:
     """How each contestant is made, by name; genai's only where its graph is."""
     found: dict[str, Callable[[], Contestant]] = {
         MERGED: lambda: Graph(graphs.merged, graphs.spec, threads),
         ON: lambda: Graph(graphs.switchable, graphs.spec, threads, graphs.sites, graphs.adapter),
         OFF: lambda: Graph(graphs.switchable, graphs.spec, threads, graphs.sites),
-        PLAIN: lambda: Graph(graphs.plain, graphs.spec, threads),
+        ON_PINNED: lambda: Graph(
+            graphs.plain, graphs.spec, threads, fixed=_pinned(graphs, _changes(graphs.adapter))
+        ),
+        OFF_PINNED: lambda: Graph(graphs.plain, graphs.spec, threads, fixed=Fixed((), {})),
         PEFT: lambda: Eager(graphs.base, graphs.adapter),
         EAGER: lambda: Eager(graphs.base),
     }

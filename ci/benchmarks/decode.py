@@ -23,7 +23,17 @@ from pathlib import Path
 from statistics import geometric_mean, median
 
 import numpy as np
-from contestants import AGAIN, EAGER, MERGED, OFF, ON, PEFT, PLAIN, REFERENCE
+from contestants import (
+    AGAIN,
+    EAGER,
+    MERGED,
+    OFF,
+    OFF_PINNED,
+    ON,
+    ON_PINNED,
+    PEFT,
+    REFERENCE,
+)
 from measure import PROMPT, measure
 from prepare import TINY, Shape, genai_installed, prepare
 
@@ -34,10 +44,11 @@ TARGETS = (
     (MERGED, REFERENCE, 0.95),
     (ON, MERGED, 0.90),
     (OFF, MERGED, 0.98),
-    (PLAIN, MERGED, 0.98),
+    (ON_PINNED, MERGED, 0.98),
+    (OFF_PINNED, MERGED, 0.98),
     (ON, PEFT, 3.0),
 )
-_ROWS = (REFERENCE, AGAIN, MERGED, ON, OFF, PLAIN, PEFT, EAGER)
+_ROWS = (REFERENCE, AGAIN, MERGED, ON, OFF, ON_PINNED, OFF_PINNED, PEFT, EAGER)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from transformers.utils import logging
 from lora_edge import graph as passes
 from lora_edge.adapter import load_adapter
 from lora_edge.base import resolve_base
+from lora_edge.building import with_weights
 from lora_edge.capture import capture
 from lora_edge.effects import parameter_changes
 from lora_edge.manifest import GraphSpec, SiteEntry
@@ -62,7 +63,7 @@ class Graphs:
         genai: onnxruntime-genai's graph of the merged weights; None if it is not installed.
         spec: facts of our two graphs.
         genai_spec: facts of genai's.
-        sites: the branches of ``switchable``.
+        sites: the branches of ``switchable``, with where ``plain`` has their weights.
     """
 
     base: Path
@@ -103,7 +104,9 @@ def prepare(folder: Path, shape: Shape) -> Graphs:
     passes.fuse(model)
     plain = captured.path.with_name("base.onnx")
     passes.save_graph(model, plain)
-    passes.branch(model, passes.find_sites(model, sites))
+    found = passes.find_sites(model, sites)
+    sites = with_weights(sites, found)
+    passes.branch(model, found)
     passes.save_graph(model, captured.path)
     return Graphs(
         base=base,

@@ -45,6 +45,14 @@ from lora_edge.errors import DataError
 @click.option("--stream", is_flag=True, help="Print pieces as they come.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 @click.option("--provider", default="cpu", show_default=True, help="Execution provider.")
+@click.option(
+    "--pin",
+    "pinned",
+    multiple=True,
+    metavar="NAME",
+    help="Run batches of this adapter alone (none: no adapter) as fast as merged, for one more "
+    "copy of the weights in memory. Repeatable.",
+)
 def command(
     bundle: str,
     adapters: tuple[str, ...],
@@ -57,6 +65,7 @@ def command(
     stream: bool,
     as_json: bool,
     provider: str,
+    pinned: tuple[str, ...],
     **settings: Any,
 ) -> None:
     """Run BUNDLE: complete prompts, label texts or images, or embed texts, as its task is.
@@ -75,7 +84,7 @@ def command(
     from lora_edge.tasks import SPEECH, TEXT2TEXT, TEXT_GENERATION
 
     default = weighted_names(adapters)
-    runner = Runner(bundle, provider)
+    runner = Runner(bundle, provider, pinned=pinned)
     task = runner.bundle.manifest.task
     if task == SPEECH:
         raise click.UsageError(

@@ -10,6 +10,7 @@ from lora_edge.graph.merge import merge
 from lora_edge.graph.quantize import quantizable, quantize_layers, round_layers
 from lora_edge.graph.sites import Site, find_sites, graph_weights
 from lora_edge.graph.store import load, save_graph, save_with_data
+from lora_edge.graph.stored import stored_weight
 
 __all__ = [
     "Site",
@@ -25,4 +26,5 @@ __all__ = [
     "round_layers",
     "save_graph",
     "save_with_data",
+    "stored_weight",
 ]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from lora_edge.errors import GraphError
-from lora_edge.graph.sites import Site, Weights, find_initializer
+from lora_edge.graph.sites import Site, Weights, find_initializer, readers
 
 WideArray = NDArray[np.float64]
 Change = Callable[["WideArray | None"], WideArray]
@@ -75,7 +75,7 @@ def _change_linears(model: ir.Model, changes: list[tuple[Site, Change]]) -> None
                 original[:, columns] = change(original[:, columns].T).T
         return original
 
-    if _readers(weight) == 1:
+    if readers(weight) == 1:
         weight.const_value = lazily(str(weight.name), weight, merged)
     else:
         _untie(model, changes[0][0], merged)
@@ -85,7 +85,7 @@ def _change_reader(model: ir.Model, site: Site, change: Change) -> None:
     """The weight of an embedding, a convolution or a norm."""
     if site.layer.kind == "conv":
         _change_kernel(model, site, change)
-    elif _readers(site.weight) == 1:
+    elif readers(site.weight) == 1:
         site.weight.const_value = lazily(str(site.weight.name), site.weight, change)
     else:
         value = _copy(model, f"{site.path}.weight", site.weight, change)
@@ -126,7 +126,7 @@ def _change_bias(model: ir.Model, site: Site, change: Change) -> None:
         node, index = place
         bias = node.inputs[index]
         assert bias is not None
-        if _readers(bias) == 1 and site.width == site.out_features:
+        if readers(bias) == 1 and site.width == site.out_features:
             bias.const_value = lazily(str(bias.name), bias, change)
             return
         columns = slice(site.start, site.start + site.out_features)
@@ -173,15 +173,6 @@ def _bias_input(site: Site) -> tuple[ir.Node, int] | None:
             if len(sizes) == 1 and sizes[0] == site.width:
                 return uses[0].node, index
     return None
-
-
-def _readers(weight: ir.Value) -> int:
-    """How many nodes read a weight, looking through transposes of it."""
-    count = 0
-    for use in weight.uses():
-        node = use.node
-        count += _readers(node.outputs[0]) if node.op_type == "Transpose" else 1
-    return count
 
 
 def lazily(name: str, weight: ir.Value, change: Callable[[WideArray], WideArray]) -> ir.LazyTensor:

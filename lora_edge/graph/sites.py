@@ -238,6 +238,15 @@ def effective_weight(weight: ir.Value) -> ir.Value:
     return weight
 
 
+def readers(weight: ir.Value) -> int:
+    """How many nodes read a weight, looking through transposes of it."""
+    count = 0
+    for use in weight.uses():
+        node = use.node
+        count += readers(node.outputs[0]) if node.op_type == "Transpose" else 1
+    return count
+
+
 def _find_by_content(
     path: str, shape: Layer, matrix: NDArray[np.floating] | None, lookup: _ContentIndex
 ) -> Site:

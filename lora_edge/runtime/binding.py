@@ -178,7 +178,7 @@ class Tensors:
         self._selects = any(set(STACKED_PARTS) & set(site.parts) for site in sites.values())
         self._device = device
         self._rank = 0 if zero_rank else 1
-        self._zeros: dict[SiteEntry, tuple[Any, Any]] = {}
+        self._zeros: dict[tuple[int, int, int], tuple[Any, Any]] = {}
         self._empty: dict[tuple[int, int], Any] = {}
         self._gates: dict[float, Any] = {}
 
@@ -266,11 +266,11 @@ class Tensors:
         return Binding(((),), {**self.changes({}, [{}]), **self.weight(1.0)})
 
     def _nothing(self, site: SiteEntry) -> tuple[Any, Any]:
-        if site not in self._zeros:
-            rank = 1 if site.kind == "conv" else self._rank
-            pair = zeros(site.in_features, site.out_features, rank)
-            self._zeros[site] = self.value(pair.A), self.value(pair.B)
-        return self._zeros[site]
+        key = site.in_features, site.out_features, 1 if site.kind == "conv" else self._rank
+        if key not in self._zeros:
+            pair = zeros(*key)
+            self._zeros[key] = self.value(pair.A), self.value(pair.B)
+        return self._zeros[key]
 
     def _stack(self, vectors: Sequence[FloatArray | None], size: int) -> Any:
         if any(vector is not None for vector in vectors):

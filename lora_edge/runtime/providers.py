@@ -87,6 +87,7 @@ def open_session(
     threads: int | None = None,
     optimization: str | None = None,
     allow_fallback: bool = False,
+    weights: Mapping[str, Any] | None = None,
 ) -> Any:
     """An ``onnxruntime.InferenceSession`` on exactly this provider.
 
@@ -96,6 +97,8 @@ def open_session(
         threads: intra-op threads; None leaves it to ONNX Runtime (one per physical core).
         optimization: ``disable``, ``basic``, ``extended`` or ``all`` (None).
         allow_fallback: let the CPU run the nodes that the provider does not take.
+        weights: initializer name -> OrtValue to use instead of its external data. They must live as
+            long as the session, which reads them where they are.
 
     Raises:
         ProviderError: the provider does not start, or leaves nodes to the CPU.
@@ -112,6 +115,10 @@ def open_session(
     if threads is not None:
         options.intra_op_num_threads = threads
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if weights:
+        # Not add_initializer, which takes effect after constants were folded: where a weight is
+        # transposed first, the old one would be used without a word.
+        options.add_external_initializers(list(weights), list(weights.values()))
     strict = provider.name != "cpu" and not allow_fallback
     if strict:
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")

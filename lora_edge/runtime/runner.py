@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lora_edge.bundle import (
-    BASE_GRAPH_FILE,
     DATA_FILE,
     DECODER_FILE,
     ENCODER_FILE,
@@ -30,6 +29,7 @@ from lora_edge.runtime.decoder import Decoder
 from lora_edge.runtime.encoder import Encoder
 from lora_edge.runtime.generation import Generation
 from lora_edge.runtime.outputs import Label, Outputs, TextInput, TokenLabel
+from lora_edge.runtime.pinned import PinnedSessions
 from lora_edge.runtime.rows import token_rows
 from lora_edge.runtime.sampling import Sampling
 from lora_edge.runtime.seq2seq import Seq2Seq
@@ -55,11 +55,16 @@ class Runner:
         optimization: ONNX Runtime's graph optimizations: ``disable``, ``basic``, ``extended``,
             ``all`` (None).
         allow_fallback: let the CPU run the nodes that the provider does not take.
-        base_session: run batches without any adapter in a session of their own, on the graph
-            without branches: as fast as a merged bundle, for a second copy of the weights in
-            memory. It is opened when first needed.
+        pinned: adapters that get a session of their own, with their changes in its weights: a batch
+            whose rows all use one of them at weight 1 runs as fast as a merged bundle. None stands
+            for no adapter. Each costs one more copy of the weights in memory, and a second one of
+            those that it changes; the sessions are opened when first needed. Everything else runs
+            on the switchable graph as ever. For bundles that generate text, and adapters that
+            change nothing but weights of linear layers and untied embeddings: LoRA and DoRA.
 
     Raises:
+        AdapterNotFoundError: a name in ``pinned`` that the bundle does not have.
+        DataError: an adapter that cannot be pinned; the message says why.
         BundleError: the folder is not a bundle, or its graph is missing, damaged or cut off. The
             graph is checked against its hash, its weights by size (``validate`` checks their hash
             too), adapters and tokenizer when they are first used.
@@ -74,12 +79,11 @@ class Runner:
         threads: int | None = None,
         optimization: str | None = None,
         allow_fallback: bool = False,
-        base_session: bool = False,
+        pinned: Sequence[str | None] = (),
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
         manifest = self.bundle.manifest
         options: dict[str, Any] = {
-            "sites": manifest.sites,
             "provider": provider,
             "threads": threads,
             "optimization": optimization,
@@ -90,29 +94,21 @@ class Runner:
             for name in (ENCODER_FILE, DECODER_FILE):
                 folder = self.bundle.verify(name).parent
                 _check_size(self.bundle, f"{name}_data")
-            self.session = Seq2Seq(folder, manifest.graph, **options)
+            self.session = Seq2Seq(folder, manifest.graph, sites=manifest.sites, **options)
         else:
             graph = self.bundle.verify(GRAPH_FILE)
             _check_size(self.bundle, DATA_FILE)
             if isinstance(manifest.graph, GraphSpec):
-                self.session = Decoder(graph, manifest.graph, **options)
+                self.session = Decoder(graph, manifest.graph, sites=manifest.sites, **options)
             else:
-                self.session = Encoder(graph, manifest.graph, **options)
+                self.session = Encoder(graph, manifest.graph, sites=manifest.sites, **options)
         self._active = ActiveAdapters(self.bundle, self.session.tensors)
-        has_base = base_session and BASE_GRAPH_FILE in manifest.files
-        self._base_options = {**options, "sites": {}} if has_base else None
+        self._pinned = PinnedSessions(self.bundle, self._active, pinned, options)
 
-    @cached_property
-    def _base(self) -> Decoder:
-        assert self._base_options is not None
-        graph = self.bundle.verify(BASE_GRAPH_FILE)
-        return Decoder(graph, self.bundle.manifest.decoder, **self._base_options)
-
-    def _session_for(self, binding: Binding) -> tuple[Decoder, Binding | None]:
-        """Where a batch of text runs, and what is bound there."""
-        if self._base_options is not None and not any(binding.states):
-            return self._base, None
-        return self.decoder, binding
+    def _session_for(self, adapter: AdapterArgument, batch: int) -> tuple[Decoder, Binding]:
+        """Where a batch of text runs, and what is bound there; raises as :meth:`binding`."""
+        found = self._pinned.find(self._active.states(adapter, batch))
+        return found or (self.decoder, self.binding(adapter, batch))
 
     @property
     def decoder(self) -> Decoder:
@@ -205,8 +201,13 @@ class Runner:
         Raises:
             AdapterNotFoundError: the bundle has no such adapter.
             BundleError: the tensors do not fit the graph's sites.
-            DataError: the bundle is merged, or the name is ``none``.
+            DataError: the bundle is merged, the name is ``none``, or the adapter is pinned.
         """
+        if name in self._pinned.names:
+            raise DataError(
+                f"the tensors of {name!r} cannot be replaced: it is pinned, and in the weights",
+                "Open a Runner without it in pinned.",
+            )
         self._active.override(name, tensors)
 
     def logits(
@@ -237,10 +238,10 @@ class Runner:
             DataError: an empty or too long row, an id outside the vocabulary, a mask with holes.
         """
         rows, starts, width = token_rows(input_ids, attention_mask)
-        binding = self.binding(adapter, len(rows))
         if isinstance(self.session, Encoder):
+            binding = self.binding(adapter, len(rows))
             return self.outputs.logits(rows, starts, width, token_type_ids, binding)
-        decoder, bound = self._session_for(binding)
+        decoder, bound = self._session_for(adapter, len(rows))
         decoding = decoder.start(len(rows), max(map(len, rows)), bound)
         out = np.zeros((len(rows), width, self.spec.vocab_size), np.float32)
         for index, values in enumerate(decoding.extend_all(rows)):
@@ -453,7 +454,7 @@ class Runner:
         max_new_tokens: int,
         sampling: Sampling,
     ) -> Generation:
-        decoder, bound = self._session_for(self.binding(adapter, len(rows)))
+        decoder, bound = self._session_for(adapter, len(rows))
         return Generation(
             decoder,
             rows,

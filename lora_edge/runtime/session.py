@@ -13,7 +13,7 @@ from typing import Any, Generic
 
 from lora_edge.errors import BundleError, DataError
 from lora_edge.manifest import SiteEntry, Spec
-from lora_edge.runtime.binding import Binding, Tensors, check_adapter_inputs
+from lora_edge.runtime.binding import Binding, State, Tensors, check_adapter_inputs
 from lora_edge.runtime.providers import open_session, placement, resolve
 
 
@@ -48,6 +48,19 @@ class OpenGraph:
         return io.get_outputs()[0]
 
 
+@dataclass(frozen=True)
+class Fixed:
+    """An adapter state that is in a session's weights, instead of being bound.
+
+    Attributes:
+        state: the state.
+        weights: initializer name -> OrtValue, of those in external data whose values change.
+    """
+
+    state: State
+    weights: Mapping[str, Any]
+
+
 class ModelSession(ABC, Generic[Spec]):
     """A model's graphs on one execution provider. Graphs without adapter inputs run alike.
 
@@ -59,6 +72,7 @@ class ModelSession(ABC, Generic[Spec]):
         threads: intra-op threads; None leaves it to ONNX Runtime.
         optimization: ``disable``, ``basic``, ``extended`` or ``all`` (None).
         allow_fallback: let the CPU run the nodes that the provider does not take.
+        fixed: the state of every batch, on graphs without adapter inputs.
 
     Raises:
         ProviderError: the provider is missing, does not start, or would leave nodes to the CPU.
@@ -76,19 +90,23 @@ class ModelSession(ABC, Generic[Spec]):
         threads: int | None = None,
         optimization: str | None = None,
         allow_fallback: bool = False,
+        fixed: Fixed | None = None,
     ) -> None:
         self.spec: Spec = spec
         self.sites = dict(sites or {})
         self.provider = resolve(provider)
+        # Kept for as long as the sessions: those do not keep the weights alive.
         self._options: dict[str, Any] = {
             "threads": threads,
             "optimization": optimization,
             "allow_fallback": allow_fallback,
+            "weights": {} if fixed is None else fixed.weights,
         }
         self._graphs: list[OpenGraph] = []
         self._open(path)
         self.tensors = Tensors(self.sites, self.provider.device, zero_rank=self.provider.zero_rank)
-        self._off = self.tensors.off()
+        self._fixed = fixed
+        self._off = self.tensors.off() if fixed is None else Binding((fixed.state,), {})
 
     @abstractmethod
     def _open(self, path: Path) -> None:
@@ -139,13 +157,19 @@ class ModelSession(ABC, Generic[Spec]):
         return together
 
     def _bound(self, binding: Binding | None, batch: int) -> Binding:
-        """The adapters of a batch; off where none are given.
+        """The adapters of a batch; off where none are given, or what is in the weights.
 
         Raises:
-            DataError: they are for another batch.
+            DataError: they are for another batch, or other than those in the weights.
         """
         if binding is None:
             return self._off
+        if self._fixed is not None and binding.states != self._off.states:
+            raise DataError(
+                f"this session's weights hold {self._fixed.state}, and {binding.states} was asked "
+                "for",
+                "Start other adapters on the Runner's decoder.",
+            )
         if binding.batch is not None and binding.batch != batch:
             raise DataError(
                 f"adapters were given for {binding.batch} rows, the batch has {batch}",

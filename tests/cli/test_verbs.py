@@ -33,6 +33,14 @@ def test_run_without_an_adapter_is_the_base(cli: Cli, bundle: Path) -> None:
     assert off != cli("run", bundle, "-a", "shout", "-p", PROMPT, "--max-new-tokens", 8).out
 
 
+def test_run_pins_adapters(cli: Cli, bundle: Path) -> None:
+    asked = ("run", bundle, "-a", "mirror", "-p", PROMPT)
+    assert cli(*asked, "--pin", "mirror", "--pin", "none") == cli(*asked)
+    refused = cli(*asked, "--pin", "nobody")
+    assert (refused.code, refused.out) == (2, "")
+    assert "no adapter 'nobody'" in refused.err
+
+
 def test_run_reads_the_prompt_from_stdin(cli: Cli, bundle: Path) -> None:
     piped = cli("run", bundle, "-a", "shout", "-p", "-", stdin=PROMPT)
     assert piped == cli("run", bundle, "-a", "shout", "-p", PROMPT)

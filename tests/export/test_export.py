@@ -53,16 +53,8 @@ def test_switched_off_equals_the_graph_without_branches(
     off = switchable.logits(IDS)
     np.testing.assert_array_equal(off, bare.logits(IDS))
     assert np.abs(switchable.logits(IDS, adapter="plain") - off).max() > 0.01
-    own = lora_edge.Runner(exported, base_session=True)
-    np.testing.assert_array_equal(own.logits(IDS), off)
-    np.testing.assert_array_equal(
-        own.logits(IDS, adapter=[None, "plain"]), switchable.logits(IDS, adapter=[None, "plain"])
-    )
-    assert own.generate_ids(IDS.tolist(), max_new_tokens=4) == switchable.generate_ids(
-        IDS.tolist(), max_new_tokens=4
-    )
-    assert own._base.sites == {}
-    assert not own._base.inputs & {name for name in own.decoder.inputs if "lora" in name}
+    pinned = lora_edge.Runner(exported, pinned=[None])
+    np.testing.assert_array_equal(pinned.logits(IDS), off)
 
 
 @pytest.mark.parametrize("form", ["fused", "portable"])
