@@ -238,7 +238,7 @@ def test_a_pinned_adapter_is_not_replaced(llama: Made) -> None:
     ("key", "names"),
     [
         ("qwen2", ("tokens-untied", "tokens-of-the-head")),
-        ("gpt2", ("conv1d", "conv1d-dora", "conv1d-saved")),
+        ("gpt2", ("conv1d", "conv1d-dora", "positions")),
     ],
 )
 def test_untied_embeddings_heads_and_conv1d(
@@ -282,9 +282,8 @@ def test_packed_projections_are_merged_by_their_columns(transposed: bool, tmp_pa
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((7, 12)).astype(np.float32)  # [in, q and k]
     data = tmp_path / "data"
-    data.write_bytes(
-        b"\0" * 16 + np.ascontiguousarray(weight.T if transposed else weight).tobytes()
-    )
+    stored = np.ascontiguousarray(weight.T if transposed else weight)
+    data.write_bytes(b"\0" * 16 + stored.tobytes())
     sites = {
         path: SiteEntry(
             7, out, weight=WeightEntry("qk", "float32", stored.shape, 16, transposed, start)
