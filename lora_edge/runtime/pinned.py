@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lora_edge.bundle import BASE_GRAPH_FILE, DATA_FILE, Bundle
 from lora_edge.errors import BundleError, DataError
-from lora_edge.lora import SiteChange, WideArray, delta
+from lora_edge.lora import Factors, SiteChange, delta
 from lora_edge.manifest import SiteEntry, WeightEntry
 from lora_edge.runtime.active import ActiveAdapters
 from lora_edge.runtime.binding import Binding, Changes, State, Values
@@ -24,6 +24,7 @@ from lora_edge.runtime.decoder import Decoder
 from lora_edge.runtime.session import Fixed
 
 _UNPIN = "Leave it out of pinned: it runs on the switchable graph."
+_BLOCK = 1 << 20  # numbers in float64 at once: a large head is never whole in it
 _AGAIN = "Export the bundle again with this release."
 
 
@@ -122,11 +123,10 @@ def merged_values(data: Path, sites: Mapping[str, SiteEntry], changes: Changes) 
         by_weight.setdefault(_weight(sites[path]).name, []).append(path)
     merged: Values = {}
     for name, paths in by_weight.items():
-        stored = _weight(sites[paths[0]])
-        wide = _read(data, stored).astype(np.float64)
+        array = np.array(_read(data, _weight(sites[paths[0]])))
         for path in paths:
             site, own = sites[path], _weight(sites[path])
-            whole = wide.T if own.transposed else wide  # a view: [in, width]
+            whole = array.T if own.transposed else array  # a view: [in, width]
             columns = whole[:, own.start : own.start + site.out_features]
             if columns.shape != (site.in_features, site.out_features):
                 raise BundleError(
@@ -134,17 +134,21 @@ def merged_values(data: Path, sites: Mapping[str, SiteEntry], changes: Changes) 
                     f"[{site.in_features}, {site.out_features}] from {own.start}",
                     _AGAIN,
                 )
-            columns[:] = _changed(columns, changes[path])
-        array = np.ascontiguousarray(wide, stored.dtype)
+            _change(columns, changes[path])
         merged[name] = ort.OrtValue.ortvalue_from_numpy(array)  # a view, which keeps the array
     return merged
 
 
-def _changed(weight: WideArray, change: SiteChange) -> WideArray:
-    """``weight [in, out]`` with one site's change in it."""
+def _change(weight: NDArray[np.floating], change: SiteChange) -> None:
+    """Put one site's change into ``weight [in, out]``, some rows at a time."""
     gain = 0.0 if change.gain is None else change.gain.astype(np.float64)
-    changed: WideArray = weight * (1.0 + gain)
-    return changed if change.factors is None else changed + delta(change.factors)
+    rows = max(1, _BLOCK // weight.shape[1])
+    for first in range(0, len(weight), rows):
+        some = slice(first, first + rows)
+        wide = weight[some].astype(np.float64) * (1.0 + gain)
+        if change.factors is not None:
+            wide += delta(Factors(change.factors.A[some], change.factors.B))
+        weight[some] = wide
 
 
 def _read(data: Path, stored: WeightEntry) -> NDArray[np.floating]:

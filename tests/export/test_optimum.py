@@ -43,6 +43,9 @@ def test_bundle_equals_our_own(family: str, tmp_path: Path) -> None:
             lora_edge.export(base, {"a": adapter}, mode, output, backend=backend)  # type: ignore[arg-type]
             outputs[backend, mode] = lora_edge.Runner(output).logits(ids, adapter="a")
     off = lora_edge.Runner(tmp_path / "optimum-switchable").logits(ids)
+    pinned = lora_edge.Runner(tmp_path / "optimum-switchable", pinned=["a"])
+    outputs["optimum", "pinned"] = pinned.logits(ids, adapter="a")
+    assert pinned._session_for("a", 2)[0] is not pinned.decoder
     ours = outputs["trace", "switchable"]
     for actual in outputs.values():
         np.testing.assert_allclose(actual, ours, atol=1e-5)
