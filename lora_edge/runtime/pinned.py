@@ -190,7 +190,8 @@ def _check(name: str, changes: Changes, bundle: Bundle) -> None:
     manifest = bundle.manifest
     if manifest.adapters[name].invocation:
         raise _refused(name, "it is an activated LoRA, which works on its own tokens only")
-    if not any(site.weight for site in manifest.sites.values()):
+    coded = () if manifest.quantization is None else manifest.quantization.layers
+    if not coded and not any(site.weight for site in manifest.sites.values()):
         raise BundleError(
             f"adapter {name!r} cannot be pinned: the bundle does not say where its weights are",
             _AGAIN,
@@ -201,6 +202,8 @@ def _check(name: str, changes: Changes, bundle: Bundle) -> None:
         if site.kind not in ("linear", "embedding") or carried:
             what = carried or f"the {site.kind} layer"
             raise _refused(name, f"it changes {what} {path}, which is no matrix of the base")
+        if path in coded:
+            raise _refused(name, f"the weight of {path} is rounded to {manifest.precision} codes")
         if site.weight is None:
             raise _refused(name, f"the weight of {path} is not in {DATA_FILE} as a float matrix")
         if site.weight.readers > 1:

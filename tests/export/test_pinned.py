@@ -184,6 +184,19 @@ def test_a_merged_bundle_has_nothing_to_pin(llama: Made, tmp_path: Path) -> None
         assert "Leave pinned out" in caught.value.hint
 
 
+def test_a_weight_of_few_bits_is_refused_and_no_adapter_is_not(tmp_path: Path) -> None:
+    base = make_kind_base("llama", tmp_path / "base")
+    own = {"patterns": make_kind(base, ROWS["patterns"], tmp_path / "a")}
+    lora_edge.export(base, own, output=tmp_path / "out", precision="int8")
+    with pytest.raises(lora_edge.LoraEdgeError, match="is rounded to int8 codes") as caught:
+        lora_edge.Runner(tmp_path / "out", pinned=["patterns"])
+    assert "Leave it out" in caught.value.hint
+    runner = lora_edge.Runner(tmp_path / "out", pinned=[None])
+    off = runner.logits(IDS)
+    assert _differs(off, lora_edge.Runner(tmp_path / "out").logits(IDS)) <= LIMIT
+    assert _differs(off, runner.logits(IDS, adapter="patterns")) > 1e-2
+
+
 def test_another_task_has_nothing_to_pin(tmp_path: Path) -> None:
     base = make_base("llama", tmp_path / "base")
     lora_edge.export(base, {}, output=tmp_path / "out", task="feature-extraction")
