@@ -25,12 +25,8 @@ from lora_edge.building import (
 )
 from lora_edge.bundle import DECODER_FILE, ENCODER_FILE
 from lora_edge.effects import parameter_changes, site_changes
-from lora_edge.errors import (
-    MissingDependencyError,
-    UnsupportedAdapterError,
-    UnsupportedModelError,
-)
-from lora_edge.fit import Weights, check_copies, check_modules
+from lora_edge.errors import MissingDependencyError, UnsupportedModelError
+from lora_edge.fit import Weights, check_copies, check_linear, check_modules
 from lora_edge.lora import SiteChange
 from lora_edge.manifest import AdapterEntry, Manifest, SiteEntry
 from lora_edge.names import NONE_ADAPTER
@@ -139,26 +135,3 @@ def tied_weights(base: Base, tied: tuple[str, ...]) -> Weights:
         return found
 
     return value
-
-
-def check_linear(adapter: Adapter, layers: Mapping[str, SiteEntry]) -> None:
-    """Check that an adapter changes nothing of an encoder-decoder but linear layers.
-
-    Raises:
-        UnsupportedAdapterError: it does; the layer is named. Or it is an activated LoRA.
-    """
-    hint = "Train it on linear layers alone (target_modules), or merge it into the base with PEFT."
-    if adapter.invocation:
-        raise UnsupportedAdapterError(
-            f"adapter {adapter.name} is refused: an activated LoRA belongs to decoder-only models",
-            "Train a plain LoRA.",
-        )
-    owners = {path.rpartition(".")[0] for path in adapter.saved}
-    for path in (*adapter.modules, *adapter.tokens, *sorted(owners)):
-        entry = layers.get(path)
-        if entry is not None and entry.kind != "linear":
-            raise UnsupportedAdapterError(
-                f"adapter {adapter.name} is refused: {path} is a layer of kind {entry.kind}, and "
-                "of an encoder-decoder only linear layers take changes",
-                hint,
-            )

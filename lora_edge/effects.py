@@ -66,6 +66,21 @@ def site_changes(
     return _SiteChanges(adapter, modules, weights, tied).found()
 
 
+def refuse_single_experts(adapter: Adapter, modules: Mapping[str, SiteEntry]) -> None:
+    """Refuse an adapter on layers of single experts, which only a merged graph can take.
+
+    Raises:
+        UnsupportedAdapterError: it has such a layer; the layer is named.
+    """
+    for path in adapter.modules:
+        if path not in modules:
+            raise UnsupportedAdapterError(
+                f"adapter {adapter.name} is refused in switchable mode: {path} is a layer of one "
+                "expert, whose weights are chosen for each token and have no branch",
+                "Use --mode merged, or train with target_modules on the attention.",
+            )
+
+
 class _SiteChanges:
     def __init__(
         self,
@@ -83,14 +98,8 @@ class _SiteChanges:
         self._heads: dict[str, Head] = {}
 
     def found(self) -> dict[str, SiteChange]:
+        refuse_single_experts(self._adapter, self._modules)
         for path, module in self._adapter.modules.items():
-            if path not in self._modules:
-                raise UnsupportedAdapterError(
-                    f"adapter {self._adapter.name} is refused in switchable mode: {path} is a "
-                    "layer of one expert, whose weights are chosen for each token and have no "
-                    "branch",
-                    "Use --mode merged, or train with target_modules on the attention.",
-                )
             self._low_rank(path, module)
         for path, tokens in self._adapter.tokens.items():
             self._token_rows(path, tokens)

@@ -14,8 +14,8 @@ from typing import Literal
 
 from lora_edge.adapter import load_adapter
 from lora_edge.base import Base, resolve_base
-from lora_edge.building import Options, Progress, build, check_precision, chosen_task, sign
-from lora_edge.building_seq2seq import build_seq2seq, check_linear
+from lora_edge.building import Options, Progress, build, check_precision, sign
+from lora_edge.building_seq2seq import build_seq2seq
 from lora_edge.bundle import Bundle, file_entry, load_bundle
 from lora_edge.card import bundle_card
 from lora_edge.convert import Conversion, converting
@@ -26,7 +26,7 @@ from lora_edge.errors import (
     BundleError,
     ParityError,
 )
-from lora_edge.fit import check_base_of, check_copies, check_modules
+from lora_edge.fit import check_base_of, check_copies, check_linear, check_modules
 from lora_edge.kinds import KINDS
 from lora_edge.lora import Head, SiteChange
 from lora_edge.manifest import Manifest, Mode, Seq2SeqSpec
@@ -36,6 +36,7 @@ from lora_edge.quantization import Precision, rounded_weights
 from lora_edge.runtime.adapter_file import read_adapter
 from lora_edge.runtime.changes import parse_changes
 from lora_edge.staging import staging
+from lora_edge.task_choice import chosen_task
 
 
 def export(

@@ -126,6 +126,29 @@ def _shape_of(layer: SiteEntry, own: str) -> tuple[int, ...] | None:
     return layer.out_features, layer.in_features
 
 
+def check_linear(adapter: Adapter, layers: Mapping[str, SiteEntry]) -> None:
+    """Check that an adapter changes nothing of an encoder-decoder but linear layers.
+
+    Raises:
+        UnsupportedAdapterError: it does; the layer is named. Or it is an activated LoRA.
+    """
+    hint = "Train it on linear layers alone (target_modules), or merge it into the base with PEFT."
+    if adapter.invocation:
+        raise UnsupportedAdapterError(
+            f"adapter {adapter.name} is refused: an activated LoRA belongs to decoder-only models",
+            "Train a plain LoRA.",
+        )
+    owners = {path.rpartition(".")[0] for path in adapter.saved}
+    for path in (*adapter.modules, *adapter.tokens, *sorted(owners)):
+        entry = layers.get(path)
+        if entry is not None and entry.kind != "linear":
+            raise UnsupportedAdapterError(
+                f"adapter {adapter.name} is refused: {path} is a layer of kind {entry.kind}, and "
+                "of an encoder-decoder only linear layers take changes",
+                hint,
+            )
+
+
 def check_base_of(adapter: Adapter, fingerprint: str, name: str) -> None:
     """Check that an adapter was trained on this base, where its trainer recorded on which.
 

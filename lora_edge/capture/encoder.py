@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lora_edge.base import Base
 from lora_edge.capture.attention import MASKED, RegisteredAttention, explicit_attention
 from lora_edge.capture.families import OPTIMUM
-from lora_edge.capture.load import load_model, max_length, model_layers, noted_ranks
+from lora_edge.capture.load import head_path, load_model, max_length, model_layers, noted_ranks
 from lora_edge.capture.swaps import constant_views, swapped_linears
 from lora_edge.capture.trace import OPSET, TRACE_WARNINGS, check_inputs, name_nodes, name_weights
 from lora_edge.capture.weights import attach, placeholders
@@ -171,8 +171,7 @@ def trace_encoder(
         )
     path = directory / "model.onnx"
     onnx.save(graph, path)
-    heads = [name for name in linears if task.in_head(name)]
-    head = heads[-1] if heads else ""
+    head = head_path(modules, task)
     if head:
         modules[head] = replace(modules[head], kind="head")
     return path, spec, modules, head

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -41,32 +41,18 @@ def load_model(base: Base, attention: str | None, task: Task | None = None) -> A
         BaseModelError: transformers cannot load the model, or would make up some of its weights.
     """
     import transformers
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
 
     refuse_unloadable(base.config, seq2seq=task is not None and task.seq2seq)
     options: dict[str, Any] = {"attn_implementation": attention or "eager"}
-    loader, labels = "AutoModelForCausalLM", {}
     if task is not None:
-        loader, labels = task.loader, task.labels
         options["ignore_mismatched_sizes"] = True  # told of below, and allowed for the head alone
-    try:
-        config = transformers.AutoConfig.from_pretrained(base.directory, **labels)
+    with loading(base, task, attention):
+        config = read_config(base, task)
         if attention is not None:
             refuse_untraceable(config.to_dict())
-        field = experts_field(config.to_dict())
-        if field is not None:
-            if task is not None:
-                raise UnsupportedModelError(
-                    f"{base.model_type} models are refused for {task.name}: {field}: mixtures of "
-                    "experts are captured for text generation only",
-                    "Use a dense model for this task.",
-                )
-            with torch.device("meta"):  # before any weight is loaded
-                empty = getattr(transformers, loader).from_config(copy.deepcopy(config))
-            refuse_loops(empty, base.model_type, field)
+        refuse_experts(base, config, task)  # before any weight is loaded
         with quiet():
-            model, loading = getattr(transformers, loader).from_pretrained(
+            model, found = getattr(transformers, _loader(task)).from_pretrained(
                 base.directory,
                 # A model keeps its config and writes into it, so this one must be its own.
                 config=copy.deepcopy(config),
@@ -74,6 +60,35 @@ def load_model(base: Base, attention: str | None, task: Task | None = None) -> A
                 output_loading_info=True,
                 **options,
             )
+    # transformers fills these in at random and only warns.
+    random = sorted(found["missing_keys"]) + [str(x[0]) for x in found["mismatched_keys"]]
+    if task is not None:
+        random = task.complete(model, random)
+    if random:
+        raise BaseModelError(
+            f"{base.name_or_path} lacks {len(random)} of its weights, or has them in another "
+            f"shape: {', '.join(random[:3])}",
+            "Download the whole checkpoint, or save it again with save_pretrained(); a head that "
+            "an adapter brings may be missing, if it is named among the task's heads.",
+        )
+    refuse_loops(model, base.model_type, None)
+    return model.eval()
+
+
+@contextmanager
+def loading(base: Base, task: Task | None, attention: str | None) -> Iterator[None]:
+    """What transformers raises where it cannot load a model, as an error of ours.
+
+    Args:
+        base: the model.
+        task: ``None`` for text generation.
+        attention: the registered attention function that it is given, if any.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    try:
+        yield
     except (
         OSError,
         ValueError,
@@ -93,21 +108,52 @@ def load_model(base: Base, attention: str | None, task: Task | None = None) -> A
         what = "a causal language model" if task is None else f"a model for {task.name}"
         raise BaseModelError(
             f"{base.name_or_path} cannot be loaded as {what}: {said}",
-            f"Check that transformers' {loader} can load it.",
+            f"Check that transformers' {_loader(task)} can load it.",
         ) from error
-    # transformers fills these in at random and only warns.
-    random = sorted(loading["missing_keys"]) + [str(x[0]) for x in loading["mismatched_keys"]]
+
+
+def read_config(base: Base, task: Task | None) -> Any:
+    """transformers' config of a base, its head sized for the task."""
+    import transformers
+
+    labels = {} if task is None else task.labels
+    return transformers.AutoConfig.from_pretrained(base.directory, **labels)
+
+
+def empty_model(config: Any, task: Task | None) -> Any:
+    """The model on the meta device; ``config`` is left as it is."""
+    import transformers
+
+    with torch.device("meta"):
+        return getattr(transformers, _loader(task)).from_config(copy.deepcopy(config))
+
+
+def refuse_experts(base: Base, config: Any, task: Task | None, model: Any = None) -> None:
+    """Refuse a mixture of experts that cannot be captured.
+
+    Args:
+        base: the model.
+        config: transformers' config of it.
+        task: ``None`` for text generation.
+        model: the model, if it is built already; its weights are not read.
+
+    Raises:
+        UnsupportedModelError: the field or module, the reason and the way out.
+    """
+    field = experts_field(config.to_dict())
+    if field is None:
+        return
     if task is not None:
-        random = task.complete(model, random)
-    if random:
-        raise BaseModelError(
-            f"{base.name_or_path} lacks {len(random)} of its weights, or has them in another "
-            f"shape: {', '.join(random[:3])}",
-            "Download the whole checkpoint, or save it again with save_pretrained(); a head that "
-            "an adapter brings may be missing, if it is named among the task's heads.",
+        raise UnsupportedModelError(
+            f"{base.model_type} models are refused for {task.name}: {field}: mixtures of "
+            "experts are captured for text generation only",
+            "Use a dense model for this task.",
         )
-    refuse_loops(model, base.model_type, None)
-    return model.eval()
+    refuse_loops(empty_model(config, task) if model is None else model, base.model_type, field)
+
+
+def _loader(task: Task | None) -> str:
+    return "AutoModelForCausalLM" if task is None else task.loader
 
 
 def max_length(config: Any) -> int:
@@ -156,6 +202,12 @@ def tied_pair(model: Any) -> tuple[str, ...]:
     if head is None or embedding is None or head.weight is not embedding.weight:
         return ()
     return path_of(model, embedding), path_of(model, head)
+
+
+def head_path(modules: Mapping[str, SiteEntry], task: Task) -> str:
+    """Module path of the last linear layer of the task's head; empty where there is none."""
+    linears = [path for path, layer in modules.items() if layer.kind == "linear"]
+    return next((path for path in reversed(linears) if task.in_head(path)), "")
 
 
 def path_of(model: nn.Module, wanted: nn.Module) -> str:

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from lora_edge.inspection import Inspection, ModuleFacts
 
 _COLUMNS = 80
+_COMPARED = {
+    "model": "Compared with the model that transformers builds, as the export does.",
+    "names": "Compared with the names and shapes of the checkpoint's tensors, because the model "
+    "could not be built here; transformers may call them otherwise, and the export compares with "
+    "the model itself.",
+}
 
 
 @click.command()
@@ -28,13 +34,14 @@ _COLUMNS = 80
     help="With an adapter: compare it with this base: whether every layer exists there in its "
     "shape, and how much of its weight it changes.",
 )
+@click.option("--task", help="With --base: the task, as export takes it.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(path: Path, base: str | None, as_json: bool) -> None:
+def command(path: Path, base: str | None, task: str | None, as_json: bool) -> None:
     """Show what PATH, a PEFT directory or a bundle, holds.
 
     Of an adapter: what each module carries, and whether each mode of export can take it, with the
-    reason and the way out where not. Needs no PyTorch; the export checks once more, against the
-    model itself.
+    reason and the way out where not. Needs no PyTorch, but for --base to compare with the model
+    that transformers builds, as the export does; else with the names in the checkpoint.
     """
     if (path / MANIFEST_NAME).is_file():
         manifest = load_bundle(path).manifest
@@ -45,7 +52,7 @@ def command(path: Path, base: str | None, as_json: bool) -> None:
         from lora_edge.base import resolve_base
         from lora_edge.inspection import inspect_adapter
 
-        found = inspect_adapter(path, resolve_base(base) if base is not None else None)
+        found = inspect_adapter(path, resolve_base(base) if base is not None else None, task)
         facts = _facts(found)
         lines = _adapter(found)
     else:
@@ -132,11 +139,7 @@ def _adapter(found: Inspection) -> Iterator[str]:
     yield from _replaced(found)
     if found.base is not None:
         yield ""
-        yield from _wrapped(
-            "Compared with the names and shapes of the base's tensors; the export compares with "
-            "the model itself.",
-            "",
-        )
+        yield from _wrapped(_COMPARED[found.compared or "names"], "")
 
 
 def _base_line(found: Inspection) -> str:

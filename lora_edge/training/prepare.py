@@ -19,7 +19,7 @@ from lora_edge.capture.families import refuse_unloadable, refuse_untraceable
 from lora_edge.errors import AdapterError, BaseModelError, DataError, UnsupportedModelError
 from lora_edge.inspection import mode_refusals
 from lora_edge.refusals import Mode, Refusal
-from lora_edge.tasks import Task
+from lora_edge.tasks import TEXT_GENERATION, Task
 from lora_edge.training.batches import collate, size_of
 from lora_edge.training.data import ChatExample, DataFile, Example, LabelledExample, Row
 from lora_edge.training.devices import processes
@@ -58,8 +58,7 @@ class Prepared:
         batches: makes batches of examples.
         head: computes the output head on targets only, where the architecture allows that.
         dropped: how many examples were left out, having no target.
-        built: the base with the names and shapes of the built model's parameters, which a
-            checkpoint may call otherwise.
+        base: what is trained on.
     """
 
     model: Any
@@ -70,7 +69,7 @@ class Prepared:
     batches: Batches
     head: TargetHead | None
     dropped: int
-    built: Base
+    base: Base
 
 
 def task_of(source: DataFile) -> Task | None:
@@ -128,10 +127,6 @@ def prepare(
         rows = pack(texts, _max_length(base, settings))
     _remark(examples, rows, evaluated, settings, _max_length(base, settings), notify)
     model = load_model(base, task, settings.base_format)
-    built = base
-    if settings.base_format != "4bit":  # whose parameters are packed
-        shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
-        built = _Built(base.directory, base.name_or_path, base.config, shapes)
     set_seed(settings.seed)
     wrapped = add_lora(model, settings, base.name_or_path, task)
     model.config.use_cache = False
@@ -147,7 +142,7 @@ def prepare(
         _check_packing(wrapped, rows, batches, base)
     # The probes must leave no trace in the run's random numbers.
     set_seed(settings.seed)
-    return Prepared(wrapped, task, examples, rows, evaluated, batches, head, len(dropped), built)
+    return Prepared(wrapped, task, examples, rows, evaluated, batches, head, len(dropped), base)
 
 
 def export_modes(
@@ -160,7 +155,8 @@ def export_modes(
     with tempfile.TemporaryDirectory(dir=directory) as folder:
         stage = Path(folder)
         save_adapter(prepared.model, stage, settings, None)
-        return mode_refusals(stage, prepared.built)
+        task = TEXT_GENERATION if prepared.task is None else prepared.task.name
+        return mode_refusals(stage, prepared.base, task)
 
 
 def base_refusal(base: Base, task: Task | None) -> Refusal | None:
@@ -182,19 +178,6 @@ def keep_start(prepared: Prepared, settings: Settings, directory: Path) -> Path 
     start.mkdir()
     save_adapter(prepared.model, start, settings, None)
     return start
-
-
-@dataclass(frozen=True)
-class _Built(Base):
-    """A base as transformers builds it."""
-
-    shapes: Mapping[str, tuple[int, ...]]
-
-    def keys(self) -> tuple[str, ...]:
-        return tuple(sorted(self.shapes))
-
-    def shape(self, path: str) -> tuple[int, ...] | None:
-        return self.shapes.get(path)
 
 
 class _Encoder:

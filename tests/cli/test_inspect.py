@@ -219,7 +219,7 @@ def test_stacked_parameters_are_for_the_merged_mode_only(
         f"{key}.lora_B.weight": np.ones((96, 8 * 4), np.float32),
     }
     save_file(load_file(copy / WEIGHTS) | factors, copy / WEIGHTS)
-    facts = json.loads(cli("inspect", copy, "--base", MODELS / "tiny-llama", "--json").out)
+    facts = json.loads(cli("inspect", copy, "--json").out)
     assert facts["stacked"] == {
         "model.layers.0.mlp.experts": {"pairs": [[[32, 192], [96, 32]]], "scaling": 2.0}
     }
@@ -227,6 +227,9 @@ def test_stacked_parameters_are_for_the_merged_mode_only(
     (reason,) = facts["modes"]["switchable"]
     assert "target_parameters" in reason["message"]
     assert "A [32, 192] B [96, 32], scaling 2" in cli("inspect", copy).out
+    facts = json.loads(cli("inspect", copy, "--base", MODELS / "tiny-llama", "--json").out)
+    (reason,) = facts["modes"]["merged"]  # it is for another base
+    assert "no stacked parameters" in reason["message"]
 
 
 def test_a_task_head_and_its_labels(adapters: dict[str, Path], cli: Cli, tmp_path: Path) -> None:
@@ -281,11 +284,10 @@ def test_a_path_that_is_not_there(cli: Cli, tmp_path: Path) -> None:
     assert "does not exist" in result.err
 
 
-def test_nothing_heavy_is_imported() -> None:
+def test_nothing_heavy_is_imported_without_a_base() -> None:
     script = (
         "import sys\nfrom lora_edge.cli import cli\n"
-        f"cli(['inspect', {str(MODELS / 'adapters' / 'shout')!r}, '--base', "
-        f"{str(MODELS / 'tiny-llama')!r}], standalone_mode=False)\n"
+        f"cli(['inspect', {str(MODELS / 'adapters' / 'shout')!r}], standalone_mode=False)\n"
         "print(sorted({'torch', 'transformers', 'peft', 'onnx', 'onnxruntime'} & set(sys.modules)))"
     )
     done = subprocess.run(
