@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import preprocess_loraga
 from peft.tuners.lora.config import CordaConfig, LoraGAConfig
+from peft.utils.loftq_utils import _low_rank_decomposition
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -54,6 +55,35 @@ def _lora_ga(model: Any, config: LoraConfig) -> None:
     preprocess_loraga(model, config, step)
 
 
+def _loftq(model: Any, config: LoraConfig) -> None:  # noqa: ARG001
+    """Ask for LoftQ; the config's constructor would ask for scipy, which nothing uses any more."""
+    config.init_lora_weights = "loftq"
+    config.loftq_config = {"loftq_bits": 4, "loftq_iter": 2}
+
+
+# The 16 values of NF4 (Dettmers et al. 2023, appendix E).
+NF4 = torch.tensor(
+    [-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0,
+     0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]
+)  # fmt: skip
+
+
+def _loftq_on_cpu(
+    weight: Any, num_bits: int, reduced_rank: int, num_iter: int
+) -> tuple[Any, Any, Any]:
+    """``peft.utils.loftq_utils.loftq_init`` but for its quantizer, which needs a GPU."""
+    assert num_bits == 4
+    rest = weight.clone()
+    for _ in range(num_iter):
+        blocks = rest.reshape(-1, 64)
+        scale = blocks.abs().amax(1, keepdim=True)
+        codes = (blocks / scale)[..., None].sub(NF4).abs().argmin(-1)
+        quantized = (NF4[codes] * scale).reshape(weight.shape)
+        parts = _low_rank_decomposition(weight - quantized, reduced_rank=reduced_rank)
+        rest = weight - parts["L"] @ parts["R"]
+    return quantized, parts["R"], parts["L"]
+
+
 INITS: dict[str, tuple[dict[str, Any], Callable[[Any, LoraConfig], None] | None]] = {
     "pissa": ({}, None),
     "pissa_niter_4": ({"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"down_proj": 3}}, None),
@@ -61,6 +91,7 @@ INITS: dict[str, tuple[dict[str, Any], Callable[[Any, LoraConfig], None] | None]
     "corda": ({"corda_config": CordaConfig()}, _corda),
     "lora_ga": ({"lora_ga_config": LoraGAConfig()}, _lora_ga),
 }
+LOFTQ = {"loftq": ({"init_lora_weights": True}, _loftq)}
 
 
 @dataclass(frozen=True)
@@ -80,11 +111,11 @@ def _logits(model: Any) -> NDArray[np.float32]:
 
 
 def _train(base: Path, init: str, directory: Path, **fields: Any) -> Trained:
-    settings, prepare = INITS[init]
+    settings, prepare = {**INITS, **LOFTQ}[init]
     torch.manual_seed(3)
     model = AutoModelForCausalLM.from_pretrained(base)
-    settings = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS, **settings, **fields}
-    config = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=init, **settings)
+    common = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS, "init_lora_weights": init}
+    config = LoraConfig(task_type="CAUSAL_LM", **{**common, **settings, **fields})
     if prepare is not None:
         prepare(model, config)
     adapted = get_peft_model(model, config)
@@ -170,6 +201,43 @@ def test_the_other_way_out_is_its_own_base(base: Path, tmp_path: Path) -> None:
     runner = lora_edge.Runner(tmp_path / "out")
     np.testing.assert_allclose(runner.logits(IDS, adapter="a"), found.logits, atol=ROUNDING)
     assert np.abs(runner.logits(IDS) - found.logits).max() > 100 * ROUNDING
+
+
+# PEFT's, of the loftq_config that it saved itself.
+@pytest.mark.filterwarnings("ignore:.*loftq_config. specified but will be ignored:UserWarning")
+def test_loftq(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT converts it too, and loses what the factors did not take of the quantization error.
+
+    So what PEFT's conversion saves is exported as what it is, a LoRA of twice the rank; and the
+    model that was trained is had on its own base alone, which is what the refusal says.
+    """
+    monkeypatch.setattr("peft.tuners.lora.layer.loftq_init", _loftq_on_cpu)
+    found = _train(base, "loftq", tmp_path)
+    with pytest.raises(lora_edge.UnsupportedAdapterError, match="init_lora_weights") as caught:
+        load_adapter(found.plain)
+    assert "model.unload()" in caught.value.hint
+    assert set(load_adapter(found.converted).ranks().values()) == {8}
+    original = AutoModelForCausalLM.from_pretrained(base)
+    converted = _logits(PeftModel.from_pretrained(original, found.converted))
+    ordinary = _as_ordinary(found.plain, tmp_path / "ordinary")
+    rows = {
+        "converted": (base, found.converted, converted),
+        "own": (found.residual, ordinary, found.logits),
+    }
+    for name, (own_base, adapter, expected) in rows.items():
+        for mode in ("switchable", "merged"):
+            output = tmp_path / name / mode
+            lora_edge.export(own_base, {"a": adapter}, mode, output)  # type: ignore[arg-type]
+            active = "a" if mode == "switchable" else None
+            got = lora_edge.Runner(output).logits(IDS, adapter=active)
+            np.testing.assert_allclose(got, expected, atol=ROUNDING)
+        plain = lora_edge.Runner(tmp_path / name / "switchable").logits(IDS)
+        assert np.abs(plain - expected).max() > 100 * ROUNDING
+    # The controls: what the conversion lost, and the same factors on the original base.
+    assert np.abs(converted - found.logits).max() > 100 * ROUNDING
+    original = AutoModelForCausalLM.from_pretrained(base)
+    wrong = _logits(PeftModel.from_pretrained(original, ordinary))
+    assert np.abs(wrong - found.logits).max() > 100 * ROUNDING
 
 
 def _as_ordinary(adapter: Path, directory: Path) -> Path:
