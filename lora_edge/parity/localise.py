@@ -200,8 +200,7 @@ class _Bench:
         row, state = probe.rows[self._row], probe.states[self._row]
         if isinstance(self._reference, TaskReference):
             inputs = inputs_of(self._runner.encoder.spec, row)
-            name = state[0][0] if state else None
-            found = self._reference.module_outputs(inputs, name, self._taps)
+            found = self._reference.module_outputs(inputs, dict(state), self._taps)
             return {path: by_position(values) for path, values in found.items()}
         whole = (*row, *self._golden.tails[self._row])
         return self._reference.module_outputs(whole, state, self._taps, len(row))

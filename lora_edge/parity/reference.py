@@ -111,7 +111,7 @@ class Reference:
         """
         config = read_config(Path(directory))
         self._invocations[name] = tuple(config.get("alora_invocation_tokens") or ())
-        if any(config.get(field) not in neutral for field, neutral in _APART.items()):
+        if stands_apart(config):
             self._apart[name] = Path(directory)
             return
         # PEFT's adapter names are module names, which must not have dots.
@@ -307,7 +307,7 @@ class Reference:
         else:
             weights = {self._names[name]: weight for name, weight in state}
             self._shared.base_model.set_adapter(list(weights))
-            with _scaled(self._shared, weights):
+            with scaled(self._shared, weights):
                 yield self._shared
 
     def _apart_model(self, name: str) -> Any:
@@ -318,8 +318,13 @@ class Reference:
         return self._loaded[1]
 
 
+def stands_apart(config: Mapping[str, Any]) -> bool:
+    """Whether PEFT cannot hold an adapter beside another one in the same model."""
+    return any(config.get(field) not in neutral for field, neutral in _APART.items())
+
+
 @contextlib.contextmanager
-def _scaled(model: Any, weights: Mapping[str, float]) -> Iterator[None]:
+def scaled(model: Any, weights: Mapping[str, float]) -> Iterator[None]:
     """Scale each adapter's effect: PEFT multiplies every delta by its layer's ``scaling[name]``."""
     from peft.tuners.lora import LoraLayer
 

@@ -16,7 +16,7 @@ from lora_edge.parity.compare import Floor, expect, noise
 from lora_edge.parity.golden import Golden
 from lora_edge.parity.live import Question
 from lora_edge.parity.seq2seq import LONGEST_BEGINNING, beginning, source
-from lora_edge.parity.states import Probe, Row, label, plan
+from lora_edge.parity.states import BASE, Probe, Row, State, label, plan
 from lora_edge.parity.task_reference import TaskReference
 from lora_edge.tasks import Task
 
@@ -49,8 +49,11 @@ def ask_pytorch_seq2seq(question: Question) -> Iterator[Golden]:
         steps=1,
         seed=question.seed,
         given=question.prompts,
-        # Each adapter has a model of its own in PyTorch.
-        blendable=(),
+        blendable=[
+            name
+            for name in directories
+            if reference.can_blend(name) and not bundle.adapter(name).alone
+        ],
     )
     floors = question.floors
     wanted = question.wanted([dataclasses.replace(probe, steps=steps) for probe in probes])
@@ -71,18 +74,18 @@ def _expected(
     for row, tail in zip(probe.rows, tails, strict=True):
         target = np.array([*beginning(spec, row), *tail], np.int64)
         inputs.append({**source(spec, row), "decoder_input_ids": target})
-    names = [state[0][0] if state else None for state in probe.states]
 
-    def logits(index: int, name: str | None) -> NDArray[np.floating]:
-        return reference.outputs([inputs[index]], name)[0]
+    def logits(index: int, state: State) -> NDArray[np.floating]:
+        return reference.outputs([inputs[index]], dict(state))[0]
 
     every = range(len(inputs))
-    narrow = [logits(i, names[i]).astype(np.float32) for i in every]
-    bases = [None if names[i] is None else logits(i, None).astype(np.float32) for i in every]
+    states = probe.states
+    narrow = [logits(i, states[i]).astype(np.float32) for i in every]
+    bases = [logits(i, BASE).astype(np.float32) if states[i] else None for i in every]
     for state in dict.fromkeys(probe.states):
         own = [i for i in every if probe.states[i] == state]
         with reference.wide():
-            wide = [logits(i, names[i]) for i in own]
+            wide = [logits(i, state) for i in own]
         floor = noise([narrow[i] for i in own], wide)
         floors[label(state)] = floor.joined(floors.get(label(state)))
     return Golden(

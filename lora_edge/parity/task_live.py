@@ -50,8 +50,7 @@ def ask_pytorch_task(question: Question) -> Iterator[Golden]:
         window=None if spec.image else shortest_window(base.config),
         seed=question.seed,
         given=question.prompts,
-        # Each adapter has a model of its own in PyTorch, for the sake of its head.
-        blendable=(),
+        blendable=[x for x in sources if reference.can_blend(x) and not bundle.adapter(x).alone],
         reach={name: reach_of(adapter) for name, adapter in adapters.items()},
     )
     headless = manifest.mode == "switchable" and _lacks_head(bundle)
@@ -95,20 +94,20 @@ def _expected(
 ) -> Golden:
     spec = bundle.manifest.encoder
     rows = [inputs_of(spec, row) for row in probe.rows]
-    names = [state[0][0] if state else None for state in probe.states]
-    pairs = list(zip(rows, names, strict=True))
-    outputs = [by_position(reference.outputs([row], name)[0]) for row, name in pairs]
+    active = [dict(state) for state in probe.states]
+    pairs = list(zip(rows, active, strict=True))
+    outputs = [by_position(reference.outputs([row], state)[0]) for row, state in pairs]
     bases = [
-        None
-        if name is None
-        else by_position(reference.outputs([row], name, low_rank=False)[0]).astype(np.float32)
-        for row, name in pairs
+        by_position(reference.outputs([row], state, low_rank=False)[0]).astype(np.float32)
+        if state
+        else None
+        for row, state in pairs
     ]
     narrow = [output.astype(np.float32) for output in outputs]
     with reference.wide():
         for state in dict.fromkeys(probe.states):
             own = [i for i, other in enumerate(probe.states) if other == state]
-            wide = [by_position(reference.outputs([rows[i]], names[i])[0]) for i in own]
+            wide = [by_position(reference.outputs([rows[i]], active[i])[0]) for i in own]
             floor = noise([narrow[i] for i in own], wide)
             # A few labels on a few rows are few numbers: what was seen before counts as well.
             floors[label(state)] = floor.joined(floors.get(label(state)))

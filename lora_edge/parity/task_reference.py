@@ -2,7 +2,7 @@
 
 Beside ``reference``, the only file of this package that imports torch, transformers or peft. Each
 row runs alone and unpadded. Each adapter has a model of its own, because each brings a head of its
-own size.
+own size; those that bring none stand together in one more, if they are blended.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,16 @@ from numpy.typing import NDArray
 
 from lora_edge.base import Base
 from lora_edge.errors import BaseModelError
-from lora_edge.parity.reference import LOGITS, libraries, listened, once
+from lora_edge.parity.reference import LOGITS, libraries, listened, once, scaled, stands_apart
+from lora_edge.parity.states import BASE, State, state_of
+from lora_edge.peft_directory import read_config
 from lora_edge.quiet import quiet
 from lora_edge.tasks import Task
 
 Row = Mapping[str, NDArray[Any]]
 """One row's inputs by name, without the batch's axis: ``[seq] int64``, or images or speech."""
+Chosen = str | Mapping[str, float] | None
+"""What is active: an adapter, adapters with their weights, or nothing."""
 
 
 class TaskReference:
@@ -38,12 +43,16 @@ class TaskReference:
         self._torch, self.versions = libraries()
         self.base = base
         self.task = task
-        self._models: dict[str | None, Any] = {None: _load(base, task)}
+        self._models: dict[State, Any] = {BASE: _load(base, task)}
+        self._blendable: dict[str, Path] = {}
+        # All that can be blended, in one model; made when a blend is first asked for.
+        self._together: Any = None
+        self._wide = False
 
     @property
     def parameters(self) -> int:
         """Number of the base model's parameters."""
-        return sum(int(parameter.numel()) for parameter in self._models[None].parameters())
+        return sum(int(parameter.numel()) for parameter in self._models[BASE].parameters())
 
     def attach(
         self, name: str, directory: str | os.PathLike[str], num_labels: int | None = None
@@ -58,18 +67,23 @@ class TaskReference:
         task = Task(self.task.name, num_labels, self.task.heads)
         with quiet():
             model = PeftModel.from_pretrained(_load(self.base, task), os.fspath(directory))
-        if task.seq2seq:
-            model = model.base_model  # PEFT's own forward gives input_ids to models of speech too
-        self._models[name] = model.eval()
+        self._models[state_of(name)] = self._callable(model)
+        if not stands_apart(read_config(Path(directory))):
+            self._blendable[name] = Path(directory)
+
+    def can_blend(self, name: str) -> bool:
+        """Whether PEFT can have the adapter active beside another, or at another weight."""
+        return name in self._blendable
 
     def outputs(
-        self, rows: Sequence[Row], adapter: str | None = None, *, low_rank: bool = True
+        self, rows: Sequence[Row], adapter: Chosen = None, *, low_rank: bool = True
     ) -> list[NDArray[np.floating]]:
         """The task's output for each row alone.
 
         Args:
             rows: inputs.
-            adapter: what is active; ``None``: the base with its own head.
+            adapter: what is active; ``None``: the base with its own head. Several, or one at
+                another weight than 1, must be such that :meth:`can_blend`.
             low_rank: ``False`` switches the low-rank parts off and keeps the adapter's head: what
                 the adapter's effect is measured against.
 
@@ -78,9 +92,9 @@ class TaskReference:
             ``[seq, hidden]`` per row; float32, or float64 inside
             :meth:`wide`.
         """
-        model = self._models[adapter]
         found = []
-        with self._torch.inference_mode(), contextlib.ExitStack() as stack:
+        with self._active(adapter) as model, contextlib.ExitStack() as stack:
+            stack.enter_context(self._torch.inference_mode())
             if not low_rank:
                 stack.enter_context(_without_low_rank(model))
             for row in rows:
@@ -88,13 +102,13 @@ class TaskReference:
         return found
 
     def module_outputs(
-        self, row: Row, adapter: str | None, paths: Iterable[str]
+        self, row: Row, adapter: Chosen, paths: Iterable[str]
     ) -> dict[str, NDArray[np.floating]]:
         """What modules of the model give for one row, alone.
 
         Args:
             row: inputs.
-            adapter: what is active; ``None``: the base with its own head.
+            adapter: as for :meth:`outputs`.
             paths: module paths of the base model; those that it lacks, or that it calls more than
                 once or never, are not in the result.
 
@@ -103,11 +117,46 @@ class TaskReference:
             :meth:`wide`; and the task's output by the name
             :data:`~lora_edge.parity.reference.LOGITS`.
         """
-        model = self._models[adapter]
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        with self._torch.inference_mode(), listened(inner, paths) as found:
-            output = self._output(model, row)
+        with self._active(adapter) as model, self._torch.inference_mode():
+            inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+            with listened(inner, paths) as found:
+                output = self._output(model, row)
         return {**once(found), LOGITS: output}
+
+    @contextlib.contextmanager
+    def _active(self, adapter: Chosen) -> Iterator[Any]:
+        """The model in which a state is active."""
+        state = state_of(adapter)
+        if state in self._models:
+            yield self._models[state]
+            return
+        fixed = [name for name, _ in state if name not in self._blendable]
+        if fixed:
+            raise ValueError(f"PEFT cannot blend or weight {fixed[0]}")
+        if self._together is None:
+            self._together = self._attached_together()
+        # PEFT's adapter names are module names, which must not have dots.
+        places = {name: f"adapter{index}" for index, name in enumerate(self._blendable)}
+        weights = {places[name]: weight for name, weight in state}
+        self._together.base_model.set_adapter(list(weights))
+        with scaled(self._together, weights):
+            yield self._callable(self._together)
+
+    def _attached_together(self) -> Any:
+        from peft import PeftModel
+
+        model = _load(self.base, self.task)
+        with quiet():
+            for index, directory in enumerate(self._blendable.values()):
+                if index:
+                    model.load_adapter(os.fspath(directory), adapter_name=f"adapter{index}")
+                else:
+                    model = PeftModel.from_pretrained(model, os.fspath(directory), "adapter0")
+        return model.double() if self._wide else model
+
+    def _callable(self, model: Any) -> Any:
+        # PEFT's own forward gives input_ids to models of speech too.
+        return (model.base_model if self.task.seq2seq else model).eval()
 
     def _output(self, model: Any, row: Row) -> NDArray[np.floating]:
         dtype = next(model.parameters()).dtype
@@ -123,13 +172,18 @@ class TaskReference:
 
         Parts that a model itself computes in float32 (its norms, its softmax) stay so.
         """
-        for model in self._models.values():
+        self._wide = True
+        for model in self._all():
             model.double()
         try:
             yield
         finally:
-            for model in self._models.values():
+            self._wide = False
+            for model in self._all():
                 model.float()
+
+    def _all(self) -> list[Any]:
+        return [*self._models.values(), *([] if self._together is None else [self._together])]
 
 
 def _load(base: Base, task: Task) -> Any:

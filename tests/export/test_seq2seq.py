@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -25,6 +26,10 @@ from lora_edge.errors import (
     UnsupportedModelError,
 )
 from lora_edge.manifest import Seq2SeqSpec
+from lora_edge.parity.checks import compare
+from lora_edge.parity.compare import Tolerance
+from lora_edge.parity.golden import recorded
+from lora_edge.parity.states import label, state_of
 from lora_edge.runtime.adapter_file import read_adapter, write_adapter
 
 HAS_OPTIMUM = importlib.util.find_spec("optimum") is not None
@@ -78,11 +83,29 @@ class TestWithOptimum:
         assert report.passed, report.table()
         kinds = {case.name.split(",")[0].split(":")[0] for case in report.cases}
         assert {"base", "adapter some", "adapter every", "mixed row 0"} <= kinds
+        blend = next(case for case in report.cases if case.name.startswith("blend"))
+        assert blend.name == "blend 0.7 every + 0.3 some"
+        assert blend.figures is not None
+        assert blend.figures.effect_max > 0.01
+        assert any(case.adapters == ("every", "some") for case in report.cases if case != blend)
         assert any("bit for bit" in case.name for case in report.cases)
         controls = [case.controls for case in report.cases if case.name == "adapter every"]
         assert controls[0] is not None
         assert {"zeroed", "replaced by some"} == set(controls[0])
         assert lora_edge.validate(exported.output).passed  # the goldens, without PyTorch
+
+    def test_a_blend_with_another_weight_is_seen(self, exported: Exported) -> None:
+        runner = lora_edge.Runner(exported.output)
+        (golden,) = (x for x in recorded(runner.bundle) if x.probe.kind == "blend")
+        (case,) = compare(runner, golden, Tolerance())
+        assert case.status == "passed", case.reason
+        for wrong in ({"some": 0.7, "every": 0.3}, {"every": 0.7}, {"some": 0.29, "every": 0.7}):
+            state = state_of(wrong)
+            probe = dataclasses.replace(golden.probe, states=(state,) * len(golden.probe.rows))
+            floors = {label(state): next(iter(golden.floors.values()))}
+            other = dataclasses.replace(golden, probe=probe, floors=floors)
+            (case,) = compare(runner, other, Tolerance())
+            assert case.status == "failed", wrong
 
     @pytest.mark.parametrize("name", ["some", "every"])
     def test_merged_equals_switchable(self, exported: Exported, name: str, tmp_path: Path) -> None:

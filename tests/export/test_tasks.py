@@ -21,6 +21,10 @@ from transformers.utils import logging
 import lora_edge
 from lora_edge.bundle import file_entries, load_bundle
 from lora_edge.cli import main
+from lora_edge.parity.checks import compare
+from lora_edge.parity.compare import Tolerance
+from lora_edge.parity.golden import recorded
+from lora_edge.parity.states import label, state_of
 from lora_edge.runtime.adapter_file import read_adapter, write_adapter
 from lora_edge.tasks import TASKS
 
@@ -58,6 +62,7 @@ CASES: dict[str, tuple[str, str, dict[str, tuple[int, Settings]]]] = {
         "feature-extraction",
         {
             "one": (0, {"target_modules": ["query", "value"]}),
+            "two": (0, {"target_modules": ["key", "output.dense"], "r": 5, "use_rslora": True}),
             "normed": (0, {"target_modules": ["query"], "modules_to_save": ["LayerNorm"]}),
         },
     ),
@@ -105,7 +110,7 @@ def _load(base: Path, task: str, labels: int) -> Any:
 
 
 def _adapter(base: Path, task: str, labels: int, settings: Settings, directory: Path) -> Path:
-    torch.manual_seed(labels)
+    torch.manual_seed(labels or len(directory.name))
     fields = {"r": 3, "lora_alpha": 4, "task_type": _TYPES.get(task), **settings}
     if task == "image-classification":  # PEFT adds the head by itself for texts only
         fields["modules_to_save"] = ["classifier"]
@@ -155,7 +160,11 @@ def test_switchable(case: str, made: Callable[[str], Made]) -> None:
         assert figures.controls
         assert min(figures.controls.values()) > 0.1
     mixed = [x for x in report.cases if x.name.startswith("mixed row")]
-    assert {x.adapters for x in mixed if x.adapters} == {(name,) for name in found.adapters}
+    blended = {("one", "two")} if case == "bert-embeddings" else set()
+    alone = {(name,) for name in found.adapters}
+    assert {x.adapters for x in mixed if x.adapters} == alone | blended
+    blends = [x for x in report.cases if x.name.startswith("blend")]
+    assert {x.adapters for x in blends} == blended  # a task head is replaced, and not blended
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -218,6 +227,35 @@ def test_a_base_without_a_head_needs_an_adapter_that_brings_one(tmp_path: Path) 
     with pytest.raises(lora_edge.AdapterError, match="has no task head"):
         lora_edge.export(base, {}, output=tmp_path / "none", task=task)
     assert not (tmp_path / "none").exists()
+
+
+def test_a_blend_of_embeddings_is_proved(made: Callable[[str], Made]) -> None:
+    """Against PyTorch, from the goldens, and not where a weight is another."""
+    found = made("bert-embeddings")
+    for report in (
+        lora_edge.validate(found.bundle),
+        lora_edge.validate(found.bundle, reference=found.base),
+    ):
+        (case,) = (x for x in report.cases if x.name.startswith("blend"))
+        assert case.name == "blend 0.7 one + 0.3 two"
+        assert case.status == "passed", case.reason
+        assert case.figures is not None
+        assert case.figures.effect_error <= 1e-4
+        assert case.figures.effect_max > 0.01
+    runner = lora_edge.Runner(found.bundle)
+    (golden,) = (x for x in recorded(runner.bundle) if x.probe.kind == "blend")
+    for wrong in ({"one": 0.3, "two": 0.7}, {"one": 0.7}, {"one": 0.7, "two": 0.29}):
+        state = state_of(wrong)
+        probe = dataclasses.replace(golden.probe, states=(state,) * len(golden.probe.rows))
+        floors = {label(state): next(iter(golden.floors.values()))}
+        other = dataclasses.replace(golden, probe=probe, floors=floors)
+        (case,) = compare(runner, other, Tolerance())
+        assert case.status == "failed", wrong
+    (case,) = compare(runner, golden, Tolerance())
+    assert case.status == "passed"
+    classifiers = lora_edge.Runner(made("bert-texts").bundle)
+    with pytest.raises(lora_edge.DataError, match="its task head replaces the base's"):
+        classifiers.logits([[5, 9]], adapter={"two": 0.5, "biased": 0.5})
 
 
 def test_embeddings_are_blended_and_pooled(made: Callable[[str], Made]) -> None:

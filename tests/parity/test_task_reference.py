@@ -9,16 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
 from lora_edge.base import Base, resolve_base
 from lora_edge.errors import BaseModelError
 from lora_edge.parity.task_reference import TaskReference
-from lora_edge.tasks import Task
+from lora_edge.tasks import SPEECH, TEXT2TEXT, Task
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from encoders import make_encoder
+from seq2seq import ALL, ATTENTION, make_seq2seq
 
 TASK = Task("text-classification", 3)
 ROWS = [{"input_ids": np.array(row)} for row in ([5, 6, 7, 8], [9, 10], [11] * 7)]
@@ -99,6 +101,76 @@ def test_float64_is_near_and_leaves_the_weights_as_they_were(base: Base, tmp_pat
     assert {output.dtype for output in wide} == {np.dtype(np.float64)}
     assert 0 < np.abs(np.array(wide) - np.array(before)).max() < 1e-5
     np.testing.assert_array_equal(np.array(reference.outputs(ROWS, "a")), np.array(before))
+
+
+BLEND = {"some": 0.7, "every": 0.25}
+
+
+@pytest.fixture(params=["bert", "t5", "whisper"])
+def blended(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[TaskReference, Any, Any]:
+    """A reference with two adapters of plain LoRA, PEFT's model with both, and a row."""
+    family = request.param
+    name = {"bert": "feature-extraction", "t5": TEXT2TEXT, "whisper": SPEECH}[family]
+    task = Task(name)
+    row: dict[str, Any] = {"input_ids": np.array([5, 9, 7, 8])}
+    if family == "bert":
+        made = make_encoder("bert", name, tmp_path / "base")
+        targets = [["query", "value"], ["query", "dense"]]
+    else:
+        made = make_seq2seq(family, tmp_path / "base")
+        targets = [ATTENTION[family], ALL[family]]
+        row["decoder_input_ids"] = np.array([3, 8, 4])
+    if family == "whisper":
+        random = np.random.default_rng(0).standard_normal((16, 40))
+        row = {"input_features": random.astype(np.float32), **row}
+        del row["input_ids"]
+    base = resolve_base(made)
+    reference = TaskReference(base, task)
+    model: Any = None
+    for index, (adapter, modules) in enumerate(zip(BLEND, targets, strict=True)):
+        torch.manual_seed(index)
+        config = LoraConfig(
+            r=3 + index, lora_alpha=4, target_modules=modules, init_lora_weights=False
+        )
+        loaded = getattr(transformers, task.loader).from_pretrained(made)
+        get_peft_model(loaded, config).save_pretrained(tmp_path / adapter)
+        reference.attach(adapter, tmp_path / adapter)
+        if model is None:
+            loaded = getattr(transformers, task.loader).from_pretrained(made)
+            model = PeftModel.from_pretrained(loaded, tmp_path / adapter, adapter).eval()
+        else:
+            model.load_adapter(tmp_path / adapter, adapter)
+    return reference, model, row
+
+
+def test_a_blend_is_pefts_cat(blended: tuple[TaskReference, Any, Any]) -> None:
+    reference, model, row = blended
+    model.add_weighted_adapter(list(BLEND), list(BLEND.values()), "cat", combination_type="cat")
+    model.set_adapter("cat")
+    feeds = {name: torch.from_numpy(value)[None] for name, value in row.items()}
+    with torch.inference_mode():
+        wanted = getattr(model.base_model(**feeds), reference.task.output)[0].numpy()
+    (alone,) = reference.outputs([row], "some")
+    (found,) = reference.outputs([row], BLEND)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    with reference.wide():
+        (wide,) = reference.outputs([row], BLEND)
+    assert wide.dtype == np.float64
+    np.testing.assert_allclose(wide, wanted, atol=1e-5)
+    for other in ({"some": 0.7}, {"some": 0.25, "every": 0.7}, {"some": 0.7, "every": 0.3}):
+        assert np.abs(reference.outputs([row], other)[0] - wanted).max() > 1e-3, other
+    (off,) = reference.outputs([row], BLEND, low_rank=False)
+    np.testing.assert_allclose(off, reference.outputs([row])[0], atol=1e-6)
+    np.testing.assert_array_equal(reference.outputs([row], "some")[0], alone)
+    np.testing.assert_array_equal(reference.outputs([row], BLEND)[0], found)
+
+
+def test_a_head_is_not_blended(base: Base, tmp_path: Path) -> None:
+    reference = TaskReference(base, TASK)
+    reference.attach("a", _adapter(base, tmp_path / "a", 3)[0], 3)
+    assert not reference.can_blend("a")
+    with pytest.raises(ValueError, match="cannot blend or weight a"):
+        reference.outputs(ROWS, {"a": 0.5})
 
 
 def test_what_cannot_be_loaded_is_refused(base: Base) -> None:
