@@ -81,6 +81,13 @@ _OWN: dict[str, dict[str, Any]] = {
     "glm4_moe": _DEEPSEEK_ROUTER | {"n_group": 2},
     "dots1": _DEEPSEEK_ROUTER | {"n_group": 2, "sliding_window": None},
     "solar_open": _DEEPSEEK_ROUTER | {"n_group": 1},
+    "ernie4_5_moe": {
+        "moe_num_experts": 5,
+        "moe_k": 2,
+        "moe_intermediate_size": 40,
+        "moe_num_shared_experts": 1,
+    },
+    "hunyuan_v1_moe": {"num_experts": 5, "moe_topk": 2},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "deepseek_v2": _DEEPSEEK_ROUTER | _LATENT | {"n_group": 1},
     "deepseek_v3": _DEEPSEEK_ROUTER | _LATENT | {"n_group": 2},
@@ -108,8 +115,10 @@ SUPPORTED = (
 # Mixtures of experts, with transformers 5 only.
 MOE = (
     "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "flex_olmo", "granitemoe", "granitemoeshared",
-    "phimoe", "minimax_m2", "glm4_moe", "dots1", "solar_open",
+    "phimoe", "minimax_m2", "glm4_moe", "dots1", "solar_open", "ernie4_5_moe", "hunyuan_v1_moe",
 )  # fmt: skip
+# Rotaries that repeat their angles, and norms behind the rotary.
+OTHER_ROTARIES = ("ernie4_5", "glm", "glm4", "helium", "hunyuan_v1_dense")
 
 # family -> (changes to its config, what the refusal names)
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

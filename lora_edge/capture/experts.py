@@ -138,10 +138,14 @@ def _is_router(module: nn.Module, experts: Any) -> bool:
     axes that they were written for. Elsewhere in a block tokens are not flattened, see
     :func:`lora_edge.capture.swaps.constant_views`.
     """
-    return (
-        module is not experts
-        and not is_linear(module)
-        and any(x.ndim == 2 and x.shape[0] == experts.num_experts for x in module.parameters())
+    if module is experts or is_linear(module):
+        return False
+    count = experts.num_experts
+    # While it is traced, a linear layer's weight is turned, and says nothing of the layer.
+    return any(
+        getattr(part, "out_features", None) == count
+        or any(x.ndim == 2 and x.shape[0] == count for x in part.parameters(recurse=False))
+        for part in module.modules()
     )
 
 

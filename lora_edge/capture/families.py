@@ -11,6 +11,7 @@ _EXPERT_FIELDS = (
     "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts",
 )  # fmt: skip
 _ALIBI = frozenset({"bloom", "mpt"})
+_STATE_SPACE = frozenset({"bamba", "falcon_h1", "jamba", "nemotron_h", "zamba", "zamba2"})
 # The rotary kinds whose frequencies are the same at every length.
 _STATIC_ROPE = frozenset({None, "default", "linear", "llama3", "yarn"})
 _ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention"})
@@ -103,6 +104,12 @@ def _unloadable(config: Mapping[str, Any], seq2seq: bool) -> Iterator[_Refusal]:
 def _untraceable(config: Mapping[str, Any]) -> Iterator[_Refusal]:
     if config.get("alibi") or config.get("model_type") in _ALIBI:
         yield _Refusal("alibi", True, "ALiBi positions are not in the attention operator")
+    if config.get("model_type") in _STATE_SPACE:
+        yield _Refusal(
+            "model_type",
+            config["model_type"],
+            "its state-space layers keep a state of their own beside attention's cache",
+        )
     for field in _SCALED_BY_LAYER:
         if config.get(field):
             yield _Refusal(field, True, "the scores are scaled outside the attention function")

@@ -166,7 +166,24 @@ def constant_views(batch: int, seq: int | None) -> Iterator[None]:
     with ExitStack() as stack:
         for name in original:
             stack.enter_context(replaced(torch.Tensor, name, patched(name)))
+        repeat = _gathered(torch.Tensor.repeat_interleave)
+        stack.enter_context(replaced(torch.Tensor, "repeat_interleave", repeat))
         yield
+
+
+def _gathered(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``repeat_interleave`` along the last axis as one Gather; the exporter's own loses the rank.
+
+    The rotary of GLM and ERNIE repeats its angles so.
+    """
+
+    def repeat_interleave(x: Tensor, repeats: Any, dim: int | None = None, **kwargs: Any) -> Tensor:
+        if not isinstance(repeats, int) or dim not in (-1, x.ndim - 1) or kwargs:
+            return original(x, repeats, dim, **kwargs)
+        places = [place for place in range(int(x.shape[-1])) for _ in range(repeats)]
+        return x.index_select(x.ndim - 1, torch.tensor(places))
+
+    return repeat_interleave
 
 
 def _int(size: Any) -> int:

@@ -143,7 +143,7 @@ def trace(
         modules = model_layers(model)
         longest = max_length(model.config)
         rotary = RotarySwap(model, longest) if form == "fused" else None
-        with noted_ranks(model, modules):
+        with noted_ranks(model, modules), _refusing(model):
             facts = _survey(model, swap, rotary, base.model_type)
         tied = tied_pair(model)
         head = path_of(model, model.get_output_embeddings())

@@ -8,11 +8,14 @@ that ONNX Runtime joins again when it loads the graph.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import onnx_ir as ir
 
 _NORM = "SimplifiedLayerNormalization"
 _MICROSOFT = "com.microsoft"
+_WITH_HEADS = 4  # dimensions of queries and keys; nothing has more
 _ELEMENTWISE = frozenset({"Add", "Div", "Mul", "Sub"})
 _LIKE_FIRST = frozenset(
     {
@@ -30,8 +33,9 @@ def fuse(model: ir.Model) -> None:
     """
     graph = model.graph
     _undo_views(graph)
+    ranks = _ranks(graph)
     for node in list(graph):
-        if node.op_type == _NORM and not _join_residual(graph, node):
+        if node.op_type == _NORM and not _join_residual(graph, node, ranks):
             _write_out(graph, node)
 
 
@@ -77,7 +81,8 @@ def _ranks(graph: ir.Graph) -> dict[ir.Value, int]:
         elif node.op_type == "Gather" and inputs[0] == 2 and inputs[1] is not None:
             found = inputs[1] + 1
         elif node.op_type in _ELEMENTWISE:
-            found = None if None in inputs else max(x for x in inputs if x is not None)
+            most = max((x for x in inputs if x is not None), default=0)
+            found = None if None in inputs and most < _WITH_HEADS else most
         elif node.op_type in _LIKE_FIRST:
             found = inputs[0]
         else:
@@ -106,13 +111,18 @@ def _view(node: ir.Node) -> tuple[int, ...] | None:
     return None if tensor is None else tuple(int(size) for size in tensor.numpy())
 
 
-def _join_residual(graph: ir.Graph, norm: ir.Node) -> bool:
-    """``Add`` and norm -> ``SkipSimplifiedLayerNormalization``, whose fourth output is the sum."""
+def _join_residual(graph: ir.Graph, norm: ir.Node, ranks: Mapping[ir.Value, int]) -> bool:
+    """``Add`` and norm -> ``SkipSimplifiedLayerNormalization``, whose fourth output is the sum.
+
+    Not where heads have an axis of their own (a norm behind the rotary), which it does not take.
+    """
     total, weight = norm.inputs[0], norm.inputs[1]
     add = None if total is None else total.producer()
     if add is None or total is None or add.op_type != "Add" or total in graph.outputs:
         return False
     left, right = add.inputs
+    if ranks.get(total) == _WITH_HEADS:
+        return False
     if left is None or right is None or left.is_initializer() or right.is_initializer():
         return False
     order = {node: index for index, node in enumerate(graph)}

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from lora_edge.base import Base
-from lora_edge.errors import CaptureError
+from lora_edge.errors import BundleError, CaptureError
 from lora_edge.manifest import EncoderSpec, GraphSpec, Seq2SeqSpec
 from lora_edge.parity.compare import (
     Expected,
@@ -31,6 +31,7 @@ from lora_edge.parity.reference import Reference
 from lora_edge.parity.states import BASE, Row, prompts
 from lora_edge.runtime.decoder import Decoder
 
+_Observed = tuple[str, list[int], list[FloatArray]]
 _STEPS = 8  # decode steps after the prompt
 _CONTINUED = 4  # tokens that are appended at once
 _PLAIN_LENGTH = 40  # of the long row, when the model has no window
@@ -87,7 +88,7 @@ def check_base(
     floor = noise([row[:_PLAIN_LENGTH] for row in logits], wide)
     del reference
     cases: dict[str, dict[str, float]] = {}
-    for name, start, actual in observe(graph, rows, tails):
+    for name, start, actual in _running(observe(graph, rows, tails), base):
         expected = [
             _part(full, begin, got)
             for full, begin, got in zip(logits[: len(actual)], start, actual, strict=True)
@@ -116,6 +117,23 @@ def check_base(
     }
 
 
+def _running(cases: Iterator[_Observed], base: Base) -> Iterator[_Observed]:
+    """The cases, and what ONNX Runtime raises where it cannot load or run a capture.
+
+    Raises:
+        CaptureError: names the architecture.
+    """
+    try:
+        yield from cases
+    except (RuntimeError, BundleError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise CaptureError(
+            f"{base.model_type} models are refused: ONNX Runtime cannot run their captured graph: "
+            f"{said}",
+            "Try the other form or backend, and report the model; this capture is not used.",
+        ) from error
+
+
 def shortest_window(config: Mapping[str, Any]) -> int | None:
     """The attention window of a ``config.json``, if any layer has one."""
     text = config.get("text_config", config)
@@ -139,7 +157,7 @@ def _length(base: Base, spec: GraphSpec, window: int | None, parameters: int) ->
 
 def observe(
     graph: Captured[GraphSpec], rows: Sequence[Row], tails: Sequence[Row]
-) -> Iterator[tuple[str, list[int], list[FloatArray]]]:
+) -> Iterator[_Observed]:
     """Each case's name, the first position of each row, and the graph's logits from there on."""
     spec = graph.spec
     sides: dict[str, GraphSpec] = {}

@@ -16,7 +16,7 @@ from lora_edge.graph import check, fuse, load, save_graph
 from lora_edge.parity.base_check import check_base
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from families import REFUSED, SUPPORTED, make_base
+from families import OTHER_ROTARIES, REFUSED, SUPPORTED, make_base
 
 
 def _capture(directory: Path, form: str, folder: Path) -> BaseGraph:
@@ -31,7 +31,7 @@ def _capture(directory: Path, form: str, folder: Path) -> BaseGraph:
 
 
 @pytest.mark.parametrize("form", ["fused", "portable"])
-@pytest.mark.parametrize("family", SUPPORTED)
+@pytest.mark.parametrize("family", [*SUPPORTED, *OTHER_ROTARIES])
 def test_family_equals_pytorch(family: str, form: str, tmp_path: Path) -> None:
     base = make_base(family, tmp_path / "base")
     graph = _capture(base, form, tmp_path / form)

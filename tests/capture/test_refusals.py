@@ -32,6 +32,7 @@ _NESTED = {"full_attention": {"rope_type": "dynamic"}, "sliding_attention": {"ro
     [
         ({"alibi": True}, ["alibi", "ALiBi"]),
         ({"model_type": "mpt"}, ["mpt", "ALiBi"]),
+        ({"model_type": "bamba"}, ["bamba", "state-space"]),
         ({"rope_scaling": {"type": "longrope"}}, ["rope_type", "longrope", "length"]),
         ({"rope_parameters": {"rope_type": "dynamic"}}, ["rope_type", "dynamic"]),
         ({"rope_parameters": _NESTED}, ["rope_type", "dynamic"]),
@@ -72,6 +73,15 @@ def test_plain_config_is_not_refused() -> None:
     }
     refuse_unloadable(config)
     refuse_untraceable(config)
+
+
+def test_what_a_model_raises_of_itself_is_a_refusal(tmp_path: Path) -> None:
+    """X-MOD wants a language first."""
+    base = make_base("xmod", tmp_path / "base", is_decoder=True)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UnsupportedModelError, match=r"Xmod.* cannot be traced.*language") as caught:
+        capture(resolve_base(base), tmp_path / "out")
+    assert "optimum" in caught.value.hint
 
 
 class _Layer(torch.nn.Module):

@@ -109,3 +109,16 @@ def test_which_window_a_config_means() -> None:
     assert shortest_window({"sliding_window": None}) is None
     assert shortest_window({"sliding_window": 64, "use_sliding_window": False}) is None
     assert shortest_window({"text_config": {"sliding_window": 512}}) == 512
+
+
+def test_a_capture_that_cannot_be_run_is_refused_by_name(unwindowed: Base, tmp_path: Path) -> None:
+    graph = capture(unwindowed, tmp_path, form="portable")
+    model = onnx.load(graph.path, load_external_data=False)
+    view = next(node for node in model.graph.node if node.op_type == "Reshape")
+    shape = numpy_helper.from_array(np.array([7, 7], np.int64), "wrong")
+    model.graph.initializer.append(shape)
+    view.input[1] = "wrong"
+    onnx.save(model, graph.path)
+    with pytest.raises(CaptureError, match=r"mistral models are refused.*cannot run") as caught:
+        check_base(graph, unwindowed)
+    assert "other form or backend" in caught.value.hint
