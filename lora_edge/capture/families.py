@@ -11,7 +11,12 @@ _EXPERT_FIELDS = (
     "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts",
 )  # fmt: skip
 _ALIBI = frozenset({"bloom", "mpt"})
-_STATE_SPACE = frozenset({"bamba", "falcon_h1", "jamba", "nemotron_h", "zamba", "zamba2"})
+_RECURRENT = frozenset(
+    {
+        "bamba", "falcon_h1", "falcon_mamba", "jamba", "mamba", "mamba2", "nemotron_h",
+        "recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2",
+    }
+)  # fmt: skip
 # The rotary kinds whose frequencies are the same at every length.
 _STATIC_ROPE = frozenset({None, "default", "linear", "llama3", "yarn"})
 _ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention"})
@@ -104,11 +109,11 @@ def _unloadable(config: Mapping[str, Any], seq2seq: bool) -> Iterator[_Refusal]:
 def _untraceable(config: Mapping[str, Any]) -> Iterator[_Refusal]:
     if config.get("alibi") or config.get("model_type") in _ALIBI:
         yield _Refusal("alibi", True, "ALiBi positions are not in the attention operator")
-    if config.get("model_type") in _STATE_SPACE:
+    if config.get("model_type") in _RECURRENT:
         yield _Refusal(
             "model_type",
             config["model_type"],
-            "its state-space layers keep a state of their own beside attention's cache",
+            "its layers keep a recurrent state, which is no attention's cache",
         )
     for field in _SCALED_BY_LAYER:
         if config.get(field):

@@ -32,7 +32,7 @@ _NESTED = {"full_attention": {"rope_type": "dynamic"}, "sliding_attention": {"ro
     [
         ({"alibi": True}, ["alibi", "ALiBi"]),
         ({"model_type": "mpt"}, ["mpt", "ALiBi"]),
-        ({"model_type": "bamba"}, ["bamba", "state-space"]),
+        ({"model_type": "bamba"}, ["bamba", "recurrent state"]),
         ({"rope_scaling": {"type": "longrope"}}, ["rope_type", "longrope", "length"]),
         ({"rope_parameters": {"rope_type": "dynamic"}}, ["rope_type", "dynamic"]),
         ({"rope_parameters": _NESTED}, ["rope_type", "dynamic"]),
