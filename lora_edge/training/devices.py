@@ -11,8 +11,8 @@ import torch
 
 from lora_edge.errors import AdapterError, MissingDependencyError, OutOfMemoryError
 from lora_edge.training.settings import Settings
+from lora_edge.training.sharding import check_launch
 
-_SHARDERS = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
 _NO_MEMORY = ("can't allocate memory", "out of memory", "Cannot allocate memory")
 
 
@@ -21,16 +21,10 @@ def choose_device(settings: Settings) -> str:
 
     Raises:
         AdapterError: no CUDA device; a precision that the hardware does not have; a 4-bit base off
-            CUDA; FSDP or DeepSpeed.
+            CUDA; a way of sharding that the adapter cannot be saved from.
         MissingDependencyError: a 4-bit base without bitsandbytes.
     """
-    for name, what in _SHARDERS.items():
-        if os.environ.get(name, "").lower() in ("1", "true"):
-            raise AdapterError(
-                f"{what} is on: it shards the adapter too, and how it is then saved was not tried",
-                "Launch with plain data parallelism; --base-format bf16 or 4bit, "
-                "--gradient-checkpointing and --accumulate save memory.",
-            )
+    check_launch(settings)
     cuda = torch.cuda.is_available()
     device = ("cuda" if cuda else "cpu") if settings.device == "auto" else settings.device
     if device == "cuda" and not cuda:

@@ -34,6 +34,7 @@ from lora_edge.training.callbacks import Progress, Reporter, Stopper, diverged
 from lora_edge.training.devices import processes
 from lora_edge.training.head import TargetHead, predicting, target_logits
 from lora_edge.training.settings import Settings
+from lora_edge.training.sharding import shard_on_cpu, sharded
 from lora_edge.training.tokens import PackedExample, Tokenized, TokenizedExample
 
 _REPORTS = 100  # how often a whole run reports
@@ -278,6 +279,17 @@ class _Trainer(Trainer):
         self._settings = settings
         self._head = head
         self._reporter = reporter
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        shard_on_cpu(self)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if sharded():
+            # Else processes may differ on whether the best checkpoint is there, and wait for ever.
+            folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+            folder.mkdir(parents=True, exist_ok=True)
+        super()._save_checkpoint(model, trial)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         if not self._settings.group_by_length:

@@ -89,7 +89,13 @@ def adapted_paths(wrapped: Any) -> list[str]:
     ]
 
 
-def save_adapter(wrapped: Any, directory: Path, settings: Settings, start: Path | None) -> None:
+def save_adapter(
+    wrapped: Any,
+    directory: Path,
+    settings: Settings,
+    start: Path | None,
+    weights: dict[str, Any] | None = None,
+) -> None:
     """Write PEFT's ``adapter_config.json`` and ``adapter_model.safetensors``, the same each time.
 
     Args:
@@ -98,8 +104,9 @@ def save_adapter(wrapped: Any, directory: Path, settings: Settings, start: Path 
         settings: what it was made with.
         start: folder with the untrained adapter, from which an ``init`` that changed the base is
             converted; ``None``: the factors are written as they are.
+        weights: what is trained, where the model itself holds a share of it only.
     """
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {} if weights is None else {"state_dict": weights}
     if start is not None:
         options["path_initial_model_for_weight_conversion"] = str(start)
     with _quiet_peft():

@@ -29,6 +29,7 @@ from lora_edge.training.loop import Batches, steps_of
 from lora_edge.training.lora import add_lora, save_adapter
 from lora_edge.training.model import load_model, load_tokenizer
 from lora_edge.training.settings import CONVERTED_INITS, Settings
+from lora_edge.training.sharding import check_whole
 from lora_edge.training.tokens import (
     ClassifiedExample,
     ImageExample,
@@ -105,6 +106,7 @@ def prepare(
     from transformers import set_seed
 
     task = task_of(source)
+    check_whole(settings, classifies=task is not None)
     if evaluation is not None and evaluation.kind != source.kind:
         raise DataError(
             f"{evaluation.path} holds {evaluation.kind} data, and {source.path} {source.kind} data",

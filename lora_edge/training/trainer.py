@@ -119,6 +119,7 @@ def train(
     device = _check_environment(chosen)
     from lora_edge.training.devices import memory_errors, process
     from lora_edge.training.loop import fit
+    from lora_edge.training.sharding import whole_weights
 
     main = process() == 0
     tell = notify if notify is not None and main else lambda _: None
@@ -155,8 +156,9 @@ def train(
                 resume=checkpoint,
                 progress=progress if main else None,
             )
+            weights = whole_weights(prepared.model)
             if main:
-                _write(stage, run, header, prepared, outcome, chosen, start, tell)
+                _write(stage, run, header, prepared, outcome, chosen, start, weights, tell)
     if main:
         shutil.rmtree(run, ignore_errors=True)
     return target
@@ -285,12 +287,13 @@ def _write(
     outcome: Outcome,
     settings: Settings,
     start: Path | None,
+    weights: dict[str, Any] | None,
     notify: Notify,
 ) -> None:
     from lora_edge.training.callbacks import METRICS_NAME, read_metrics
     from lora_edge.training.lora import save_adapter
 
-    save_adapter(prepared.model, stage, settings, start)
+    save_adapter(prepared.model, stage, settings, start, weights)
     if start is not None:
         shutil.rmtree(start)
     record = _record(header, prepared, outcome, stage)

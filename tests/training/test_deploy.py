@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from safetensors.torch import load_file
 
 import lora_edge
 from lora_edge.base import resolve_base
-from lora_edge.training import Settings, train
+from lora_edge.training import train
 from lora_edge.training.callbacks import read_metrics
 from lora_edge.training.model import load_model, load_tokenizer
 
@@ -81,42 +79,3 @@ def test_loraplus_gives_b_the_larger_rate(shouted: Path, tmp_path: Path) -> None
             assert plain[key].abs().max() == pytest.approx(1e-3, rel=0.01)
         else:
             torch.testing.assert_close(plus[key], plain[key])
-
-
-def test_two_processes_are_one_on_the_same_global_batch(base: Path, tmp_path: Path) -> None:
-    """gloo on the CPU; unequal target counts, so that a mean of means would differ."""
-    data = tmp_path / "data.jsonl"
-    rows = [{"prompt": f"say {n}:", "completion": " a" * n} for n in range(1, 11)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = Settings(
-        max_steps=6, lr=1e-2, rank=3, eval_split=0.2, eval_every=3, device="cpu", batch_size=2
-    )
-    options = ["--max-steps", "6", "--lr", "1e-2", "--rank", "3", "--eval-split", "0.2"]
-    options += ["--eval-every", "3", "--device", "cpu", "--batch-size", "2"]
-    alone, other, both = (tmp_path / name for name in ("alone", "other", "both"))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    launch += ["--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    done = subprocess.run(
-        [*launch, "-m", "lora_edge.cli", "train", base, data, *options, "-o", both],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().splitlines()[-1] == str(both)
-    assert "6 steps of 4 examples; evaluated on 2 examples" in done.stderr
-    train(base, data, alone, settings=settings, batch_size=4)
-    train(base, data, other, settings=settings)
-
-    def difference(one: Path, two: Path) -> float:
-        first, second = (load_file(p / "adapter_model.safetensors") for p in (one, two))
-        return max(float((first[k] - second[k]).norm() / first[k].norm()) for k in first)
-
-    # Sums in another order; Adam divides the rounding of small gradients by itself.
-    assert difference(alone, both) < 1e-3
-    assert difference(alone, other) > 0.1  # control: half the batch
-    results = [json.loads((p / "training.json").read_text())["result"] for p in (alone, both)]
-    assert results[0]["evaluation"]["eval_loss"] == pytest.approx(
-        results[1]["evaluation"]["eval_loss"], rel=1e-4
-    )
-    assert not (tmp_path / "both.run").exists()

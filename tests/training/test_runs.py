@@ -290,14 +290,6 @@ def test_what_cannot_be_meant_is_refused(
     assert not list(tmp_path.glob("a*"))
 
 
-def test_sharded_training_is_refused(
-    base: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(AdapterError, match="FSDP is on"):
-        train(base, words, tmp_path / "a", **RUN)
-
-
 def test_precision_is_refused_where_the_hardware_lacks_it(
     base: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
