@@ -308,9 +308,14 @@ def _print_plan(base: str, data: Path, evaluation: Path | None, settings: Settin
     lines = [
         f"trainable   {made.trainable:,} parameters, {share:.2%} of the base's {made.parameters:,}",
         f"steps       {made.steps}",
-        f"memory      about {_size(memory.total)}, and what PyTorch itself takes: base "
-        f"{_size(memory.base)}, adapter with gradients and optimizer {_size(memory.trained)}, "
-        f"activations {_size(memory.activations)}",
+        f"memory      about {_size(memory.total)}: base {_size(memory.base)}, adapter with "
+        f"gradients and optimizer {_size(memory.trained)}, activations {_size(memory.activations)}"
+        + (f", gaps between them up to {_size(memory.gaps)}" if memory.gaps else "")
+        + (
+            f", libraries and data {_size(memory.process)}"
+            if memory.process
+            else "; libraries and device context come on top"
+        ),
     ]
     for mode, refusals in made.modes.items():
         lines += [f"{mode:<11} {'yes' if not refusals else f'no: {refusals[0].message}'}"]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import platform
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,27 +18,33 @@ from lora_edge.training.settings import Settings
 from lora_edge.training.tokens import PackedExample, Tokenized, TokenizedExample
 
 _PROBE_TOKENS = 128
+_MAPPED = 32 << 20  # bytes: glibc gives blocks from this size on back at once (mallopt(3))
 _PER_TRAINED = 16  # bytes: float32 weight, gradient, and AdamW's two moments
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a training step holds at its peak, of tensors; the libraries come on top.
+    """Bytes that a training step holds at its peak.
 
     Attributes:
         base: the frozen base.
         trained: weights, gradients and optimizer state of what is trained.
         activations: what one forward pass keeps for its backward pass, at the largest batch.
+        gaps: what the C library's allocator keeps between batches of other lengths, at worst; 0
+            where it is not glibc's, or on CUDA, whose context comes on top.
+        process: Python, the libraries, tokenizer and data as they are loaded now; 0 on CUDA.
     """
 
     base: int
     trained: int
     activations: int
+    gaps: int
+    process: int
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.base + self.trained + self.activations
+        return self.base + self.trained + self.activations + self.gaps + self.process
 
 
 def estimate(
@@ -60,10 +69,22 @@ def estimate(
     longest = max(examples, key=_size)
     probe = _shortened(longest)
     kept = _kept_bytes(model, batches([probe]), head, settings)
-    share = _size(longest) / _size(probe)
-    return Memory(
-        sum(unique.values()), _PER_TRAINED * trained, round(kept * share * settings.batch_size)
-    )
+    scale = settings.batch_size * _size(longest) / _size(probe)
+    base = sum(unique.values())
+    gaps = process = 0
+    if next(model.parameters()).device.type == "cpu":
+        process = max(0, _resident() - base - 4 * trained)
+        if platform.libc_ver()[0] == "glibc":
+            gaps = round(scale * sum(size for size in kept if scale * size < _MAPPED))
+    return Memory(base, _PER_TRAINED * trained, round(scale * sum(kept)), gaps, process)
+
+
+def _resident() -> int:
+    """Bytes of this process in memory; 0 where /proc does not tell."""
+    file = Path("/proc/self/statm")
+    if not file.is_file():
+        return 0
+    return int(file.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _size(example: Tokenized) -> int:
@@ -86,8 +107,8 @@ def _shortened(example: Tokenized) -> Tokenized:
 
 def _kept_bytes(
     model: Any, batch: dict[str, torch.Tensor], head: TargetHead | None, settings: Settings
-) -> int:
-    """Bytes of the distinct tensors that autograd saves, the model's own parameters left out."""
+) -> Collection[int]:
+    """Bytes of each distinct tensor that autograd saves, the model's own parameters left out."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved: dict[int, int] = {}
 
@@ -119,4 +140,4 @@ def _kept_bytes(
         torch.set_rng_state(state)
         model.train(was)
     del loss
-    return sum(saved.values())
+    return saved.values()

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ from lora_edge.training.batches import collate
 from lora_edge.training.callbacks import Progress, read_metrics
 from lora_edge.training.data import read_data
 from lora_edge.training.head import target_logits
+from lora_edge.training.loop import latest_checkpoint
 from lora_edge.training.model import load_model, load_tokenizer
 from lora_edge.training.record import read_recipe
 from lora_edge.training.tokens import tokenize
@@ -96,23 +98,31 @@ def test_a_resumed_run_is_the_uninterrupted_one(
 def test_after_a_hard_kill_the_latest_whole_checkpoint_is_used(
     base: Path, words: Path, tmp_path: Path
 ) -> None:
-    settings = Settings(**RUN, save_every=4)
-
-    def die(at: Progress) -> None:
-        if at.step == 10:
-            raise MemoryError  # anything that no one handles after a step
-
-    with pytest.raises(OutOfMemoryError):
-        train(base, words, tmp_path / "a", settings=settings, progress=die)
+    settings = Settings(**{**RUN, "max_steps": 200}, save_every=20)
+    options = ["--max-steps", "200", "--save-every", "20", "--batch-size", "2", "--lr", "1e-2"]
+    options += ["--rank", "3", "--dropout", "0.2"]
+    command = [sys.executable, "-m", "lora_edge", "train", base, words, *options, "-o"]
+    started = subprocess.Popen([*command, tmp_path / "a"], stderr=subprocess.PIPE, text=True)
+    assert started.stderr is not None
+    while not started.stderr.readline().startswith("step 40/"):  # after checkpoint-20 was written
+        assert started.poll() is None
+    started.kill()
+    started.communicate()
+    assert started.returncode == -signal.SIGKILL
     run = tmp_path / "a.run"
-    (run / "checkpoint-9").mkdir()  # killed while it wrote
+    kept = latest_checkpoint(run)
+    assert kept is not None
+    (run / "checkpoint-199").mkdir()  # killed while it wrote
     with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 11, "lo')
-    train(base, words, tmp_path / "a", settings=settings, resume=True)
+        file.write('{"step": 199, "lo')
+    notes: list[str] = []
+    train(base, words, tmp_path / "a", settings=settings, resume=True, notify=notes.append)
+    assert notes[-1] == f"going on from {kept}"
     whole = train(base, words, tmp_path / "whole", settings=settings)
+    assert abs(result(whole)["final_loss"] - result(tmp_path / "a")["final_loss"]) <= 1e-6
     assert result(whole)["adapter_sha256"] == result(tmp_path / "a")["adapter_sha256"]
     steps = [row["step"] for row in read_metrics(tmp_path / "a" / "metrics.jsonl")]
-    assert steps == list(range(1, 13))
+    assert steps == list(range(2, 201, 2))
 
 
 def test_nothing_to_resume_is_said(base: Path, words: Path, tmp_path: Path) -> None:
@@ -236,6 +246,40 @@ def test_a_plan_counts_what_training_would_train(base: Path, words: Path, tmp_pa
     assert smaller.activations * 2 == pytest.approx(found.memory.activations, abs=2)
     again = plan(base, words, **options, gradient_checkpointing=True).memory
     assert again.activations <= found.memory.activations
+
+
+GROWTH = """
+import sys
+from pathlib import Path
+from lora_edge.training import plan, train
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(x.split()[1]) * 1024 for x in lines if x.startswith("VmHWM"))
+given = dict(max_steps=8, batch_size=8, rank=16, device="cpu")
+base, data, out = sys.argv[1:]
+memory = plan(base, data, **given).memory
+train(base, data, out, **given)
+print(memory.total, memory.total - memory.process, peak(), peak() - memory.process)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="asks Linux for the memory")
+def test_the_memory_that_a_plan_states_is_what_a_run_takes(tmp_path: Path) -> None:
+    """Within a factor of 2 of the growth, and of 1.5 of the whole process, at its peak."""
+    base = Path(__file__).parents[2] / "models" / "tiny-llama"
+    data = tmp_path / "data.jsonl"
+    rows = [{"prompt": "a word " * n, "completion": " b c" * n} for n in range(4, 36)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-c", GROWTH, base, data, tmp_path / "a"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    stated, stated_growth, peak, growth = map(int, done.stdout.split())
+    assert 1 / 1.5 < stated / peak < 1.5
+    assert 1 / 2 < stated_growth / growth < 2
 
 
 def test_out_of_memory_says_what_to_lower(
