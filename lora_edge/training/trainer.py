@@ -118,7 +118,7 @@ def train(
     run = target.parent / f"{target.name}.run"
     device = _check_environment(chosen)
     from lora_edge.training.devices import memory_errors, process
-    from lora_edge.training.loop import fit
+    from lora_edge.training.loop import fit, steps_of
     from lora_edge.training.sharding import whole_weights
 
     main = process() == 0
@@ -156,6 +156,11 @@ def train(
                 resume=checkpoint,
                 progress=progress if main else None,
             )
+            if outcome.steps < steps_of(len(prepared.rows), chosen):
+                tell(
+                    f"stopped after step {outcome.steps}: no better for "
+                    f"{chosen.patience} evaluations"
+                )
             weights = whole_weights(prepared.model)
             if main:
                 _write(stage, run, header, prepared, outcome, chosen, start, weights, tell)

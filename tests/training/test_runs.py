@@ -191,7 +191,10 @@ def test_the_best_weights_are_kept_and_what_they_score_is_true(
 
 def test_patience_ends_a_run_that_gets_no_better(base: Path, words: Path, tmp_path: Path) -> None:
     options = {**RUN, "lr": 0.3, "max_steps": 60, "eval_split": 0.3, "eval_every": 1}
-    made = train(base, words, tmp_path / "a", **options, patience=2)
+    notes: list[str] = []
+    made = train(base, words, tmp_path / "a", **options, patience=2, notify=notes.append)
+    stopped = f"stopped after step {result(made)['steps']}: no better for 2 evaluations"
+    assert stopped in notes
     assert result(made)["steps"] == result(made)["best_step"] + 2 < 60
 
 
