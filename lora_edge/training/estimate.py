@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,15 +69,20 @@ def estimate(
     unique = {p.data_ptr(): p.numel() * p.element_size() for p in frozen}
     longest = max(examples, key=_size)
     probe = _shortened(longest)
-    kept = _kept_bytes(model, batches([probe]), head, settings)
+    batch = batches([probe])
+    kept = _kept_bytes(model, batch, head, settings)
+    activations = sum(kept)
+    if settings.gradient_checkpointing:
+        activations = _recomputed(model, batch, head, settings, activations)
     scale = settings.batch_size * _size(longest) / _size(probe)
     base = sum(unique.values())
     gaps = process = 0
     if next(model.parameters()).device.type == "cpu":
         process = max(0, _resident() - base - 4 * trained)
         if platform.libc_ver()[0] == "glibc":
-            gaps = round(scale * sum(size for size in kept if scale * size < _MAPPED))
-    return Memory(base, _PER_TRAINED * trained, round(scale * sum(kept)), gaps, process)
+            small = sum(size for size in kept if scale * size < _MAPPED)
+            gaps = round(scale * min(small, activations))
+    return Memory(base, _PER_TRAINED * trained, round(scale * activations), gaps, process)
 
 
 def _resident() -> int:
@@ -103,6 +109,43 @@ def _shortened(example: Tokenized) -> Tokenized:
             tuple(ids[i] for i in picked), tuple(labels[i] for i in picked), example.cut
         )
     return example
+
+
+def _recomputed(
+    model: Any,
+    batch: dict[str, torch.Tensor],
+    head: TargetHead | None,
+    settings: Settings,
+    whole: int,
+) -> int:
+    """Bytes kept where layers are computed again in the backward pass.
+
+    That is what layers are given, what one of them keeps while it is computed again, and what is
+    kept outside of layers.
+
+    Args:
+        model, batch, head, settings: as :func:`_kept_bytes` has them.
+        whole: bytes kept without computing anything again.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [x for x in model.modules() if isinstance(x, GradientCheckpointingLayer)]
+    given = 0
+
+    def count(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal given
+        given += (args[0] if args else kwargs["hidden_states"]).nbytes
+
+    with ExitStack() as stack:
+        for layer in layers:
+            hook = layer.register_forward_pre_hook(count, with_kwargs=True)
+            stack.callback(hook.remove)
+        # transformers 5 has a new name for it.
+        kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+        getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+        stack.callback(getattr(model, f"{kind}_checkpointing_disable"))
+        outside = sum(_kept_bytes(model, batch, head, settings))
+    return outside + given + (whole - outside) // max(len(layers), 1)
 
 
 def _kept_bytes(

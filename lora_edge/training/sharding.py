@@ -67,7 +67,7 @@ def check_launch(settings: Settings) -> None:
 def check_whole(settings: Settings, *, classifies: bool) -> None:
     """Refuse to shard a module that PEFT trains as a copy of its own.
 
-    Accelerate 1.15 cannot prepare one: tied weights cannot be tied again, a new head is not found.
+    Tried with accelerate 1.15: its preparation failed on a tied ``lm_head`` and on a classifier.
 
     Raises:
         AdapterError: a classifier, or modules to save, with FSDP.
@@ -75,7 +75,9 @@ def check_whole(settings: Settings, *, classifies: bool) -> None:
     if sharded() and (classifies or settings.modules_to_save):
         what = "a classifier's head" if classifies else ", ".join(settings.modules_to_save)
         raise AdapterError(
-            f"FSDP is on, and {what} is trained whole, which accelerate cannot shard", _PLAIN
+            f"FSDP is on, and {what} is trained as a copy of the whole module, on which "
+            "accelerate's preparation failed when it was tried",
+            _PLAIN,
         )
 
 

@@ -248,7 +248,7 @@ def test_a_plan_counts_what_training_would_train(base: Path, words: Path, tmp_pa
     smaller = plan(base, words, **{**options, "batch_size": 1}).memory
     assert smaller.activations * 2 == pytest.approx(found.memory.activations, abs=2)
     again = plan(base, words, **options, gradient_checkpointing=True).memory
-    assert again.activations <= found.memory.activations
+    assert 0 < again.activations < found.memory.activations
 
 
 GROWTH = """
