@@ -288,12 +288,12 @@ def test_the_memory_that_a_plan_states_is_what_a_run_takes(tmp_path: Path) -> No
 def test_out_of_memory_says_what_to_lower(
     base: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lora_edge.training import loop
+    from lora_edge.training import target_trainer
 
     def full(*_: Any, **__: Any) -> None:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 8 bytes")
 
-    monkeypatch.setattr(loop, "target_logits", full)
+    monkeypatch.setattr(target_trainer, "target_logits", full)
     with pytest.raises(OutOfMemoryError, match="out of memory with batch_size 4") as error:
         train(base, words, tmp_path / "a", **{**RUN, "batch_size": 4})
     for advice in ("--batch-size to 2", "--accumulate to 2", "--base-format bf16", "--max-length"):
