@@ -1,7 +1,8 @@
 """Sessions whose weights are one adapter's: which adapters can be pinned, and their merged weights.
 
 A batch whose rows all use a pinned adapter runs on the graph without branches. Everything else is
-the switchable graph's affair.
+the switchable graph's affair, which is what was proved: a pinned session is compared with it before
+it is used.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from lora_edge.runtime.session import Fixed
 
 _UNPIN = "Leave it out of pinned: it runs on the switchable graph."
 _BLOCK = 1 << 20  # numbers in float64 at once: a large head is never whole in it
+_CHECKED = 16  # tokens
+_SHARE = 0.05  # of an adapter's effect
+_ROUNDING = {"float32": 1e-5, "float16": 1e-2}  # of the logits; two graphs add up in two orders
 _AGAIN = "Export the bundle again with this release."
 
 
@@ -33,6 +37,7 @@ class PinnedSessions:
 
     Args:
         bundle: the bundle; the graph is checked against its hash before it is opened.
+        switchable: the session on the graph with branches; ``None``: the bundle has none.
         active: its adapters.
         names: adapters to pin; None (or ``none``) is no adapter.
         options: of every session: provider, threads, ...
@@ -46,6 +51,7 @@ class PinnedSessions:
     def __init__(
         self,
         bundle: Bundle,
+        switchable: Decoder | None,
         active: ActiveAdapters,
         names: Sequence[str | None],
         options: Mapping[str, Any],
@@ -56,6 +62,7 @@ class PinnedSessions:
                 "A pinned session holds one adapter at weight 1, or none: pinned=['name', None].",
             )
         self._bundle = bundle
+        self._switchable = switchable
         self._active = active
         self._options = dict(options)
         self._opened: dict[State, Decoder] = {}
@@ -80,13 +87,16 @@ class PinnedSessions:
             None where the batch is for the switchable graph.
 
         Raises:
-            BundleError: the graph or its data is missing, damaged or cut off.
+            BundleError: the graph or its data is missing, damaged or cut off, or gives something
+                else than the switchable graph.
         """
         state = states[0] if len(set(states)) == 1 else None
         if state is None or state not in self._states:
             return None
         if state not in self._opened:
-            self._opened[state] = self._open(state)
+            decoder = self._open(state)
+            self._check_opened(decoder, state)
+            self._opened[state] = decoder
         return self._opened[state], Binding((state,), {})
 
     def _open(self, state: State) -> Decoder:
@@ -98,6 +108,32 @@ class PinnedSessions:
             values = merged_values(data, sites, self._active.changes(name))
         fixed = Fixed(state, values)
         return Decoder(graph, self._bundle.manifest.decoder, fixed=fixed, **self._options)
+
+    def _check_opened(self, decoder: Decoder, state: State) -> None:
+        """Compare a session with the switchable graph, on one prompt.
+
+        Where a weight is, and that ONNX Runtime takes another in its place, is what no hash tells.
+        """
+        assert self._switchable is not None  # or nothing could be pinned
+        spec = decoder.spec
+        count = min(_CHECKED, spec.max_length)
+        rows = [np.random.default_rng(0).integers(0, spec.vocab_size, count).tolist()]
+
+        def logits(session: Decoder, binding: Binding) -> NDArray[np.float64]:
+            return session.start(1, count, binding).extend_all(rows)[0].astype(np.float64)
+
+        found = logits(decoder, Binding((state,), {}))
+        expected = logits(self._switchable, self._active.binding(dict(state), 1))
+        effect = np.linalg.norm(expected - logits(self._switchable, self._active.binding(None, 1)))
+        rounding = _ROUNDING[decoder.cache_dtype.name] * np.linalg.norm(expected)
+        error = np.linalg.norm(found - expected)
+        if not error <= max(_SHARE * effect, rounding):
+            name = next((name for name, _ in state), "no adapter")
+            raise BundleError(
+                f"pinned, {name} does not give what it gives on the switchable graph: off by "
+                f"{error:.2g} where its effect is {effect:.2g}",
+                f"{_UNPIN} Export the bundle again, or report it, with the provider's name.",
+            )
 
 
 def merged_values(data: Path, sites: Mapping[str, SiteEntry], changes: Changes) -> Values:

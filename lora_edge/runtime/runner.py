@@ -103,7 +103,8 @@ class Runner:
             else:
                 self.session = Encoder(graph, manifest.graph, sites=manifest.sites, **options)
         self._active = ActiveAdapters(self.bundle, self.session.tensors)
-        self._pinned = PinnedSessions(self.bundle, self._active, pinned, options)
+        switchable = self.session if isinstance(self.session, Decoder) else None
+        self._pinned = PinnedSessions(self.bundle, switchable, self._active, pinned, options)
 
     def _session_for(self, adapter: AdapterArgument, batch: int) -> tuple[Decoder, Binding]:
         """Where a batch of text runs, and what is bound there; raises as :meth:`binding`."""

@@ -221,6 +221,23 @@ def test_an_older_bundle_is_refused_and_still_runs(copied: Callable[[Any], Path]
     assert "Export the bundle again" in caught.value.hint
 
 
+def test_a_weight_at_another_place_is_found_before_it_is_used(
+    copied: Callable[[Any], Path],
+) -> None:
+    """Two layers of one shape, exchanged: nothing but the numbers can tell."""
+    path = "model.layers.{}.self_attn.q_proj"
+
+    def exchange(data: dict[str, Any]) -> None:
+        first, second = (data["sites"][path.format(i)]["weight"] for i in (0, 1))
+        first["offset"], second["offset"] = second["offset"], first["offset"]
+
+    runner = lora_edge.Runner(copied(exchange), pinned=["all-linear", None])
+    with pytest.raises(lora_edge.BundleError, match=r"pinned, all-linear does not give what"):
+        runner.logits(IDS, adapter="all-linear")
+    assert runner.logits(IDS).any()  # no adapter changes no weight
+    assert runner.logits(IDS, adapter="patterns").any()
+
+
 def test_damage_is_found_when_the_session_is_opened(copied: Callable[[Any], Path]) -> None:
     site = "model.layers.0.self_attn.q_proj"
     changed = copied(lambda _: None)
