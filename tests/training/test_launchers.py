@@ -122,7 +122,7 @@ def test_a_sharded_run_goes_on_from_the_shards_of_both(
         (
             {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
             {"modules_to_save": ["lm_head"]},
-            "lm_head is trained whole",
+            "lm_head is trained as a copy",
         ),
         (
             {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"},
