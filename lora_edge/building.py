@@ -6,6 +6,7 @@ Publishes nothing: that is :mod:`lora_edge.exporter`'s affair, once the bundle h
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from lora_edge.lora import Head, SiteChange
 from lora_edge.manifest import AdapterEntry, Manifest, Mode, SiteEntry, WeightEntry
 from lora_edge.names import NONE_ADAPTER, Part
 from lora_edge.packing import with_heads, write_adapter_folder, write_none
-from lora_edge.quantization import BITS, Precision, measured, rounded_weights
+from lora_edge.quantization import BITS, Precision, Quantization, measured, rounded_weights
 from lora_edge.tasks import TEXT_GENERATION, Task
 
 Progress = Callable[[str], None]
@@ -72,7 +73,7 @@ def check_precision(options: Options) -> None:
             f"--precision {options.precision} is for text generation in the trace backend's fused "
             f"form, got {what}, {options.backend}, {options.form}: the operator, MatMulNBits, is "
             "ONNX Runtime's own",
-            "Use --precision fp32, or --form fused.",
+            "Use --precision fp32" + (", or --form fused." if options.form != "fused" else "."),
         )
 
 
@@ -122,7 +123,8 @@ def build(
         rounding = passes.quantizable(model, linear)
         quantization = measured(BITS[options.precision], rounding, weights, captured.modules)
         say(
-            f"rounding {len(rounding)} layers to {options.precision}: ‖W - Q(W)‖ / ‖W‖ is "
+            f"rounding {len(rounding)} layers, {_share(quantization, captured.modules, base):.0%} "
+            f"of the parameters, to {options.precision}: ‖W - Q(W)‖ / ‖W‖ is "
             f"{quantization.mean_error:.3g} in the mean, {quantization.worst_error:.3g} at worst"
         )
         weights = rounded_weights(weights, quantization, captured.modules)
@@ -197,6 +199,14 @@ def build(
     modules = captured.modules
     manifest = manifest_of(options, base, captured, figures, entries, covered, modules, fingerprint)
     return sign(stage, dataclasses.replace(manifest, quantization=quantization))
+
+
+def _share(quantization: Quantization, modules: Mapping[str, SiteEntry], base: Base) -> float:
+    """The share of the base's parameters that is rounded."""
+    rounded = (modules[path] for path in quantization.layers)
+    names = base.keys()
+    whole = sum(math.prod(base.shape(name) or ()) for name in names)
+    return sum(x.in_features * x.out_features for x in rounded) / whole
 
 
 def manifest_of(

@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from lora_edge.adapter import load_adapter
 from lora_edge.base import Base, resolve_base
@@ -78,7 +78,8 @@ def export(
             and 1, of the ranks that keep this share of each delta's energy; ``None`` refuses them.
             The bundle is proved against the converted adapters; the error of the conversion itself
             goes to ``progress`` and into the manifest.
-        precision: of the linear layers' weights, the head's excepted: ``fp32``; or ``int8`` or
+        precision: of the linear layers' weights, but for the head, and experts and their routers:
+            ``fp32``; or ``int8`` or
             ``int4``, codes for blocks of 32 inputs (text generation, trace, fused form). The bundle
             is proved against PyTorch with the same rounded weights, which are also what DoRA's
             norms are of; layers that a merged adapter changes stay in fp32.
@@ -100,6 +101,10 @@ def export(
     if unknown:
         raise AdapterError(
             f"{unknown[0]!r} is no kind of adapter", f"Kinds are {', '.join(KINDS)}."
+        )
+    if precision not in get_args(Precision):
+        raise BaseModelError(
+            f"{precision!r} is no precision", f"Precisions are {', '.join(get_args(Precision))}."
         )
     with converting(adapters or {}, model, convert, say) as (paths, conversions):
         loaded = [load_adapter(path, name) for name, path in paths.items()]

@@ -136,7 +136,8 @@ def measured(
         weight, rounded = weights(parameter), after(parameter)
         assert weight is not None
         assert rounded is not None
-        errors.append(float(np.linalg.norm(rounded - weight) / np.linalg.norm(weight)))
+        size = float(np.linalg.norm(weight))
+        errors.append(float(np.linalg.norm(rounded - weight)) / size if size else 0.0)
     mean = sum(errors) / max(len(paths), 1)
     return dataclasses.replace(plain, mean_error=mean, worst_error=max(errors))
 

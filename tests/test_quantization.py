@@ -91,6 +91,9 @@ def test_errors_are_of_the_checkpoints_layout() -> None:
     assert quantization.worst_error == pytest.approx(quantization.mean_error, rel=1e-6)
     assert 0.01 < quantization.mean_error < 0.2
     assert measured(8, ["a"], values.get, layers).worst_error < quantization.mean_error / 8
+    values["zero.weight"] = np.zeros((4, 32), np.float32)
+    layers["zero"] = Layer(False)
+    assert measured(4, ["zero"], values.get, layers).worst_error == 0
     weights = rounded_weights(values.get, quantization, layers)
     np.testing.assert_array_equal(weights("b.weight"), weights("a.weight").T)  # type: ignore[union-attr]
     assert weights("c.weight") is values["c.weight"]

@@ -81,8 +81,9 @@ from lora_edge.tasks import SEQ2SEQ, TASKS, TEXT_GENERATION
     type=click.Choice(["fp32", "int8", "int4"]),
     default="fp32",
     show_default=True,
-    help="Of the linear layers, the head excepted. int8 and int4 are for text generation in the "
-    "fused form; adapters stay in fp32, and so do the layers that a merged one changes.",
+    help="Of the linear layers, but for the head and mixtures' experts. int8 and int4 are for text "
+    "generation in the fused form; adapters stay in fp32, and so do the layers that a merged one "
+    "changes.",
 )
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 def command(adapters: tuple[str, ...], output: Path, **options: Any) -> None:

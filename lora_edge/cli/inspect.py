@@ -14,6 +14,7 @@ import click
 from lora_edge.bundle import load_bundle
 from lora_edge.errors import LoraEdgeError
 from lora_edge.manifest import MANIFEST_NAME, AdapterEntry, Manifest
+from lora_edge.tasks import SEQ2SEQ, TASKS, TEXT_GENERATION
 
 if TYPE_CHECKING:
     from lora_edge.inspection import Inspection, ModuleFacts
@@ -22,8 +23,8 @@ _COLUMNS = 80
 _COMPARED = {
     "model": "Compared with the model that transformers builds, as the export does.",
     "names": "Compared with the names and shapes of the checkpoint's tensors, because the model "
-    "could not be built here; transformers may call them otherwise, and the export compares with "
-    "the model itself.",
+    "could not be built here for this task; transformers may call them otherwise, and the export "
+    "compares with the model itself.",
 }
 
 
@@ -34,7 +35,11 @@ _COMPARED = {
     help="With an adapter: compare it with this base: whether every layer exists there in its "
     "shape, and how much of its weight it changes.",
 )
-@click.option("--task", help="With --base: the task, as export takes it.")
+@click.option(
+    "--task",
+    type=click.Choice([TEXT_GENERATION, *TASKS, *SEQ2SEQ]),
+    help="With --base: the task, as export takes it.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(path: Path, base: str | None, task: str | None, as_json: bool) -> None:
     """Show what PATH, a PEFT directory or a bundle, holds.
@@ -43,6 +48,8 @@ def command(path: Path, base: str | None, task: str | None, as_json: bool) -> No
     reason and the way out where not. Needs no PyTorch, but for --base to compare with the model
     that transformers builds, as the export does; else with the names in the checkpoint.
     """
+    if task is not None and base is None:
+        raise click.UsageError("--task tells what the base is to do: give --base too.")
     if (path / MANIFEST_NAME).is_file():
         manifest = load_bundle(path).manifest
         size = sum(entry.bytes for entry in manifest.files.values())

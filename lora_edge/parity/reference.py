@@ -116,7 +116,7 @@ class Reference:
             return
         # PEFT's adapter names are module names, which must not have dots.
         inner = f"adapter{len(self._names)}"
-        self._shared = self._attached(self._shared, directory, inner)
+        self._shared = attached(self._shared, directory, inner)
         self._names[name] = inner
 
     def can_blend(self, name: str) -> bool:
@@ -262,23 +262,6 @@ class Reference:
             rounded = self._torch.from_numpy(quantization.rounded(matrix.numpy()))
             matrix.copy_(rounded)
 
-    def _attached(self, model: Any, directory: str | os.PathLike[str], inner: str) -> Any:
-        from peft import PeftModel
-
-        with quiet():
-            try:
-                if isinstance(model, PeftModel):
-                    model.load_adapter(os.fspath(directory), adapter_name=inner)
-                    return model
-                adapted = PeftModel.from_pretrained(model, os.fspath(directory), adapter_name=inner)
-            except (ValueError, KeyError, TypeError, RuntimeError) as error:
-                raise AdapterError(
-                    f"PEFT cannot load {os.fspath(directory)}: "
-                    f"{' '.join(str(error).split())[:300] or repr(error)}",
-                    "Without PEFT's own outputs nothing can be proved; save the adapter again.",
-                ) from error
-            return adapted.eval()
-
     def _offsets(self, row: Sequence[int], state: State, prompt: int) -> dict[str, Any]:
         """Where an aLoRA begins, counted from the end of the row as PEFT counts."""
         invocation = next((x for name, _ in state if (x := self._invocations[name])), ())
@@ -313,9 +296,32 @@ class Reference:
     def _apart_model(self, name: str) -> Any:
         if self._loaded is None or self._loaded[0] != name:
             self._loaded = None
-            model = self._attached(self._load(), self._apart[name], "only")
+            model = attached(self._load(), self._apart[name], "only")
             self._loaded = name, model.double() if self._wide else model
         return self._loaded[1]
+
+
+def attached(model: Any, directory: str | os.PathLike[str], inner: str) -> Any:
+    """A model with a PEFT directory attached under a name, beside those that it has.
+
+    Raises:
+        AdapterError: PEFT cannot load it.
+    """
+    from peft import PeftModel
+
+    with quiet():
+        try:
+            if isinstance(model, PeftModel):
+                model.load_adapter(os.fspath(directory), adapter_name=inner)
+                return model
+            adapted = PeftModel.from_pretrained(model, os.fspath(directory), adapter_name=inner)
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise AdapterError(
+                f"PEFT cannot load {os.fspath(directory)}: {type(error).__name__}: "
+                f"{' '.join(str(error).split())[:300]}",
+                "Without PEFT's own outputs nothing can be proved; save the adapter again.",
+            ) from error
+        return adapted.eval()
 
 
 def stands_apart(config: Mapping[str, Any]) -> bool:

@@ -18,7 +18,15 @@ from numpy.typing import NDArray
 
 from lora_edge.base import Base
 from lora_edge.errors import BaseModelError
-from lora_edge.parity.reference import LOGITS, libraries, listened, once, scaled, stands_apart
+from lora_edge.parity.reference import (
+    LOGITS,
+    attached,
+    libraries,
+    listened,
+    once,
+    scaled,
+    stands_apart,
+)
 from lora_edge.parity.states import BASE, State, state_of
 from lora_edge.peft_directory import read_config
 from lora_edge.quiet import quiet
@@ -61,12 +69,10 @@ class TaskReference:
 
         Raises:
             BaseModelError: as the constructor.
+            AdapterError: PEFT cannot load the directory.
         """
-        from peft import PeftModel
-
         task = Task(self.task.name, num_labels, self.task.heads)
-        with quiet():
-            model = PeftModel.from_pretrained(_load(self.base, task), os.fspath(directory))
+        model = attached(_load(self.base, task), directory, "default")
         self._models[state_of(name)] = self._callable(model)
         if not stands_apart(read_config(Path(directory))):
             self._blendable[name] = Path(directory)
@@ -143,15 +149,9 @@ class TaskReference:
             yield self._callable(self._together)
 
     def _attached_together(self) -> Any:
-        from peft import PeftModel
-
         model = _load(self.base, self.task)
-        with quiet():
-            for index, directory in enumerate(self._blendable.values()):
-                if index:
-                    model.load_adapter(os.fspath(directory), adapter_name=f"adapter{index}")
-                else:
-                    model = PeftModel.from_pretrained(model, os.fspath(directory), "adapter0")
+        for index, directory in enumerate(self._blendable.values()):
+            model = attached(model, directory, f"adapter{index}")
         return model.double() if self._wide else model
 
     def _callable(self, model: Any) -> Any:

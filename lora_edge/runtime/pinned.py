@@ -27,7 +27,7 @@ from lora_edge.runtime.session import Fixed
 _UNPIN = "Leave it out of pinned: it runs on the switchable graph."
 _BLOCK = 1 << 20  # numbers in float64 at once: a large head is never whole in it
 _CHECKED = 16  # tokens
-_SHARE = 0.05  # of an adapter's effect
+_SHARE = 1e-3  # of an adapter's effect: what one layer of many may add to it
 _ROUNDING = {"float32": 1e-5, "float16": 1e-2}  # of the logits; two graphs add up in two orders
 _AGAIN = "Export the bundle again with this release."
 

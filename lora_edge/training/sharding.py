@@ -35,10 +35,8 @@ def check_launch(settings: Settings) -> None:
             "DeepSpeed is on: it shards the adapter too, and how it is then saved was not tried",
             f"FSDP shards too: accelerate launch --use_fsdp --fsdp_version 2. {_PLAIN}",
         )
-    if (
-        "WORLD_SIZE" not in os.environ
-        and {"MASTER_ADDR", "ACCELERATE_USE_CPU"} <= os.environ.keys()
-    ):
+    for_many = {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if "WORLD_SIZE" not in os.environ and for_many and _on("ACCELERATE_USE_CPU"):
         # Which accelerate's simple launcher sets for more than one process, and starts one.
         raise AdapterError(
             "accelerate launch was asked for several processes on the CPU, and leaves it to mpirun "

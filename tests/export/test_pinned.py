@@ -238,6 +238,21 @@ def test_a_weight_at_another_place_is_found_before_it_is_used(
     assert runner.logits(IDS, adapter="patterns").any()
 
 
+def test_one_lost_layer_is_found_before_a_session_is_used(
+    llama: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if ONNX Runtime had passed over the weight that it was given."""
+
+    def lossy(*args: Any) -> dict[str, Any]:
+        values = merged_values(*args)
+        return {name: x for name, x in values.items() if "layers.1.self_attn.q_proj" not in name}
+
+    monkeypatch.setattr("lora_edge.runtime.pinned.merged_values", lossy)
+    runner = lora_edge.Runner(llama.bundles["fused"], pinned=["all-linear"])
+    with pytest.raises(lora_edge.BundleError, match=r"pinned, all-linear does not give what"):
+        runner.logits(IDS, adapter="all-linear")
+
+
 def test_damage_is_found_when_the_session_is_opened(copied: Callable[[Any], Path]) -> None:
     site = "model.layers.0.self_attn.q_proj"
     changed = copied(lambda _: None)

@@ -156,4 +156,12 @@ def test_other_graphs_are_refused_by_name(
     with pytest.raises(lora_edge.LoraEdgeError, match=f"int4.*{named}") as caught:
         lora_edge.export(found.base, {}, output=tmp_path / "out", precision="int4", **options)
     assert "--precision fp32" in caught.value.hint
+    assert ("--form fused" in caught.value.hint) == ("form" in options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_precision_is_refused(made: Callable[[str], Made], tmp_path: Path) -> None:
+    base = made("qwen2").base
+    with pytest.raises(lora_edge.LoraEdgeError, match="'int3' is no precision"):
+        lora_edge.export(base, {}, output=tmp_path / "out", precision="int3")  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()

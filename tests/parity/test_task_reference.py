@@ -11,10 +11,11 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from lora_edge.base import Base, resolve_base
-from lora_edge.errors import BaseModelError
+from lora_edge.errors import AdapterError, BaseModelError
 from lora_edge.parity.task_reference import TaskReference
 from lora_edge.tasks import SPEECH, TEXT2TEXT, Task
 
@@ -101,6 +102,16 @@ def test_float64_is_near_and_leaves_the_weights_as_they_were(base: Base, tmp_pat
     assert {output.dtype for output in wide} == {np.dtype(np.float64)}
     assert 0 < np.abs(np.array(wide) - np.array(before)).max() < 1e-5
     np.testing.assert_array_equal(np.array(reference.outputs(ROWS, "a")), np.array(before))
+
+
+def test_a_head_that_peft_misses_is_an_error_of_the_adapter(base: Base, tmp_path: Path) -> None:
+    directory, _ = _adapter(base, tmp_path / "a", 3)
+    file = directory / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({name: x for name, x in tensors.items() if "classifier" not in name}, file)
+    reference = TaskReference(base, TASK)
+    with pytest.raises(AdapterError, match=r"PEFT cannot load .*KeyError.*classifier\.weight"):
+        reference.attach("a", directory, 3)
 
 
 BLEND = {"some": 0.7, "every": 0.25}

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from lora_edge.errors import AdapterError
 from lora_edge.training import Settings, train
+from lora_edge.training.sharding import check_launch
 
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2")
 ACCELERATE += ("--main_process_port", "0")
@@ -125,7 +126,7 @@ def test_a_sharded_run_goes_on_from_the_shards_of_both(
             "lm_head is trained as a copy",
         ),
         (
-            {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"},
+            {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
             {},
             "was asked for several processes on the CPU",
         ),
@@ -145,3 +146,12 @@ def test_a_launch_that_would_not_do_what_was_asked_is_refused(
     with pytest.raises(AdapterError, match=message):
         train(base, counted, tmp_path / "a", settings=Settings(**SETTINGS, **options))
     assert not list(tmp_path.glob("a*"))
+
+
+@pytest.mark.parametrize("used", [{"MASTER_PORT": "29500"}, {"ACCELERATE_USE_CPU": "True"}])
+def test_an_address_that_the_cluster_has_set_is_no_launch_of_several(
+    used: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"ACCELERATE_USE_CPU": "False", "MASTER_ADDR": "10.0.0.1", **used}.items():
+        monkeypatch.setenv(name, value)
+    check_launch(Settings(**SETTINGS))
