@@ -33,7 +33,7 @@ class TargetTrainer(Trainer):
         **options: Any,
     ) -> None:
         # A loss function makes Trainer count the targets of all accumulated batches and processes.
-        counted = _mean_over_all if head is not None or not settings.full_logits else None
+        counted = mean_over_all if head is not None or not settings.full_logits else None
         super().__init__(model=model, args=args, compute_loss_func=counted, **options)
         self._settings = settings
         self._head = head
@@ -119,7 +119,7 @@ class TargetTrainer(Trainer):
         return None, sums, torch.zeros(len(labels), device=labels.device)
 
 
-def _mean_over_all(
+def mean_over_all(
     outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None
 ) -> torch.Tensor:
     """Mean loss over the targets of all accumulated batches, the head computed everywhere."""

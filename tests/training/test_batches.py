@@ -23,8 +23,8 @@ from lora_edge.errors import UnsupportedModelError
 from lora_edge.training import Settings, train
 from lora_edge.training.batches import LengthGroups, collate
 from lora_edge.training.head import TargetHead, agrees, predicting, target_logits
-from lora_edge.training.loop import _mean_over_all
 from lora_edge.training.lora import add_lora
+from lora_edge.training.target_trainer import mean_over_all
 from lora_edge.training.tokens import IGNORED, TokenizedExample, pack
 
 SHAPE: dict[str, Any] = {
@@ -154,7 +154,7 @@ def test_what_is_said_of_the_prompt_changes_nothing() -> None:
 
     def loss_and_gradient(logits: torch.Tensor, labels: torch.Tensor) -> tuple[Any, Any]:
         leaf = logits.clone().requires_grad_()
-        loss = _mean_over_all(SimpleNamespace(logits=leaf), labels)
+        loss = mean_over_all(SimpleNamespace(logits=leaf), labels)
         loss.backward()
         return loss.detach(), leaf.grad
 
