@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import itertools
 import json
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from blends import asked_of
 from click.testing import CliRunner
 from seq2seq import ALL, ATTENTION, VOCAB, make_seq2seq, make_seq2seq_adapter
 
@@ -29,7 +29,6 @@ from lora_edge.manifest import Seq2SeqSpec
 from lora_edge.parity.checks import compare
 from lora_edge.parity.compare import Tolerance
 from lora_edge.parity.golden import recorded
-from lora_edge.parity.states import label, state_of
 from lora_edge.runtime.adapter_file import read_adapter, write_adapter
 
 HAS_OPTIMUM = importlib.util.find_spec("optimum") is not None
@@ -100,11 +99,7 @@ class TestWithOptimum:
         (case,) = compare(runner, golden, Tolerance())
         assert case.status == "passed", case.reason
         for wrong in ({"some": 0.7, "every": 0.3}, {"every": 0.7}, {"some": 0.29, "every": 0.7}):
-            state = state_of(wrong)
-            probe = dataclasses.replace(golden.probe, states=(state,) * len(golden.probe.rows))
-            floors = {label(state): next(iter(golden.floors.values()))}
-            other = dataclasses.replace(golden, probe=probe, floors=floors)
-            (case,) = compare(runner, other, Tolerance())
+            (case,) = compare(runner, asked_of(golden, wrong), Tolerance())
             assert case.status == "failed", wrong
 
     @pytest.mark.parametrize("name", ["some", "every"])

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from blends import asked_of
 from encoders import make_encoder
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers.utils import logging
@@ -24,7 +25,6 @@ from lora_edge.cli import main
 from lora_edge.parity.checks import compare
 from lora_edge.parity.compare import Tolerance
 from lora_edge.parity.golden import recorded
-from lora_edge.parity.states import label, state_of
 from lora_edge.runtime.adapter_file import read_adapter, write_adapter
 from lora_edge.tasks import TASKS
 
@@ -245,11 +245,7 @@ def test_a_blend_of_embeddings_is_proved(made: Callable[[str], Made]) -> None:
     runner = lora_edge.Runner(found.bundle)
     (golden,) = (x for x in recorded(runner.bundle) if x.probe.kind == "blend")
     for wrong in ({"one": 0.3, "two": 0.7}, {"one": 0.7}, {"one": 0.7, "two": 0.29}):
-        state = state_of(wrong)
-        probe = dataclasses.replace(golden.probe, states=(state,) * len(golden.probe.rows))
-        floors = {label(state): next(iter(golden.floors.values()))}
-        other = dataclasses.replace(golden, probe=probe, floors=floors)
-        (case,) = compare(runner, other, Tolerance())
+        (case,) = compare(runner, asked_of(golden, wrong), Tolerance())
         assert case.status == "failed", wrong
     (case,) = compare(runner, golden, Tolerance())
     assert case.status == "passed"
