@@ -13,6 +13,7 @@
     ├── AdapterNotFoundError          a name that the bundle does not have
     ├── ProviderError                 an execution provider that is missing or would fall back
     ├── DataError                     training data, prompts or token ids that cannot be used
+    ├── OptionError                   an argument of a wrong type, or outside its values
     ├── MissingDependencyError        an optional extra that is not installed
     ├── OutOfMemoryError              a training step that does not fit in the device's memory
     ├── InterruptedRunError           exit code 130: training was told to stop; a checkpoint is kept
@@ -80,6 +81,10 @@ class ProviderError(LoraEdgeError):
 
 class DataError(LoraEdgeError):
     """Training data, prompts or token ids that cannot be used."""
+
+
+class OptionError(LoraEdgeError):
+    """An option or argument that has a wrong type, or a value that it cannot have."""
 
 
 class MissingDependencyError(LoraEdgeError):

@@ -1,0 +1,4 @@
+"""Reading and writing files: strictly, inside their folder, whole or not at all.
+
+Knows errors; knows nothing of LoRA.
+"""
