@@ -1,0 +1,256 @@
+"""The one reader of JSON: strict, within limits, and with an error of ours for all that it refuses.
+
+What is accepted: UTF-8, with or without a byte order mark; objects without duplicate keys; strings
+that are Unicode (no lone surrogates); finite numbers, unless the caller asks for others too; at
+most :data:`MAX_DEPTH` levels and :data:`MAX_BYTES` bytes. Knows nothing of what a file means.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lora_edge.errors import LoraEdgeError
+
+MAX_BYTES = 64 << 20
+"""Longest file that is read, in bytes."""
+MAX_DEPTH = 100
+"""Deepest nesting of arrays and objects."""
+MAX_DIGITS = 100
+"""Longest whole number; tokenizer_config.json holds ``int(1e30)``."""
+
+_LFS = b"version https://git-lfs.github.com/spec/"
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
+
+
+class _RefusedError(ValueError):
+    """JSON that Python's reader would take."""
+
+
+def read_json(
+    file: Path,
+    error: type[LoraEdgeError],
+    hint: str,
+    *,
+    nonfinite: bool = False,
+    max_bytes: int = MAX_BYTES,
+) -> Any:
+    """What a JSON file holds.
+
+    Args:
+        file: the file; a pipe or a device is refused.
+        error: what is raised where the file is not read.
+        hint: of that error: what to do.
+        nonfinite: take ``NaN`` and ``Infinity``, which transformers and PEFT write.
+        max_bytes: longest file that is read.
+
+    Raises:
+        LoraEdgeError: of type ``error``: the file is missing, too long, or no JSON as said above.
+    """
+    return parse_json(
+        read_bytes(file, error, hint, max_bytes=max_bytes),
+        str(file),
+        error,
+        hint,
+        nonfinite=nonfinite,
+        max_bytes=max_bytes,
+    )
+
+
+def read_object(
+    file: Path,
+    error: type[LoraEdgeError],
+    hint: str,
+    *,
+    nonfinite: bool = False,
+    max_bytes: int = MAX_BYTES,
+) -> dict[str, Any]:
+    """As :func:`read_json`; what the file holds is an object."""
+    data = read_json(file, error, hint, nonfinite=nonfinite, max_bytes=max_bytes)
+    return _object(data, str(file), error, hint)
+
+
+def parse_object(
+    data: bytes | str,
+    what: str,
+    error: type[LoraEdgeError],
+    hint: str,
+    *,
+    nonfinite: bool = False,
+    max_bytes: int = MAX_BYTES,
+) -> dict[str, Any]:
+    """As :func:`parse_json`; what the text holds is an object."""
+    parsed = parse_json(data, what, error, hint, nonfinite=nonfinite, max_bytes=max_bytes)
+    return _object(parsed, what, error, hint)
+
+
+def parse_json(
+    data: bytes | str,
+    what: str,
+    error: type[LoraEdgeError],
+    hint: str,
+    *,
+    nonfinite: bool = False,
+    max_bytes: int = MAX_BYTES,
+) -> Any:
+    """What a JSON text holds.
+
+    Args:
+        data: the text, or its UTF-8 bytes.
+        what: what it is called in an error: a file, or a file and a line.
+        error: what is raised where it is refused.
+        hint: of that error: what to do.
+        nonfinite: take ``NaN`` and ``Infinity``.
+        max_bytes: longest text that is read; bytes, or characters of a text.
+
+    Raises:
+        LoraEdgeError: of type ``error``: it is no JSON as said above.
+    """
+    if len(data) > max_bytes:
+        raise error(f"{what} is longer than {max_bytes} bytes", hint)
+    if isinstance(data, bytes):
+        if data.startswith(_LFS):
+            raise error(*lfs_pointer(what))
+        data = decode_text(data, what, error, hint)
+    try:
+        parsed = json.loads(
+            data.removeprefix("\ufeff"),
+            object_pairs_hook=_pairs,
+            parse_float=float if nonfinite else _finite,
+            parse_int=_whole,
+            parse_constant=float if nonfinite else _constant,
+        )
+        if data.count("[") + data.count("{") > MAX_DEPTH or _SURROGATE.search(data):
+            _check(parsed)
+    except _RefusedError as refused:
+        raise error(f"{what} is refused: {refused}", hint) from refused
+    except ValueError as fault:
+        raise error(f"{what} is not JSON: {fault}", hint) from fault
+    except RecursionError:
+        raise error(f"{what} is refused: {_DEEP}", hint) from None
+    return parsed
+
+
+def read_text(
+    file: Path, error: type[LoraEdgeError], hint: str, *, max_bytes: int = MAX_BYTES
+) -> str:
+    """The text of a UTF-8 file, without its byte order mark.
+
+    Raises:
+        LoraEdgeError: of type ``error``: the file is missing, too long, or not UTF-8.
+    """
+    return decode_text(read_bytes(file, error, hint, max_bytes=max_bytes), str(file), error, hint)
+
+
+def decode_text(data: bytes, what: str, error: type[LoraEdgeError], hint: str) -> str:
+    """Text of UTF-8 bytes, without a byte order mark; ``what`` names them in an error.
+
+    Raises:
+        LoraEdgeError: of type ``error``: the bytes are not UTF-8.
+    """
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as fault:
+        raise error(f"{what} is not UTF-8: byte {fault.start} is wrong", hint) from fault
+
+
+def read_bytes(
+    file: Path, error: type[LoraEdgeError], hint: str, *, max_bytes: int = MAX_BYTES
+) -> bytes:
+    """The bytes of a regular file.
+
+    Raises:
+        LoraEdgeError: of type ``error``: the file is missing, too long, or a pipe or device.
+    """
+    try:
+        if file.exists() and not file.is_file():
+            raise error(f"{file} is not a regular file", hint)
+        with file.open("rb") as stream:
+            data = stream.read(max_bytes + 1)
+    except (OSError, ValueError) as fault:  # ValueError: a NUL in the path
+        reason = getattr(fault, "strerror", None) or fault
+        raise error(f"{file} cannot be read: {reason}", hint) from fault
+    if len(data) > max_bytes:
+        raise error(f"{file} is longer than {max_bytes} bytes", hint)
+    return data
+
+
+def lfs_pointer(what: str) -> tuple[str, str]:
+    """Message and hint for a file of which there is a Git LFS pointer only."""
+    return (
+        f"{what} is a Git LFS pointer; the file itself was not fetched",
+        "Fetch it in its repository with: git lfs pull",
+    )
+
+
+def is_lfs_pointer(head: bytes) -> bool:
+    """Whether a file that begins like this is a Git LFS pointer."""
+    return head.startswith(_LFS)
+
+
+def _object(data: Any, what: str, error: type[LoraEdgeError], hint: str) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise error(f"{what} is not a JSON object", hint)
+    return data
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _RefusedError(f"the key {key!r} occurs twice in an object")
+            seen.add(key)
+    return found
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise _RefusedError(f"the number {text[:40]} is too large")
+    return value
+
+
+def _whole(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise _RefusedError(f"a whole number has {len(text)} digits")
+    return int(text)
+
+
+def _constant(text: str) -> NoReturn:
+    raise _RefusedError(f"it holds {text}, which is no JSON")
+
+
+_DEEP = f"arrays or objects are nested more than {MAX_DEPTH} deep"
+
+
+def _check(value: Any) -> None:
+    """Refuse what is nested too deep, and strings that are not Unicode."""
+    if isinstance(value, str):
+        _check_texts((value,))
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        containers = [each for each in level if isinstance(each, dict | list)]
+        if not containers:
+            return
+        level = []
+        for each in containers:
+            if isinstance(each, dict):
+                _check_texts(each)
+            inner = each.values() if isinstance(each, dict) else each
+            level += inner
+            _check_texts(text for text in inner if isinstance(text, str))
+    raise _RefusedError(_DEEP)
+
+
+def _check_texts(texts: Iterable[str]) -> None:
+    for text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise _RefusedError(f"the string {text[:40]!r} holds a lone surrogate") from None
