@@ -17,9 +17,11 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from lora_edge.errors import AdapterNotFoundError, BundleError
+from lora_edge.files.json import read_bytes
+from lora_edge.files.paths import path_inside
 from lora_edge.manifest import (
     MANIFEST_NAME,
     AdapterEntry,
@@ -89,13 +91,27 @@ class Bundle:
             )
         return entry
 
+    def path(self, relative: str) -> Path:
+        """The path of a file of the bundle, which need not exist.
+
+        Raises:
+            BundleError: it lies outside of the bundle, by its name or by a link.
+        """
+        return path_inside(
+            self.directory,
+            relative,
+            f"{self.directory}: a file of the bundle",
+            BundleError,
+            "Copy the whole bundle folder again, links as the files that they lead to.",
+        )
+
     def verify(self, relative: str) -> Path:
         """Check one file against its hash and return its path.
 
         Raises:
-            BundleError: the file is missing, or differs from the manifest.
+            BundleError: the file is missing, lies outside, or differs from the manifest.
         """
-        path = self.directory / relative
+        path = self.path(relative)
         entry = self.manifest.files.get(relative)
         if entry is None or not path.is_file():
             raise BundleError(
@@ -119,7 +135,9 @@ class Bundle:
 
     def write_manifest(self, manifest: Manifest) -> Bundle:
         """Replace the manifest atomically and return the bundle that it describes."""
-        write_atomically(self.directory / MANIFEST_NAME, manifest.to_json())
+        text = manifest.to_json()
+        Manifest.from_json(text)  # nothing is published that could not be read
+        write_atomically(self.directory / MANIFEST_NAME, text)
         return Bundle(self.directory, manifest)
 
 
@@ -127,7 +145,7 @@ def load_bundle(directory: str | os.PathLike[str]) -> Bundle:
     """Open a bundle folder. Reads the manifest only; files are verified when they are used.
 
     Raises:
-        BundleError: the folder is missing or is not a bundle.
+        BundleError: the folder is missing or is not a bundle, or a link leads out of it.
     """
     root = Path(directory)
     manifest = root / MANIFEST_NAME
@@ -136,7 +154,21 @@ def load_bundle(directory: str | os.PathLike[str]) -> Bundle:
         raise BundleError(
             f"{root} is not a bundle: it {what}", "Make one with: lora-edge export BASE -o DIR"
         )
-    return Bundle(root, Manifest.from_json(manifest.read_text(encoding="utf-8")))
+    data = read_bytes(manifest, BundleError, "Copy the whole bundle folder again.")
+    bundle = Bundle(root, Manifest.from_json(data, str(manifest)))
+    _check_links(bundle)
+    return bundle
+
+
+def _check_links(bundle: Bundle) -> None:
+    """No link of the bundle leads out of it: neither what is read there nor what is written."""
+    folders = {parent for name in bundle.manifest.files for parent in PurePosixPath(name).parents}
+    for folder in {*folders, PurePosixPath("adapters"), PurePosixPath("parity")}:
+        if folder != PurePosixPath():
+            bundle.path(str(folder))
+    for name in bundle.manifest.files:
+        if (bundle.directory / name).is_symlink():
+            bundle.path(name)
 
 
 def hash_file(path: Path) -> str:

@@ -9,11 +9,13 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from lora_edge.errors import BundleError
+from lora_edge.files.json import parse_object
+from lora_edge.files.schema import RelativePath, Rule, Sha256, between, decode, sized
 from lora_edge.names import FACTOR_PARTS, Part
-from lora_edge.quantization import Quantization
+from lora_edge.quantization import Precision, Quantization
 
 MANIFEST_NAME = "lora_edge.json"
 FORMAT_VERSION = 1
@@ -23,6 +25,28 @@ Form = Literal["fused", "portable", "foreign"]
 Padding = Literal["right", "left", "either"]
 SiteKind = Literal["linear", "embedding", "conv", "norm", "head"]
 Output = Literal["logits", "last_hidden_state"]
+
+_TASKS = (
+    "text-generation",
+    "text-classification",
+    "token-classification",
+    "feature-extraction",
+    "image-classification",
+    "text2text-generation",
+    "automatic-speech-recognition",
+)
+TaskName = Annotated[str, Rule(f"one of {', '.join(_TASKS)}", _TASKS.__contains__)]
+
+# Far above any model's, and low enough that nothing that is made from them fills the memory.
+_Layers = Annotated[int, between(1, 4096)]
+_Heads = Annotated[int, between(1, 1 << 16)]
+_Vocabulary = Annotated[int, between(0, 1 << 24)]
+_Positions = Annotated[int, between(0, 1 << 31)]
+_Size = Annotated[int, between(0, 1 << 31)]
+_Token = Annotated[int, between(-1, 1 << 31)]
+_Shape = Annotated[tuple[Annotated[int, between(0, 1 << 31)], ...], sized(0, 8)]
+_Image = Annotated[tuple[Annotated[int, between(1, 1 << 14)], ...], sized(0, 3)]
+_Names = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -47,11 +71,11 @@ class GraphSpec:
     backend: str
     padding: Padding
     shared_cache: bool
-    layers: int
-    kv_heads: int
-    head_dim: int
-    vocab_size: int
-    max_length: int
+    layers: _Layers
+    kv_heads: _Heads
+    head_dim: _Heads
+    vocab_size: _Vocabulary
+    max_length: _Positions
     head: str = ""
 
 
@@ -77,10 +101,10 @@ class EncoderSpec:
     backend: str
     inputs: tuple[str, ...]
     output: Output
-    vocab_size: int
-    max_length: int
-    pad_token_id: int
-    image: tuple[int, ...] = ()
+    vocab_size: _Vocabulary
+    max_length: _Positions
+    pad_token_id: _Token
+    image: _Image = ()
 
 
 @dataclass(frozen=True)
@@ -110,15 +134,15 @@ class Seq2SeqSpec:
     backend: str
     encoder: str
     inputs: tuple[str, ...]
-    vocab_size: int
-    max_source: int
-    max_target: int
-    pad_token_id: int
-    start: tuple[int, ...]
+    vocab_size: _Vocabulary
+    max_source: _Positions
+    max_target: _Positions
+    pad_token_id: _Token
+    start: tuple[_Token, ...]
     open_language: bool = False
-    suppress: tuple[int, ...] = ()
-    begin_suppress: tuple[int, ...] = ()
-    features: tuple[int, ...] = ()
+    suppress: tuple[_Token, ...] = ()
+    begin_suppress: tuple[_Token, ...] = ()
+    features: _Image = ()
 
 
 Spec = TypeVar("Spec", GraphSpec, EncoderSpec, Seq2SeqSpec)
@@ -139,12 +163,12 @@ class WeightEntry:
     """
 
     name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
+    dtype: Literal["float32", "float16"]
+    shape: _Shape
+    offset: Annotated[int, between(0, 1 << 50)]
     transposed: bool = False
-    start: int = 0
-    readers: int = 1
+    start: _Positions = 0
+    readers: _Size = 1
 
 
 @dataclass(frozen=True)
@@ -166,11 +190,11 @@ class SiteEntry:
             weight is kept in another way.
     """
 
-    in_features: int
-    out_features: int
+    in_features: _Size
+    out_features: _Size
     kind: SiteKind = "linear"
     bias: bool = False
-    rank: int = 3
+    rank: Annotated[int, between(0, 16)] = 3
     transposed: bool = False
     parts: tuple[Part, ...] = FACTOR_PARTS
     refusal: str = ""
@@ -197,14 +221,14 @@ class AdapterEntry:
     """
 
     name: str
-    file: str
+    file: RelativePath | Literal[""]
     kind: str
-    ranks: Mapping[str, int]
+    ranks: Mapping[str, _Positions]
     digest: str
     base_fingerprint: str
     proved: bool
     alone: str = ""
-    invocation: tuple[int, ...] = ()
+    invocation: tuple[_Token, ...] = ()
     labels: tuple[str, ...] = ()
     conversion: Mapping[str, Any] | None = None
 
@@ -213,8 +237,8 @@ class AdapterEntry:
 class FileEntry:
     """Content hash and size of a file of the bundle."""
 
-    sha256: str
-    bytes: int
+    sha256: Sha256
+    bytes: Annotated[int, between(0, 1 << 50)]
 
 
 @dataclass(frozen=True)
@@ -241,8 +265,8 @@ class Manifest:
     """
 
     mode: Mode
-    task: str
-    precision: str
+    task: TaskName
+    precision: Precision
     graph: GraphSpec | EncoderSpec | Seq2SeqSpec
     base: Mapping[str, str]
     kinds: tuple[str, ...]
@@ -250,7 +274,7 @@ class Manifest:
     adapters: Mapping[str, AdapterEntry]
     base_check: Mapping[str, Any]
     versions: Mapping[str, str]
-    files: Mapping[str, FileEntry] = field(default_factory=dict)
+    files: Mapping[RelativePath, FileEntry] = field(default_factory=dict)
     uncovered: Mapping[str, SiteEntry] = field(default_factory=dict)
     tied: tuple[str, ...] = ()
     quantization: Quantization | None = None
@@ -303,52 +327,45 @@ class Manifest:
         return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
 
     @staticmethod
-    def from_json(text: str) -> Manifest:
-        """Parse a manifest.
+    def from_json(text: str | bytes, what: str = MANIFEST_NAME) -> Manifest:
+        """Parse a manifest; ``what`` names it in an error.
 
         Raises:
             BundleError: not a manifest, or one of a format version that this release cannot read.
         """
-        try:
-            data = json.loads(text)
-            version = data["format_version"]
-            if version != FORMAT_VERSION:
-                raise BundleError(
-                    f"{MANIFEST_NAME} has format_version {version}, expected {FORMAT_VERSION}",
-                    "Use the lora-edge release that wrote the bundle, or export it again.",
-                )
-            data["graph"] = _spec(data["task"], data["graph"])
-            data["kinds"] = tuple(data["kinds"])
-            data["tied"] = tuple(data["tied"])
-            for layers in ("sites", "uncovered"):
-                data[layers] = {k: _site(v) for k, v in data[layers].items()}
-            data["adapters"] = {k: AdapterEntry(**_tuples(v)) for k, v in data["adapters"].items()}
-            if data.get("quantization") is not None:
-                data["quantization"] = Quantization(**_tuples(data["quantization"]))
-            data["files"] = {k: FileEntry(**v) for k, v in data["files"].items()}
-            return Manifest(**data)
-        except (KeyError, TypeError, ValueError) as error:
+        data = parse_object(text, what, BundleError, _HINT)
+        version = data.get("format_version")
+        if version != FORMAT_VERSION or isinstance(version, bool):
             raise BundleError(
-                f"{MANIFEST_NAME} is not a bundle manifest: {error!r}", "Export the bundle again."
-            ) from error
+                f"{what} has format_version {version!r}, expected {FORMAT_VERSION}",
+                "Use the lora-edge release that wrote the bundle, or export it again.",
+            )
+        task = data.get("task")
+        spec = _SPECS.get(task, EncoderSpec) if isinstance(task, str) else EncoderSpec
+        manifest = decode(Manifest, data, what, BundleError, _HINT, graph=spec)
+        manifest._check(what)
+        return manifest
+
+    def _check(self, what: str) -> None:
+        """Check what one field says of another."""
+        if "fingerprint" not in self.base:
+            raise BundleError(f"{what}: base.fingerprint is missing", _HINT)
+        for key, entry in self.adapters.items():
+            if entry.name != key:
+                raise BundleError(
+                    f"{what}: the adapter {key!r} is called {entry.name!r} inside", _HINT
+                )
+            if self.mode == "switchable" and entry.file not in self.files:
+                raise BundleError(
+                    f"{what}: adapter {key!r} has the file {entry.file!r}, which is none "
+                    "of the bundle's",
+                    _HINT,
+                )
 
 
-def _site(record: dict[str, Any]) -> SiteEntry:
-    weight = record.pop("weight", None)
-    entry = None if weight is None else WeightEntry(**_tuples(weight))
-    return SiteEntry(**_tuples(record), weight=entry)
-
-
-def _tuples(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
-
-
+_HINT = "Copy the bundle again, or export it again."
 _SPECS: Mapping[str, type[GraphSpec | Seq2SeqSpec]] = {
     "text-generation": GraphSpec,
     "text2text-generation": Seq2SeqSpec,
     "automatic-speech-recognition": Seq2SeqSpec,
 }
-
-
-def _spec(task: str, fields: dict[str, Any]) -> GraphSpec | EncoderSpec | Seq2SeqSpec:
-    return _SPECS.get(task, EncoderSpec)(**_tuples(fields))

@@ -11,10 +11,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from lora_edge.files.schema import Rule, between
 
 Precision = Literal["fp32", "int8", "int4"]
 BITS: Mapping[str, int] = {"int8": 8, "int4": 4}
@@ -33,8 +35,8 @@ class Quantization:
         worst_error: the largest of them.
     """
 
-    bits: int
-    block_size: int
+    bits: Annotated[int, Rule("4 or 8", (4, 8).__contains__)]
+    block_size: Annotated[int, between(1, 1 << 16)]
     layers: tuple[str, ...]
     mean_error: float = 0.0
     worst_error: float = 0.0

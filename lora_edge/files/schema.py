@@ -108,15 +108,12 @@ def decode(
     """
     try:
         if instead:
-            return cast(T, _record(kind, {**_hints(kind), **instead})(data, ""))
-        return cast(T, _decoder(kind)(data, ""))
+            decoded = _record(kind, {**get_type_hints(kind, include_extras=True), **instead})
+        else:
+            decoded = _decoder(cast(Any, kind))
+        return cast(T, decoded(data, ""))
     except _UnfitError as unfit:
         raise error(f"{what}: {unfit}", hint) from None
-
-
-@functools.lru_cache(maxsize=256)
-def _hints(kind: Any) -> Mapping[str, Any]:
-    return get_type_hints(kind, include_extras=True)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -131,7 +128,7 @@ def _decoder(kind: Any) -> _Decoder:
     if origin in (Union, types.UnionType):
         return _union(arguments)
     if dataclasses.is_dataclass(kind) or is_typeddict(kind):
-        return _record(kind, _hints(kind))
+        return _record(kind, get_type_hints(kind, include_extras=True))
     if origin is tuple and arguments[-1] is not Ellipsis:
         return _fixed(arguments)
     if origin in (tuple, list, Sequence):

@@ -154,7 +154,7 @@ def recorded(bundle: Bundle) -> list[Golden]:
     """The golden cases of a bundle, the base first; raises as :func:`load_golden`."""
     files = sorted(name for name in bundle.manifest.files if stem_of(name) is not None)
     order = ("base", "adapter", "blend", "mixed")
-    goldens = [load_golden(bundle.directory / name) for name in files]
+    goldens = [load_golden(bundle.path(name)) for name in files]
     return sorted(goldens, key=lambda golden: order.index(golden.probe.kind))
 
 

@@ -494,7 +494,7 @@ def _wrong_task(bundle: Bundle, what: str, hint: str) -> BundleError:
 
 def _check_size(bundle: Bundle, relative: str) -> None:
     entry = bundle.manifest.files.get(relative)
-    path = bundle.directory / relative
+    path = bundle.path(relative)
     if entry is None:  # small graphs carry their weights inside
         return
     size = path.stat().st_size if path.is_file() else None

@@ -262,7 +262,7 @@ def test_the_manifest_keeps_the_facts(spec: EncoderSpec) -> None:
         task="image-classification" if spec.image else "text-classification",
         precision="fp32",
         graph=spec,
-        base={},
+        base={"fingerprint": "f"},
         kinds=(),
         sites=SITES,
         adapters={},
