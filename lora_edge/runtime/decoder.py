@@ -12,12 +12,14 @@ import numpy as np
 
 from lora_edge.errors import BundleError, DataError
 from lora_edge.manifest import GraphSpec
-from lora_edge.names import LOGITS_POSITIONS, past_name, present_name
+from lora_edge.names import LOGITS_POSITIONS, SELECT, parse_lora_input, past_name, present_name
 from lora_edge.runtime.binding import Binding
 from lora_edge.runtime.caches import ConcatenatedCache, SharedCache
 from lora_edge.runtime.decoding import Decoding
 from lora_edge.runtime.session import ModelSession
+from lora_edge.runtime.sizes import Sizes
 
+_FED = ("input_ids", "attention_mask", "position_ids", LOGITS_POSITIONS)
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -41,9 +43,29 @@ class Decoder(ModelSession[GraphSpec]):
             raise BundleError(
                 f"{path}: a fused graph must take a shared cache", "Export the bundle again."
             )
+        fed = {*_FED, *self.past_names}
+        odd = [x for x in graph.inputs if x not in fed and x != SELECT and not parse_lora_input(x)]
+        if odd:
+            raise BundleError(
+                f"{path} has the input {odd[0]}, which a decoder of {self.spec.layers} layers has "
+                "no value for",
+                "Export the bundle again.",
+            )
         self.session = graph.session
         self.inputs = frozenset(graph.inputs)
-        self.cache_dtype = np.dtype(_DTYPES[graph.inputs[self.past_names[0]]])
+        kind = graph.inputs[self.past_names[0]]
+        if kind not in _DTYPES:
+            raise BundleError(
+                f"{path}: {self.past_names[0]} is a {kind}, expected {' or '.join(_DTYPES)}",
+                "Export the bundle again.",
+            )
+        self.cache_dtype = np.dtype(_DTYPES[kind])
+
+    def _sizes(self) -> Sizes:
+        spec = self.spec
+        cache = (None, spec.kv_heads, None, spec.head_dim)
+        caches = dict.fromkeys((*self.past_names, *self.present_names), cache)
+        return {**caches, "logits": (None, None, spec.vocab_size)}
 
     @property
     def picks_positions(self) -> bool:
@@ -60,7 +82,8 @@ class Decoder(ModelSession[GraphSpec]):
             binding: the adapters of the rows; None is off on every row.
 
         Raises:
-            DataError: no rows, more positions than the model has, or a binding for another batch.
+            DataError: no rows, more positions than the model has or the memory holds, or a binding
+                for another batch.
         """
         if batch < 1:
             raise DataError(f"the batch has {batch} rows, expected at least 1", "Give a prompt.")
@@ -70,7 +93,13 @@ class Decoder(ModelSession[GraphSpec]):
                 "Shorten the prompt, or lower max_new_tokens.",
             )
         kind = SharedCache if self.spec.shared_cache else ConcatenatedCache
-        return kind(self, batch, max_length, self._bound(binding, batch))
+        try:
+            return kind(self, batch, max_length, self._bound(binding, batch))
+        except MemoryError as error:
+            raise DataError(
+                f"a cache of {max_length} positions for {batch} rows does not fit in the memory",
+                "Lower max_new_tokens, or run fewer rows at once.",
+            ) from error
 
     def check_ids(self, rows: Sequence[Sequence[int]]) -> None:
         """Refuse ids outside the vocabulary.

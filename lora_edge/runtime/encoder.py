@@ -18,6 +18,7 @@ from lora_edge.errors import DataError
 from lora_edge.manifest import EncoderSpec
 from lora_edge.runtime.binding import Binding
 from lora_edge.runtime.session import ModelSession
+from lora_edge.runtime.sizes import Sizes
 
 Feeds = Mapping[str, NDArray[Any]]
 """Graph input name -> array: integers ``[batch, seq]``, or float32 ``[batch, *spec.image]``."""
@@ -28,6 +29,9 @@ class Encoder(ModelSession[EncoderSpec]):
 
     def _open(self, path: Path) -> None:
         self._opened = self._graph(path, set(self.spec.inputs), {self.spec.output})
+
+    def _sizes(self) -> Sizes:
+        return {"pixel_values": (None, *self.spec.image)} if self.spec.image else {}
 
     @property
     def session(self) -> Any:

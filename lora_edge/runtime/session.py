@@ -15,6 +15,7 @@ from lora_edge.errors import BundleError, DataError
 from lora_edge.manifest import SiteEntry, Spec
 from lora_edge.runtime.binding import Binding, State, Tensors, check_adapter_inputs
 from lora_edge.runtime.providers import open_session, placement, resolve
+from lora_edge.runtime.sizes import Sizes, check_sizes, site_sizes
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,8 @@ class ModelSession(ABC, Generic[Spec]):
 
     Raises:
         ProviderError: the provider is missing, does not start, or would leave nodes to the CPU.
-        BundleError: a graph cannot be loaded, or its inputs are not what ``spec`` and ``sites``
-            say.
+        BundleError: a graph cannot be loaded, or its inputs and their sizes are not what ``spec``
+            and ``sites`` say.
     """
 
     def __init__(
@@ -112,6 +113,10 @@ class ModelSession(ABC, Generic[Spec]):
     def _open(self, path: Path) -> None:
         """Open the model's graphs by :meth:`_graph`."""
 
+    def _sizes(self) -> Sizes:
+        """What ``spec`` says of the sizes of inputs and outputs."""
+        return {}
+
     def _graph(
         self,
         path: Path,
@@ -127,7 +132,7 @@ class ModelSession(ABC, Generic[Spec]):
             outputs: the same of its outputs.
             sites: the sites whose adapter inputs are in this graph; None is all.
         """
-        session = open_session(path, self.provider, **self._options)
+        session: Any = open_session(path, self.provider, **self._options)
         graph = OpenGraph(
             session,
             {node.name: node.type for node in session.get_inputs()},
@@ -136,7 +141,10 @@ class ModelSession(ABC, Generic[Spec]):
         missing = sorted(inputs - set(graph.inputs)) + sorted(outputs - set(graph.outputs))
         if missing:
             raise BundleError(f"{path} lacks {', '.join(missing)}", "Export the bundle again.")
-        check_adapter_inputs(graph.inputs, self.sites if sites is None else sites, path)
+        own = self.sites if sites is None else sites
+        check_adapter_inputs(graph.inputs, own, path)
+        nodes = [*session.get_inputs(), *session.get_outputs()]
+        check_sizes(nodes, {**site_sizes(own), **self._sizes()}, path)
         self._graphs.append(graph)
         return graph
 

@@ -1,0 +1,53 @@
+"""Do the sizes that a manifest claims agree with the graph? Asked before anything is made of them.
+
+Knows the shapes that ONNX Runtime reports; knows nothing of bundles or tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_edge.errors import BundleError
+from lora_edge.manifest import SiteEntry
+from lora_edge.names import STACKED_PARTS, lora_input
+
+Sizes = Mapping[str, Sequence[int | None]]
+"""Name of an input or output -> its dimensions; None is any."""
+
+
+def site_sizes(sites: Mapping[str, SiteEntry]) -> Sizes:
+    """The sizes of the adapter inputs that the sites have."""
+    found: dict[str, Sequence[int | None]] = {}
+    for path, site in sites.items():
+        found[lora_input(path, "A")] = (site.in_features, None)
+        for part in ("B", *STACKED_PARTS):
+            found[lora_input(path, part)] = (None, site.out_features)
+    return found
+
+
+def check_sizes(nodes: Iterable[Any], sizes: Sizes, graph: Path) -> None:
+    """Check that a graph's inputs and outputs have these sizes, where it says any.
+
+    Args:
+        nodes: ``onnxruntime.NodeArg`` of inputs and outputs.
+        sizes: what is expected of those that are named in it.
+        graph: the graph's file, for the error.
+
+    Raises:
+        BundleError: the first that differs.
+    """
+    for node in nodes:
+        expected = sizes.get(node.name)
+        if expected is None or not node.shape:  # a graph may leave a shape out
+            continue
+        pairs = zip(expected, node.shape, strict=False)
+        if len(expected) != len(node.shape) or any(
+            None not in (a, b) and not isinstance(b, str) and a != b for a, b in pairs
+        ):
+            said = ", ".join("any" if size is None else str(size) for size in expected)
+            raise BundleError(
+                f"{graph}: {node.name} is {node.shape}, but the manifest says [{said}]",
+                "The graph and the manifest are of different bundles; copy the bundle again.",
+            )

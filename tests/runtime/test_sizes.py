@@ -1,0 +1,51 @@
+"""Sizes that a manifest claims are held to the graph before anything is made of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from lora_edge.errors import BundleError, DataError
+from lora_edge.runtime import Decoder, Runner
+
+
+@pytest.mark.parametrize("form", ["fused", "portable"])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"layers": 1}, r"past_key_values\.1\.key, which a decoder of 1 layers"),
+        ({"layers": 4000}, "lacks"),
+        ({"kv_heads": 999}, r"past_key_values\.0\.key is .*, but the manifest says \[any, 999, "),
+        ({"head_dim": 65536}, r"past_key_values\.0\.key is .*65536"),
+        ({"vocab_size": 1 << 24}, "logits is .*16777216"),
+    ],
+)
+def test_a_decoder_of_other_sizes_is_refused(
+    bundles: dict[str, Any], form: str, changes: dict[str, int], words: str
+) -> None:
+    bundle = bundles[form]
+    spec = replace(bundle.manifest.graph, **changes)
+    with pytest.raises(BundleError, match=words):
+        Runner(replace(bundle, manifest=replace(bundle.manifest, graph=spec)))
+
+
+def test_a_site_of_another_size_is_refused(bundles: dict[str, Any]) -> None:
+    bundle = bundles["fused"]
+    path, site = next(iter(bundle.manifest.sites.items()))
+    for changes in ({"in_features": 1 << 31}, {"out_features": 1 << 31}):
+        sites = {**bundle.manifest.sites, path: replace(site, **changes)}
+        with pytest.raises(BundleError, match=f"{path}.* is .*, but the manifest says"):
+            Runner(replace(bundle, manifest=replace(bundle.manifest, sites=sites)))
+
+
+def test_a_cache_that_no_memory_holds_is_refused(bundles: dict[str, Any]) -> None:
+
+    bundle = bundles["fused"]
+    spec = replace(bundle.manifest.graph, max_length=1 << 31)
+    decoder = Decoder(
+        bundle.directory / "onnx/model.onnx", spec, sites=bundle.manifest.sites, threads=1
+    )
+    with pytest.raises(DataError, match="does not fit in the memory"):
+        decoder.start(1 << 20, 1 << 31)
