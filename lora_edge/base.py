@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_edge.errors import BaseModelError, MissingDependencyError
-from lora_edge.tensors import TensorRecord, read_bytes, read_float32, read_header
+from lora_edge.files.safetensors import TensorRecord, read_bytes, read_float32, read_header
 
 _WEIGHT_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 
@@ -144,10 +144,8 @@ def resolve_base(name_or_path: str | os.PathLike[str]) -> Base:
 def _records(files: tuple[_File, ...]) -> dict[str, TensorRecord]:
     records: dict[str, TensorRecord] = {}
     for file in files:
-        try:
-            records.update(read_header(file.path))
-        except ValueError as error:
-            raise BaseModelError(str(error), "Download or copy the file again.") from error
+        found = read_header(file.path, BaseModelError, "Download or copy the file again.")
+        records.update(found)
     return records
 
 

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_edge.errors import AdapterError, UnsupportedAdapterError
+from lora_edge.files.safetensors import TensorRecord, read_float32, read_header
 from lora_edge.names import BASE_LAYER, PeftPart, parse_peft_key
 from lora_edge.peft_types import MERGE_FIRST
-from lora_edge.tensors import TensorRecord, read_float32, read_header
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -98,10 +98,7 @@ def read_tensors(file: Path) -> Tensors:
         AdapterError: the file is damaged or empty; NaN or Inf.
         UnsupportedAdapterError: a tensor is of a kind that is not known here.
     """
-    try:
-        records = read_header(file)
-    except ValueError as error:
-        raise AdapterError(str(error), "Copy the adapter again.") from error
+    records = _records(file)
     found: dict[PeftPart, dict[str, NDArray[np.float32]]] = {}
     for key, record in records.items():
         parsed = parse_peft_key(key)
@@ -127,21 +124,25 @@ def unknown_keys(file: Path) -> list[str]:
     """The keys of an adapter's tensors that :func:`read_tensors` refuses.
 
     Raises:
-        ValueError: the file is damaged.
+        AdapterError: the file is damaged.
     """
-    return [key for key in read_header(file) if parse_peft_key(key) is None]
+    return [key for key in _records(file) if parse_peft_key(key) is None]
 
 
 def plain_biases(file: Path) -> dict[str, str]:
     """Module path -> key, of each trained bias that is saved beside no wrapper of PEFT's."""
     found = {}
-    for key in read_header(file):
+    for key in _records(file):
         parsed = parse_peft_key(key)
         if parsed is not None and parsed.part == "saved" and BASE_LAYER not in key:
             module, _, own = parsed.path.rpartition(".")
             if own == "bias":
                 found[module] = key
     return found
+
+
+def _records(file: Path) -> dict[str, TensorRecord]:
+    return read_header(file, AdapterError, "Copy the adapter again.")
 
 
 def _read(file: Path, key: str, record: TensorRecord) -> NDArray[np.float32]:

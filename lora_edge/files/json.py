@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,6 +23,7 @@ MAX_DIGITS = 100
 """Longest whole number; tokenizer_config.json holds ``int(1e30)``."""
 
 _LFS = b"version https://git-lfs.github.com/spec/"
+_LONG = re.compile(rf"\d{{{MAX_DIGITS}}}")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 
 
@@ -121,11 +121,13 @@ def parse_json(
             data.removeprefix("\ufeff"),
             object_pairs_hook=_pairs,
             parse_float=float if nonfinite else _finite,
-            parse_int=_whole,
+            parse_int=_whole if _LONG.search(data) else int,
             parse_constant=float if nonfinite else _constant,
         )
-        if data.count("[") + data.count("{") > MAX_DEPTH or _SURROGATE.search(data):
-            _check(parsed)
+        if data.count("[") + data.count("{") > MAX_DEPTH:
+            _check_depth(parsed)
+        if _SURROGATE.search(data):
+            _check_texts(parsed)
     except _RefusedError as refused:
         raise error(f"{what} is refused: {refused}", hint) from refused
     except ValueError as fault:
@@ -229,28 +231,30 @@ def _constant(text: str) -> NoReturn:
 _DEEP = f"arrays or objects are nested more than {MAX_DEPTH} deep"
 
 
-def _check(value: Any) -> None:
-    """Refuse what is nested too deep, and strings that are not Unicode."""
-    if isinstance(value, str):
-        _check_texts((value,))
-    level = [value]
-    for _ in range(MAX_DEPTH + 1):
-        containers = [each for each in level if isinstance(each, dict | list)]
-        if not containers:
+def _check_depth(value: Any) -> None:
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for each in level
+            for inner in (each.values() if isinstance(each, dict) else each)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
             return
-        level = []
-        for each in containers:
-            if isinstance(each, dict):
-                _check_texts(each)
-            inner = each.values() if isinstance(each, dict) else each
-            level += inner
-            _check_texts(text for text in inner if isinstance(text, str))
     raise _RefusedError(_DEEP)
 
 
-def _check_texts(texts: Iterable[str]) -> None:
-    for text in texts:
+def _check_texts(value: Any) -> None:
+    """Refuse keys and values that are not Unicode; the depth is checked already."""
+    if isinstance(value, str):
         try:
-            text.encode("utf-8")
+            value.encode("utf-8")
         except UnicodeEncodeError:
-            raise _RefusedError(f"the string {text[:40]!r} holds a lone surrogate") from None
+            raise _RefusedError(f"the string {value[:40]!r} holds a lone surrogate") from None
+    elif isinstance(value, dict | list):
+        for inner in value:
+            _check_texts(inner)
+        if isinstance(value, dict):
+            for inner in value.values():
+                _check_texts(inner)
