@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_edge.errors import BaseModelError, MissingDependencyError
+from lora_edge.files.json import read_object
 from lora_edge.files.safetensors import TensorRecord, read_bytes, read_float32, read_header
 
 _WEIGHT_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
@@ -126,12 +126,7 @@ def resolve_base(name_or_path: str | os.PathLike[str]) -> Base:
         raise BaseModelError(
             f"{name} has no config.json", "Give the folder of a Hugging Face model."
         )
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BaseModelError(
-            f"{config_file} cannot be read: {error}", "Download it again."
-        ) from error
+    config = read_object(config_file, BaseModelError, "Download it again.", nonfinite=True)
     if not any(directory.glob("*.safetensors")):
         raise BaseModelError(
             f"{name} has no safetensors weights",

@@ -5,16 +5,17 @@ Knows files and keys; what they mean is :mod:`lora_edge.adapter`'s affair. Needs
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lora_edge.errors import AdapterError, UnsupportedAdapterError
+from lora_edge.files.json import read_object
 from lora_edge.files.safetensors import TensorRecord, read_float32, read_header
+from lora_edge.files.schema import FINITE, between, decode
 from lora_edge.names import BASE_LAYER, PeftPart, parse_peft_key
 from lora_edge.peft_types import MERGE_FIRST
 
@@ -25,6 +26,64 @@ ORIGINAL_CONFIG_FILE = "original_config.json"  # of the adapter that was convert
 
 Tensors = Mapping[PeftPart, Mapping[str, NDArray[np.float32]]]
 """What a tensor is -> path -> the tensor."""
+
+_AGAIN = "Save the adapter again."
+_Rank = Annotated[int, between(1, 1 << 20)]
+_Alpha = Annotated[float, FINITE]
+_Tokens = list[Annotated[int, between(0, 1 << 31)]]
+_Names = list[str]
+
+
+class _Config(TypedDict, total=False):
+    """What is read of every adapter's config, with the types of ``peft/config.py``."""
+
+    peft_type: str | None
+    task_type: str | None
+    base_model_name_or_path: str | None
+    revision: str | None
+    auto_mapping: dict[str, Any] | None
+    peft_version: str | None
+
+
+class _LoraConfig(TypedDict, total=False):
+    """What is read of a LoRA's config, with the types of ``peft/tuners/lora/config.py``."""
+
+    r: _Rank
+    lora_alpha: _Alpha
+    lora_dropout: _Alpha | None
+    bias: str | None
+    fan_in_fan_out: bool | None
+    inference_mode: bool | None
+    use_rslora: bool | None
+    use_dora: bool | None
+    lora_bias: bool | None
+    use_qalora: bool | None
+    use_bdlora: Any
+    ensure_weight_tying: bool | None
+    init_lora_weights: bool | str | None
+    target_modules: _Names | str | None
+    exclude_modules: _Names | str | None
+    target_parameters: _Names | None
+    modules_to_save: _Names | None
+    layers_to_transform: list[int] | int | None
+    layers_pattern: _Names | str | None
+    rank_pattern: dict[str, _Rank] | None
+    alpha_pattern: dict[str, _Alpha] | None
+    trainable_token_indices: _Tokens | dict[str, _Tokens] | None
+    alora_invocation_tokens: _Tokens | None
+    layer_replication: list[Any] | None
+
+
+class _Data(TypedDict, total=False):
+    kind: str
+
+
+class _Training(TypedDict, total=False):
+    """What is read of the trainer's record beside an adapter."""
+
+    base_fingerprint: str | None
+    labels: list[str] | None
+    data: _Data
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -49,9 +108,10 @@ def read_config(directory: Path) -> dict[str, Any]:
             f"{directory} has no {CONFIG_FILE}",
             "Give the folder that PEFT's save_pretrained wrote.",
         )
-    config = _read_json(file, "Save the adapter again.")
-    if not isinstance(config, dict):
-        raise AdapterError(f"{file} is not a JSON object", "Save the adapter again.")
+    config = read_object(file, AdapterError, _AGAIN, nonfinite=True)
+    decode(_Config, config, str(file), AdapterError, _AGAIN)
+    if config.get("peft_type") == "LORA":
+        decode(_LoraConfig, config, str(file), AdapterError, _AGAIN)
     return config
 
 
@@ -65,9 +125,8 @@ def read_training(directory: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     hint = "Remove it, or copy the adapter again."
-    record = _read_json(file, hint)
-    if not isinstance(record, dict):
-        raise AdapterError(f"{file} is not a JSON object", hint)
+    record = read_object(file, AdapterError, hint, nonfinite=True)
+    decode(_Training, record, str(file), AdapterError, hint)
     return record
 
 
@@ -157,10 +216,3 @@ def _read(file: Path, key: str, record: TensorRecord) -> NDArray[np.float32]:
             "The training diverged; use an earlier checkpoint.",
         )
     return tensor
-
-
-def _read_json(file: Path, hint: str) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{file} cannot be read: {error}", hint) from error

@@ -191,7 +191,7 @@ def test_folders_that_lack_something(tmp_path: Path) -> None:
     with pytest.raises(BaseModelError, match="no safetensors"):
         resolve_base(bare)
     (bare / "config.json").write_text("{cut")
-    with pytest.raises(BaseModelError, match=r"config\.json cannot be read"):
+    with pytest.raises(BaseModelError, match=r"config\.json is not JSON"):
         resolve_base(bare)
 
 

@@ -142,24 +142,13 @@ def _read(file: Path, field: str, default: dict[str, float] | None) -> list[tupl
     Raises:
         DataError: the file is missing, empty, or has a line that is not as expected.
     """
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError as error:
-        raise DataError(f"{file} does not exist", "Give a jsonl file.") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8: {error.reason}", "Convert it to UTF-8.") from error
+    from lora_edge.files.json import parse_object, read_lines
+
+    like = f'Like {{"{field}": "..."}}, one object a line, in UTF-8.'
     rows: list[tuple[Any, Any]] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            data = json.loads(line)
-        except ValueError as error:
-            raise DataError(
-                f"{file}:{number} is not JSON: {error}", "One object a line."
-            ) from error
-        like = f'Like {{"{field}": "..."}}.'
-        if not isinstance(data, dict) or not isinstance(data.get(field), str):
+    for number, line in read_lines(file, DataError, "Give a jsonl file in UTF-8."):
+        data = parse_object(line, f"{file}:{number}", DataError, like)
+        if not isinstance(data.get(field), str):
             raise DataError(f"{file}:{number} has no text in {field!r}", like)
         pair = data.get("pair") if field == "text" else None
         if not isinstance(pair, str | None):

@@ -328,12 +328,11 @@ def _print_plan(base: str, data: Path, evaluation: Path | None, settings: Settin
 
 
 def _export(base: str, adapter: Path, bundle: Path, mode: str, *, force: bool) -> None:
-    import json
-
     from lora_edge.exporter import export
     from lora_edge.names import NONE_ADAPTER
+    from lora_edge.peft_directory import read_training
 
-    kind = json.loads((adapter / "training.json").read_text(encoding="utf-8"))["data"]["kind"]
+    kind = read_training(adapter).get("data", {}).get("kind")
     name = re.sub(r"[^A-Za-z0-9_-]", "-", adapter.resolve().name)
     export(
         base,

@@ -17,6 +17,8 @@ from lora_edge.errors import LoraEdgeError
 
 MAX_BYTES = 64 << 20
 """Longest file that is read, in bytes."""
+MAX_LINES_BYTES = 1 << 30
+"""Longest file of lines that is read, in bytes."""
 MAX_DEPTH = 100
 """Deepest nesting of arrays and objects."""
 MAX_DIGITS = 100
@@ -138,14 +140,34 @@ def parse_json(
 
 
 def read_text(
-    file: Path, error: type[LoraEdgeError], hint: str, *, max_bytes: int = MAX_BYTES
+    file: Path,
+    error: type[LoraEdgeError],
+    hint: str,
+    *,
+    max_bytes: int = MAX_BYTES,
+    pipe: bool = False,
 ) -> str:
-    """The text of a UTF-8 file, without its byte order mark.
+    """The text of a UTF-8 file, without its byte order mark; arguments as of :func:`read_bytes`.
 
     Raises:
         LoraEdgeError: of type ``error``: the file is missing, too long, or not UTF-8.
     """
-    return decode_text(read_bytes(file, error, hint, max_bytes=max_bytes), str(file), error, hint)
+    data = read_bytes(file, error, hint, max_bytes=max_bytes, pipe=pipe)
+    return decode_text(data, str(file), error, hint)
+
+
+def read_lines(
+    file: Path, error: type[LoraEdgeError], hint: str, *, max_bytes: int = MAX_LINES_BYTES
+) -> list[tuple[int, str]]:
+    """The lines of a UTF-8 file (or a pipe) that are not blank, with their numbers from 1.
+
+    Raises:
+        LoraEdgeError: of type ``error``: the file is missing, too long, or not UTF-8.
+    """
+    # Not splitlines(): JSON may hold other signs that end a line.
+    lines = read_text(file, error, hint, max_bytes=max_bytes, pipe=True).split("\n")
+    numbered = [(number, line.rstrip("\r")) for number, line in enumerate(lines, 1)]
+    return [(number, line) for number, line in numbered if line.strip()]
 
 
 def decode_text(data: bytes, what: str, error: type[LoraEdgeError], hint: str) -> str:
@@ -161,15 +183,27 @@ def decode_text(data: bytes, what: str, error: type[LoraEdgeError], hint: str) -
 
 
 def read_bytes(
-    file: Path, error: type[LoraEdgeError], hint: str, *, max_bytes: int = MAX_BYTES
+    file: Path,
+    error: type[LoraEdgeError],
+    hint: str,
+    *,
+    max_bytes: int = MAX_BYTES,
+    pipe: bool = False,
 ) -> bytes:
     """The bytes of a regular file.
+
+    Args:
+        file: the file.
+        error: what is raised where it is not read.
+        hint: of that error: what to do.
+        max_bytes: longest file that is read.
+        pipe: the user named the file, who may have meant a pipe.
 
     Raises:
         LoraEdgeError: of type ``error``: the file is missing, too long, or a pipe or device.
     """
     try:
-        if file.exists() and not file.is_file():
+        if not pipe and file.exists() and not file.is_file():
             raise error(f"{file} is not a regular file", hint)
         with file.open("rb") as stream:
             data = stream.read(max_bytes + 1)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from lora_edge.errors import DataError
+from lora_edge.files.json import parse_object, read_lines
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,9 @@ def read_prompts(path: Path) -> list[Prompt]:
         DataError: the file is missing, is no UTF-8, holds no prompt, or a line is none.
     """
     if path.suffix != ".jsonl":
-        found = [Prompt(line) for _, line in _lines(path)]
+        found = [
+            Prompt(line) for _, line in read_lines(path, DataError, "Give a text or jsonl file.")
+        ]
     else:
         found = []
         for number, data in _objects(path):
@@ -77,34 +79,9 @@ def read_examples(path: Path) -> list[Example]:
 
 
 def _is_text(value: object) -> TypeGuard[str]:
-    """Text that is not empty and can be encoded: half of a surrogate pair cannot."""
-    if not isinstance(value, str) or not value:
-        return False
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return isinstance(value, str) and bool(value)
 
 
 def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in _lines(path):
-        try:
-            data = json.loads(line)
-        except ValueError:
-            data = None
-        if not isinstance(data, dict):
-            raise DataError(f"{path}, line {number}: expected a JSON object", "Give a jsonl file.")
-        yield number, data
-
-
-def _lines(path: Path) -> list[tuple[int, str]]:
-    """Lines that are not blank, with their numbers from 1."""
-    try:
-        # Not splitlines(): JSON may hold other signs that end a line.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise DataError(f"{path} cannot be read: {reason}", "Give a text or jsonl file.") from error
-    numbered = [(number, line.rstrip("\r")) for number, line in enumerate(lines, 1)]
-    return [(number, line) for number, line in numbered if line.strip()]
+    for number, line in read_lines(path, DataError, "Give a jsonl file."):
+        yield number, parse_object(line, f"{path}, line {number}", DataError, "Give a jsonl file.")

@@ -14,13 +14,15 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-from zipfile import BadZipFile
+from typing import Any, TypedDict
 
 import numpy as np
 
 from lora_edge.bundle import Bundle
 from lora_edge.errors import BundleError
+from lora_edge.files.arrays import read_arrays
+from lora_edge.files.json import parse_object
+from lora_edge.files.schema import decode
 from lora_edge.parity.compare import Expected, Floor
 from lora_edge.parity.states import Probe, Row
 
@@ -164,21 +166,43 @@ def load_golden(path: Path) -> Golden:
     Raises:
         BundleError: the file is not one.
     """
+    hint = "Export the bundle again."
+    arrays = read_arrays(path, BundleError, hint)
+    written = parse_object(str(arrays.get("facts", "")), f"{path}: facts", BundleError, hint)
+    facts = decode(_Facts, written, f"{path}: facts", BundleError, hint)
+    probe, tails = facts["probe"], facts["tails"]
     try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
-            facts = json.loads(str(arrays["facts"]))
-            probe = Probe.from_json(facts["probe"])
-            return Golden(
-                probe,
-                tuple(tuple(tail) for tail in facts["tails"]),
-                tuple(_row(arrays, index) for index in range(len(probe.rows))),
-                {name: Floor(**floor) for name, floor in facts["floors"].items()},
-                facts["versions"],
-            )
-    except (OSError, EOFError, BadZipFile, ValueError, KeyError, TypeError) as error:
-        raise BundleError(
-            f"{path} is not a golden case: {error}", "Export the bundle again."
-        ) from error
+        if not len(probe.rows) == len(probe.states) == len(tails):
+            raise ValueError(f"{len(probe.rows)} rows, but {len(tails)} continuations")
+        expected = tuple(_row(arrays, index) for index in range(len(probe.rows)))
+        for row in expected:
+            _check(row)
+    except (ValueError, KeyError, TypeError) as error:
+        raise BundleError(f"{path} is not a golden case: {error}", hint) from error
+    return Golden(probe, tails, expected, facts["floors"], facts["versions"])
+
+
+class _Facts(TypedDict):
+    probe: Probe
+    tails: tuple[Row, ...]
+    floors: Mapping[str, Floor]
+    versions: Mapping[str, str]
+
+
+def _check(row: Expected) -> None:
+    """The arrays of a row belong together, and are numbers.
+
+    Raises:
+        ValueError: they do not, or are not.
+    """
+    arrays = {name: value for name, value in vars(row).items() if value is not None}
+    length, *columns = row.reference.shape
+    for name, array in arrays.items():
+        wide = name in ("columns", "reference", "base")
+        if array.shape != (length, *(columns if wide else ())) or array.dtype.kind not in "fi":
+            raise ValueError(f"{name} is {array.shape} {array.dtype}, beside {length} positions")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name} holds NaN or Inf")
 
 
 def _row(arrays: Mapping[str, Any], index: int) -> Expected:

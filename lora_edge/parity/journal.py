@@ -7,14 +7,25 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from lora_edge.errors import DataError
-from lora_edge.parity.compare import Figures, Limits
+from lora_edge.files.json import parse_object, read_bytes, read_text
+from lora_edge.files.paths import path_inside
+from lora_edge.files.schema import decode
 from lora_edge.parity.golden import FOLDER, Golden, load_golden, save_golden
-from lora_edge.parity.report import Case, Layer, TaskFigures
+from lora_edge.parity.report import Case
 
 _KEY, _PARTS = "lora-edge-validation.json", "finished.jsonl"
+_HINT = "Remove the folder, and validate from the start."
+_MOST = 1 << 28  # bytes
+
+
+class _Part(TypedDict):
+    session: str
+    probe: str
+    golden: str | None
+    cases: tuple[Case, ...]
 
 
 class Journal:
@@ -41,7 +52,8 @@ class Journal:
                     f"{directory} is not empty, and holds no validation to go on with",
                     "Name a new folder, or the one of the validation that was cut off.",
                 )
-            if (directory / _KEY).read_text(encoding="utf-8") == _text(digest):
+            key_file = directory / _KEY
+            if read_bytes(key_file, DataError, _HINT, max_bytes=1 << 20) == _text(digest).encode():
                 self._read(directory)
                 return
             self._remove()
@@ -50,15 +62,18 @@ class Journal:
 
     def _read(self, directory: Path) -> None:
         file = directory / _PARTS
-        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+        text = read_text(file, DataError, _HINT, max_bytes=_MOST) if file.is_file() else ""
         whole = text[: text.rfind("\n") + 1]
         if whole != text:  # the line that was being written when it was cut off
             file.write_text(whole, encoding="utf-8")
-        for line in whole.splitlines():
-            part = json.loads(line)
-            self._parts[part["session"], part["probe"]] = [_case(data) for data in part["cases"]]
+        for number, line in enumerate(whole.splitlines(), 1):
+            what = f"{file}, line {number}"
+            data = parse_object(line, what, DataError, _HINT, nonfinite=True)
+            part = decode(_Part, data, what, DataError, _HINT)
+            self._parts[part["session"], part["probe"]] = list(part["cases"])
             if part["golden"]:
-                self.goldens.append(load_golden(directory / part["golden"]))
+                path = path_inside(directory, part["golden"], what, DataError, _HINT)
+                self.goldens.append(load_golden(path))
 
     def finished(self, session: str, probe: str) -> list[Case] | None:
         """The cases of a part that is finished; ``None`` if it is not."""
@@ -100,10 +115,3 @@ class Journal:
 
 def _text(digest: str) -> str:
     return json.dumps({"key": digest}) + "\n"
-
-
-def _case(data: dict[str, Any]) -> Case:
-    parts = {"figures": Figures, "limits": Limits, "task": TaskFigures}
-    built = {name: part(**data[name]) for name, part in parts.items() if data[name] is not None}
-    layers = tuple(Layer(**layer) for layer in data["layers"])
-    return Case(**{**data, **built, "adapters": tuple(data["adapters"]), "layers": layers})

@@ -6,7 +6,6 @@ to a grey level here and there. Knows nothing of sessions or models.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from lora_edge.errors import (
     MissingDependencyError,
     UnsupportedModelError,
 )
+from lora_edge.files.json import read_object
 
 Picture = Any
 """A file's path, a ``PIL.Image.Image``, or ``[height, width, 3] uint8``."""
@@ -90,11 +90,7 @@ class ImageProcessor:
             raise BundleError(
                 f"{directory} has no {PROCESSOR_FILE}", "Give pixel_values instead of images."
             )
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise BundleError(f"{path} is not JSON: {error}", "Copy it again.") from error
-        return ImageProcessor(config)
+        return ImageProcessor(read_object(path, BundleError, "Copy it again."))
 
     def __call__(self, images: Sequence[Picture]) -> NDArray[np.float32]:
         """``[batch, 3, height, width] float32``.

@@ -16,6 +16,7 @@ import jinja2.sandbox
 import tokenizers
 
 from lora_edge.errors import BundleError, DataError
+from lora_edge.files.json import read_object, read_text
 
 Message = Mapping[str, Any]
 TOKENIZER_FILES = (
@@ -163,7 +164,7 @@ class Tokenizer:
     def _template_source(self) -> str:
         path = self.directory / "chat_template.jinja"
         if path.is_file():
-            return path.read_text(encoding="utf-8")
+            return read_text(path, BundleError, "Copy it again.", max_bytes=1 << 20)
         source = self._config.get("chat_template")
         if isinstance(source, list):  # several, by name
             source = {entry["name"]: entry["template"] for entry in source}.get("default")
@@ -197,13 +198,7 @@ class _GenerationBlock(jinja2.ext.Extension):
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BundleError(f"{path} is not JSON: {error}", "Copy it again.") from error
-    if not isinstance(data, dict):
-        raise BundleError(f"{path} is not a JSON object", "Copy it again.")
-    return data
+    return read_object(path, BundleError, "Copy it again.", nonfinite=True)
 
 
 def _text(token: object) -> str | None:

@@ -20,9 +20,12 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from lora_edge.errors import AdapterError
+from lora_edge.errors import AdapterError, DataError
+from lora_edge.files.json import parse_object, read_lines
+from lora_edge.files.schema import decode
 
 METRICS_NAME = "metrics.jsonl"
+_HINT = "Remove the file; it is for people."
 
 # What transformers calls them -> what the file calls them.
 _TRAINED = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad_norm"}
@@ -170,7 +173,10 @@ def read_metrics(file: Path) -> list[dict[str, float]]:
     if not file.is_file():
         return []
     rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
+    for _, line in read_lines(file, DataError, _HINT):
+        with contextlib.suppress(DataError):
+            row = parse_object(line, str(file), DataError, _HINT, nonfinite=True)
+            found = decode(dict[str, float], row, str(file), DataError, _HINT)
+            if "step" in found:
+                rows.append(found)
     return rows

@@ -8,13 +8,13 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from lora_edge.errors import DataError
+from lora_edge.files.json import parse_json, parse_object
 
 Kind = Literal["text", "pair", "chat", "labelled", "image"]
 
@@ -188,16 +188,9 @@ def _json_rows(content: bytes) -> Iterator[tuple[int, dict[str, Any] | ValueErro
 
 def _json(line: bytes) -> dict[str, Any]:
     try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 (byte {error.start + 1} of the line)") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} (column {error.colno})") from error
-    except RecursionError as error:
-        raise ValueError("not a flat JSON object") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"expected a JSON object, got {type(row).__name__}")
-    return row
+        return parse_object(line, "the line", DataError, _FORMAT_HINT)
+    except DataError as error:
+        raise ValueError(str(error)) from error
 
 
 def _csv_rows(content: bytes) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
@@ -264,9 +257,9 @@ def _row(kind: Kind, row: Mapping[str, Any], where: str) -> tuple[Row, bool]:
 def _messages(value: Any) -> tuple[tuple[str, str], ...]:
     if isinstance(value, str):  # a cell of a csv file
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise ValueError("'messages' is a text that is not JSON") from error
+            value = parse_json(value, "'messages'", DataError, _FORMAT_HINT)
+        except DataError as error:
+            raise ValueError(str(error)) from error
     if not isinstance(value, list) or not value:
         raise ValueError("'messages' is not a list of turns, or an empty one")
     turns = []
@@ -288,10 +281,6 @@ def _text(row: Mapping[str, Any], key: str, *, empty: bool = False) -> str:
     value = row[key]
     if not isinstance(value, str):
         raise ValueError(f"{key!r} is {type(value).__name__}, expected a text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{key!r} holds a lone surrogate, which is no text") from error
     if not value and not empty:
         raise ValueError(f"{key!r} is empty")
     return value

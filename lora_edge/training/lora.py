@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_edge.errors import AdapterError
+from lora_edge.files.json import read_object
 from lora_edge.tasks import Task
 from lora_edge.training.model import first_line, some
 from lora_edge.training.settings import ALL_LINEAR, CONVERTED_INITS, Settings
@@ -113,7 +114,7 @@ def save_adapter(
         wrapped.save_pretrained(directory, save_embedding_layers=False, **options)
     (directory / "README.md").unlink(missing_ok=True)  # PEFT's form with nothing filled in
     config_file = directory / CONFIG_NAME
-    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config = read_object(config_file, AdapterError, "Run it again.", nonfinite=True)
     if settings.init in CONVERTED_INITS:
         config["init_lora_weights"] = True
     # PEFT writes a set in the order of the process's string hashes, which differs from run to run.

@@ -12,10 +12,12 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from lora_edge.base import resolve_base
 from lora_edge.errors import AdapterError, DataError
+from lora_edge.files.json import read_object
+from lora_edge.files.schema import decode
 from lora_edge.training.images import read_source
 from lora_edge.training.settings import Settings
 
@@ -60,29 +62,48 @@ def read_recipe(file: Path) -> Recipe:
         DataError: it cannot be read, or lacks something.
         AdapterError: settings that cannot be meant, or that this release does not know.
     """
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        evaluation = record.get("evaluation") or {}
-        return Recipe(
-            base=record["base"],
-            base_fingerprint=record["base_fingerprint"],
-            data=record["data"].get("path"),
-            data_sha256=record["data"]["sha256"],
-            evaluation=evaluation.get("path"),
-            evaluation_sha256=evaluation.get("sha256"),
-            settings=Settings.from_json(record["settings"]),
-            adapter_sha256=record.get("result", {}).get("adapter_sha256"),
-            versions=record["versions"],
-        )
-    except OSError as error:
-        raise DataError(
-            f"{file} cannot be read: {error.strerror or error}", "Give an adapter's training.json."
-        ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{file} is not the record of a training run: {type(error).__name__} {error}",
-            "Give the training.json that `lora-edge train` wrote beside an adapter.",
-        ) from error
+    hint = "Give the training.json that `lora-edge train` wrote beside an adapter."
+    found = read_object(file, DataError, hint, nonfinite=True)
+    what = f"{file} is not the record of a training run"
+    record = decode(_Record, found, what, DataError, hint)
+    data = record["data"]
+    evaluation: Mapping[str, Any] = record.get("evaluation") or {}
+    return Recipe(
+        base=record["base"],
+        base_fingerprint=record["base_fingerprint"],
+        data=data.get("path"),
+        data_sha256=data["sha256"],
+        evaluation=evaluation.get("path"),
+        evaluation_sha256=evaluation.get("sha256"),
+        settings=Settings.from_json(record["settings"]),
+        adapter_sha256=(record.get("result") or {}).get("adapter_sha256"),
+        versions=record["versions"],
+    )
+
+
+class _Path(TypedDict, total=False):
+    path: str | None
+
+
+class _Source(_Path):
+    sha256: str
+
+
+class _Result(TypedDict, total=False):
+    adapter_sha256: str | None
+
+
+class _Made(TypedDict):
+    base: str
+    base_fingerprint: str
+    data: _Source
+    settings: dict[str, Any]
+    versions: dict[str, str]
+
+
+class _Record(_Made, total=False):
+    evaluation: _Source | None
+    result: _Result | None
 
 
 def check_recipe(recipe: Recipe, base: str, data: Path, evaluation: Path | None) -> None:

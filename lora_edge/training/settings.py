@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from lora_edge.errors import AdapterError
+from lora_edge.files.schema import decode
 
 ALL_LINEAR = "all-linear"
 BIASES = ("none", "all", "lora_only")
@@ -243,7 +244,8 @@ class Settings:
                 "Update lora-edge.",
             )
         # Release 0.1 computed the head everywhere, and its records do not say so.
-        return Settings(**{"full_logits": True, **values})
+        whole = {"full_logits": True, **values}
+        return decode(Settings, whole, "the record's settings", AdapterError, _DEFAULT)
 
 
 def changed(one: Settings, other: Settings) -> Sequence[str]:

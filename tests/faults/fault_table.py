@@ -285,7 +285,7 @@ DAMAGES: tuple[Damage, ...] = (
     Damage("golden case changed", i.golden_changed, "parity/.* differs"),
     Damage("manifest with another hash", i.of_manifest(i.other_hash), "differs from its hash"),
     Damage("manifest of another format", i.of_manifest(i.other_format), "format_version"),
-    Damage("manifest not JSON", i.overwritten("lora_edge.json", b"{"), "not a bundle manifest"),
+    Damage("manifest not JSON", i.overwritten("lora_edge.json", b"{"), "is not JSON"),
     Damage("adapter of another base by fingerprint", i.of_manifest(i.other_fingerprint("plain")),
            "was exported for the base"),
 )  # fmt: skip

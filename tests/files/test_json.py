@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from lora_edge.files.json import (
     parse_json,
     parse_object,
     read_json,
+    read_lines,
     read_object,
     read_text,
 )
@@ -109,6 +111,10 @@ def test_files_that_are_missing_too_long_or_no_files(tmp_path: Path) -> None:
     os.mkfifo(pipe)
     with pytest.raises(BundleError, match="not a regular file"):
         read_json(pipe, BundleError, HINT)
+    writer = threading.Thread(target=pipe.write_bytes, args=(b"\xef\xbb\xbf\n{}\r\n",))
+    writer.start()
+    assert read_lines(pipe, BundleError, HINT) == [(2, "{}")]
+    writer.join()
     file = tmp_path / "long.json"
     file.write_bytes(b" " * 100)
     with pytest.raises(BundleError, match="longer than 50 bytes"):

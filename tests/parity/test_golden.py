@@ -109,5 +109,5 @@ def test_a_tiny_vocabulary_is_kept_whole(golden: Golden) -> None:
 def test_damage_is_an_error(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "adapter-a-01234567.npz"
     file.write_bytes(content)
-    with pytest.raises(BundleError, match="not a golden case"):
+    with pytest.raises(BundleError, match=r"not a whole \.npz file"):
         load_golden(file)

@@ -128,7 +128,7 @@ def mistakes(base: Path, folder: Path) -> dict[str, tuple[list[object], str, str
         "empty": ([base, file("empty.csv", b"")], "empty.csv holds no examples", "Each line is"),
         "encoding": (
             [base, file("latin.jsonl", good + b'{"prompt": "\xe9", "completion": "b"}\n')],
-            "latin.jsonl:2: not UTF-8 (byte 13 of the line)",
+            "latin.jsonl:2: the line is not UTF-8: byte 12",
             "Each line is",
         ),
         "label": (

@@ -84,14 +84,14 @@ def test_blank_lines_other_keys_a_byte_order_mark_and_crlf_are_read(tmp_path: Pa
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"prompt": "a", "completion": "b"', r":2: not JSON"),
-        (b'{"prompt": "\xff", "completion": "b"}', r":2: not UTF-8 \(byte 13"),
-        (b'["a", "b"]', r":2: expected a JSON object, got list"),
+        (b'{"prompt": "a", "completion": "b"', r":2: the line is not JSON"),
+        (b'{"prompt": "\xff", "completion": "b"}', r":2: the line is not UTF-8: byte 12"),
+        (b'["a", "b"]', r":2: the line is not a JSON object"),
         (b'{"text": "a"}', r":2: expected the keys 'prompt' and 'completion', got 'text'"),
         (b'{"prompt": "a", "response": "b"}', r"got 'prompt', 'response'"),
         (b'{"prompt": "a", "completion": 3}', r":2: 'completion' is int, expected a text"),
         (b'{"prompt": "a", "completion": ""}', r":2: 'completion' is empty"),
-        (b'{"prompt": "\\ud800", "completion": "b"}', r":2: 'prompt' holds a lone surrogate"),
+        (b'{"prompt": "\\ud800", "completion": "b"}', r":2: .*lone surrogate"),
         (b"[" * 100_000, r":2: "),
     ],
 )
@@ -140,7 +140,7 @@ def test_a_csv_file_is_read_like_a_jsonl_file(tmp_path: Path) -> None:
         (b"prompt,completion\na,\n", r":2: 'completion' is empty"),
         (b"prompt,completion\na,b\nc,\xff\n", r":3: not UTF-8 \(byte 3 of the line\)"),
         (b'prompt,completion\na,"b\n', r":2: not csv: unexpected end of data"),
-        (b"messages\n[1\n", r":2: 'messages' is a text that is not JSON"),
+        (b"messages\n[1\n", r":2: 'messages' is not JSON"),
         (b"", "holds no examples"),
         (b"prompt,completion\n", "holds no examples"),
     ],
