@@ -1,5 +1,5 @@
 """``python -m lora_edge`` is the command ``lora-edge``."""
 
-from lora_edge.cli import main
+from lora_edge.start import main
 
 main()

@@ -59,19 +59,26 @@ def cli() -> None:
     """
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit with its exit code."""
+def main(arguments: Sequence[str] | None = None, *, restore: bool = False) -> None:
+    """Run the command line and exit with its exit code.
+
+    Args:
+        arguments: those of the command line; ``None``: the process's own.
+        restore: let Ctrl-C unwind the stack from now on (see :mod:`lora_edge.start`).
+    """
     # A polite kill must unwind the stack, so that half-written folders are removed.
     signal.signal(signal.SIGTERM, _terminate)
-    sys.exit(_run(arguments))
+    sys.exit(_run(arguments, restore))
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
     raise KeyboardInterrupt
 
 
-def _run(arguments: Sequence[str] | None) -> int:
+def _run(arguments: Sequence[str] | None, restore: bool) -> int:
     try:
+        if restore:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         # Without standalone mode click returns the code of ctx.exit() instead of exiting with it.
         code = cli.main(arguments, prog_name="lora-edge", standalone_mode=False)
         return code if isinstance(code, int) else 0

@@ -5,6 +5,7 @@ Knows names and tensors; knows nothing of bundles or sessions.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ Values = dict[str, Any]
 Changes = Mapping[str, SiteChange]
 """Module path -> what one adapter changes there."""
 
+_KEPT_WEIGHTS = 64
 NEVER = np.iinfo(np.int64).max
 """The first position of an adapter that is not active on a row."""
 
@@ -180,7 +182,7 @@ class Tensors:
         self._rank = 0 if zero_rank else 1
         self._zeros: dict[tuple[int, int, int], tuple[Any, Any]] = {}
         self._empty: dict[tuple[int, int], Any] = {}
-        self._gates: dict[float, Any] = {}
+        self._gates: OrderedDict[float, Any] = OrderedDict()
 
     def value(self, array: FloatArray) -> Any:
         """The OrtValue of an array; on the CPU it is a view of the array, which it keeps alive."""
@@ -211,11 +213,14 @@ class Tensors:
 
     def weight(self, weight: float) -> Values:
         """The same weight for every row, token and rank: one ``[1, 1, 1]`` tensor for all."""
-        if weight not in self._gates:
-            self._gates[weight] = self.value(np.full((1, 1, 1), weight, np.float32))
-        values = dict.fromkeys(self.gates, self._gates[weight])
+        gate = self._gates.get(weight)
+        if gate is None:
+            gate = self._gates[weight] = self.value(np.full((1, 1, 1), weight, np.float32))
+            if len(self._gates) > _KEPT_WEIGHTS:
+                self._gates.popitem(last=False)
+        values = dict.fromkeys(self.gates, gate)
         if self._selects:
-            values[SELECT] = self._gates[weight]
+            values[SELECT] = gate
         return values
 
     def row_weights(

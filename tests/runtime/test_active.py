@@ -278,3 +278,15 @@ def test_a_merged_bundle_runs_its_adapter_only(tiny: Any, runners: dict[str, Run
     for state in ("none", "beta", {"alpha": 0.5}, {}, ["alpha", "none"]):
         with pytest.raises(AdapterNotFoundError):
             runner.logits(rows, adapter=state)
+
+
+def test_weights_that_were_used_once_are_not_kept(bundle: Bundle) -> None:
+    tensors = Tensors(bundle.manifest.sites)
+    bound = [tensors.weight(1 + index / 1000) for index in range(300)]
+    name = next(iter(bound[0]))
+    # What is bound keeps its own value.
+    assert [float(x[name].numpy()[0, 0, 0]) for x in bound] == pytest.approx(
+        [1 + index / 1000 for index in range(300)]
+    )
+    assert len(tensors._gates) <= 64
+    assert tensors.weight(1.299)[name] is bound[299][name]
