@@ -25,6 +25,7 @@ Form = Literal["fused", "portable", "foreign"]
 Padding = Literal["right", "left", "either"]
 SiteKind = Literal["linear", "embedding", "conv", "norm", "head"]
 Output = Literal["logits", "last_hidden_state"]
+TextAspect = Literal["tokenizer", "chat_template"]
 
 _TASKS = (
     "text-generation",
@@ -216,6 +217,9 @@ class AdapterEntry:
         alone: why it is neither blended nor weighted, e.g. ``DoRA``; empty where it may be.
         invocation: token ids that activate an aLoRA; empty for any other adapter.
         labels: names of the outputs of its task head.
+        text: what it brings of its own, because it differs from the base's: ``tokenizer`` (ids,
+            special tokens), ``chat_template``. The files are in ``adapters/NAME/text/``; of a
+            merged bundle they are the bundle's own.
         conversion: for a LoRA that approximates an adapter of another type: ``peft_type``, the
             ``rank`` asked for, ``worst_error`` and ``mean_error`` of ΔW over its layers.
     """
@@ -230,6 +234,7 @@ class AdapterEntry:
     alone: str = ""
     invocation: tuple[_Token, ...] = ()
     labels: tuple[str, ...] = ()
+    text: tuple[TextAspect, ...] = ()
     conversion: Mapping[str, Any] | None = None
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +38,20 @@ from lora_edge.errors import DataError
     "run as one batch.",
 )
 @click.option("--top", type=click.IntRange(min=1), help="Show so many labels.  [default: all]")
-@click.option("--max-new-tokens", default=64, show_default=True, help="At most so many a prompt.")
-@click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-k", default=0, show_default=True, help="0 is all.")
-@click.option("--top-p", default=1.0, show_default=True)
+@click.option("--max-new-tokens", type=int, help="At most so many a prompt.  [default: 64]")
+@click.option("--temperature", type=float, help="0 is greedy.  [default: 0]")
+@click.option("--top-k", type=int, help="0 is all.  [default: 0]")
+@click.option("--top-p", type=float, help="1 is all.  [default: 1]")
+@click.option("--min-p", type=float, help="0 is all.  [default: 0]")
+@click.option("--repetition-penalty", type=float, help="1 is none.  [default: 1]")
 @click.option("--seed", type=int)
 @click.option("--stop", multiple=True, help="End before this string. Repeatable.")
-@click.option("--chat", is_flag=True, help="Put the prompt through the chat template.")
+@click.option(
+    "--chat",
+    is_flag=True,
+    help="Put the prompt through the chat template. Options that are not given are then as the "
+    "model's generation_config.json says.",
+)
 @click.option("--stream", is_flag=True, help="Print pieces as they come.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 @click.option("--provider", default="cpu", show_default=True, help="Execution provider.")
@@ -83,6 +93,8 @@ def command(
     from lora_edge.runtime import Runner
     from lora_edge.tasks import SPEECH, TEXT2TEXT, TEXT_GENERATION
 
+    if settings["chat"]:
+        settings["defaults"] = "model"
     default = weighted_names(adapters)
     runner = Runner(bundle, provider, pinned=pinned)
     task = runner.bundle.manifest.task
@@ -98,21 +110,34 @@ def command(
         name, value = single[0]
         if name != field:
             raise click.UsageError(f"the bundle's task is {task}: it takes --{field}, not --{name}")
-        value = sys.stdin.read() if value == "-" and name != "image" else value
+        value = _stdin() if value == "-" and name != "image" else value
         rows = [(value if pair is None else (value, pair), default)]
     inputs, chosen = [value for value, _ in rows], [blend for _, blend in rows]
     if stream:
-        for piece in runner.stream(str(inputs[0]), default, **settings):
+        with _said():
+            pieces = runner.stream(str(inputs[0]), default, **settings)
+        for piece in pieces:
             click.echo(piece, nl=False)
         click.echo()
         return
-    results = _results(runner, task, inputs, chosen, top, settings)
+    with _said():
+        results = _results(runner, task, inputs, chosen, top, settings)
     for (value, used), (found, lines) in zip(rows, results, strict=True):
         if as_json or input_file is not None:
             line = {field: value, "adapter": used, **found}
             click.echo(json.dumps(line, ensure_ascii=False))
         else:
             click.echo(lines)
+
+
+@contextlib.contextmanager
+def _said() -> Iterator[None]:
+    """Warnings of the runner become notes on stderr."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for warning in caught:
+        click.echo(f"note: {warning.message}", err=True)
 
 
 def _results(
@@ -134,6 +159,15 @@ def _results(
         lines = [f"{name}\t{x.score:.4f}" for name, x in zip(names, kept, strict=True)]
         found.append(({"labels": [x._asdict() for x in kept]}, "\n".join(lines)))
     return found
+
+
+def _stdin() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"stdin is not {error.encoding}: {error.reason}", "Convert it to UTF-8."
+        ) from error
 
 
 def _read(file: Path, field: str, default: dict[str, float] | None) -> list[tuple[Any, Any]]:

@@ -9,37 +9,51 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lora_edge.errors import DataError
+from lora_edge.runtime.chat import Message
 from lora_edge.runtime.generation import Generation
 from lora_edge.runtime.text import TextStream
-from lora_edge.runtime.tokenizer import Message, Tokenizer
+from lora_edge.runtime.tokenizer import Tokenizer
 
 Prompt = str | Sequence[Message]
 """A text, or a conversation."""
 
 
-def encode(prompts: Any, chat: bool, tokenizer: Callable[[], Tokenizer]) -> list[list[int]]:
-    """The token ids of prompts, or of one that is not in a list.
-
-    Args:
-        prompts: texts; with ``chat`` also conversations.
-        chat: put them through the tokenizer's chat template.
-        tokenizer: gives the tokenizer; called when the prompts are texts.
+def as_list(prompts: Any, chat: bool) -> list[Any]:
+    """The prompts of a batch; one that is not in a list becomes a list of one.
 
     Raises:
-        DataError: a prompt that is no text, or ``chat`` without a template.
+        DataError: a prompt that is neither text nor, with ``chat``, a conversation.
     """
-    conversation = chat and prompts and all(isinstance(m, Mapping) for m in prompts)
+    conversation = chat and bool(prompts) and all(isinstance(m, Mapping) for m in prompts)
     if isinstance(prompts, str) or conversation:
-        prompts = [prompts]
-    if chat:
-        return [tokenizer().encode_chat(prompt) for prompt in prompts]
+        return [prompts]
     for prompt in prompts:
-        if not isinstance(prompt, str):
+        if not chat and not isinstance(prompt, str):
             raise DataError(
                 f"a prompt is {type(prompt).__name__}, expected text",
                 "Pass chat=True for messages, or use generate_ids() for token ids.",
             )
-    return [tokenizer().encode(prompt) for prompt in prompts]
+    return list(prompts)
+
+
+def encode(
+    prompts: Sequence[Any], tokenizers: Sequence[Tokenizer], chat: bool, **context: Any
+) -> list[list[int]]:
+    """The token ids of prompts.
+
+    Args:
+        prompts: texts; with ``chat`` also conversations.
+        tokenizers: of each prompt.
+        chat: put them through the tokenizer's chat template.
+        context: ``tools`` and ``documents`` for the template.
+
+    Raises:
+        DataError: a text that is none, or ``chat`` without a template that takes the messages.
+    """
+    together = zip(tokenizers, prompts, strict=True)
+    if chat:
+        return [tokenizer.encode_chat(prompt, **context) for tokenizer, prompt in together]
+    return [tokenizer.encode(prompt) for tokenizer, prompt in together]
 
 
 def new_ids(generation: Generation, batch: int) -> list[list[int]]:
@@ -55,12 +69,19 @@ def new_ids(generation: Generation, batch: int) -> list[list[int]]:
 def pieces(
     generation: Generation,
     batch: int,
-    decode: Callable[[Sequence[int]], str],
+    decode: Sequence[Callable[[Sequence[int]], str]],
     stop: str | Sequence[str],
 ) -> Iterator[tuple[int, str]]:
-    """(row, text) as it becomes certain; a row finishes before its first stop string."""
+    """(row, text) as it becomes certain; a row finishes before its first stop string.
+
+    Args:
+        generation: the loop.
+        batch: number of rows.
+        decode: of each row: token ids -> text.
+        stop: the stop strings.
+    """
     stops = [stop] if isinstance(stop, str) else list(stop)
-    texts = [TextStream(decode, stops) for _ in range(batch)]
+    texts = [TextStream(decode[row], stops) for row in range(batch)]
 
     def run() -> Iterator[tuple[int, str]]:
         for tokens in generation:

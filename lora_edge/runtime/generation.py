@@ -24,7 +24,7 @@ class Generation:
         prompts: token ids of each row.
         binding: the adapters of the rows; None is off on every row.
         max_new_tokens: at most so many new tokens a row.
-        eos_ids: tokens that end a row.
+        eos_ids: tokens that end each row.
         sampling: how tokens are chosen.
 
     Raises:
@@ -39,7 +39,7 @@ class Generation:
         binding: Binding | None,
         *,
         max_new_tokens: int,
-        eos_ids: Collection[int],
+        eos_ids: Sequence[Collection[int]],
         sampling: Sampling,
     ) -> None:
         longest = max((len(prompt) for prompt in prompts), default=0)
@@ -69,14 +69,19 @@ class Generation:
 
     def __iter__(self) -> Iterator[list[int | None]]:
         generators = self._sampling.generators(self._prompts)
+        histories = [set(prompt) for prompt in self._prompts]
         logits = self._decoding.prefill(self._prompts)
         for count in range(1, self._max_new_tokens + 1):
             tokens = [
-                None if done else self._sampling.choose(values, generator)
-                for done, values, generator in zip(self._finished, logits, generators, strict=True)
+                None if done else self._sampling.choose(values, generator, history)
+                for done, values, generator, history in zip(
+                    self._finished, logits, generators, histories, strict=True
+                )
             ]
             for row, token in enumerate(tokens):
-                if token in self._eos_ids:
+                if token is not None:
+                    histories[row].add(token)
+                if token in self._eos_ids[row]:
                     self.finish(row)
             yield tokens
             if all(self._finished) or count == self._max_new_tokens:

@@ -64,11 +64,11 @@ class Outputs:
     Args:
         bundle: the bundle.
         encoder: its session.
-        tokenizer: gives its tokenizer; called when a text comes.
+        tokenizer: gives the tokenizer of a row's adapters; called when a text comes.
     """
 
     def __init__(
-        self, bundle: Bundle, encoder: Encoder, tokenizer: Callable[[], Tokenizer]
+        self, bundle: Bundle, encoder: Encoder, tokenizer: Callable[[State], Tokenizer]
     ) -> None:
         self._bundle = bundle
         self._encoder = encoder
@@ -93,22 +93,28 @@ class Outputs:
         config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         return bool(config.get("problem_type") == "multi_label_classification")
 
-    def encode(self, texts: Sequence[TextInput], max_length: int | None = None) -> list[Encoded]:
-        """The tokens of texts.
+    def encode(
+        self,
+        texts: Sequence[TextInput],
+        max_length: int | None = None,
+        states: Sequence[State] | None = None,
+    ) -> list[Encoded]:
+        """The tokens of texts, each by its own adapters' tokenizer; ``None``: by the base's.
 
         Raises:
             DataError: a text that is none.
         """
         limit = min(x for x in (max_length, self._encoder.spec.max_length) if x is not None)
         found = []
-        for text in texts:
+        for text, state in zip(texts, states or [()] * len(texts), strict=True):
             pair = text if isinstance(text, tuple) else (text, None)
             if not isinstance(pair[0], str) or not isinstance(pair[1], str | None):
                 raise DataError(
                     f"a text is {type(text).__name__}, expected a string, or a tuple of two",
                     "Give texts, or pixel_values for a model of images.",
                 )
-            found.append(self._tokenizer().encode_input(pair[0], pair[1], max_length=limit))
+            tokenizer = self._tokenizer(state)
+            found.append(tokenizer.encode_input(pair[0], pair[1], max_length=limit))
         return found
 
     def rows(self, rows: Sequence[Sequence[int]], types: Any, binding: Binding) -> list[FloatArray]:
@@ -167,7 +173,7 @@ class Outputs:
         self, texts: Sequence[TextInput], binding: Binding, names: Sequence[State]
     ) -> list[list[Label]]:
         """Labels of each text, best first."""
-        coded = self.encode(texts)
+        coded = self.encode(texts, states=names)
         rows = self.rows([x.ids for x in coded], [x.type_ids for x in coded], binding)
         return self._labels(rows, names)
 
@@ -181,7 +187,7 @@ class Outputs:
         self, texts: Sequence[str], binding: Binding, names: Sequence[State]
     ) -> list[list[TokenLabel]]:
         """The best label of each token of each text, special tokens left out."""
-        coded = self.encode(texts)
+        coded = self.encode(texts, states=names)
         rows = self.rows([x.ids for x in coded], [x.type_ids for x in coded], binding)
         found = []
         for text, one, logits, state in zip(texts, coded, rows, names, strict=True):
@@ -196,9 +202,14 @@ class Outputs:
             )
         return found
 
-    def embed(self, texts: Sequence[TextInput], binding: Binding) -> FloatArray:
+    def embed(
+        self,
+        texts: Sequence[TextInput],
+        binding: Binding,
+        states: Sequence[State] | None = None,
+    ) -> FloatArray:
         """``[batch, hidden] float32``, pooled as the model's files say."""
-        coded = self.encode(texts, self.pooling.max_length)
+        coded = self.encode(texts, self.pooling.max_length, states)
         rows = [x.ids for x in coded]
         feeds = self._encoder.feeds(rows, [x.type_ids for x in coded])
         hidden = self._encoder.run(feeds, binding)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,14 +19,15 @@ from lora_edge.bundle import (
     Bundle,
     load_bundle,
 )
-from lora_edge.errors import BundleError, DataError
+from lora_edge.errors import BundleError, DataError, OptionError
 from lora_edge.lora import FloatArray
 from lora_edge.manifest import GraphSpec, Seq2SeqSpec
 from lora_edge.names import NONE_ADAPTER
-from lora_edge.runtime.active import ActiveAdapters, AdapterArgument
-from lora_edge.runtime.binding import Binding
-from lora_edge.runtime.completions import Prompt, encode, new_ids, pieces
+from lora_edge.runtime.active import ActiveAdapters, AdapterArgument, Choice
+from lora_edge.runtime.binding import Binding, State
+from lora_edge.runtime.completions import Prompt, as_list, encode, new_ids, pieces
 from lora_edge.runtime.decoder import Decoder
+from lora_edge.runtime.defaults import GenerationDefaults, choices
 from lora_edge.runtime.encoder import Encoder
 from lora_edge.runtime.generation import Generation
 from lora_edge.runtime.outputs import Label, Outputs, TextInput, TokenLabel
@@ -33,7 +35,8 @@ from lora_edge.runtime.pinned import PinnedSessions
 from lora_edge.runtime.rows import token_rows
 from lora_edge.runtime.sampling import Sampling
 from lora_edge.runtime.seq2seq import Seq2Seq
-from lora_edge.runtime.tokenizer import TOKENIZER_FILES, Tokenizer, eos_ids
+from lora_edge.runtime.texts import Texts
+from lora_edge.runtime.tokenizer import Tokenizer
 
 
 class Runner:
@@ -153,7 +156,9 @@ class Runner:
     @cached_property
     def outputs(self) -> Outputs:
         """What an encoder bundle gives for texts and images; raises as :attr:`encoder`."""
-        return Outputs(self.bundle, self.encoder, lambda: self.tokenizer)
+        return Outputs(
+            self.bundle, self.encoder, lambda state: self._texts.tokenizer(state, chat=False)
+        )
 
     @property
     def spec(self) -> GraphSpec:
@@ -166,21 +171,55 @@ class Runner:
         return tuple(sorted(set(self.bundle.manifest.adapters) - {NONE_ADAPTER}))
 
     @cached_property
+    def _texts(self) -> Texts:
+        return Texts(self.bundle)
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """The bundle's tokenizer.
 
         Raises:
             BundleError: it has none, or its files are damaged.
         """
-        for name in TOKENIZER_FILES:
-            if name in self.bundle.manifest.files:
-                self.bundle.verify(name)
-        return Tokenizer(self.bundle.directory)
+        return self._texts.tokenizer()
+
+    def tokenizer_of(self, adapter: Choice) -> Tokenizer:
+        """The tokenizer of rows that use an adapter: its own where it brought one.
+
+        Args:
+            adapter: a choice for one row, see the class.
+
+        Raises:
+            AdapterNotFoundError: a name that the bundle does not have.
+            DataError: a blend of adapters that read text in different ways.
+            BundleError: there is no tokenizer, or its files are damaged.
+        """
+        return self._texts.tokenizer(self._active.states(adapter, 1)[0])
 
     @cached_property
     def eos_ids(self) -> frozenset[int]:
-        """The token ids that end a completion."""
-        return eos_ids(self.bundle.directory)
+        """The token ids that end a completion of the base."""
+        return self._texts.eos_ids()
+
+    def eos_of(self, adapter: Choice) -> frozenset[int]:
+        """The token ids that end a row of an adapter: the base's, and its own end token.
+
+        Raises:
+            As :meth:`tokenizer_of`.
+        """
+        return self._eos(self._active.states(adapter, 1))[0]
+
+    def _eos(self, states: Sequence[State]) -> list[frozenset[int]]:
+        return [self._texts.eos_ids(state) | self.eos_ids for state in states]
+
+    @property
+    def generation_defaults(self) -> GenerationDefaults:
+        """What the model's ``generation_config.json`` says of generation.
+
+        Raises:
+            BundleError: the file is damaged.
+        """
+        return self._texts.defaults
 
     def binding(self, adapter: AdapterArgument, batch: int) -> Binding:
         """What is bound for a batch, for use with :attr:`decoder`.
@@ -331,20 +370,26 @@ class Runner:
             raise _wrong_task(self.bundle, "gives no embeddings", "Use classify() or logits().")
         if not texts:
             raise DataError("there is nothing to embed", "Give at least one text.")
-        return self.outputs.embed(texts, self.binding(adapter, len(texts)))
+        binding = self.binding(adapter, len(texts))
+        return self.outputs.embed(texts, binding, self._active.states(adapter, len(texts)))
 
     def generate(
         self,
         prompts: str | Sequence[Prompt] | NDArray[np.float32],
         adapter: AdapterArgument = None,
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = None,
         *,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
         seed: int | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        defaults: Literal["model"] | None = None,
         stop: str | Sequence[str] = (),
         chat: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
         start: Sequence[int] | None = None,
     ) -> list[str]:
         """Complete prompts, as one batch; of an encoder-decoder, answer or transcribe them.
@@ -355,13 +400,21 @@ class Runner:
             prompts: texts; with ``chat`` also conversations (lists of ``{"role", "content"}``); for
                 speech ``input_features [batch, mels, frames] float32``.
             adapter: see the class.
-            max_new_tokens: at most so many new tokens a prompt.
-            temperature: 0 is greedy.
-            top_k: sample from the k likeliest tokens; 0 is all.
-            top_p: sample from the likeliest tokens that hold this probability; 1 is all.
+            max_new_tokens: at most so many new tokens a prompt; None is 64.
+            temperature: 0, or None, is greedy.
+            top_k: sample from the k likeliest tokens; 0, or None, is all.
+            top_p: sample from the likeliest tokens that hold this probability; 1, or None, is all.
             seed: same seed and prompt, same text, whatever else is in the batch.
+            min_p: sample from the tokens that are at least so many times as likely as the
+                likeliest; 0, or None, is all.
+            repetition_penalty: above 1, tokens that a row has already become less likely; 1, or
+                None, is none.
+            defaults: ``"model"``: what is None is as the model's ``generation_config.json`` says;
+                a UserWarning names what it says and is not followed.
             stop: a completion ends before the first of these strings.
-            chat: put the prompts through the tokenizer's chat template.
+            chat: put the prompts through the chat template, of the adapter if it brought one.
+            tools: JSON schemas of tools, for the chat template.
+            documents: documents, for the chat template.
             start: what the decoder of an encoder-decoder begins with, instead of what its
                 checkpoint says: e.g. Whisper's tokens for a language and a task.
 
@@ -374,20 +427,18 @@ class Runner:
                 outside its range or for another task, or ``chat`` without a template.
         """
         if isinstance(self.session, Seq2Seq):
-            if temperature or stop or chat:
-                raise DataError(
-                    "an encoder-decoder takes no temperature, no stop and no chat",
-                    "Leave them out: it is greedy, and ends at its end token.",
-                )
+            _greedy_only(temperature, stop, chat, min_p, repetition_penalty, defaults)
             speech = self.session.spec.features
-            sources: Any = prompts if speech else self._encode(prompts, chat=False)
-            said = self._answers(self.session, sources, adapter, max_new_tokens, start)
-            return [self.tokenizer.decode(row) for row in said]
+            sources: Any = prompts if speech else self._encode(prompts, adapter, chat=False)
+            said = self._answers(self.session, sources, adapter, max_new_tokens or 64, start)
+            tokenizers = self._tokenizers(adapter, len(said), chat=False)
+            return [one.decode(row) for one, row in zip(tokenizers, said, strict=True)]
         _refuse_start(start)
-        rows = self._encode(prompts, chat)
-        sampling = Sampling(temperature, top_k, top_p, seed)
+        given = _given(temperature, top_k, top_p, seed, min_p, repetition_penalty)
+        sampling, count = self._choices(defaults, given, max_new_tokens)
+        rows = self._encode(prompts, adapter, chat, tools=tools, documents=documents)
         texts = [""] * len(rows)
-        for row, piece in self._pieces(rows, adapter, max_new_tokens, sampling, stop):
+        for row, piece in self._pieces(rows, adapter, count, sampling, stop):
             texts[row] += piece
         return texts
 
@@ -395,46 +446,72 @@ class Runner:
         self,
         prompt: Prompt,
         adapter: AdapterArgument = None,
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = None,
         *,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
         seed: int | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        defaults: Literal["model"] | None = None,
         stop: str | Sequence[str] = (),
         chat: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
     ) -> Iterator[str]:
         """Complete one prompt, piece by piece as it becomes certain.
 
         The pieces' concatenation is what :meth:`generate` returns; arguments and errors are its
         own.
         """
-        rows = self._encode([prompt], chat)
-        sampling = Sampling(temperature, top_k, top_p, seed)
-        pieces = self._pieces(rows, adapter, max_new_tokens, sampling, stop)
+        given = _given(temperature, top_k, top_p, seed, min_p, repetition_penalty)
+        sampling, count = self._choices(defaults, given, max_new_tokens)
+        rows = self._encode([prompt], adapter, chat, tools=tools, documents=documents)
+        pieces = self._pieces(rows, adapter, count, sampling, stop)
         return (piece for _, piece in pieces if piece)
 
     def generate_ids(
         self,
         rows: Sequence[Sequence[int]] | NDArray[np.float32],
         adapter: AdapterArgument = None,
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = None,
         *,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
         seed: int | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        defaults: Literal["model"] | None = None,
         start: Sequence[int] | None = None,
     ) -> list[list[int]]:
         """As :meth:`generate` on token ids: each row's new ids, its end token included."""
         if isinstance(self.session, Seq2Seq):
-            if temperature:
-                raise DataError("an encoder-decoder takes no temperature", "Leave it out.")
-            return self._answers(self.session, rows, adapter, max_new_tokens, start)
+            _greedy_only(temperature, (), False, min_p, repetition_penalty, defaults)
+            return self._answers(self.session, rows, adapter, max_new_tokens or 64, start)
         _refuse_start(start)
         ids, _, _ = token_rows(rows, None)
-        sampling = Sampling(temperature, top_k, top_p, seed)
-        return new_ids(self._generation(ids, adapter, max_new_tokens, sampling), len(ids))
+        given = _given(temperature, top_k, top_p, seed, min_p, repetition_penalty)
+        sampling, count = self._choices(defaults, given, max_new_tokens)
+        return new_ids(self._generation(ids, adapter, count, sampling), len(ids))
+
+    def _choices(
+        self, defaults: str | None, given: Mapping[str, Any], max_new_tokens: int | None
+    ) -> tuple[Sampling, int]:
+        if defaults not in (None, "model"):
+            raise OptionError(
+                f"defaults is {defaults!r:.100}, expected 'model' or None",
+                "'model' follows the model's generation_config.json.",
+            )
+        model = None if defaults is None else self.generation_defaults
+        if model is not None and model.not_followed:
+            warnings.warn(
+                "the model's generation_config.json says what is not followed: "
+                + ", ".join(model.not_followed),
+                stacklevel=3,
+            )
+        return choices(model, given, max_new_tokens)
 
     def _answers(
         self,
@@ -461,7 +538,7 @@ class Runner:
             rows,
             bound,
             max_new_tokens=max_new_tokens,
-            eos_ids=self.eos_ids,
+            eos_ids=self._eos(self._active.states(adapter, len(rows))),
             sampling=sampling,
         )
 
@@ -475,12 +552,54 @@ class Runner:
     ) -> Iterator[tuple[int, str]]:
         """(row, text) as it becomes certain. Errors in the arguments are raised here and now."""
         generation = self._generation(rows, adapter, max_new_tokens, sampling)
-        return pieces(generation, len(rows), self.tokenizer.decode, stop)
+        tokenizers = self._tokenizers(adapter, len(rows), chat=False)
+        return pieces(generation, len(rows), [one.decode for one in tokenizers], stop)
 
-    def _encode(self, prompts: Any, chat: bool) -> list[list[int]]:
+    def _encode(
+        self, prompts: Any, adapter: AdapterArgument, chat: bool, **context: Any
+    ) -> list[list[int]]:
         if isinstance(self.session, Encoder):
             _ = self.decoder  # says what the bundle does instead
-        return encode(prompts, chat, lambda: self.tokenizer)
+        listed = as_list(prompts, chat)
+        return encode(listed, self._tokenizers(adapter, len(listed), chat), chat, **context)
+
+    def _tokenizers(self, adapter: AdapterArgument, batch: int, chat: bool) -> list[Tokenizer]:
+        states = self._active.states(adapter, batch)
+        return [self._texts.tokenizer(state, chat=chat) for state in states]
+
+
+def _given(
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int | None,
+    min_p: float | None,
+    repetition_penalty: float | None,
+) -> dict[str, Any]:
+    return {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+    }
+
+
+def _greedy_only(
+    temperature: float | None,
+    stop: str | Sequence[str],
+    chat: bool,
+    min_p: float | None,
+    repetition_penalty: float | None,
+    defaults: str | None,
+) -> None:
+    if temperature or stop or chat or min_p or (repetition_penalty or 1) != 1 or defaults:
+        raise DataError(
+            "an encoder-decoder takes no temperature, min_p, repetition penalty, stop, chat or "
+            "defaults",
+            "Leave them out: it is greedy, and ends at its end token.",
+        )
 
 
 def _refuse_start(start: Sequence[int] | None) -> None:

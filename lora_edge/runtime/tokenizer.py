@@ -1,32 +1,27 @@
-"""Text <-> token ids with the bundle's own ``tokenizer.json`` and chat template."""
+"""Text <-> token ids with the bundle's own ``tokenizer.json`` and chat templates.
+
+The export has seen to it that these files say what transformers makes of the model's own
+(:mod:`lora_edge.prompts`); here they are read, and nothing is guessed.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from datetime import datetime
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 import tokenizers
 
 from lora_edge.errors import BundleError, DataError
-from lora_edge.files.json import read_object, read_text
+from lora_edge.files.json import decode_text, read_bytes, read_object
+from lora_edge.runtime.chat import ChatTemplates, Message
 
-Message = Mapping[str, Any]
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-    "config.json",
-)
+TEMPLATE_FILE, TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templates"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_AGAIN = "Copy it again."
 
 
 class Encoded(NamedTuple):
@@ -49,38 +44,88 @@ class Tokenizer:
 
     Args:
         directory: a folder with ``tokenizer.json`` and, where the model has them,
-            ``tokenizer_config.json`` and ``chat_template.jinja``.
+            ``tokenizer_config.json``, ``special_tokens_map.json``, ``chat_template.jinja`` and
+            ``additional_chat_templates/``.
+        over: a folder whose files count before those of ``directory``: what an adapter brings.
 
     Raises:
         BundleError: there is no tokenizer, or it cannot be read.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, over: Path | None = None) -> None:
         self.directory = directory
-        path = directory / "tokenizer.json"
-        if not path.is_file():
+        self._folders = (directory,) if over is None else (over, directory)
+        path = self._file("tokenizer.json")
+        if path is None:
             raise BundleError(
                 f"{directory} has no tokenizer.json",
                 "Use token ids (logits, generate_ids), or export a base that has one.",
             )
-        try:
+        with _panics(BundleError, f"{path} cannot be read", _AGAIN), _silent_stderr():
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises plain Exception
-            raise BundleError(f"{path} cannot be read: {error}", "Copy it again.") from error
         # Both may be saved in the file; they are the training's affair.
+        truncation = self._tokenizer.truncation or {}
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._config = _read_json(directory / "tokenizer_config.json")
-        self._template: jinja2.Template | None = None
+        config = self._file("tokenizer_config.json")
+        self._config = {} if config is None else _read(config)
+        side = self._config.get("truncation_side", truncation.get("direction", "right"))
+        self._truncation_side = "left" if str(side).lower() == "left" else "right"
+        self._tokenizer.encode_special_tokens = self._config.get("split_special_tokens") is True
+        kind = type(self._tokenizer.model).__name__
+        self._clean = self._config.get("clean_up_tokenization_spaces") is True and (
+            kind != "BPE"
+            or self._config.get(
+                "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+            )
+            is True
+        )
+        self._check()
 
     @property
     def vocab_size(self) -> int:
         """Number of tokens, the added ones included."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
+    @cached_property
+    def special_tokens(self) -> Mapping[str, str]:
+        """Name -> text: ``bos_token``, ``eos_token``, ..., and those that the model has besides.
+
+        Templates see them as variables.
+        """
+        legacy = self._file("special_tokens_map.json")
+        named = dict(self._config)
+        if legacy is not None and "added_tokens_decoder" not in self._config:
+            named |= _read(legacy)
+        extra = named.get("extra_special_tokens")
+        named |= extra if isinstance(extra, Mapping) else {}
+        names = [name for name in named if name.endswith("_token")]
+        names += list(extra) if isinstance(extra, Mapping) else []
+        texts = {name: _text(named[name]) for name in names}
+        return {name: text for name, text in texts.items() if text is not None}
+
+    @cached_property
+    def templates(self) -> Mapping[str, str]:
+        """Name -> chat template; empty where the model has none."""
+        for folder in self._folders:
+            found = read_templates(folder)
+            if found:
+                return found
+        return {}
+
+    def token_id(self, text: str) -> int | None:
+        """The id of a token, by its text."""
+        found = self._tokenizer.token_to_id(text)
+        return None if found is None else int(found)
+
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
-        """Token ids; ``special_tokens`` adds what the tokenizer itself puts around a text."""
-        return list(self._tokenizer.encode(text, add_special_tokens=special_tokens).ids)
+        """Token ids; ``special_tokens`` adds what the tokenizer itself puts around a text.
+
+        Raises:
+            DataError: the text is none, or holds a lone surrogate, which no UTF-8 has.
+        """
+        with _encoding((text,)):
+            return list(self._tokenizer.encode(text, add_special_tokens=special_tokens).ids)
 
     def encode_input(
         self, text: str, pair: str | None = None, *, max_length: int | None = None
@@ -92,113 +137,124 @@ class Tokenizer:
             pair: a second text, which the tokenizer puts behind it.
             max_length: cut the texts (the longer one first) to this many tokens, special ones
                 included; ``None``: never.
+
+        Raises:
+            DataError: as :meth:`encode`; or ``max_length`` leaves no room for the special tokens.
         """
-        if max_length is not None:
-            self._tokenizer.enable_truncation(max_length)
-        try:
-            coded = self._tokenizer.encode(text, pair)
-        finally:
-            self._tokenizer.no_truncation()
+        with _encoding((text,) if pair is None else (text, pair)):
+            if max_length is not None:
+                self._tokenizer.enable_truncation(max_length, direction=self._truncation_side)
+            try:
+                coded = self._tokenizer.encode(text, pair)
+            finally:
+                self._tokenizer.no_truncation()
         return Encoded(list(coded.ids), list(coded.type_ids), list(coded.offsets))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+        text = str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+        for space, none in _CLEANED if self._clean else ():
+            text = text.replace(space, none)
+        return text
 
-    def encode_chat(self, prompt: str | Sequence[Message]) -> list[int]:
+    def encode_chat(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:
         """Token ids of a conversation, ready for the assistant's answer.
 
         Args:
             prompt: the user's message, or messages with ``role`` and ``content``.
+            tools: JSON schemas of tools.
+            documents: documents to answer from.
 
         Raises:
             DataError: the tokenizer has no chat template, or the template refuses the messages.
         """
-        return self.encode(self.chat_text(prompt), special_tokens=False)
+        text = self.chat_text(prompt, tools=tools, documents=documents)
+        return self.encode(text, special_tokens=False)
 
-    def chat_text(self, prompt: str | Sequence[Message]) -> str:
+    def chat_text(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
         """What :meth:`encode_chat` encodes, as text; raises as it does."""
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        for message in messages:
-            if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-                raise DataError(
-                    f"a message is {message!r}, expected a mapping with role and content",
-                    "Write {'role': 'user', 'content': '...'}.",
-                )
-        if self._template is None:
-            self._template = self._compile()
-        try:
-            return self._template.render(
-                messages=list(messages), add_generation_prompt=True, **self._special_tokens()
-            )
-        except jinja2.TemplateError as error:
-            raise DataError(
-                f"the chat template refuses the messages: {error}",
-                "Check the roles and their order.",
-            ) from error
-
-    def _special_tokens(self) -> dict[str, str]:
-        tokens = {**_read_json(self.directory / "special_tokens_map.json"), **self._config}
-        texts = {key: _text(value) for key, value in tokens.items() if key.endswith("_token")}
-        return {key: text for key, text in texts.items() if text is not None}
-
-    def _compile(self) -> jinja2.Template:
-        source = self._template_source()
-        # The options and helpers that transformers' apply_chat_template gives to a template.
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"],
+        return self._chat.render(
+            prompt, tools=tools, documents=documents, add_generation_prompt=add_generation_prompt
         )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = datetime.now().astimezone().strftime
-        try:
-            return environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise DataError(
-                f"the chat template of {self.directory} cannot be read: {error}",
-                "Export a base whose chat template works, or leave chat out.",
-            ) from error
 
-    def _template_source(self) -> str:
-        path = self.directory / "chat_template.jinja"
-        if path.is_file():
-            return read_text(path, BundleError, "Copy it again.", max_bytes=1 << 20)
-        source = self._config.get("chat_template")
-        if isinstance(source, list):  # several, by name
-            source = {entry["name"]: entry["template"] for entry in source}.get("default")
-        if not isinstance(source, str):
-            raise DataError(
-                f"the tokenizer of {self.directory} has no chat template",
-                "Leave chat out and write the whole prompt yourself.",
-            )
-        return source
+    @cached_property
+    def _chat(self) -> ChatTemplates:
+        return ChatTemplates(
+            self.templates, self.special_tokens, f"the tokenizer of {self._folders[0]}"
+        )
+
+    def _file(self, name: str) -> Path | None:
+        return next((x / name for x in self._folders if (x / name).is_file()), None)
+
+    def _check(self) -> None:
+        """Encode once: a damaged post-processor shows only then."""
+        what = f"the tokenizer of {self._folders[0]} cannot encode"
+        with _panics(BundleError, what, _AGAIN), _silent_stderr():
+            self._tokenizer.encode("Hi, é 1")
+            self._tokenizer.encode("a", "b")
+            self._tokenizer.decode([0])
 
 
-def eos_ids(directory: Path) -> frozenset[int]:
-    """The tokens that end a completion: ``generation_config.json``'s, else ``config.json``'s."""
-    for name in ("generation_config.json", "config.json"):
-        found = _read_json(directory / name).get("eos_token_id")
-        if found is not None:
-            return frozenset(found if isinstance(found, list) else [found])
-    return frozenset()
+def read_templates(folder: Path) -> dict[str, str]:
+    """Name -> chat template of a model folder, as transformers finds them.
 
+    Files come before ``tokenizer_config.json``, whatever names it has.
 
-class _GenerationBlock(jinja2.ext.Extension):
-    """``{% generation %}`` marks the assistant's words for training; here it changes nothing."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it as an instance attribute
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    Raises:
+        BundleError: a file cannot be read.
+    """
+    found = {}
+    if (folder / TEMPLATE_FILE).is_file():
+        found["default"] = _template(folder / TEMPLATE_FILE)
+    for file in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja")):
+        found[file.name.removesuffix(".jinja")] = _template(file)
+    config = folder / "tokenizer_config.json"
+    if found or not config.is_file():
+        return found
+    given = _read(config).get("chat_template")
+    if isinstance(given, str):
+        return {"default": given}
+    if isinstance(given, list):  # several, by name
+        given = {
+            x["name"]: x.get("template")
+            for x in given
+            if isinstance(x, dict) and isinstance(x.get("name"), str)
+        }
+    if given is None:
         return {}
-    return read_object(path, BundleError, "Copy it again.", nonfinite=True)
+    if not isinstance(given, dict) or not all(isinstance(x, str) for x in given.values()):
+        raise BundleError(f"{config}: chat_template is neither text nor named texts", _AGAIN)
+    return dict(given)
+
+
+_CLEANED = (
+    (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"),
+    (" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"),
+)  # fmt: skip
+
+
+def _template(file: Path) -> str:
+    data = read_bytes(file, BundleError, _AGAIN, max_bytes=1 << 20)
+    # transformers takes a byte order mark for text, so it is printed.
+    mark = "\ufeff" if data.startswith(b"\xef\xbb\xbf") else ""
+    return mark + decode_text(data, str(file), BundleError, _AGAIN)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return read_object(path, BundleError, _AGAIN, nonfinite=True)
 
 
 def _text(token: object) -> str | None:
@@ -207,10 +263,46 @@ def _text(token: object) -> str | None:
     return token if isinstance(token, str) else None
 
 
-def _to_json(value: object, indent: int | None = None) -> str:
-    # Unlike jinja2's own filter: no HTML escapes, non-ASCII as it is.
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+@contextlib.contextmanager
+def _encoding(texts: Sequence[object]) -> Iterator[None]:
+    for text in texts:
+        if not isinstance(text, str):
+            raise DataError(f"a text is {type(text).__name__}, expected str", "Pass a str.")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"the text holds {text[error.start]!r}, half of a surrogate pair, at {error.start}",
+                "Read the text as UTF-8, or replace what is no character of Unicode.",
+            ) from error
+    with _panics(DataError, "the text cannot be encoded", "Shorten it, or check max_length."):
+        yield
 
 
-def _refuse(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
+@contextlib.contextmanager
+def _panics(kind: type[BundleError | DataError], what: str, hint: str) -> Iterator[None]:
+    """tokenizers raises plain Exception; where its Rust code gives up, a BaseException."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise kind(f"{what}: {reason}", hint) from error
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Rust prints the trace of a panic to the process's stderr, before Python sees it."""
+    try:
+        kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    except OSError:  # there is none
+        yield
+        return
+    try:
+        os.dup2(nothing, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)

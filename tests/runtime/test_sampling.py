@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_edge.errors import DataError
+from lora_edge.errors import DataError, OptionError
 from lora_edge.runtime.sampling import Sampling
 
 LOGITS = np.log(np.float32([0.4, 0.3, 0.2, 0.1]))
@@ -88,3 +88,85 @@ def test_generators_depend_on_seed_prompt_and_repetition_only() -> None:
 def test_bad_settings_are_named(name: str, value: float) -> None:
     with pytest.raises(DataError, match=f"{name} is {value}, expected"):
         Sampling(**{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.3},
+        {"repetition_penalty": 0.8, "temperature": 0.7},
+        {"min_p": 0.05},
+        {"min_p": 1.0},
+        {"top_k": 50, "top_p": 0.8, "min_p": 0.02, "temperature": 0.6, "repetition_penalty": 1.1},
+        {"top_k": 20, "top_p": 0.95, "temperature": 1.5},
+        {"top_k": 3},
+    ],
+)
+def test_probabilities_are_those_of_transformers_processors(
+    options: dict[str, Any], seed: int
+) -> None:
+    import torch
+    from transformers import GenerationConfig
+    from transformers.generation import logits_process as made
+
+    rng = np.random.default_rng(seed)
+    logits = (rng.standard_normal(300) * 4).astype(np.float32)
+    logits[rng.integers(0, 300, 40)] = logits[7]  # equals, which top-k keeps together
+    history = rng.integers(0, 300, 60).tolist()
+    config = GenerationConfig(do_sample=True, **options)
+    chain = made.LogitsProcessorList()
+    if config.repetition_penalty is not None:
+        chain.append(made.RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
+    if config.temperature is not None:
+        chain.append(made.TemperatureLogitsWarper(config.temperature))
+    if options.get("top_k"):
+        chain.append(made.TopKLogitsWarper(options["top_k"]))
+    if options.get("top_p"):
+        chain.append(made.TopPLogitsWarper(options["top_p"]))
+    if options.get("min_p") is not None:
+        chain.append(made.MinPLogitsWarper(options["min_p"]))
+    scores = chain(torch.tensor([history]), torch.from_numpy(logits.copy())[None])
+    expected = torch.softmax(scores[0].double(), 0).numpy()
+    found = Sampling(**{"temperature": 1.0, **options}).probabilities(logits, set(history))
+    np.testing.assert_array_equal(found > 0, expected > 0)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-9)
+
+
+def test_the_repetition_penalty_changes_what_is_greedy() -> None:
+    logits, generator = np.float32([1.0, 3.0, 2.0, -1.0]), np.random.default_rng(0)
+    assert Sampling(repetition_penalty=2.0).choose(logits, generator, {1}) == 2
+    assert Sampling(repetition_penalty=2.0).choose(logits, generator, {2}) == 1
+    assert Sampling(repetition_penalty=2.0).penalized(logits, {3})[3] == -2.0
+    assert logits.tolist() == [1.0, 3.0, 2.0, -1.0]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": float("inf")},
+        {"min_p": -0.1},
+        {"min_p": 1.1},
+        {"min_p": float("nan")},
+    ],
+)
+def test_values_outside_their_ranges(bad: dict[str, float]) -> None:
+    with pytest.raises(DataError, match=f"{next(iter(bad))} is "):
+        Sampling(**bad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"temperature": "1"},
+        {"top_k": 2.5},
+        {"top_p": None},
+        {"seed": 1.5},
+        {"min_p": [1]},
+        {"top_k": True},
+    ],
+)
+def test_values_of_other_types(bad: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match=f"{next(iter(bad))} is "):
+        Sampling(**bad)

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from lora_edge.errors import BundleError, DataError
-from lora_edge.runtime.tokenizer import Tokenizer, eos_ids
+from lora_edge.runtime.defaults import read_defaults
+from lora_edge.runtime.tokenizer import Tokenizer
 
 BOS, USER, ASSISTANT = 257, 258, 259
 
@@ -106,7 +107,8 @@ def test_missing_and_damaged_files(folder: Path) -> None:
     [
         ('{"eos_token_id": [5, 7]}', '{"eos_token_id": 1}', {5, 7}),
         ('{"eos_token_id": 5}', None, {5}),
-        ("{}", '{"eos_token_id": 0}', {0}),
+        ("{}", '{"eos_token_id": 0}', set()),  # as transformers: the file alone counts
+        (None, '{"eos_token_id": 0}', {0}),
         (None, '{"eos_token_id": null}', set()),
         (None, None, set()),
     ],
@@ -117,4 +119,52 @@ def test_end_tokens(
     for name, text in (("generation_config.json", generation), ("config.json", config)):
         if text is not None:
             (tmp_path / name).write_text(text)
-    assert eos_ids(tmp_path) == expected
+    assert read_defaults(tmp_path).eos_ids == expected
+
+
+def _processor(**changes: Any) -> Any:
+    return lambda data: data["post_processor"].update(changes)
+
+
+def _part(**changes: Any) -> Any:
+    return lambda data: data.update(changes)
+
+
+DAMAGE = {
+    "a special token that is not there": _processor(special_tokens={}),
+    "a name that is not there": _processor(single=[{"SpecialToken": {"id": "x", "type_id": 0}}]),
+    "an empty processor": _part(post_processor={"type": "Sequence", "processors": [{}]}),
+    "half a processor": _part(post_processor={"type": "BertProcessing", "sep": ["[SEP]"]}),
+    "no vocabulary": lambda data: data["model"].update(type="Unigram", vocab=[], unk_id=5),
+    "no such decoder": _part(decoder={"type": "Nothing"}),
+    "no regex": _part(normalizer={"type": "Replace", "pattern": {"Regex": "("}, "content": ""}),
+    "no charsmap": _part(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_tokenizer_is_a_refusal_of_one_line(
+    folder: Path, name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / "tokenizer.json"
+    data = json.loads(path.read_text())
+    DAMAGE[name](data)
+    path.write_text(json.dumps(data))
+    with pytest.raises(BundleError) as refused:
+        Tokenizer(folder)
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 500
+    assert refused.value.hint
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a\udfffb", None, 7, b"a"])
+def test_what_is_no_text(folder: Path, text: Any) -> None:
+    tokenizer = Tokenizer(folder)
+    with pytest.raises(DataError):
+        tokenizer.encode(text)
+    with pytest.raises(DataError):
+        tokenizer.encode_input("a", 7 if text is None else text)
+    if isinstance(text, str):
+        with pytest.raises(DataError):
+            tokenizer.encode_chat([{"role": "user", "content": text}])
