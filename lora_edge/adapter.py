@@ -11,6 +11,7 @@ the pattern matching, ``peft/tuners/lora/layer.py`` for scaling and layouts,
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import re
@@ -20,19 +21,18 @@ from pathlib import Path
 from typing import Any
 
 from lora_edge.adapter_parts import (
-    TASK_HEADS,
     FloatArray,
     LowRank,
     StackedFactors,
     TokenRows,
     check_biases,
-    is_saved_module,
     low_rank_modules,
     saved_parameters,
     stacked_factors,
     token_rows,
 )
 from lora_edge.errors import AdapterError, UnsupportedAdapterError
+from lora_edge.manifest import SiteEntry
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.peft_directory import (
     CONFIG_FILE,
@@ -40,9 +40,10 @@ from lora_edge.peft_directory import (
     read_tensors,
     read_training,
     tensor_file,
-    unknown_keys,
+    tensor_keys,
 )
-from lora_edge.peft_types import MERGE_FIRST
+from lora_edge.peft_loading import check_keys
+from lora_edge.peft_targets import Targets
 from lora_edge.refusals import Mode, Refusal, config_refusals
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -57,6 +58,7 @@ class Adapter:
         name: what the user calls it.
         directory: the PEFT directory.
         config: ``adapter_config.json``.
+        keys: of its tensors, as the file has them.
         modules: module path -> low-rank pair, sorted by path.
         saved: parameter path -> the values that replace the base's (``modules_to_save``, trained
             biases).
@@ -75,6 +77,7 @@ class Adapter:
     name: str
     directory: Path
     config: Mapping[str, Any]
+    keys: tuple[str, ...]
     modules: Mapping[str, LowRank]
     saved: Mapping[str, FloatArray]
     tokens: Mapping[str, TokenRows]
@@ -109,9 +112,9 @@ class Adapter:
     @property
     def heads(self) -> frozenset[str]:
         """Module paths of its task head, which PEFT saves though no config field names it."""
-        names = TASK_HEADS.get(str(self.config.get("task_type")), ())
+        heads = Targets({"task_type": self.config.get("task_type")})
         modules = {path.rpartition(".")[0] for path in self.saved}
-        return frozenset(module for module in modules if is_saved_module(module, names))
+        return frozenset(module for module in modules if heads.saves(module))
 
     def ranks(self) -> dict[str, int]:
         """Rank per module path."""
@@ -125,6 +128,47 @@ class Adapter:
         """
         weights = [x for path, x in self.saved.items() if in_head(path) and x.ndim == 2]
         return len(weights[-1]) if weights else None
+
+    def settled(self, modules: Mapping[str, SiteEntry]) -> Adapter:
+        """The adapter with its pairs on whole weights of linear layers among its modules.
+
+        PEFT changes a layer in the same way whether ``target_modules`` or ``target_parameters``
+        names it.
+
+        Args:
+            modules: module path -> layer of the base.
+        """
+        found = {
+            path: pair
+            for path, factors in self.stacked.items()
+            if path in modules and modules[path].kind in ("linear", "head")
+            if (pair := factors.as_linear(transposed=modules[path].transposed)) is not None
+        }
+        rest = {path: factors for path, factors in self.stacked.items() if path not in found}
+        both = dict(sorted({**self.modules, **found}.items()))
+        return dataclasses.replace(self, modules=both, stacked=rest)
+
+    def tied_along(self, module: str) -> bool:
+        """Whether an output layer was saved because it is tied to the embedding, which was."""
+        targets = Targets(self.config)
+        return targets.may_tie(module) and not targets.saves(module)
+
+    def check_effect(self) -> None:
+        """Check that the adapter changes the base at all.
+
+        Raises:
+            AdapterError: it does not, so that nothing of it can be proved.
+        """
+        if self.saved or self.tokens or self.stacked:
+            return
+        if any(module.changes for module in self.modules.values()):
+            return
+        scaled = all(module.scaling == 0 for module in self.modules.values())
+        raise AdapterError(
+            f"adapter {self.name} has no effect: "
+            + ("lora_alpha is 0" if scaled else "all its factors B (or A) are zero"),
+            "Is it trained? Without an effect nothing of it can be proved.",
+        )
 
     def check_mode(self, mode: Mode) -> None:
         """Check that a mode can take the adapter.
@@ -178,6 +222,8 @@ def load_adapter(path: str | os.PathLike[str], name: str | None = None) -> Adapt
                 f"{directory} is refused in both modes: {refusal.message}", refusal.hint
             )
     file = tensor_file(directory)
+    keys = tensor_keys(file)
+    check_keys(config, keys, str(directory))
     tensors = read_tensors(file)
     stacked = stacked_factors(directory, config, tensors)
     modules, warnings = low_rank_modules(directory, config, tensors, stacked)
@@ -195,6 +241,7 @@ def load_adapter(path: str | os.PathLike[str], name: str | None = None) -> Adapt
         name=check_name(name if name is not None else directory.resolve().name),
         directory=directory,
         config=config,
+        keys=keys,
         modules=modules,
         saved=saved,
         tokens=tokens,
@@ -225,12 +272,12 @@ def examine(path: str | os.PathLike[str], name: str) -> tuple[Adapter | None, li
     """
     directory = Path(path)
     found = list(config_refusals(read_config(directory)))
+    if any(len(refusal.modes) > 1 for refusal in found):
+        return None, found
+    adapter: Adapter | None = None
     try:
-        for key in unknown_keys(tensor_file(directory)):
-            found.append(Refusal(f"tensor {key!r} is of a kind that is not known", MERGE_FIRST))
-        if not any(len(refusal.modes) > 1 for refusal in found):
-            return load_adapter(directory, name), found
-    except (AdapterError, ValueError) as error:
-        hint = getattr(error, "hint", "Copy the adapter again.")
-        found.append(Refusal(str(error), hint))
-    return None, found
+        adapter = load_adapter(directory, name)
+        adapter.check_effect()
+    except AdapterError as error:
+        found.append(Refusal(str(error), error.hint))
+    return adapter, found

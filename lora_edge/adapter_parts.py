@@ -6,7 +6,6 @@ Driven by keys and shapes; the config says scale and kind. Whatever contradicts 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +19,12 @@ from lora_edge.experts import split_level
 from lora_edge.lora import Factors, WideArray, dora_gain, fold, scaling, ungrouped
 from lora_edge.names import PeftPart
 from lora_edge.peft_directory import CONFIG_FILE, Tensors, plain_biases
+from lora_edge.peft_targets import Targets, pattern_key
 from lora_edge.peft_types import MERGE_FIRST
 
 FloatArray = NDArray[np.float32]
 
-TASK_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score")}
+_LARGEST = float(np.finfo(np.float32).max)
 
 _Pair = tuple[Literal["linear", "embedding", "conv"], FloatArray, FloatArray]
 
@@ -59,6 +59,14 @@ class LowRank:
     def rank(self) -> int:
         """r, the number of rows of a."""
         return int(self.a.shape[0])
+
+    @property
+    def changes(self) -> bool:
+        """Whether it has an effect: it has DoRA's magnitude, a bias, or factors that are not 0."""
+        if self.magnitude is not None:
+            return True
+        own = self.bias is not None and self.bias.any()
+        return bool(self.scaling != 0 and (own or (self.a.any() and self.b.any())))
 
     @property
     def in_features(self) -> int:
@@ -114,48 +122,94 @@ class TokenRows:
 
 @dataclass(frozen=True)
 class StackedFactors:
-    """The factors of a module's stacked parameters (``target_parameters``), as PEFT saved them.
+    """The factors of a module's parameters (``target_parameters``), as PEFT saved them.
 
     Which of them belongs to which parameter is known when the base is (:mod:`lora_edge.experts`).
 
     Attributes:
         path: module path, e.g. ``model.layers.0.mlp.experts``.
         levels: how deep the wrapper lies -> ``(A [E * r, in], B [out, r * E])``.
-        scaling: the factor on each product.
+        alphas: name of a parameter that may be targeted -> its rank and alpha.
+        rslora: the scaling is ``alpha / sqrt(r)``.
     """
 
     path: str
     levels: Mapping[int, tuple[FloatArray, FloatArray]]
-    scaling: float
+    alphas: Mapping[str, tuple[int, float]]
+    rslora: bool
+
+    def scaling(self, name: str) -> float:
+        """The factor on the product of a parameter's factors."""
+        rank, alpha = self.alphas[name]
+        return scaling(alpha, rank, rslora=self.rslora)
+
+    def as_linear(self, *, transposed: bool) -> LowRank | None:
+        """The same change as a pair of a linear layer; ``None`` if it is not of its weight alone.
+
+        Args:
+            transposed: the layer keeps its weight as ``[in, out]``.
+        """
+        if set(self.levels) != {0} or set(self.alphas) != {"weight"}:
+            return None
+        a, b = self.levels[0]
+        rank, alpha = self.alphas["weight"]
+        if a.shape[0] != rank:
+            return None
+        if transposed:
+            a, b = np.ascontiguousarray(b.T), np.ascontiguousarray(a.T)
+        return LowRank(self.path, "linear", a, b, alpha, self.scaling("weight"))
 
 
 def stacked_factors(
     directory: Path, config: Mapping[str, Any], tensors: Tensors
 ) -> dict[str, StackedFactors]:
     """The factors below the modules that ``target_parameters`` names."""
-    targets = [str(x) for x in config.get("target_parameters") or ()]
-    owners = {target.rpartition(".")[0] for target in targets} - {""}
-    if not owners:
+    wanted = [str(x) for x in config.get("target_parameters") or ()]
+    if not wanted:
         return {}
+    targets = Targets(config)
     found: dict[str, dict[int, tuple[FloatArray, FloatArray]]] = {}
     for path, (_, a, b) in _pairs(directory, tensors):
         module, level = split_level(path)
-        if any(f".{module}".endswith(f".{owner}") for owner in owners):
+        # A target may be the parameter's name alone; PEFT takes no module of target_modules.
+        if not (targets.decided and targets.decide(module).hit) and _owned(module, wanted):
             found.setdefault(module, {})[level] = (a, b)
-    for field in ("rank_pattern", "alpha_pattern"):
-        # PEFT matches the patterns with the parameter's path.
-        paths = [f"{module}.{x.rpartition('.')[2]}" for module in found for x in targets]
-        for path in (*found, *paths):
-            if _first_match(config.get(field) or {}, path) is not None:
-                raise UnsupportedAdapterError(
-                    f"{directory} is refused in both modes: {field} decides for {path}, "
-                    "which target_parameters names",
-                    "Train the experts with the adapter's own rank and alpha.",
-                )
-    rank = _number(config.get("r", 8), "r")
-    alpha = _number(config.get("lora_alpha", 8), "lora_alpha")
-    scale = scaling(alpha, int(rank), rslora=bool(config.get("use_rslora")))
-    return {path: StackedFactors(path, levels, scale) for path, levels in found.items()}
+    return {
+        module: StackedFactors(
+            module,
+            levels,
+            {
+                name: _rank_and_alpha(config, f"{module}.{name}")[:2]
+                for name in {x.rpartition(".")[2] for x in wanted if _owned(module, [x])}
+            },
+            bool(config.get("use_rslora")),
+        )
+        for module, levels in found.items()
+    }
+
+
+def _owned(module: str, targets: Iterable[str]) -> bool:
+    return any(
+        not (owner := target.rpartition(".")[0]) or f".{module}".endswith(f".{owner}")
+        for target in targets
+    )
+
+
+def _rank_and_alpha(
+    config: Mapping[str, Any], path: str
+) -> tuple[int, float, set[tuple[str, str | None]]]:
+    """Rank and alpha of a module or parameter, and the pattern keys that decided."""
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    rank_key, alpha_key = pattern_key(ranks, path), pattern_key(alphas, path)
+    rank = _number(ranks[rank_key] if rank_key is not None else config.get("r", 8), "r")
+    alpha = _number(
+        alphas[alpha_key] if alpha_key is not None else config.get("lora_alpha", 8), "lora_alpha"
+    )
+    if rank < 1:
+        raise AdapterError(
+            f"{CONFIG_FILE}: r is {rank:g}, expected 1 or more", "Save the adapter again."
+        )
+    return int(rank), alpha, {("rank_pattern", rank_key), ("alpha_pattern", alpha_key)}
 
 
 def low_rank_modules(
@@ -164,53 +218,58 @@ def low_rank_modules(
     tensors: Tensors,
     stacked: Mapping[str, StackedFactors],
 ) -> tuple[dict[str, LowRank], tuple[str, ...]]:
-    rank_pattern: Mapping[str, int] = config.get("rank_pattern") or {}
-    alpha_pattern: Mapping[str, float] = config.get("alpha_pattern") or {}
-    unused = {("rank_pattern", key) for key in rank_pattern}
-    unused |= {("alpha_pattern", key) for key in alpha_pattern}
+    unused = {
+        (field, key)
+        for field in ("rank_pattern", "alpha_pattern")
+        for key in config.get(field) or ()
+    }
+    for path, factors in stacked.items():
+        for name in factors.alphas:
+            unused -= _rank_and_alpha(config, f"{path}.{name}")[2]
     pairs = _pairs(directory, tensors)
-    factors = {path: pair for path, pair in pairs if split_level(path)[0] not in stacked}
+    own = {path: pair for path, pair in pairs if split_level(path)[0] not in stacked}
     modules: dict[str, LowRank] = {}
-    for path in sorted(factors):
-        kind, a, b = factors[path]
-        rank_key = _first_match(rank_pattern, path)
-        alpha_key = _first_match(alpha_pattern, path)
-        unused -= {("rank_pattern", rank_key), ("alpha_pattern", alpha_key)}
-        rank = _number(rank_pattern[rank_key] if rank_key is not None else config.get("r", 8), "r")
+    for path in sorted(own):
+        kind, a, b = own[path]
+        rank, alpha, keys = _rank_and_alpha(config, path)
+        unused -= keys
         if rank != a.shape[0]:
             raise AdapterError(
                 f"{directory}: module {path} has rank {a.shape[0]}, but the config says {rank:g}",
                 "The config and the tensors are from different adapters; save it again.",
             )
-        alpha = _number(
-            alpha_pattern[alpha_key] if alpha_key is not None else config.get("lora_alpha", 8),
-            "lora_alpha",
-        )
         modules[path] = LowRank(
             path,
             kind,
             a,
             b,
             alpha,
-            scaling(alpha, a.shape[0], rslora=bool(config.get("use_rslora"))),
+            scaling(alpha, rank, rslora=bool(config.get("use_rslora"))),
             _vector(directory, "lora_magnitude_vector", path, tensors.get("magnitude", {}), b),
             _vector(directory, "lora_B.bias", path, tensors.get("B.bias", {}), b),
         )
+        _check_scaling(directory, modules[path])
     _check_extras(directory, config, tensors, modules)
-    if unused:
-        field, key = sorted(unused)[0]
+    warnings = [
+        f"{field} has the key {key!r}, which decides for none of the adapter's {len(modules)} "
+        "modules; PEFT ignores it, and so does the export"
+        for field, key in sorted(unused)
+    ]
+    dead = [path for path, module in modules.items() if not module.changes]
+    if dead and len(dead) < len(modules):
+        warnings.append(f"{len(dead)} of {len(modules)} modules are zero, e.g. {dead[0]}")
+    return modules, tuple(warnings)
+
+
+def _check_scaling(directory: Path, module: LowRank) -> None:
+    """The scaling is folded into B in float32, where what PEFT computes must be finite too."""
+    a, b = (max(float(np.abs(x).max(initial=0)), 1.0) for x in (module.a, module.b))
+    if not max(abs(module.alpha), abs(module.scaling) * a * b) <= _LARGEST:
         raise AdapterError(
-            f"{directory}: {field} has the key {key!r}, which decides for none of the adapter's "
-            f"{len(modules)} modules (one is {next(iter(modules), 'none')})",
-            f"Correct or remove the key in {CONFIG_FILE}; PEFT ignores it in silence.",
+            f"{directory}: module {module.path} has the scaling {module.scaling:.3g} (lora_alpha "
+            f"{module.alpha:g}, rank {module.rank}), with which its B is not finite in float32",
+            f"Correct lora_alpha in {CONFIG_FILE}.",
         )
-    dead = [path for path, module in modules.items() if not module.b.any() or not module.a.any()]
-    warnings: tuple[str, ...] = ()
-    if dead and len(dead) == len(modules):
-        warnings = ("all its factors B (or A) are zero: they change nothing",)
-    elif dead:
-        warnings = (f"{len(dead)} of {len(modules)} modules are zero, e.g. {dead[0]}",)
-    return modules, warnings
 
 
 def _pairs(directory: Path, tensors: Tensors) -> Iterable[tuple[str, _Pair]]:
@@ -314,26 +373,17 @@ def saved_parameters(
     config: Mapping[str, Any], tensors: Tensors, modules: Mapping[str, LowRank]
 ) -> tuple[dict[str, FloatArray], dict[str, FloatArray]]:
     """The parameters that replace the base's, and copies of the base's that were saved along."""
-    names = [*(config.get("modules_to_save") or ())]
-    names += TASK_HEADS.get(str(config.get("task_type")), ())
+    targets = Targets(config)
     bias = config.get("bias", "none")
     saved: dict[str, FloatArray] = {}
     copies = {f"{path}.weight": array for path, array in tensors.get("base", {}).items()}
     for path, array in tensors.get("saved", {}).items():
         module, _, own_name = path.rpartition(".")
-        replaces = is_saved_module(module, names) or (
-            own_name == "bias" and (bias == "all" or (bias == "lora_only" and module in modules))
-        )
+        replaces = targets.saves(module) or targets.may_tie(module)
+        if own_name == "bias":
+            replaces |= bias == "all" or (bias == "lora_only" and module in modules)
         (saved if replaces else copies)[path] = array
     return dict(sorted(saved.items())), copies
-
-
-def is_saved_module(module: str, names: Iterable[str]) -> bool:
-    """Whether a module, or one above it, is one that ``modules_to_save`` names."""
-    parts = module.split(".")
-    above = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-    # PEFT compares with str.endswith, so "norm" hits "layernorm" too.
-    return any(path.endswith(name) for path in above for name in names)
 
 
 def token_rows(
@@ -366,16 +416,3 @@ def _number(value: Any, field: str) -> float:
             f"{CONFIG_FILE}: {field} is {value!r}, expected a number", "Save the adapter again."
         )
     return float(value)
-
-
-def _first_match(pattern: Mapping[str, Any], path: str) -> str | None:
-    for key in pattern:
-        try:
-            if re.match(rf"(.*\.)?({key})$", path):
-                return key
-        except re.error as error:
-            raise AdapterError(
-                f"the pattern key {key!r} is not a regular expression: {error}",
-                f"Correct it in {CONFIG_FILE}.",
-            ) from error
-    return None

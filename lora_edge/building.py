@@ -20,12 +20,13 @@ from lora_edge.base import Base
 from lora_edge.bundle import BASE_GRAPH_FILE, DATA_FILE, GRAPH_FILE, Bundle, file_entries
 from lora_edge.effects import parameter_changes, site_changes
 from lora_edge.errors import MissingDependencyError, UnsupportedModelError
-from lora_edge.fit import check_copies, check_modules
+from lora_edge.fit import check_copies, check_loads, check_modules
 from lora_edge.kinds import kind_of, parts_of_kinds
 from lora_edge.lora import Head, SiteChange
 from lora_edge.manifest import AdapterEntry, Manifest, Mode, SiteEntry, WeightEntry
 from lora_edge.names import NONE_ADAPTER, Part
 from lora_edge.packing import with_heads, write_adapter_folder, write_none
+from lora_edge.peft_loading import BaseView
 from lora_edge.quantization import BITS, Precision, Quantization, measured, rounded_weights
 from lora_edge.tasks import TEXT_GENERATION, Task
 
@@ -107,8 +108,12 @@ def build(
         captured = capture_task(base, raw, task)
     model = passes.load(captured.path)
     weights = passes.graph_weights(model, captured.modules, base.parameter)
+    adapters = [adapter.settled(captured.modules) for adapter in adapters]
     for adapter in adapters:
         check_modules(adapter, captured.modules, base.name_or_path, captured.parameter_modules)
+        if not captured.parameter_modules:
+            output = captured.head if task is None else ""
+            check_loads(adapter, BaseView(captured.modules, captured.tied, output))
         check_copies(adapter, weights, captured.tied)
     if captured.spec.form == "fused":
         passes.fuse(model)

@@ -26,11 +26,12 @@ from lora_edge.building import (
 from lora_edge.bundle import DECODER_FILE, ENCODER_FILE
 from lora_edge.effects import parameter_changes, site_changes
 from lora_edge.errors import MissingDependencyError, UnsupportedModelError
-from lora_edge.fit import Weights, check_copies, check_linear, check_modules
+from lora_edge.fit import Weights, check_copies, check_linear, check_loads, check_modules
 from lora_edge.lora import SiteChange
 from lora_edge.manifest import AdapterEntry, Manifest, SiteEntry
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.packing import write_adapter_folder, write_none
+from lora_edge.peft_loading import BaseView
 from lora_edge.tasks import Task
 
 
@@ -71,6 +72,7 @@ def build_seq2seq(
     for adapter in adapters:
         check_linear(adapter, captured.modules)
         check_modules(adapter, modules, base.name_or_path)
+        check_loads(adapter, BaseView(captured.modules, captured.tied, captured.head))
         check_copies(adapter, weights, captured.tied)
     say("checking the base graphs against PyTorch")
     figures = check_seq2seq(captured, base, task)

@@ -27,10 +27,12 @@ from lora_edge.fit import (
     base_value,
     check_base_of,
     check_linear,
+    check_loads,
     check_modules,
     same_copy,
 )
 from lora_edge.manifest import SiteEntry, SiteKind
+from lora_edge.peft_loading import BaseView
 from lora_edge.refusals import Refusal
 from lora_edge.task_choice import chosen_task
 from lora_edge.tasks import Task
@@ -59,6 +61,8 @@ class Fit:
             tied = _tied(adapter, base)
             built = Layers(dict(_layers(adapter, base, tied)), tied, {}, None)
         self._layers, self._tied, self._stacks = built.modules, built.tied, built.parameter_modules
+        self._view = BaseView(built.modules, built.tied, built.output, self.compared == "model")
+        self._adapter = adapter.settled(self._layers)
         self._misfits = dict(self._found_misfits())
         self._changes = parameter_changes(self._fitting(), self._layers, self._tied, self._stacks)
 
@@ -88,6 +92,11 @@ class Fit:
         """Why the adapter is not for this base: layers that are missing or of another shape …."""
         # Without the model, what its checkpoint's names say may be wrong, and is no second reason.
         found = [*self._against] or [Refusal(str(x), x.hint) for x in self._misfits.values()]
+        if not (self._stacks or found):
+            try:
+                check_loads(self._adapter, self._view)
+            except AdapterError as error:
+                found.append(Refusal(str(error), error.hint))
         if self._adapter.base_fingerprint is not None:
             try:
                 check_base_of(self._adapter, self._base.fingerprint(), self._base.name_or_path)

@@ -72,6 +72,13 @@ def refuse_single_experts(adapter: Adapter, modules: Mapping[str, SiteEntry]) ->
     Raises:
         UnsupportedAdapterError: it has such a layer; the layer is named.
     """
+    if adapter.stacked:
+        raise UnsupportedAdapterError(
+            f"adapter {adapter.name} is refused in switchable mode: it changes parameters of "
+            f"{min(adapter.stacked)} (target_parameters), an expert's, whose weights are chosen "
+            "for each token and have no branch",
+            "Use --mode merged, or train with target_modules on linear layers.",
+        )
     for path in adapter.modules:
         if path not in modules:
             raise UnsupportedAdapterError(
@@ -246,7 +253,7 @@ def parameter_changes(
                 f"{path}.{name}",
                 module_of.parameters[name],
                 pair,
-                stacked.scaling,
+                stacked.scaling(name),
                 transposed=module_of.transposed,
                 peft_version=adapter.config.get("peft_version"),
             )

@@ -26,12 +26,13 @@ from lora_edge.errors import (
     BundleError,
     ParityError,
 )
-from lora_edge.fit import check_base_of, check_copies, check_linear, check_modules
+from lora_edge.fit import check_base_of, check_copies, check_linear, check_loads, check_modules
 from lora_edge.kinds import KINDS
 from lora_edge.lora import Head, SiteChange
 from lora_edge.manifest import Manifest, Mode, Seq2SeqSpec
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.packing import check_parts, with_heads, write_adapter_folder
+from lora_edge.peft_loading import BaseView
 from lora_edge.quantization import Precision, rounded_weights
 from lora_edge.runtime.adapter_file import read_adapter
 from lora_edge.runtime.changes import parse_changes
@@ -116,6 +117,7 @@ def export(
         fingerprint = model.fingerprint()  # reads every weight: one that is cut off is named here
         for adapter in loaded:
             adapter.check_mode(mode)
+            adapter.check_effect()
             check_base_of(adapter, fingerprint, model.name_or_path)
         with staging(Path(output), force=force) as stage:
             wanted = chosen_task(model, loaded, task, mode)
@@ -167,6 +169,7 @@ def add(
     weights = checkpoint and rounded_weights(checkpoint, manifest.quantization, layers)
     heads = _base_heads(target)
     changes: dict[str, Mapping[str, SiteChange]] = {}
+    loaded = [adapter.settled(layers) for adapter in loaded]
     for adapter in loaded:
         if adapter.name in manifest.adapters:
             raise AdapterError(
@@ -177,6 +180,8 @@ def add(
         if isinstance(manifest.graph, Seq2SeqSpec):
             check_linear(adapter, layers)
         check_modules(adapter, layers, "the bundle's base")
+        output = getattr(manifest.graph, "head", "")
+        check_loads(adapter, BaseView(layers, manifest.tied, output))
         check_copies(adapter, checkpoint, manifest.tied)
         own = site_changes(adapter, layers, weights, manifest.tied)
         check_parts(adapter, own, layers)

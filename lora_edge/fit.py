@@ -16,6 +16,7 @@ from lora_edge.adapter import Adapter
 from lora_edge.errors import AdapterError, UnsupportedAdapterError
 from lora_edge.experts import ParameterModule, place_of
 from lora_edge.manifest import SiteEntry
+from lora_edge.peft_loading import BaseView, check_loading, targets_on
 from lora_edge.peft_types import MERGE_FIRST
 
 Weights = Callable[[str], "NDArray[np.floating] | None"]
@@ -115,6 +116,31 @@ def check_modules(
             )
 
 
+def check_loads(adapter: Adapter, base: BaseView) -> None:
+    """Check that PEFT would load all of an adapter onto a base, and leave nothing of it out.
+
+    Raises:
+        AdapterError: it would not; the cause is named.
+    """
+    check_loading(adapter.config, adapter.keys, base, f"adapter {adapter.name}")
+    for path in adapter.saved:
+        owner = path.rpartition(".")[0]
+        if adapter.tied_along(owner) and owner not in base.tied[1:]:
+            raise AdapterError(
+                f"adapter {adapter.name} saved {path} along with the embedding, for "
+                "ensure_weight_tying, and the base's output layer is not tied to its embedding",
+                f"The adapter is for another base: {adapter.base_model}",
+            )
+    if targets_on(adapter.config, base).tied_copies:
+        first, second = (adapter.saved[f"{path}.weight"] for path in base.tied)
+        if not np.array_equal(first, second):
+            raise AdapterError(
+                f"adapter {adapter.name} holds other values for {base.tied[1]} than for "
+                f"{base.tied[0]}, though its config says ensure_weight_tying",
+                "Save the adapter again with PEFT.",
+            )
+
+
 def _shape_of(layer: SiteEntry, own: str) -> tuple[int, ...] | None:
     """The shape of a layer's weight or bias in the checkpoint; ``None`` where it may be any."""
     if layer.kind == "head" or (layer.kind == "conv" and own == "weight"):
@@ -174,6 +200,12 @@ def check_copies(adapter: Adapter, weights: Weights | None, tied: tuple[str, ...
         AdapterError: there is such a copy and the base is not at hand.
     """
     for path in adapter.base_copies:
+        if base_value(adapter, weights, path, tied) is None:
+            raise AdapterError(
+                f"adapter {adapter.name} is refused in both modes: PEFT drops its tensor of "
+                f"{path}, which its config does not name and the base does not have",
+                f"The adapter is for another base: {adapter.base_model}",
+            )
         if not same_copy(adapter, weights, path, tied):
             raise UnsupportedAdapterError(
                 f"adapter {adapter.name} is refused in both modes: it was saved with {path}, which "

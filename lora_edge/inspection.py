@@ -93,11 +93,11 @@ class StackFacts:
     Attributes:
         pairs: shapes of ``A [E * r, in]`` and ``B [out, r * E]`` of each parameter, in the order of
             PEFT's wrappers; whose they are, only the built model tells.
-        scaling: the factor on each product.
+        scalings: name of a parameter that may be targeted -> the factor on its product.
     """
 
     pairs: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
-    scaling: float
+    scalings: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ def inspect_adapter(
         stacked={
             name: StackFacts(
                 tuple((a.shape, b.shape) for _, (a, b) in sorted(factors.levels.items())),
-                factors.scaling,
+                {name: factors.scaling(name) for name in sorted(factors.alphas)},
             )
             for name, factors in adapter.stacked.items()
         },

@@ -33,7 +33,8 @@ parameter that replaces the base's, ``idle`` one of a module that is itself repl
 what only training reads."""
 
 _INPUT = re.compile(rf"lora\.(?P<path>.+)\.(?P<part>{'|'.join(get_args(Part))})")
-_PEFT_PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."
+"""What every key of a PEFT file begins with."""
 _PEFT_KEYS: tuple[tuple[PeftPart, re.Pattern[str]], ...] = (
     ("A", re.compile(r"(.+)\.lora_A\.weight")),
     ("B", re.compile(r"(.+)\.lora_B\.weight")),
@@ -45,6 +46,12 @@ _PEFT_KEYS: tuple[tuple[PeftPart, re.Pattern[str]], ...] = (
     # VeLoRA's projection and MonteCLoRA's sampler; both are plain LoRA at inference (variants.py).
     ("training", re.compile(r"(.+\.lora_(?:velora_embed|monteclora_sampler\.[^.]+))")),
     ("base", re.compile(r"(.+)\.base_layer\.weight")),
+)
+# The adapter name that PEFT loads under unless told otherwise: keys that hold it are loaded too.
+_DEFAULT_NAME = re.compile(r"(\.lora_[A-Za-z_]+)\.default(?=\.|$)")
+_SAVED_COPY = re.compile(
+    r"(?P<module>.+)\.(?P<copy>modules_to_save(?:\.[^.]+(?=\..+\.))?|original_module)"
+    r"(?P<below>(?:\.[^.]+)*)\.(?P<own>weight|bias)"
 )
 BASE_LAYER = ".base_layer."
 """In the key of a parameter of the layer that PEFT has put a wrapper around."""
@@ -82,18 +89,24 @@ def parse_lora_input(name: str) -> GraphInput | None:
     return None if match is None else GraphInput(match["path"], cast(Part, match["part"]))
 
 
+def canonical_peft_key(key: str) -> str:
+    """The key of a PEFT tensor without the adapter name ``default``."""
+    return _DEFAULT_NAME.sub(r"\1", key)
+
+
 def parse_peft_key(key: str) -> PeftKey | None:
     """Split the key of a PEFT tensor; ``None`` when it is of no kind that is known here."""
-    name = key.removeprefix(_PEFT_PREFIX)
+    name = canonical_peft_key(key).removeprefix(PEFT_PREFIX)
     for part, pattern in _PEFT_KEYS:
         match = pattern.fullmatch(name)
         if match is not None:
             return PeftKey(match[1], part)
-    # With bias="all" PEFT saves the biases of a replaced module under its wrapper's names too.
-    replaced = re.fullmatch(r"(.+)\.(modules_to_save|original_module)\.(weight|bias)", name)
-    if replaced is not None:
-        part = "saved" if replaced[2] == "modules_to_save" else "idle"
-        return PeftKey(f"{replaced[1]}.{replaced[3]}", part)
+    # With bias="all" PEFT saves the biases of a replaced module under its wrapper's names too, and
+    # of modules below it with the adapter's name.
+    copy = _SAVED_COPY.fullmatch(name)
+    if copy is not None:
+        part = "idle" if copy["copy"] == "original_module" else "saved"
+        return PeftKey(f"{copy['module']}{copy['below']}.{copy['own']}", part)
     if re.search(r"(^|\.)(lora_|original_module|modules_to_save|token_adapter)", name):
         return None
     # A trained bias of an adapted layer is saved below the wrapper that PEFT put around the layer.

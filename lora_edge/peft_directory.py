@@ -158,15 +158,28 @@ def read_tensors(file: Path) -> Tensors:
         UnsupportedAdapterError: a tensor is of a kind that is not known here.
     """
     records = _records(file)
+    empty = [key for key, record in records.items() if 0 in record.shape]
+    if empty:
+        raise AdapterError(
+            f"{file}: {len(empty)} of {len(records)} tensors are empty, e.g. {empty[0]} of shape "
+            f"{list(records[empty[0]].shape)}: saved under ZeRO-3 (or FSDP) without gathering",
+            "Gather the weights when saving: stage3_gather_16bit_weights_on_model_save of "
+            "DeepSpeed, or its zero_to_fp32.py on the checkpoint.",
+        )
+    parsed_keys = {key: parse_peft_key(key) for key in records}
+    unknown = [key for key, parsed in parsed_keys.items() if parsed is None]
+    if unknown:
+        many = f"{len(unknown)} tensors are" if len(unknown) > 1 else f"tensor {unknown[0]!r} is"
+        example = f" (one is {unknown[0]!r})" if len(unknown) > 1 else ""
+        raise UnsupportedAdapterError(
+            f"{file} is refused in both modes: {many} of a kind that this release does not know"
+            f"{example}, and dropping it would change the adapter",
+            MERGE_FIRST,
+        )
     found: dict[PeftPart, dict[str, NDArray[np.float32]]] = {}
     for key, record in records.items():
-        parsed = parse_peft_key(key)
-        if parsed is None:
-            raise UnsupportedAdapterError(
-                f"{file} is refused in both modes: tensor {key!r} is of a kind that this release "
-                "does not know, and dropping it would change the adapter",
-                MERGE_FIRST,
-            )
+        parsed = parsed_keys[key]
+        assert parsed is not None
         tensor = _read(file, key, record)
         twin = found.setdefault(parsed.part, {}).setdefault(parsed.path, tensor)
         if not np.array_equal(twin, tensor):
@@ -179,13 +192,13 @@ def read_tensors(file: Path) -> Tensors:
     return found
 
 
-def unknown_keys(file: Path) -> list[str]:
-    """The keys of an adapter's tensors that :func:`read_tensors` refuses.
+def tensor_keys(file: Path) -> tuple[str, ...]:
+    """The keys of an adapter's tensors.
 
     Raises:
         AdapterError: the file is damaged.
     """
-    return [key for key in _records(file) if parse_peft_key(key) is None]
+    return tuple(_records(file))
 
 
 def plain_biases(file: Path) -> dict[str, str]:

@@ -90,7 +90,9 @@ def config_refusals(config: Mapping[str, Any]) -> Iterable[Refusal]:
             "Train with one of the two.",
         )
     yield from _alora_refusals(config)
-    if config.get("target_parameters"):
+    parameters = config.get("target_parameters") or ()
+    # A parameter called weight may be a linear layer's; the base tells.
+    if any(str(x).rpartition(".")[2] != "weight" for x in parameters):
         yield Refusal(
             f"target_parameters is {config['target_parameters']!r}: an expert's weights are chosen "
             "for each token, and have no branch",

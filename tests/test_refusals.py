@@ -137,7 +137,7 @@ ROWS: dict[str, Row] = {
     "an unknown wrapper": Row(
         {},
         "modules_to_save.default",
-        MERGE_FIRST,
+        "Rename the keys",
         tensors=_with("base_model.model.lm_head.modules_to_save.default.weight", 264, 192),
     ),
     # PEFT's wrappers were subclasses of Linear once, and today's PEFT drops such keys.
@@ -151,13 +151,10 @@ ROWS: dict[str, Row] = {
     "a wrong rank by pattern": Row(
         {"rank_pattern": {"v_proj": 2}}, "v_proj has rank 8", RESAVE, damaged=True
     ),
-    "a pattern that hits nothing": Row(
-        {"alpha_pattern": {"k_proj": 2}}, "alpha_pattern", "remove the key", damaged=True
-    ),
     "a magnitude without factors": Row(
         {"use_dora": True},
-        "lora_magnitude_vector of model.layers.0.self_attn.o_proj",
-        "Save the adapter again",
+        "o_proj.lora_magnitude_vector: target_modules is",
+        RESAVE,
         tensors=_with(f"{QUERY.replace('q_proj', 'o_proj')}.lora_magnitude_vector", 192),
         damaged=True,
     ),
@@ -166,13 +163,17 @@ ROWS: dict[str, Row] = {
     ),
     "a magnitude without dora": Row(
         {},
-        "has a lora_magnitude_vector",
+        "lora_magnitude_vector: use_dora is False",
         RESAVE,
         tensors=_with(f"{QUERY}.lora_magnitude_vector", 192),
         damaged=True,
     ),
     "a bias of B without lora_bias": Row(
-        {}, "has a lora_B.bias", RESAVE, tensors=_with(f"{QUERY}.lora_B.bias", 192), damaged=True
+        {},
+        "lora_B.bias: lora_bias is False",
+        RESAVE,
+        tensors=_with(f"{QUERY}.lora_B.bias", 192),
+        damaged=True,
     ),
     "no B": Row(
         {}, "has no lora_B", "Save the adapter again", tensors=_without("lora_B"), damaged=True

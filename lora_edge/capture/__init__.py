@@ -73,12 +73,14 @@ class Layers:
         tied: module paths of the embedding and of the head that shares its weight, or ().
         parameter_modules: as :class:`BaseGraph` has them.
         refused: why the trace backend refuses the base, if that can be told without its weights.
+        output: module path of the output layer of a text generator; empty: none.
     """
 
     modules: Mapping[str, SiteEntry]
     tied: tuple[str, ...]
     parameter_modules: Mapping[str, ParameterModule]
     refused: LoraEdgeError | None
+    output: str = ""
 
 
 def built_layers(base: Base, task: Task | None) -> Layers:

@@ -23,6 +23,7 @@ from lora_edge.capture.load import (
     load_model,
     loading,
     model_layers,
+    path_of,
     read_config,
     refuse_experts,
     tied_pair,
@@ -54,7 +55,9 @@ def layers_of(base: Base, task: Task | None) -> Layers:
         refuse_loops(model, base.model_type, None)
     except UnsupportedModelError as error:
         refused = error
-    return Layers(modules, tied, parameter_modules(model), refused)
+    layer = model.get_output_embeddings() if task is None or seq2seq else None
+    output = "" if layer is None else path_of(model, layer)
+    return Layers(modules, tied, parameter_modules(model), refused, output)
 
 
 def weights_of(base: Base, task: Task | None) -> Callable[[str], NDArray[np.floating] | None]:

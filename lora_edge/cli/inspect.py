@@ -208,7 +208,8 @@ def _replaced(found: Inspection) -> Iterator[str]:
         yield "factors of stacked parameters (experts), compared with the base at export"
         for path, factors in found.stacked.items():
             shapes = ", ".join(f"A {_listed(a)} B {_listed(b)}" for a, b in factors.pairs)
-            yield from _wrapped(f"{path}: {shapes}, scaling {factors.scaling:.4g}", "  ")
+            scalings = ", ".join(f"{name} {x:.4g}" for name, x in factors.scalings.items())
+            yield from _wrapped(f"{path}: {shapes}, scaling of {scalings}", "  ")
     if found.copies:
         yield ""
         yield "copies of the base's own parameters, which must be equal to them"

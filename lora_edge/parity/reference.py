@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +21,9 @@ from numpy.typing import NDArray
 
 from lora_edge.base import Base
 from lora_edge.errors import AdapterError, BaseModelError, MissingDependencyError
+from lora_edge.names import canonical_peft_key
 from lora_edge.parity.states import State
-from lora_edge.peft_directory import read_config
+from lora_edge.peft_directory import CONFIG_FILE, TENSOR_FILE, read_config, tensor_keys
 from lora_edge.quantization import Quantization
 from lora_edge.quiet import quiet
 
@@ -309,19 +312,58 @@ def attached(model: Any, directory: str | os.PathLike[str], inner: str) -> Any:
     """
     from peft import PeftModel
 
-    with quiet():
+    with quiet(), _loadable(Path(directory)) as folder:
         try:
-            if isinstance(model, PeftModel):
-                model.load_adapter(os.fspath(directory), adapter_name=inner)
-                return model
-            adapted = PeftModel.from_pretrained(model, os.fspath(directory), adapter_name=inner)
+            adapted = model
+            if not isinstance(model, PeftModel):
+                adapted = PeftModel.from_pretrained(model, folder, adapter_name=inner)
+            # Of an adapter that is there it reads the weights again, and says what fitted.
+            result = adapted.load_adapter(folder, adapter_name=inner)
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
             raise AdapterError(
                 f"PEFT cannot load {os.fspath(directory)}: {type(error).__name__}: "
                 f"{' '.join(str(error).split())[:300]}",
                 "Without PEFT's own outputs nothing can be proved; save the adapter again.",
             ) from error
-        return adapted.eval()
+    _check_result(os.fspath(directory), result)
+    return adapted.eval()
+
+
+@contextlib.contextmanager
+def _loadable(directory: Path) -> Iterator[str]:
+    """The folder, its tensors' keys without the adapter name ``default``.
+
+    PEFT loads keys with that name under no other one, and two adapters cannot have it.
+    """
+    from safetensors.torch import load_file, save_file
+
+    file = directory / TENSOR_FILE
+    keys = tensor_keys(file) if file.is_file() else ()
+    if all(key == canonical_peft_key(key) for key in keys):
+        yield os.fspath(directory)
+        return
+    with tempfile.TemporaryDirectory(prefix="lora-edge-") as scratch:
+        shutil.copyfile(directory / CONFIG_FILE, Path(scratch) / CONFIG_FILE)
+        tensors = {canonical_peft_key(key): x for key, x in load_file(file).items()}
+        save_file(tensors, Path(scratch) / TENSOR_FILE)
+        yield scratch
+
+
+def _check_result(directory: str, result: Any) -> None:
+    """Refuse an adapter of which PEFT has loaded something else than what is in its folder."""
+    # With bias="all" PEFT saves biases of replaced modules twice, and reads one.
+    unexpected = [key for key in result.unexpected_keys if ".modules_to_save." not in key]
+    for keys, what in (
+        (unexpected, "drops {} of its tensors"),
+        (result.missing_keys, "lacks {} tensors that its config asks for"),
+    ):
+        if keys:
+            raise AdapterError(
+                f"{directory} is refused in both modes: PEFT {what.format(len(keys))}, e.g. "
+                f"{keys[0]}",
+                "The config and the tensors are from different adapters, or for another base; "
+                "save the adapter again with PEFT.",
+            )
 
 
 def stands_apart(config: Mapping[str, Any]) -> bool:

@@ -5,7 +5,6 @@ Knows the bundle's adapters and how their factors combine; knows nothing of sess
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TypeVar
@@ -28,6 +27,7 @@ AdapterArgument = Choice | Sequence[Choice]
 """One choice for all rows, or a list with one per row."""
 
 _CACHED = 8
+_LARGEST = float(np.finfo(np.float32).max)
 T = TypeVar("T")
 
 
@@ -143,9 +143,10 @@ class ActiveAdapters:
                     f"the weight of {name!r} is {weight!r}, expected a number",
                     "A blend is written {'name': weight, ...}.",
                 )
-            if not math.isfinite(weight):
+            if not abs(weight) <= _LARGEST:
                 raise DataError(
-                    f"the weight of {name!r} is {weight}, expected a finite number",
+                    f"the weight of {name!r} is {weight}, expected a number that is finite in "
+                    "float32",
                     "Weights are plain factors; 1 is the adapter as it was trained.",
                 )
             weights[name] = float(weight)

@@ -19,6 +19,7 @@ from lora_edge.lora import FloatArray
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.runtime.binding import Binding, State
 from lora_edge.runtime.encoder import Encoder
+from lora_edge.runtime.finite import finite
 from lora_edge.runtime.image import PROCESSOR_FILE, ImageProcessor, Picture
 from lora_edge.runtime.pooling import POOLING_FILES, Pooling, load_pooling
 from lora_edge.runtime.tokenizer import Encoded, Tokenizer
@@ -190,7 +191,7 @@ class Outputs:
         coded = self.encode(texts, states=names)
         rows = self.rows([x.ids for x in coded], [x.type_ids for x in coded], binding)
         found = []
-        for text, one, logits, state in zip(texts, coded, rows, names, strict=True):
+        for text, one, logits, state in zip(texts, coded, map(finite, rows), names, strict=True):
             labels = self._names(state, logits.shape[-1])
             scores = _softmax(logits)
             found.append(
@@ -213,11 +214,11 @@ class Outputs:
         rows = [x.ids for x in coded]
         feeds = self._encoder.feeds(rows, [x.type_ids for x in coded])
         hidden = self._encoder.run(feeds, binding)
-        return self.pooling(hidden, feeds["attention_mask"])
+        return finite(self.pooling(hidden, feeds["attention_mask"]))
 
     def _labels(self, rows: Sequence[FloatArray], states: Sequence[State]) -> list[list[Label]]:
         found = []
-        for logits, state in zip(rows, states, strict=True):
+        for logits, state in zip(map(finite, rows), states, strict=True):
             scores = _logistic(logits) if self._multi_label else _softmax(logits)
             labels = self._names(state, len(logits))
             order = np.argsort(-scores, kind="stable")

@@ -29,6 +29,7 @@ from lora_edge.runtime.completions import Prompt, as_list, encode, new_ids, piec
 from lora_edge.runtime.decoder import Decoder
 from lora_edge.runtime.defaults import GenerationDefaults, choices
 from lora_edge.runtime.encoder import Encoder
+from lora_edge.runtime.finite import finite
 from lora_edge.runtime.generation import Generation
 from lora_edge.runtime.outputs import Label, Outputs, TextInput, TokenLabel
 from lora_edge.runtime.pinned import PinnedSessions
@@ -275,17 +276,18 @@ class Runner:
 
         Raises:
             AdapterNotFoundError: a name that the bundle does not have.
-            DataError: an empty or too long row, an id outside the vocabulary, a mask with holes.
+            DataError: an empty or too long row, an id outside the vocabulary, a mask with holes;
+                logits that are NaN or infinite.
         """
         rows, starts, width = token_rows(input_ids, attention_mask)
         if isinstance(self.session, Encoder):
             binding = self.binding(adapter, len(rows))
-            return self.outputs.logits(rows, starts, width, token_type_ids, binding)
+            return finite(self.outputs.logits(rows, starts, width, token_type_ids, binding))
         decoder, bound = self._session_for(adapter, len(rows))
         decoding = decoder.start(len(rows), max(map(len, rows)), bound)
         out = np.zeros((len(rows), width, self.spec.vocab_size), np.float32)
         for index, values in enumerate(decoding.extend_all(rows)):
-            out[index, starts[index] : starts[index] + len(values)] = values
+            out[index, starts[index] : starts[index] + len(values)] = finite(values)
         return out
 
     def seq2seq_logits(
@@ -316,7 +318,7 @@ class Runner:
         found = self.seq2seq.logits(inputs, decoder_input_ids, binding)
         out = np.zeros((len(found), max(map(len, found)), found[0].shape[-1]), np.float32)
         for index, values in enumerate(found):
-            out[index, : len(values)] = values
+            out[index, : len(values)] = finite(values)
         return out
 
     def classify(

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from lora_edge.errors import DataError, OptionError
 from lora_edge.lora import FloatArray
+from lora_edge.runtime.finite import not_finite
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,13 @@ class Sampling:
     def choose(
         self, logits: FloatArray, generator: np.random.Generator, history: Collection[int] = ()
     ) -> int:
-        """The next token's id, from ``[vocab]`` logits and the row's tokens so far."""
+        """The next token's id, from ``[vocab]`` logits and the row's tokens so far.
+
+        Raises:
+            DataError: the logits are NaN or infinite.
+        """
+        if not np.isfinite(logits[np.argmax(logits)]):  # the first NaN, where there is one
+            raise not_finite()
         if self.temperature == 0:
             return int(np.argmax(self.penalized(logits, history)))
         cumulative = np.cumsum(self.probabilities(logits, history))

@@ -20,6 +20,7 @@ from lora_edge.errors import DataError
 from lora_edge.lora import FloatArray
 from lora_edge.manifest import Seq2SeqSpec
 from lora_edge.runtime.binding import Binding
+from lora_edge.runtime.finite import not_finite
 from lora_edge.runtime.rows import token_rows
 from lora_edge.runtime.session import ModelSession
 
@@ -140,6 +141,8 @@ class Seq2Seq(ModelSession[Seq2SeqSpec]):
                     last[list(self.spec.suppress)] = -np.inf
                     last[list(self.spec.begin_suppress if step == 0 else ())] = -np.inf
                 token = int(np.argmax(last))
+                if not (plain or np.isfinite(last[token])):
+                    raise not_finite()
                 if not (said[index] and said[index][-1] in end):
                     said[index].append(token)
                 rows[index].append(token)

@@ -293,11 +293,7 @@ MORE_CASES: dict[str, Case] = {
         "mlp",
         {**_L01, "use_rslora": True, "rank_pattern": {"lin1": 2}, "alpha_pattern": {"lin1": 1}},
     ),
-    "pattern without a layer": Case(
-        "mlp",
-        {**_L0, "rank_pattern": {"in0": 2}},
-        refused=_both("rank_pattern has the key 'in0', which decides for none"),
-    ),
+    "pattern without a layer": Case("mlp", {**_L0, "rank_pattern": {"in0": 2}}),
     "regex": Case("mlp", {"target_modules": r".*lin\d"}, path="lin0"),
     "all-linear": Case("embedding", {"target_modules": ["conv1d", "lin0"]}, path="lin0"),
     "exclude_modules": Case("mlp", {"target_modules": r"lin\d", "exclude_modules": ["lin0"]}),
