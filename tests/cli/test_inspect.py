@@ -221,12 +221,12 @@ def test_stacked_parameters_are_for_the_merged_mode_only(
     save_file(load_file(copy / WEIGHTS) | factors, copy / WEIGHTS)
     facts = json.loads(cli("inspect", copy, "--json").out)
     assert facts["stacked"] == {
-        "model.layers.0.mlp.experts": {"pairs": [[[32, 192], [96, 32]]], "scaling": 2.0}
+        "model.layers.0.mlp.experts": {"pairs": [[[32, 192], [96, 32]]], "scalings": {"up": 2.0}}
     }
     assert facts["modes"]["merged"] == []
     (reason,) = facts["modes"]["switchable"]
     assert "target_parameters" in reason["message"]
-    assert "A [32, 192] B [96, 32], scaling 2" in cli("inspect", copy).out
+    assert "A [32, 192] B [96, 32], scaling of up 2" in cli("inspect", copy).out
     facts = json.loads(cli("inspect", copy, "--base", MODELS / "tiny-llama", "--json").out)
     (reason,) = facts["modes"]["merged"]  # it is for another base
     assert "no stacked parameters" in reason["message"]
