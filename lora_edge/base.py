@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_edge.errors import BaseModelError, MissingDependencyError
+from lora_edge.errors import BaseModelError
+from lora_edge.files.hub import is_hub_id, snapshot
 from lora_edge.files.json import read_object
 from lora_edge.files.safetensors import TensorRecord, read_bytes, read_float32, read_header
 
@@ -110,12 +111,12 @@ def resolve_base(name_or_path: str | os.PathLike[str]) -> Base:
     name = os.fspath(name_or_path)
     directory = Path(name)
     if not directory.is_dir():
-        if directory.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        if not is_hub_id(name):
             raise BaseModelError(
                 f"base model {name!r} is not a folder",
                 "Give the folder of a Hugging Face model, or a hub id such as ORG/NAME.",
             )
-        directory = _download(name)
+        directory = snapshot(name, _WEIGHT_PATTERNS, "base model", BaseModelError)
     config_file = directory / "config.json"
     if not config_file.is_file():
         if (directory / "adapter_config.json").is_file():
@@ -152,26 +153,3 @@ def _fingerprint(files: tuple[_File, ...]) -> str:
         for chunk in read_bytes(record):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _download(name: str) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import (
-            HfHubHTTPError,
-            HFValidationError,
-            LocalEntryNotFoundError,
-        )
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"{name!r} is not a folder, and hub ids need huggingface_hub",
-            "Install it with: pip install 'lora-edge[export]', or give a local folder.",
-        ) from error
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(_WEIGHT_PATTERNS)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise BaseModelError(
-            f"base model {name!r} is no folder, and no hub id that can be reached: {first_line}",
-            "Check the name, your network and HF_TOKEN; or download it and give the folder.",
-        ) from error

@@ -29,6 +29,7 @@ from lora_edge.fit import (
     check_linear,
     check_loads,
     check_modules,
+    other_base,
     same_copy,
 )
 from lora_edge.manifest import SiteEntry, SiteKind
@@ -61,6 +62,8 @@ class Fit:
             tied = _tied(adapter, base)
             built = Layers(dict(_layers(adapter, base, tied)), tied, {}, None)
         self._layers, self._tied, self._stacks = built.modules, built.tied, built.parameter_modules
+        notice = other_base(adapter, base)
+        self.warnings += (notice,) if notice else ()
         self._view = BaseView(built.modules, built.tied, built.output, self.compared == "model")
         self._adapter = adapter.settled(self._layers)
         self._misfits = dict(self._found_misfits())

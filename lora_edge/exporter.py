@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
-from lora_edge.adapter import load_adapter
+from lora_edge.adapter import Adapter, load_adapter
+from lora_edge.adapter_source import peft_directories
 from lora_edge.base import Base, resolve_base
 from lora_edge.building import Options, Progress, build, check_precision, sign
 from lora_edge.building_seq2seq import build_seq2seq
@@ -26,7 +27,14 @@ from lora_edge.errors import (
     BundleError,
     ParityError,
 )
-from lora_edge.fit import check_base_of, check_copies, check_linear, check_loads, check_modules
+from lora_edge.fit import (
+    check_base_of,
+    check_copies,
+    check_linear,
+    check_loads,
+    check_modules,
+    other_base,
+)
 from lora_edge.kinds import KINDS
 from lora_edge.lora import Head, SiteChange
 from lora_edge.manifest import Manifest, Mode, Seq2SeqSpec
@@ -60,7 +68,8 @@ def export(
 
     Args:
         base: folder of a Hugging Face model, or a hub id.
-        adapters: name -> PEFT directory. Merged bundles take exactly one.
+        adapters: name -> PEFT directory, hub id, or folder of MLX-LM. Merged bundles take exactly
+            one.
         mode: ``switchable`` (adapters are inputs of one graph) or ``merged`` (into the weights).
         output: the folder to make.
         task: ``text-generation``, ``text-classification``, ``token-classification``,
@@ -107,7 +116,10 @@ def export(
         raise BaseModelError(
             f"{precision!r} is no precision", f"Precisions are {', '.join(get_args(Precision))}."
         )
-    with converting(adapters or {}, model, convert, say) as (paths, conversions):
+    with (
+        peft_directories(adapters or {}) as local,
+        converting(local, model, convert, say) as (paths, conversions),
+    ):
         loaded = [load_adapter(path, name) for name, path in paths.items()]
         if mode == "merged" and len(loaded) != 1:
             raise AdapterError(
@@ -119,6 +131,8 @@ def export(
             adapter.check_mode(mode)
             adapter.check_effect()
             check_base_of(adapter, fingerprint, model.name_or_path)
+            if notice := other_base(adapter, model):
+                say(f"{adapter.name}: {notice}")
         with staging(Path(output), force=force) as stage:
             wanted = chosen_task(model, loaded, task, mode)
             options = Options(mode, form, backend, sites, tuple(kinds), wanted, precision)
@@ -144,7 +158,7 @@ def add(
 
     Args:
         bundle: the bundle or its folder.
-        adapters: name -> PEFT directory.
+        adapters: name -> PEFT directory, hub id, or folder of MLX-LM.
         base: the bundle's base model; needed for adapters whose tensors follow from its weights
             (DoRA, trained biases and tokens, ``modules_to_save``).
 
@@ -163,13 +177,20 @@ def add(
             f"{target.directory} is a merged bundle and takes no further adapters",
             "Export a switchable one with: lora-edge export BASE --mode switchable",
         )
-    loaded = [load_adapter(path, name) for name, path in adapters.items()]
+    with peft_directories(adapters) as paths:
+        return _add(target, {name: load_adapter(path, name) for name, path in paths.items()}, base)
+
+
+def _add(
+    target: Bundle, adapters: Mapping[str, Adapter], base: str | os.PathLike[str] | None
+) -> Bundle:
+    manifest = target.manifest
     checkpoint = None if base is None else _checked(resolve_base(base), target).parameter
     layers = {**manifest.uncovered, **manifest.sites}
     weights = checkpoint and rounded_weights(checkpoint, manifest.quantization, layers)
     heads = _base_heads(target)
     changes: dict[str, Mapping[str, SiteChange]] = {}
-    loaded = [adapter.settled(layers) for adapter in loaded]
+    loaded = [adapter.settled(layers) for adapter in adapters.values()]
     for adapter in loaded:
         if adapter.name in manifest.adapters:
             raise AdapterError(

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_edge.adapter import Adapter
+from lora_edge.base import Base
 from lora_edge.errors import AdapterError, UnsupportedAdapterError
 from lora_edge.experts import ParameterModule, place_of
 from lora_edge.manifest import SiteEntry
@@ -187,6 +188,28 @@ def check_base_of(adapter: Adapter, fingerprint: str, name: str) -> None:
             f"{adapter.base_fingerprint[:12]}, {name} has {fingerprint[:12]}",
             f"Export it with its own base: {adapter.base_model}",
         )
+
+
+def other_base(adapter: Adapter, base: Base) -> str:
+    """That an adapter's config names another base than the one that is given; else empty.
+
+    A folder and the hub id that it was downloaded from are the same if they end alike; an adapter
+    whose trainer recorded the base's fingerprint says more than a name.
+    """
+    named = adapter.base_model
+    if not named or adapter.base_fingerprint is not None:
+        return ""
+    folder = base.directory.resolve()
+    names = {base.name_or_path, str(folder), str(base.config.get("_name_or_path"))}
+    ends = {name.rstrip("/").rpartition("/")[2].lower() for name in names}
+    # The hub's cache: models--ORG--NAME/snapshots/REVISION.
+    ends |= {part.rpartition("--")[2].lower() for part in folder.parts if "--" in part}
+    if named.rstrip("/").rpartition("/")[2].lower() in ends:
+        return ""
+    return (
+        f"its config names the base {named}, the one given is {base.name_or_path}; the layers fit, "
+        "but only the base that it was trained on gives its results"
+    )
 
 
 def check_copies(adapter: Adapter, weights: Weights | None, tied: tuple[str, ...]) -> None:

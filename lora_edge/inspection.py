@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Literal
 
 from lora_edge.adapter import examine
 from lora_edge.adapter_parts import LowRank
+from lora_edge.adapter_source import peft_directory
 from lora_edge.base import Base
 from lora_edge.comparison import Fit
 from lora_edge.kinds import alone
@@ -22,6 +24,7 @@ from lora_edge.peft_directory import read_config
 from lora_edge.refusals import MODES, Mode, Refusal
 
 _FLOAT_BYTES = 4
+_VARYING = re.compile(r"; near misses: .*|\b[\w-]+(?:\.[\w-]+)+|\d+|'[^']*'")
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,7 @@ def inspect_adapter(
     """Gather what is known of a PEFT directory, and of how it fits a base.
 
     Args:
-        path: the PEFT directory.
+        path: the PEFT directory, a hub id, or a folder of MLX-LM.
         base: what it is to be compared with.
         task: as ``export`` takes it; ``None``: what the adapter was trained for.
 
@@ -173,12 +176,16 @@ def inspect_adapter(
         AdapterError: the folder has no readable config.
         BaseModelError: a weight of the base cannot be read.
     """
-    directory = Path(path)
+    with peft_directory(path) as directory:
+        return _inspected(directory, os.fspath(path), base, task)
+
+
+def _inspected(directory: Path, shown: str, base: Base | None, task: str | None) -> Inspection:
     adapter, refusals = examine(directory, "adapter")
     if adapter is None:
         config = read_config(directory)
         return Inspection(
-            str(directory),
+            shown,
             str(config.get("peft_type")),
             config.get("base_model_name_or_path"),
             None,
@@ -193,7 +200,7 @@ def inspect_adapter(
         warnings += fit.warnings
     heads = adapter.heads if fit is None else fit.heads
     return Inspection(
-        path=str(directory),
+        path=shown,
         kind=adapter.kind,
         base_model=adapter.base_model,
         base=base.name_or_path if base is not None else None,
@@ -255,7 +262,16 @@ def mode_refusals(
 
 
 def _by_mode(refusals: list[Refusal]) -> dict[Mode, tuple[Refusal, ...]]:
-    return {mode: tuple(x for x in refusals if mode in x.modes) for mode in MODES}
+    alike: dict[tuple[str, str, tuple[Mode, ...]], list[Refusal]] = {}
+    for refusal in refusals:
+        # One cause on many layers differs in their names, their numbers and the near misses.
+        cause = _VARYING.sub("", refusal.message)
+        alike.setdefault((cause, refusal.hint, refusal.modes), []).append(refusal)
+    found = [
+        first._replace(message=f"{first.message}; the same for {len(rest)} more") if rest else first
+        for first, *rest in alike.values()
+    ]
+    return {mode: tuple(x for x in found if mode in x.modes) for mode in MODES}
 
 
 def _module_facts(module: LowRank, relative_norm: float | None) -> ModuleFacts:

@@ -27,6 +27,8 @@ ALLOWED: dict[str, set[str]] = {
     "staging": {"errors", "manifest"},
     "bundle": {"errors", "files", "manifest", "staging"},
     "base": {"errors", "files"},
+    "mlx": {"errors", "files", "names"},
+    "adapter_source": {"errors", "files", "mlx"},
     "adapter_parts": {
         "errors",
         "experts",
@@ -48,7 +50,7 @@ ALLOWED: dict[str, set[str]] = {
         "refusals",
     },
     "kinds": {"adapter", "manifest", "names"},
-    "fit": {"adapter", "errors", "experts", "manifest", "peft_loading", "peft_types"},
+    "fit": {"adapter", "base", "errors", "experts", "manifest", "peft_loading", "peft_types"},
     "effects": {
         "adapter",
         "adapter_parts",
@@ -74,6 +76,7 @@ ALLOWED: dict[str, set[str]] = {
     "inspection": {
         "adapter",
         "adapter_parts",
+        "adapter_source",
         "base",
         "comparison",
         "kinds",

@@ -16,7 +16,7 @@ from lora_edge.cli.arguments import named_paths
     multiple=True,
     required=True,
     metavar="NAME=DIR",
-    help="A PEFT directory, and what to call it. Repeatable.",
+    help="A PEFT directory, a hub id or a folder of MLX-LM, and what to call it. Repeatable.",
 )
 @click.option(
     "--base",

@@ -21,8 +21,8 @@ from lora_edge.tasks import SEQ2SEQ, TASKS, TEXT_GENERATION
     "adapters",
     multiple=True,
     metavar="NAME=DIR",
-    help="A PEFT directory, and what to call it; `lora-edge inspect DIR` says what it carries and "
-    "which mode takes it. Repeatable.",
+    help="A PEFT directory, a hub id or a folder of MLX-LM, and what to call it; `lora-edge "
+    "inspect DIR` says what it carries and which mode takes it. Repeatable.",
 )
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="The bundle's folder."

@@ -13,6 +13,7 @@ import click
 
 from lora_edge.bundle import load_bundle
 from lora_edge.errors import LoraEdgeError
+from lora_edge.files.hub import is_hub_id
 from lora_edge.manifest import MANIFEST_NAME, AdapterEntry, Manifest
 from lora_edge.tasks import SEQ2SEQ, TASKS, TEXT_GENERATION
 
@@ -55,7 +56,7 @@ def command(path: Path, base: str | None, task: str | None, as_json: bool) -> No
         size = sum(entry.bytes for entry in manifest.files.values())
         facts: dict[str, Any] = json.loads(manifest.to_json()) | {"bytes": size}
         lines = _bundle(path, manifest, size)
-    elif path.exists():
+    elif path.exists() or is_hub_id(path):
         from lora_edge.base import resolve_base
         from lora_edge.inspection import inspect_adapter
 
