@@ -98,6 +98,9 @@ class SharedCache(Decoding):
 class ConcatenatedCache(Decoding):
     """Past in, past and new out: each run's presents are the next run's pasts.
 
+    The presents are bound to values of ours: what a binding allocates dies with its outputs in ONNX
+    Runtime before 1.30, whoever else still holds it.
+
     Portable graphs find a token's position from the mask, so gaps between the tokens of a row do no
     harm. Foreign graphs may count gaps as tokens: where one would arise, the sequences are run
     again.
@@ -116,6 +119,13 @@ class ConcatenatedCache(Decoding):
         empty = np.zeros((self.batch, spec.kv_heads, 0, spec.head_dim), self.decoder.cache_dtype)
         self._past = [ort.OrtValue.ortvalue_from_numpy(empty) for _ in self.decoder.past_names]
         self._mask: IntArray = np.zeros((self.batch, 0), np.int64)
+
+    def _present(self, length: int) -> Any:
+        """Room for the keys or values of one layer: ``[batch, kv_heads, length, head_dim]``."""
+        spec = self.decoder.spec
+        shape = [self.batch, spec.kv_heads, length, spec.head_dim]
+        kind, device = self.decoder.cache_dtype.type, self.decoder.provider.device
+        return ort.OrtValue.ortvalue_from_shape_and_type(shape, kind, device)
 
     def _copy_cache(self, other: ConcatenatedCache) -> None:
         self._past, self._mask = list(other._past), other._mask
@@ -151,14 +161,13 @@ class ConcatenatedCache(Decoding):
             place = np.arange(width) - first[index] + start[index]
             positions[index] = np.clip(place, 0, max(start[index] + len(row) - 1, 0))
         mask = np.concatenate([self._mask, new], axis=1)
-        self._io.clear_binding_outputs()
-        for past, present, value in zip(
-            self.decoder.past_names, self.decoder.present_names, self._past, strict=True
-        ):
-            self._io.bind_ortvalue_input(past, value)
-            self._io.bind_output(present, self.decoder.provider.device)
+        presents = [self._present(mask.shape[1]) for _ in self._past]
+        names = zip(self.decoder.past_names, self.decoder.present_names, strict=True)
+        for (past, present), old, new_value in zip(names, self._past, presents, strict=True):
+            self._io.bind_ortvalue_input(past, old)
+            self._io.bind_ortvalue_output(present, new_value)
         chunk = Chunk(ids, mask, positions, first, [len(row) for row in rows])
         logits = self._run(self._io, chunk, every)
-        self._past = self._io.get_outputs()[: len(self._past)]
+        self._past = presents
         self._mask = mask
         return logits

@@ -62,9 +62,7 @@ class Encoder(ModelSession[EncoderSpec]):
         arrays = self._checked(feeds)
         batch = len(next(iter(arrays.values())))
         values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
-        found = self._opened.run(values, self._bound(binding, batch), self.spec.output)
-        output: NDArray[np.float32] = found.numpy()
-        return output
+        return self._opened.run(values, self._bound(binding, batch), self.spec.output)
 
     def feeds(
         self, rows: Sequence[Sequence[int]], types: Sequence[Sequence[int]] | None = None

@@ -161,7 +161,7 @@ class Seq2Seq(ModelSession[Seq2SeqSpec]):
             )
         values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
         hidden = self._encoder.run(values, adapters, self._encoder.outputs[0])
-        given = {_HIDDEN: hidden}
+        given = {_HIDDEN: ort.OrtValue.ortvalue_from_numpy(hidden)}
         if _MASK in self._decoder.inputs:
             given[_MASK] = values["attention_mask"]
         return _Heard(given, batch, adapters)
@@ -170,7 +170,7 @@ class Seq2Seq(ModelSession[Seq2SeqSpec]):
         # The decoder is causal: what pads a row on the right is seen by no token of it.
         ids = _right_padded(rows, self.spec.pad_token_id)
         values = {**heard.values, "input_ids": ort.OrtValue.ortvalue_from_numpy(ids)}
-        found = self._decoder.run(values, heard.binding, self._decoder.outputs[0]).numpy()
+        found = self._decoder.run(values, heard.binding, self._decoder.outputs[0])
         return [logits[: len(row)] for row, logits in zip(rows, found, strict=True)]
 
     def _padded(self, sources: Sources) -> dict[str, NDArray[Any]]:

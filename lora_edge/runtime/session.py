@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic
 
+from numpy.typing import NDArray
+
 from lora_edge.errors import BundleError, DataError
 from lora_edge.manifest import SiteEntry, Spec
 from lora_edge.runtime.binding import Binding, State, Tensors, check_adapter_inputs
@@ -32,8 +34,8 @@ class OpenGraph:
     inputs: Mapping[str, str]
     outputs: tuple[str, ...]
 
-    def run(self, values: Mapping[str, Any], binding: Binding, output: str) -> Any:
-        """The OrtValue of one output.
+    def run(self, values: Mapping[str, Any], binding: Binding, output: str) -> NDArray[Any]:
+        """One output, copied out of ONNX Runtime: what a binding allocates dies with it there.
 
         Args:
             values: input name -> OrtValue.
@@ -46,7 +48,8 @@ class OpenGraph:
                 io.bind_ortvalue_input(name, value)
         io.bind_output(output)
         self.session.run_with_iobinding(io)
-        return io.get_outputs()[0]
+        found: NDArray[Any] = io.copy_outputs_to_cpu()[0]
+        return found
 
 
 @dataclass(frozen=True)
