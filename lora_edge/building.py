@@ -10,7 +10,6 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -28,6 +27,7 @@ from lora_edge.names import NONE_ADAPTER, Part
 from lora_edge.packing import with_heads, write_adapter_folder, write_none
 from lora_edge.peft_loading import BaseView
 from lora_edge.quantization import BITS, Precision, Quantization, measured, rounded_weights
+from lora_edge.runtime import installed
 from lora_edge.tasks import TEXT_GENERATION, Task
 
 Progress = Callable[[str], None]
@@ -251,8 +251,7 @@ def manifest_of(
         sites=covered,
         adapters=entries,
         base_check=figures,
-        versions={"lora-edge": __version__, "onnxruntime": version("onnxruntime")}
-        | dict(captured.versions),
+        versions={"lora-edge": __version__, **installed.versions(), **captured.versions},
         uncovered={
             path: dataclasses.replace(entry, parts=())
             for path, entry in modules.items()

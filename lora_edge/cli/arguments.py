@@ -19,6 +19,37 @@ peft_files = click.option(
 )
 
 
+provider_options = click.option(
+    "--provider-option",
+    "provider_options",
+    multiple=True,
+    metavar="K=V",
+    help="An option of the execution provider itself, such as device_id=1. Repeatable.",
+)
+allow_fallback = click.option(
+    "--allow-fallback",
+    is_flag=True,
+    help="Let the CPU run what the provider does not take.  [default: refuse]",
+)
+
+
+def named_options(pairs: Sequence[str]) -> dict[str, str]:
+    """``K=V`` options as a mapping.
+
+    Raises:
+        click.BadParameter: an option is not of that form, or a key comes twice.
+    """
+    found: dict[str, str] = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not (key and separator):
+            raise click.BadParameter(f"--provider-option {pair!r} is not K=V")
+        if key in found:
+            raise click.BadParameter(f"--provider-option {key} is given twice")
+        found[key] = value
+    return found
+
+
 def named_paths(pairs: Sequence[str]) -> dict[str, str]:
     """``NAME=DIR`` options as a mapping.
 

@@ -12,7 +12,12 @@ from typing import Any
 
 import click
 
-from lora_edge.cli.arguments import weighted_names
+from lora_edge.cli.arguments import (
+    allow_fallback,
+    named_options,
+    provider_options,
+    weighted_names,
+)
 from lora_edge.errors import DataError
 
 
@@ -55,6 +60,8 @@ from lora_edge.errors import DataError
 @click.option("--stream", is_flag=True, help="Print pieces as they come.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 @click.option("--provider", default="cpu", show_default=True, help="Execution provider.")
+@provider_options
+@allow_fallback
 @click.option(
     "--pin",
     "pinned",
@@ -75,6 +82,8 @@ def command(
     stream: bool,
     as_json: bool,
     provider: str,
+    provider_options: tuple[str, ...],
+    allow_fallback: bool,
     pinned: tuple[str, ...],
     **settings: Any,
 ) -> None:
@@ -96,7 +105,13 @@ def command(
     if settings["chat"]:
         settings["defaults"] = "model"
     default = weighted_names(adapters)
-    runner = Runner(bundle, provider, pinned=pinned)
+    runner = Runner(
+        bundle,
+        provider,
+        provider_options=named_options(provider_options),
+        allow_fallback=allow_fallback,
+        pinned=pinned,
+    )
     task = runner.bundle.manifest.task
     if task == SPEECH:
         raise click.UsageError(

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora_edge.cli.arguments import named_paths, optional_name, peft_files
+from lora_edge.cli.arguments import (
+    allow_fallback,
+    named_options,
+    named_paths,
+    optional_name,
+    peft_files,
+    provider_options,
+)
 
 if TYPE_CHECKING:
     from lora_edge.parity.engine import Depth
@@ -36,6 +43,8 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     metavar="NAME",
     help="Execution provider, strict (default cpu). Repeatable.",
 )
+@provider_options
+@allow_fallback
 @click.option(
     "--optimization",
     "optimizations",
@@ -101,6 +110,8 @@ def command(
     reference: str | None,
     depth: Depth | None,
     providers: tuple[str, ...],
+    provider_options: tuple[str, ...],
+    allow_fallback: bool,
     optimizations: tuple[str, ...],
     adapters: tuple[str, ...],
     steps: int | None,
@@ -140,6 +151,8 @@ def command(
         reference,
         adapters=named_paths(adapters),
         provider=providers or "cpu",
+        provider_options=named_options(provider_options),
+        allow_fallback=allow_fallback,
         optimization=optimizations or None,
         depth=depth or "normal",
         steps=steps,

@@ -19,6 +19,7 @@ from lora_edge.parity.asking import ask, silent
 from lora_edge.parity.checks import compare, switching
 from lora_edge.parity.compare import Tolerance
 from lora_edge.parity.environment import (
+    Opening,
     combinations,
     machine,
     reference_versions,
@@ -74,6 +75,8 @@ def validate(
     *,
     adapters: Mapping[str, str | os.PathLike[str]] | None = None,
     provider: str | Sequence[str] = "cpu",
+    provider_options: Mapping[str, str] | None = None,
+    allow_fallback: bool = False,
     optimization: str | Sequence[str] | None = None,
     depth: Depth = "normal",
     steps: int | None = None,
@@ -100,6 +103,8 @@ def validate(
         reference: the base model: a folder, a hub id, or an open base.
         adapters: PEFT directories of adapters whose files the bundle does not hold.
         provider: one or several execution providers of the bundle's side.
+        provider_options: own options of the one of them that is not ``cpu``.
+        allow_fallback: let the CPU run what a provider does not take.
         optimization: one or several of ``disable``, ``basic``, ``extended`` and ``all``; ``None``:
             ``all``, or with ``depth="full"`` each of them.
         depth: ``quick``: continuations of 8 tokens; ``full``: every level of optimization, and
@@ -142,6 +147,7 @@ def validate(
         steps = _QUICK_STEPS
     settings = _Settings(depth, steps, seed, tuple(prompts), Tolerance())
     wanted = combinations(provider, optimization, full=depth == "full")
+    opening = Opening(tuple(wanted), dict(provider_options or {}), allow_fallback)
     base = None
     if reference is not None:
         base = reference if isinstance(reference, Base) else resolve_base(reference)
@@ -156,7 +162,7 @@ def validate(
     goldens: list[Golden] = []
     left = ""
     for index, (name, level) in enumerate(wanted):
-        runner = Runner(target, name, optimization=level)
+        runner = opening.runner(target, name, level)
         session = session_of(runner, level)
         sessions.append(session)
         asked: Iterable[Golden] = goldens
@@ -213,7 +219,7 @@ def validate(
         machine=machine(),
         settings=settings.facts(),
         base=target.manifest.base["name_or_path"],
-        command=_command(target, base, adapters or {}, wanted, settings),
+        command=_command(target, base, adapters or {}, opening, settings),
         repro=left,
     )
     if base is not None:
@@ -292,7 +298,7 @@ def _command(
     bundle: Bundle,
     base: Base | None,
     adapters: Mapping[str, str | os.PathLike[str]],
-    sessions: Sequence[tuple[str, str]],
+    opening: Opening,
     settings: _Settings,
 ) -> str:
     words = ["lora-edge", "validate", str(bundle.directory)]
@@ -301,10 +307,7 @@ def _command(
         words += [x for name, path in adapters.items() for x in ("-a", f"{name}={path}")]
     if settings.depth != "normal":
         words.append(f"--{settings.depth}")
-    for name in dict.fromkeys(name for name, _ in sessions):
-        words += ["--provider", name]
-    for level in dict.fromkeys(level for _, level in sessions):
-        words += ["--optimization", level]
+    words += opening.words()
     quick = settings.depth == "quick" and settings.steps == _QUICK_STEPS
     if settings.steps is not None and not quick:
         words += ["--steps", str(settings.steps)]

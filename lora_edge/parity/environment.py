@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from lora_edge import __version__
-from lora_edge.errors import DataError
+from lora_edge.bundle import Bundle
+from lora_edge.errors import DataError, OptionError
 from lora_edge.parity.report import Session
-from lora_edge.runtime import Runner
+from lora_edge.runtime import Runner, installed
 from lora_edge.runtime.providers import resolve
 
 LEVELS = ("disable", "basic", "extended", "all")
@@ -41,7 +43,7 @@ def _processor() -> str:
 
 def versions() -> dict[str, str]:
     """The packages of the bundle's side."""
-    return {"lora-edge": __version__, "onnxruntime": version("onnxruntime")}
+    return {"lora-edge": __version__, **installed.versions()}
 
 
 def reference_versions() -> dict[str, str]:
@@ -86,3 +88,52 @@ def combinations(
         )
     levels.sort(key=LEVELS.index, reverse=True)
     return [(name, level) for name in names for level in dict.fromkeys(levels)]
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How the sessions of a validation are opened.
+
+    Attributes:
+        sessions: each provider with each level of optimization.
+        options: own options of the one provider that is not ``cpu``.
+        allow_fallback: let the CPU run what a provider does not take.
+
+    Raises:
+        OptionError: options, and not one provider that they are for.
+    """
+
+    sessions: tuple[tuple[str, str], ...]
+    options: Mapping[str, str]
+    allow_fallback: bool
+
+    def __post_init__(self) -> None:
+        others = {name for name, _ in self.sessions} - {"cpu"}
+        if self.options and len(others) != 1:
+            raise OptionError(
+                f"provider options are for one provider, got {', '.join(sorted(others)) or 'cpu'}",
+                "Name one provider beside cpu, or leave the options out.",
+            )
+
+    def runner(self, bundle: Bundle, provider: str, level: str) -> Runner:
+        """The bundle in one of the sessions."""
+        return Runner(
+            bundle,
+            provider,
+            optimization=level,
+            allow_fallback=self.allow_fallback,
+            provider_options={} if provider == "cpu" else self.options,
+        )
+
+    def words(self) -> list[str]:
+        """The same as options of the command line."""
+        words: list[str] = []
+        for name in dict.fromkeys(name for name, _ in self.sessions):
+            words += ["--provider", name]
+        for key, value in self.options.items():
+            words += ["--provider-option", f"{key}={value}"]
+        if self.allow_fallback:
+            words.append("--allow-fallback")
+        for level in dict.fromkeys(level for _, level in self.sessions):
+            words += ["--optimization", level]
+        return words

@@ -1,5 +1,10 @@
 """Running graphs and bundles with ONNX Runtime. Imports no torch and no onnx."""
 
+from lora_edge.runtime import installed
+
+installed.require()  # before anything imports it
+
+# ruff: noqa: E402
 from lora_edge.runtime.adapter_file import read_adapter, write_adapter
 from lora_edge.runtime.binding import Binding
 from lora_edge.runtime.decoder import Decoder

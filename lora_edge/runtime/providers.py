@@ -6,18 +6,25 @@ unless the caller allows them, and the placement of every node can be asked for.
 
 from __future__ import annotations
 
+import mmap
+import re
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
 
-from lora_edge.errors import BundleError, ProviderError
+from lora_edge.errors import BundleError, OptionError, ProviderError
+from lora_edge.runtime import installed, plugins
+from lora_edge.runtime.graph_types import float_work
+from lora_edge.runtime.native_log import NativeLog, captured, release, without_status
 
+_CPU = "CPUExecutionProvider"
 # name -> (ONNX Runtime's name, memory its tensors live in, takes zero-size dimensions)
 _KNOWN: Mapping[str, tuple[str, str, bool]] = {
-    "cpu": ("CPUExecutionProvider", "cpu", True),
+    "cpu": (_CPU, "cpu", True),
     "cuda": ("CUDAExecutionProvider", "cuda", False),
     "coreml": ("CoreMLExecutionProvider", "cpu", False),
     "directml": ("DmlExecutionProvider", "cpu", False),
@@ -29,6 +36,7 @@ _KNOWN: Mapping[str, tuple[str, str, bool]] = {
     "webgpu": ("WebGpuExecutionProvider", "cpu", False),
     "xnnpack": ("XnnpackExecutionProvider", "cpu", False),
 }
+_DEVICE = "device"  # an option of ours: which of a plugin's devices
 
 _LEVELS = {
     "disable": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
@@ -36,7 +44,14 @@ _LEVELS = {
     "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
     "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
+# Nodes that ONNX Runtime makes itself and that work on shapes: what takes a Transpose through a
+# Shape picks its entries by a Gather. Of any other the file does not know what it reads.
+_MADE = re.compile(r"Gather Gather(_token_\d+)?$|Shape |Size |Memcpy")
 _DATA_FOLDER = "session.model_external_initializers_file_folder_path"
+_ALLOW = (
+    "Pass --allow-fallback (allow_fallback=True in Python) to let the CPU run them; a bundle of "
+    "--form portable has operators that more providers take."
+)
 
 
 @dataclass(frozen=True)
@@ -48,36 +63,107 @@ class Provider:
         ort_name: ONNX Runtime's name.
         device: memory where tensors are placed, as ``OrtValue`` names it.
         zero_rank: it takes tensors with a zero-size dimension, so that "no adapter" costs nothing.
+        options: the provider's own options, as ONNX Runtime takes them.
+        devices: where it runs, of a provider from a package of its own.
     """
 
     name: str
     ort_name: str
     device: str
     zero_rank: bool
+    options: Mapping[str, str] = field(default_factory=dict)
+    devices: tuple[Any, ...] = ()
 
 
 def available() -> tuple[str, ...]:
-    """Short names of the providers that this installation has."""
-    installed = set(ort.get_available_providers())
-    return tuple(name for name, (ort_name, _, _) in _KNOWN.items() if ort_name in installed)
+    """Short names of the providers that this installation has, those of plugins included."""
+    names = {*ort.get_available_providers(), *plugins.packages()} - {"AzureExecutionProvider"}
+    known = [name for name, entry in _KNOWN.items() if entry[0] in names]
+    others = names - {entry[0] for entry in _KNOWN.values()}
+    return (*known, *sorted(_short(name) for name in others))
 
 
-def resolve(name: str) -> Provider:
-    """The provider of a short name or of ONNX Runtime's own name.
+def resolve(name: str, options: Mapping[str, str] | None = None) -> Provider:
+    """The provider of a short name or of ONNX Runtime's own name, with its options.
+
+    Args:
+        name: e.g. ``cuda`` or ``CUDAExecutionProvider``.
+        options: the provider's own, e.g. ``{"device_id": "1"}``; ``device`` (cpu, gpu or npu)
+            chooses among the devices of a provider from a package of its own.
 
     Raises:
         ProviderError: unknown, or not in this installation; the message lists those that are.
+        OptionError: an option that the provider does not know.
     """
-    known = {**_KNOWN, **{entry[0]: entry for entry in _KNOWN.values()}}
-    entry = known.get(name) or known.get(name.lower())
-    if entry is None or entry[0] not in ort.get_available_providers():
-        what = "is unknown" if entry is None else "is not in this installation of ONNX Runtime"
+    entry = _entry(name)
+    plugin = entry[0] != _CPU and entry[0] in plugins.packages()
+    if not plugin and entry[0] not in ort.get_available_providers():
+        known = entry[0] in {each[0] for each in _KNOWN.values()}
+        what = "is not in this installation of ONNX Runtime" if known else "is unknown"
         raise ProviderError(
             f"the execution provider {name!r} {what}; available: {', '.join(available())}",
-            "Choose one of these, or install the ONNX Runtime package that carries it.",
+            installed.conflict()
+            or "Choose one of these, or install the ONNX Runtime package that carries it.",
         )
-    short = next(key for key, value in _KNOWN.items() if value is entry)
-    return Provider(short, *entry)
+    given = {str(key): str(value) for key, value in (options or {}).items()}
+    if not plugin:
+        _check_options(entry[0], given, _libraries(entry[0]))
+        return Provider(_short(entry[0]), *entry, options=given)
+    kind = given.pop(_DEVICE, None)
+    _check_options(entry[0], given, [Path(plugins.library(entry[0]))])
+    devices = tuple(plugins.choose(entry[0], kind))
+    return Provider(_short(entry[0]), *entry, options=given, devices=devices)
+
+
+def _entry(name: str) -> tuple[str, str, bool]:
+    known = {**_KNOWN, **{entry[0]: entry for entry in _KNOWN.values()}}
+    entry = known.get(name) or known.get(name.lower())
+    if entry is not None:
+        return entry
+    others = {*ort.get_available_providers(), *plugins.packages()} - {"AzureExecutionProvider"}
+    full = next((x for x in others if name.lower() in (x.lower(), _short(x))), name)
+    return full, "cpu", False
+
+
+def _short(ort_name: str) -> str:
+    short = next((key for key, value in _KNOWN.items() if value[0] == ort_name), "")
+    return short or ort_name.removesuffix("ExecutionProvider").lower()
+
+
+def _libraries(ort_name: str) -> list[Path]:
+    """The libraries that can hold a provider of this installation: its own, or ONNX Runtime's."""
+    folder = Path(ort.__file__).parent / "capi"
+    files = [*folder.glob("*onnxruntime*")]
+    own = f"providers_{ort_name.removesuffix('ExecutionProvider').lower()}."
+    return [file for file in files if own in file.name] or [
+        file for file in files if file.suffix in (".so", ".pyd", ".dll", ".dylib")
+    ]
+
+
+def _check_options(ort_name: str, options: Mapping[str, str], libraries: list[Path]) -> None:
+    """Refuse an option that the provider cannot know: its name is nowhere in its library.
+
+    Many providers pass over what they do not know without a word.
+    """
+    if ort_name == _CPU and options:
+        raise OptionError(
+            f"the CPU provider takes no options, got {', '.join(sorted(options))}",
+            "Leave them out, or name the provider that they are for.",
+        )
+    for key in options:
+        if libraries and not any(_mentions(file, key) for file in libraries):
+            raise OptionError(
+                f"{ort_name} has no option {key!r}",
+                f"The documentation of {ort_name} lists its options.",
+            )
+
+
+def _mentions(file: Path, word: str) -> bool:
+    with (
+        file.open("rb") as stream,
+        mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content,
+    ):
+        return word != "" and content.find(word.encode()) >= 0
 
 
 def open_session(
@@ -91,6 +177,9 @@ def open_session(
 ) -> Any:
     """An ``onnxruntime.InferenceSession`` on exactly this provider.
 
+    Nodes that work on shapes and other integers may run on the CPU, which is where ONNX Runtime
+    puts them by choice; a node that reads floats may not.
+
     Args:
         graph: the ONNX file; external data lies beside it.
         provider: from :func:`resolve`.
@@ -101,11 +190,12 @@ def open_session(
             long as the session, which reads them where they are.
 
     Raises:
-        ProviderError: the provider does not start, or leaves nodes to the CPU.
+        ProviderError: the provider does not start, or leaves float work to the CPU.
+        OptionError: an unknown level of optimization.
         BundleError: the graph cannot be loaded.
     """
     if optimization is not None and optimization not in _LEVELS:
-        raise ProviderError(
+        raise OptionError(
             f"optimization is {optimization!r}, expected one of {', '.join(_LEVELS)}",
             "Leave it out for all of ONNX Runtime's optimizations.",
         )
@@ -119,26 +209,96 @@ def open_session(
         # Not add_initializer, which takes effect after constants were folded: where a weight is
         # transposed first, the old one would be used without a word.
         options.add_external_initializers(list(weights), list(weights.values()))
-    strict = provider.name != "cpu" and not allow_fallback
-    if strict:
-        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    try:
-        session = ort.InferenceSession(str(graph), options, providers=[provider.ort_name])
-    except Exception as error:  # onnxruntime's exceptions share no base class of their own
-        reason = str(error).strip().splitlines()[0]
-        if strict:
-            raise ProviderError(
-                f"{provider.ort_name} cannot run {graph} alone: {reason}",
-                "Pass allow_fallback=True to let the CPU run what it leaves.",
+    if provider.ort_name == _CPU:
+        try:
+            return ort.InferenceSession(str(graph), options, providers=[_CPU])
+        except Exception as error:  # onnxruntime's exceptions share no base class of their own
+            raise BundleError(
+                f"{graph} cannot be loaded: {_first_line(error)}", "Export it again."
             ) from error
-        raise BundleError(f"{graph} cannot be loaded: {reason}", "Export it again.") from error
-    if session.get_providers()[0] != provider.ort_name:
+    tells = hasattr(ort.InferenceSession, "get_provider_graph_assignment_info")
+    if not allow_fallback and not tells:  # then no node at all may be left
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    session = _started(graph, provider, options)
+    left = {} if allow_fallback or not tells else _left_to_cpu(session, graph)
+    if left:
+        count = sum(left.values())
+        what = "node that computes" if count == 1 else "nodes that compute"
+        named = ", ".join(f"{operator} ({n})" for operator, n in Counter(left).most_common(4))
+        more = f" and {len(left) - 4} more" if len(left) > 4 else ""
         raise ProviderError(
-            f"{provider.ort_name} did not start; ONNX Runtime fell back to "
-            f"{', '.join(session.get_providers())}",
-            "Check its driver and libraries, or choose provider='cpu'.",
+            f"{provider.ort_name} leaves {count} {what} with floats to the CPU: {named}{more}",
+            _ALLOW,
         )
     return session
+
+
+def _started(graph: Path, provider: Provider, options: Any) -> Any:
+    """The session, on this provider; what its libraries say goes into the error, if there is one.
+
+    Raises:
+        ProviderError: it does not start.
+    """
+    how: dict[str, Any] = {"enable_fallback": 0}  # which would try again on the CPU, and print
+    if provider.devices:
+        options.add_provider_for_devices(list(provider.devices), dict(provider.options))
+    else:
+        how["providers"] = [(provider.ort_name, dict(provider.options))]
+    session, failure = None, None
+    with captured() as log:
+        try:
+            session = ort.InferenceSession(str(graph), options, **how)
+        except Exception as error:  # noqa: BLE001  # raised below, with what was written meanwhile
+            failure = error
+    if session is None:
+        reason = _reason(log) or _first_line(failure)
+        hint = _ALLOW if "fallback" in reason else _start_hint(log)
+        raise ProviderError(f"{provider.ort_name} cannot run {graph}: {reason}", hint) from failure
+    if provider.ort_name not in session.get_providers():
+        fallen = f"ONNX Runtime fell back to {', '.join(session.get_providers())}"
+        raise ProviderError(
+            f"{provider.ort_name} did not start: {_reason(log) or fallen}", _start_hint(log)
+        )
+    if log.errors():  # such as a backend that is not found: it then takes no node at all
+        raise ProviderError(f"{provider.ort_name} did not start: {_reason(log)}", _start_hint(log))
+    release(log)
+    return session
+
+
+def _reason(log: NativeLog) -> str:
+    return next(iter(log.errors()), "")
+
+
+def _start_hint(log: NativeLog) -> str:
+    if installed.conflict():
+        return installed.conflict()
+    needed = next((text for text in log.warnings() if "equire" in text), "")
+    said = f"ONNX Runtime says: {needed} " if needed else ""
+    return f"{said}Install what is missing, or choose --provider cpu (provider='cpu' in Python)."
+
+
+def _left_to_cpu(session: Any, graph: Path) -> dict[str, int]:
+    """Operator -> number of its nodes on the CPU that read floats."""
+    nodes = [
+        node
+        for subgraph in session.get_provider_graph_assignment_info()
+        if subgraph.ep_name == _CPU
+        for node in subgraph.get_nodes()
+    ]
+    if not nodes:
+        return {}
+    reads = float_work(graph)
+    return dict(
+        Counter(
+            node.op_type
+            for node in nodes
+            if reads.get(node.name, _MADE.match(f"{node.op_type} {node.name}") is None)
+        )
+    )
+
+
+def _first_line(error: BaseException | None) -> str:
+    return without_status(next(iter(str(error).strip().splitlines()), type(error).__name__))
 
 
 def open_like(session: Any, model: bytes, folder: Path) -> Any:
@@ -154,7 +314,12 @@ def open_like(session: Any, model: bytes, folder: Path) -> Any:
         options.get_session_config_entry(_DATA_FOLDER)
     except RuntimeError:  # it is not set yet; to set it twice is a warning
         options.add_session_config_entry(_DATA_FOLDER, str(folder))
-    return ort.InferenceSession(model, options, providers=session.get_providers())
+    has_devices = getattr(options, "has_providers", lambda: False)()
+    if has_devices:  # a plugin's
+        return ort.InferenceSession(model, options)
+    given = session.get_provider_options()
+    providers = [(name, given.get(name, {})) for name in session.get_providers()]
+    return ort.InferenceSession(model, options, providers=providers)
 
 
 def placement(session: Any) -> dict[str, dict[str, int]] | None:

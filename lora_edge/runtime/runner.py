@@ -58,7 +58,10 @@ class Runner:
         threads: intra-op threads; None leaves it to ONNX Runtime (one per physical core).
         optimization: ONNX Runtime's graph optimizations: ``disable``, ``basic``, ``extended``,
             ``all`` (None).
-        allow_fallback: let the CPU run the nodes that the provider does not take.
+        allow_fallback: let the CPU run nodes that the provider does not take; those that work on
+            shapes only may stay there in any case.
+        provider_options: the provider's own, name -> value, e.g. ``{"device_id": "1"}``; of a
+            provider from a package of its own, ``device`` chooses ``cpu``, ``gpu`` or ``npu``.
         pinned: adapters that get a session of their own, with their changes in its weights: a batch
             whose rows all use one of them at weight 1 runs as fast as a merged bundle. None stands
             for no adapter. Each costs one more copy of the weights in memory, and a second one of
@@ -72,7 +75,8 @@ class Runner:
         BundleError: the folder is not a bundle, or its graph is missing, damaged or cut off. The
             graph is checked against its hash, its weights by size (``validate`` checks their hash
             too), adapters and tokenizer when they are first used.
-        ProviderError: the provider is not available, or would leave nodes to the CPU.
+        ProviderError: the provider is not available, does not start, or would leave work on floats
+            to the CPU.
     """
 
     def __init__(
@@ -83,6 +87,7 @@ class Runner:
         threads: int | None = None,
         optimization: str | None = None,
         allow_fallback: bool = False,
+        provider_options: Mapping[str, str] | None = None,
         pinned: Sequence[str | None] = (),
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
@@ -92,6 +97,7 @@ class Runner:
             "threads": threads,
             "optimization": optimization,
             "allow_fallback": allow_fallback,
+            "provider_options": provider_options,
         }
         self.session: Decoder | Encoder | Seq2Seq
         if isinstance(manifest.graph, Seq2SeqSpec):

@@ -76,10 +76,12 @@ class ModelSession(ABC, Generic[Spec]):
         threads: intra-op threads; None leaves it to ONNX Runtime.
         optimization: ``disable``, ``basic``, ``extended`` or ``all`` (None).
         allow_fallback: let the CPU run the nodes that the provider does not take.
+        provider_options: the provider's own, name -> value.
         fixed: the state of every batch, on graphs without adapter inputs.
 
     Raises:
-        ProviderError: the provider is missing, does not start, or would leave nodes to the CPU.
+        ProviderError: the provider is missing, does not start, or would leave work on floats to
+            the CPU.
         BundleError: a graph cannot be loaded, or its inputs and their sizes are not what ``spec``
             and ``sites`` say.
     """
@@ -94,11 +96,12 @@ class ModelSession(ABC, Generic[Spec]):
         threads: int | None = None,
         optimization: str | None = None,
         allow_fallback: bool = False,
+        provider_options: Mapping[str, str] | None = None,
         fixed: Fixed | None = None,
     ) -> None:
         self.spec: Spec = spec
         self.sites = dict(sites or {})
-        self.provider = resolve(provider)
+        self.provider = resolve(provider, provider_options)
         # Kept for as long as the sessions: those do not keep the weights alive.
         self._options: dict[str, Any] = {
             "threads": threads,

@@ -42,7 +42,9 @@ def test_the_cache_is_bound_to_values_of_our_own(
 ) -> None:
     runner = Runner(bundles[form], threads=1)
     prompt, *more = tiny.rows(7, 1, 1, 3)
-    expected = tiny.reference(form, prompt + sum(more, []), {"alpha": 1.0})
+    expected = tiny.reference(
+        form, [*prompt, *(token for row in more for token in row)], {"alpha": 1.0}
+    )
     decoder = runner.decoder
     decoder.session = _Strict(decoder.session)
     decoding = decoder.start(1, 30, runner.binding("alpha", 1))
