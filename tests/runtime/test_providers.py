@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
 import onnxruntime as ort
 import pytest
 
-from lora_edge.errors import BundleError, ProviderError
+from lora_edge.cli.run import command as run
+from lora_edge.cli.validate import command as validate
+from lora_edge.errors import BundleError, OptionError, ProviderError
 from lora_edge.runtime import providers
 from lora_edge.runtime.decoder import Decoder
 
@@ -31,36 +36,143 @@ def test_what_is_not_there_is_refused_with_what_is(
     assert error.value.hint
 
 
-def test_a_provider_that_does_not_start_is_an_error(
-    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+CUDA = providers.Provider("cuda", "CUDAExecutionProvider", "cuda", False)
+# What onnxruntime-gpu 1.31.1 writes to stderr where CUDA is not installed.
+NO_CUBLAS = (
+    "\x1b[1;31m2026-11-28 18:43:59 [E:onnxruntime:Default, provider_bridge_ort.cc:2458 operator()] "
+    "/onnxruntime_src/onnxruntime/core/session/provider_bridge_ort.cc:2043 onnxruntime::Provider& "
+    "onnxruntime::ProviderLibrary::Get() [ONNXRuntimeError] : 1 : FAIL : Failed to load library "
+    "/x/libonnxruntime_providers_cuda.so with error: libcublasLt.so.13: cannot open shared object "
+    "file: No such file or directory\n\x1b[m\n"
+    "\x1b[0;93m2026-11-28 18:43:59 [W:onnxruntime:Default, onnxruntime_pybind_state.cc:1295 "
+    "CreateExecutionProviderFactoryInstance] Failed to create CUDAExecutionProvider. Require cuDNN "
+    "9.* and CUDA 13.*.\x1b[m\n"
+)
+
+
+class _Fake:
+    """A session whose nodes are where a test says."""
+
+    def __init__(self, placed: dict[str, list[tuple[str, str]]], said: str = "") -> None:
+        self._placed = placed
+        os.write(2, said.encode())
+
+    def get_providers(self) -> list[str]:
+        return list(self._placed)
+
+    def get_provider_graph_assignment_info(self) -> list[Any]:
+        return [
+            SimpleNamespace(
+                ep_name=name,
+                get_nodes=lambda nodes=nodes: [
+                    SimpleNamespace(name=node, op_type=operator, domain="")
+                    for operator, node in nodes
+                ],
+            )
+            for name, nodes in self._placed.items()
+        ]
+
+
+@pytest.fixture
+def portable(tiny: Any, tmp_path: Path) -> Path:
+    """A graph whose nodes have names."""
+    model = tiny.graph("portable", sites=False)
+    for node in model.graph.node:
+        node.name = node.output[0]
+    onnx.save(model, tmp_path / "model.onnx")
+    return tmp_path / "model.onnx"
+
+
+def _opened(
+    monkeypatch: pytest.MonkeyPatch, graph: Path, session: Any, **options: Any
+) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+
+    class Session(_Fake):
+        def __new__(cls, *_args: Any, **how: Any) -> Any:
+            seen.update(how)
+            return session()
+
+    monkeypatch.setattr(ort, "InferenceSession", Session)
+    providers.open_session(graph, options.pop("provider", CUDA), **options)
+    return seen
+
+
+def test_a_provider_that_does_not_start_is_an_error_with_its_cause(
+    portable: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    graph = tmp_path / "model.onnx"
-    onnx.save(tiny.graph("portable", sites=False), graph)
-    provider = providers.Provider("cuda", "CUDAExecutionProvider", "cuda", False)
-
-    class Fallen:
-        def get_providers(self) -> list[str]:
-            return ["CPUExecutionProvider"]
-
-    monkeypatch.setattr(ort, "InferenceSession", lambda *_args, **_kwargs: Fallen())
     with pytest.raises(ProviderError, match="fell back to CPUExecutionProvider"):
-        providers.open_session(graph, provider)
+        _opened(monkeypatch, portable, lambda: _Fake({"CPUExecutionProvider": []}))
+    with pytest.raises(ProviderError) as error:
+        _opened(monkeypatch, portable, lambda: _Fake({"CPUExecutionProvider": []}, NO_CUBLAS))
+    assert str(error.value) == (
+        "CUDAExecutionProvider did not start: Failed to load library "
+        "/x/libonnxruntime_providers_cuda.so with error: libcublasLt.so.13: cannot open shared "
+        "object file: No such file or directory"
+    )
+    assert "Require cuDNN 9.* and CUDA 13.*." in error.value.hint
+    assert "--provider cpu" in error.value.hint
+    assert capfd.readouterr().err == ""  # it is in the error instead
+
+
+def test_a_backend_that_is_missing_is_no_start(
+    portable: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = "[E:onnxruntime:, qnn.cc:2290 GetCapabilityImpl] Unable to load backend /nowhere.so\n"
+    placed = {"CUDAExecutionProvider": [], "CPUExecutionProvider": []}
+    with pytest.raises(ProviderError, match=r"did not start: Unable to load backend /nowhere\.so$"):
+        _opened(monkeypatch, portable, lambda: _Fake(placed, said), allow_fallback=True)
+
+
+def test_what_a_started_provider_says_is_passed_on(
+    portable: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    _opened(monkeypatch, portable, lambda: _Fake({"CUDAExecutionProvider": []}, "a word\n"))
+    assert capfd.readouterr().err == "a word\n"
+
+
+def _nodes(graph: Path, *operators: str) -> list[tuple[str, str]]:
+    model = onnx.load(graph).graph
+    return [(node.op_type, node.name) for node in model.node if node.op_type in operators]
+
+
+def test_only_work_on_floats_may_not_stay_on_the_cpu(
+    portable: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    integers = [node for node in _nodes(portable, "CumSum", "GreaterOrEqual", "And", "Cast")]
+    made = [("Gather", "Gather_token_43"), ("Gather", "Gather"), ("MemcpyToHost", "Memcpy")]
+    assert len(integers) >= 4
+    placed = {"CUDAExecutionProvider": [], "CPUExecutionProvider": [*integers, *made]}
+    _opened(monkeypatch, portable, lambda: _Fake(placed))
+    softmax = _nodes(portable, "Softmax")
+    for floats in (softmax, [("FusedMatMul", "made by ONNX Runtime")]):
+        placed["CPUExecutionProvider"] = [*integers, *floats]
+        with pytest.raises(ProviderError, match=floats[0][0]) as error:
+            _opened(monkeypatch, portable, lambda: _Fake(placed))
+        assert "--allow-fallback" in error.value.hint
+        _opened(monkeypatch, portable, lambda: _Fake(placed), allow_fallback=True)
+
+
+def test_the_hinted_option_is_one_of_the_commands() -> None:
+    for verb in (run, validate):
+        names = {name for parameter in verb.params for name in parameter.opts}
+        assert {"--allow-fallback", "--provider-option", "--provider"} <= names
 
 
 @pytest.mark.parametrize(("fallback", "entry"), [(False, "1"), (True, None)])
-def test_falling_back_to_the_cpu_is_opt_in(
+def test_where_placement_is_not_told_no_node_may_fall_back(
     fallback: bool, entry: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
 
     def refuse(_path: str, options: Any, **_kwargs: Any) -> None:
         seen.append(options)
-        raise RuntimeError("two nodes were left to the CPU\nand a long trace")
+        raise RuntimeError("two nodes were left by a fallback\nand a long trace")
 
     monkeypatch.setattr(ort, "InferenceSession", refuse)
-    provider = providers.Provider("cuda", "CUDAExecutionProvider", "cuda", False)
-    with pytest.raises((ProviderError, BundleError), match=r"two nodes were left to the CPU$"):
-        providers.open_session(tmp_path / "model.onnx", provider, allow_fallback=fallback)
+    with pytest.raises(ProviderError, match=r"two nodes were left by a fallback$") as error:
+        providers.open_session(tmp_path / "model.onnx", CUDA, allow_fallback=fallback)
+    assert "--allow-fallback" in error.value.hint
     try:
         found = seen[0].get_session_config_entry("session.disable_cpu_ep_fallback")
     except RuntimeError:  # ONNX Runtime's way to say that there is no such entry
@@ -68,10 +180,39 @@ def test_falling_back_to_the_cpu_is_opt_in(
     assert found == entry
 
 
+def test_options_reach_the_provider(portable: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    provider = replace(CUDA, options={"device_id": "1"})
+    placed = {"CUDAExecutionProvider": []}
+    seen = _opened(monkeypatch, portable, lambda: _Fake(placed), provider=provider)
+    assert seen["providers"] == [("CUDAExecutionProvider", {"device_id": "1"})]
+    assert seen["enable_fallback"] == 0
+
+
+def test_options_that_a_provider_cannot_know_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(OptionError, match="the CPU provider takes no options, got threads"):
+        providers.resolve("cpu", {"threads": "1"})
+    folder = tmp_path / "capi"
+    folder.mkdir()
+    (folder / "libonnxruntime_providers_cuda.so").write_bytes(b"\0device_id\0gpu_mem_limit\0")
+    (folder / "onnxruntime_pybind11_state.so").write_bytes(b"\0nonsense\0")
+    monkeypatch.setattr(ort, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    assert providers.resolve("cuda", {"device_id": "1"}).options == {"device_id": "1"}
+    for odd in ("nonsense", ""):
+        with pytest.raises(OptionError, match=f"CUDAExecutionProvider has no option {odd!r}"):
+            providers.resolve("cuda", {"device_id": "1", odd: "3"})
+
+
 def test_placement_names_every_operator(tiny: Any, tmp_path: Path) -> None:
     graph = tmp_path / "model.onnx"
     onnx.save(tiny.graph("fused", sites=False), graph)
-    placed = Decoder(graph, tiny.spec("fused")).placement()
+    decoder = Decoder(graph, tiny.spec("fused"))
+    placed = decoder.placement()
+    if not hasattr(decoder.session, "get_provider_graph_assignment_info"):  # an older release
+        assert placed is None
+        return
     assert placed is not None
     assert set(placed) == {"CPUExecutionProvider"}
     assert placed["CPUExecutionProvider"]["com.microsoft::GroupQueryAttention"] == 2
@@ -80,7 +221,7 @@ def test_placement_names_every_operator(tiny: Any, tmp_path: Path) -> None:
 def test_bad_settings_and_bad_graphs(tiny: Any, tmp_path: Path) -> None:
     graph = tmp_path / "model.onnx"
     graph.write_bytes(b"nothing")
-    with pytest.raises(ProviderError, match="optimization is 'best', expected one of disable"):
+    with pytest.raises(OptionError, match="optimization is 'best', expected one of disable"):
         Decoder(graph, tiny.spec("fused"), optimization="best")
     with pytest.raises(BundleError, match="cannot be loaded"):
         Decoder(graph, tiny.spec("fused"))
