@@ -60,19 +60,24 @@ def job(tmp_path: Path) -> Job:
 
 
 @pytest.mark.parametrize(
-    ("given", "wanted"),
+    ("given", "there", "wanted"),
     [
-        ({}, None),
-        ({"reference": "models/base"}, "[export]"),
-        ({"install": "lora-edge==1"}, "lora-edge==1"),
+        ({}, False, "[cpu]"),
+        ({}, True, None),  # perhaps onnxruntime-gpu's, which is not written over
+        ({"reference": "models/base"}, False, "[cpu,export]"),
+        ({"reference": "models/base"}, True, "[export]"),
+        ({"install": "lora-edge==1"}, False, "lora-edge==1"),
     ],
 )
 def test_it_installs_what_it_came_with(
-    job: Job, tmp_path: Path, given: dict[str, str], wanted: str | None
+    job: Job, tmp_path: Path, given: dict[str, str], there: bool, wanted: str | None
 ) -> None:
     """No name is asked of a registry that somebody else could hold there."""
     python = tmp_path / "python"  # says what it was asked instead of installing it
-    python.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > "{tmp_path}/asked"\n')
+    python.write_text(
+        f'#!/bin/sh\n[ "$1" = -c ] && exit {0 if there else 1}\n'
+        f'printf "%s\\n" "$@" > "{tmp_path}/asked"\n'
+    )
     python.chmod(0o755)
     assert job.run("Install", bundle="bundle", **given) == 0
     *command, asked = (tmp_path / "asked").read_text().splitlines()
