@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from lora_edge.errors import LoraEdgeError
 
@@ -206,13 +207,20 @@ def read_bytes(
         if not pipe and file.exists() and not file.is_file():
             raise error(f"{file} is not a regular file", hint)
         with file.open("rb") as stream:
-            data = stream.read(max_bytes + 1)
+            data = b"".join(_chunks(stream, max_bytes + 1))
     except (OSError, ValueError) as fault:  # ValueError: a NUL in the path
         reason = getattr(fault, "strerror", None) or fault
         raise error(f"{file} cannot be read: {reason}", hint) from fault
     if len(data) > max_bytes:
         raise error(f"{file} is longer than {max_bytes} bytes", hint)
     return data
+
+
+def _chunks(stream: BinaryIO, most: int) -> Iterator[bytes]:
+    # read() takes as much memory as it is asked to read.
+    while most > 0 and (chunk := stream.read(min(most, 1 << 20))):
+        yield chunk
+        most -= len(chunk)
 
 
 def lfs_pointer(what: str) -> tuple[str, str]:
