@@ -10,7 +10,7 @@ import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from lora_edge.errors import BaseModelError
 from lora_edge.files.hub import is_hub_id, snapshot
 from lora_edge.files.json import read_object
 from lora_edge.files.safetensors import TensorRecord, read_bytes, read_float32, read_header
+from lora_edge.files.schema import decode
 
 _WEIGHT_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 
@@ -26,6 +27,16 @@ _WEIGHT_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 class _File(NamedTuple):
     path: Path
     modified: int  # ns; so that a cache entry does not outlive the file's content
+
+
+class _Config(TypedDict, total=False):
+    """What is read here of a model's config."""
+
+    model_type: str | None
+    architectures: list[str] | None
+    is_encoder_decoder: bool | None
+    is_decoder: bool | None
+    quantization_config: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -128,6 +139,7 @@ def resolve_base(name_or_path: str | os.PathLike[str]) -> Base:
             f"{name} has no config.json", "Give the folder of a Hugging Face model."
         )
     config = read_object(config_file, BaseModelError, "Download it again.", nonfinite=True)
+    decode(_Config, config, str(config_file), BaseModelError, "Download it again.")
     if not any(directory.glob("*.safetensors")):
         raise BaseModelError(
             f"{name} has no safetensors weights",

@@ -90,12 +90,16 @@ def loading(base: Base, task: Task | None, attention: str | None) -> Iterator[No
     try:
         yield
     except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        RuntimeError,
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
         ImportError,
+        LookupError,
+        MemoryError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
         SafetensorError,
         StrictDataclassError,
     ) as error:

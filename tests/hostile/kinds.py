@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from zipfile import ZIP_DEFLATED, ZipFile
 
 import mutate
+import oracles
 import seeds
 
 from lora_edge.bundle import file_entry, load_bundle
@@ -29,6 +29,7 @@ class Kind(NamedTuple):
         mutate: how.
         read: reads the folder as the package does.
         signed: the manifest's hash of the file is made right again.
+        oracle: what is wrong with a folder that was accepted; empty: nothing.
         weight: how many mutants there are of it, relative to the others.
     """
 
@@ -38,6 +39,7 @@ class Kind(NamedTuple):
     read: Read
     signed: bool = False
     weight: int = 2
+    oracle: Callable[[Path], str] | None = None
 
 
 def _run(bundle: Path) -> None:
@@ -115,9 +117,16 @@ def _base(folder: Path) -> None:
 
     base = resolve_base(folder)
     _ = base.model_type, base.fingerprint()
-    for key in base.keys():
+    for key in tuple(base.keys()):
         base.weight(key)
     base.parameter("model.norm.weight")
+
+
+def _model(folder: Path) -> None:
+    from lora_edge.base import resolve_base
+    from lora_edge.capture.load import load_model
+
+    load_model(resolve_base(folder), None)
 
 
 def _text(folder: Path) -> None:
@@ -245,7 +254,14 @@ _TEXT_FILES = ("tokenizer_config.json", "special_tokens_map.json", "config.json"
 _IMAGES = ("png", "jpeg", "bmp", "gif", "webp", "tiff", "ppm", "ico", "tga", "pcx", "dds")
 
 KINDS: dict[str, Kind] = {
-    "manifest": Kind("bundle", ("lora_edge.json",), mutate.of_json, _manifest, weight=4),
+    "manifest": Kind(
+        "bundle",
+        ("lora_edge.json",),
+        mutate.of_json,
+        _manifest,
+        weight=4,
+        oracle=oracles.fits("lora_edge.json", oracles.MANIFEST),
+    ),
     "adapter-file": Kind(
         "bundle",
         ("adapters/alpha/adapter.onnx_adapter",),
@@ -262,13 +278,53 @@ KINDS: dict[str, Kind] = {
         signed=True,
         weight=1,
     ),
-    "adapter-config": Kind("adapter", ("adapter_config.json",), mutate.of_json, _adapter, weight=4),
-    "adapter-added": Kind("adapter", ("adapter_config.json",), mutate.of_json, _added, weight=1),
-    "safetensors": Kind("adapter", ("adapter_model.safetensors",), of_safetensors, _adapter),
-    "training-record": Kind("adapter", ("training.json",), mutate.of_json, _training),
-    "base-config": Kind("base", ("config.json",), mutate.of_json, _base, weight=1),
+    "adapter-config": Kind(
+        "adapter",
+        ("adapter_config.json",),
+        mutate.of_json,
+        _adapter,
+        weight=4,
+        oracle=oracles.fits("adapter_config.json", oracles.ADAPTER_CONFIG),
+    ),
+    "adapter-added": Kind(
+        "adapter",
+        ("adapter_config.json",),
+        mutate.of_json,
+        _added,
+        weight=1,
+        oracle=oracles.fits("adapter_config.json", oracles.ADAPTER_CONFIG),
+    ),
+    "safetensors": Kind(
+        "adapter",
+        ("adapter_model.safetensors",),
+        of_safetensors,
+        _adapter,
+        oracle=oracles.is_safetensors("adapter_model.safetensors"),
+    ),
+    "training-record": Kind(
+        "adapter",
+        ("training.json",),
+        mutate.of_json,
+        _training,
+        oracle=oracles.fits("training.json", oracles.TRAINING),
+    ),
+    "base-config": Kind(
+        "base",
+        ("config.json",),
+        mutate.of_json,
+        _base,
+        weight=1,
+        oracle=oracles.fits("config.json", oracles.BASE_CONFIG),
+    ),
+    "base-model": Kind("model", ("config.json",), mutate.of_json, _model, weight=1),
     "base-index": Kind("base", ("model.safetensors.index.json",), mutate.of_json, _base),
-    "base-weights": Kind("base", ("model-00001-of-00002.safetensors",), of_safetensors, _base),
+    "base-weights": Kind(
+        "base",
+        ("model-00001-of-00002.safetensors",),
+        of_safetensors,
+        _base,
+        oracle=oracles.is_safetensors("model-00001-of-00002.safetensors"),
+    ),
     "tokenizer": Kind("text", ("tokenizer.json",), mutate.of_json, _text),
     "tokenizer-config": Kind("text", _TEXT_FILES, mutate.of_json, _text),
     "generation-config": Kind("text", ("generation_config.json",), mutate.of_json, _text),
@@ -287,8 +343,9 @@ KINDS: dict[str, Kind] = {
         ("journal/finished.jsonl", "journal/lora-edge-validation.json"),
         mutate.of_lines,
         _journal,
+        oracle=oracles.is_journal,
     ),
-    "report": Kind("record", ("report.json",), mutate.of_json, _report),
+    "report": Kind("record", ("report.json",), mutate.of_json, _report, oracle=oracles.is_report),
     "jsonl": Kind("data", ("pairs.jsonl", "chats.jsonl", "labels.jsonl"), mutate.of_lines, _lines),
     "csv": Kind("data", ("pairs.csv", "labels.csv"), mutate.of_csv, _lines, weight=1),
     "prompts": Kind("data", ("prompts.txt",), mutate.of_csv, _lines, weight=1),
@@ -327,8 +384,3 @@ def names(count: int) -> list[str]:
     ]
     # All kinds from the beginning, so that a short run sees each.
     return sorted(found, key=lambda case: int(case.partition(":")[2]))[:count]
-
-
-def schemas() -> dict[str, Any]:
-    """Independent schemas of our own files: what is accepted has to fit them."""
-    return dict(json.loads((Path(__file__).parent / "schemas.json").read_text(encoding="utf-8")))

@@ -30,6 +30,9 @@ def make(folder: Path) -> None:
     _bundle(folder / "bundle")
     _adapter(folder / "adapter")
     _base(folder / "base")
+    (folder / "model").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(ROOT / "models" / "tiny-llama" / name, folder / "model")
     _text(folder / "text")
     _pooling(folder / "pooling")
     _images(folder / "images")
@@ -151,11 +154,11 @@ def _text(folder: Path) -> None:
 
 def _pooling(folder: Path) -> None:
     (folder / "1_Pooling").mkdir(parents=True)
+    places = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
     modules = [
-        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
-        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
-        {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
-    ]  # fmt: skip
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (kind, path) in enumerate(places.items())
+    ]
     (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "1_Pooling" / "config.json").write_text(
         json.dumps({"word_embedding_dimension": 8, "pooling_mode_mean_tokens": True})
