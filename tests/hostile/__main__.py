@@ -66,7 +66,10 @@ class Worker:
         self._process.stdin.flush()
         line = self._line(WALL)
         if line:
-            return dict(json.loads(line))
+            answer = dict(json.loads(line))
+            if "broken" in answer:
+                raise RuntimeError(f"what is whole is not read, for {case}:\n{answer['broken']}")
+            return answer
         self._process.kill()
         status = self._process.wait()
         fault = {-24: "more than 5 s", -9: "more than 5 s, waiting"}.get(
@@ -137,7 +140,7 @@ def run(count: int, seed: int, workers: int, only: list[str]) -> list[dict[str, 
         for thread in threads:
             thread.join()
         if len(found) != len(names):
-            raise SystemExit(f"{len(names) - len(found)} cases were not read")
+            raise SystemExit(f"{len(names) - len(found)} cases were not read; a worker failed")
         left = {path.name for path in home.iterdir()}
         if left != {"seeds", "cases", "outside"} or outside.read_text() != "untouched":
             raise SystemExit(f"something was written outside: {left}")

@@ -10,6 +10,7 @@ from random import Random
 from typing import NamedTuple
 from zipfile import ZIP_DEFLATED, ZipFile
 
+import harms
 import mutate
 import oracles
 import seeds
@@ -130,7 +131,8 @@ def _model(folder: Path) -> None:
 
 
 def _text(folder: Path) -> None:
-    from lora_edge.runtime.tokenizer import Tokenizer, eos_ids
+    from lora_edge.runtime.defaults import read_defaults
+    from lora_edge.runtime.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(folder)
     ids = tokenizer.encode("Hello, wörld")
@@ -138,7 +140,7 @@ def _text(folder: Path) -> None:
     tokenizer.encode_input("a", "b", max_length=8)
     tokenizer.encode_chat("Hello")
     tokenizer.chat_text([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-    for token in eos_ids(folder):
+    for token in read_defaults(folder).eos_ids:
         assert type(token) is int, f"the end token {token!r} was accepted"
 
 
@@ -349,6 +351,17 @@ KINDS: dict[str, Kind] = {
     "jsonl": Kind("data", ("pairs.jsonl", "chats.jsonl", "labels.jsonl"), mutate.of_lines, _lines),
     "csv": Kind("data", ("pairs.csv", "labels.csv"), mutate.of_csv, _lines, weight=1),
     "prompts": Kind("data", ("prompts.txt",), mutate.of_csv, _lines, weight=1),
+}
+KINDS |= {
+    name: Kind(
+        "data",
+        ("prompts.txt",),
+        mutate.of_bytes,
+        harms.of_mutants(harm),
+        weight=0,
+        oracle=lambda _: "accepted though it is wrong",
+    )
+    for name, (harm, _) in harms.HARMS.items()
 }
 
 

@@ -105,6 +105,7 @@ MANIFEST = record(
                     "alone": TEXT,
                     "invocation": listed(whole(-1)),
                     "labels": listed(TEXT),
+                    "text": listed(TEXT),
                     "conversion": {},
                 },
             )

@@ -142,7 +142,11 @@ def main() -> None:
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         case = line.strip()
-        warm(case.partition(":")[0], home)
+        try:
+            warm(case.partition(":")[0], home)
+        except BaseException:
+            print(json.dumps({"broken": traceback.format_exc()}), file=answers, flush=True)
+            raise
         kind, folder, file = prepared(case, seed, home)
         found = outcome(kind, folder, guard)
         print(json.dumps({"case": case, "file": file, **found}), file=answers, flush=True)
