@@ -32,8 +32,10 @@ from lora_edge.peft_directory import (
     ORIGINAL_CONFIG_FILE,
     TENSOR_FILE,
     TRAINING_FILE,
+    read_config,
     tensor_file,
 )
+from lora_edge.peft_targets import check_patterns
 from lora_edge.peft_types import MERGE_FIRST
 
 _ROWS = 1024  # of the identity, at a time: bounds the memory that measuring takes
@@ -137,6 +139,7 @@ def _refuse_unknown_fields(source: Path, config: Mapping[str, Any]) -> None:
 
 
 def _attach(plain: Any, source: Path) -> Any:
+    check_patterns(read_config(source), [path for path, _ in plain.named_modules()])
     try:
         return PeftModel.from_pretrained(plain, str(source), torch_device="cpu").eval()
     except (

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_edge.errors import AdapterError
-from lora_edge.files.patterns import matched
+from lora_edge.files.patterns import check_time_of_re, matched
 
 TASK_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score")}
 """What PEFT saves of a model for classification though no config field names it."""
@@ -180,6 +180,29 @@ class Targets:
 def pattern_key(patterns: Iterable[str], path: str) -> str | None:
     """The first key of ``rank_pattern`` or ``alpha_pattern`` that decides for a module."""
     return next((key for key in patterns if match(rf"(.*\.)?({key})$", path)), None)
+
+
+def check_patterns(config: Mapping[str, Any], paths: Sequence[str]) -> None:
+    """Check that PEFT itself, which matches with Python's ``re``, is done with a config in time.
+
+    Args:
+        config: ``adapter_config.json``, or fields of it.
+        paths: module paths of the model that PEFT is about to adapt.
+
+    Raises:
+        AdapterError: a pattern takes too long.
+    """
+    found = [rf"(.*\.)?({key})$" for field in _PATTERNS for key in config.get(field) or ()]
+    found += [x for field in _NAMES if isinstance(x := config.get(field), str)]
+    found += [rf"(^|.*\.){name}($|\..*)" for name in config.get("modules_to_save") or ()]
+    layers = config.get("layers_pattern") or ()
+    given = [layers] if isinstance(layers, str) else layers
+    found += [rf"(?:^|.*?\.){x}\.(?P<idx>\d+)\." for x in given]
+    check_time_of_re(found, paths, _WHAT, AdapterError, _CORRECT)
+
+
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+_NAMES = ("target_modules", "exclude_modules")
 
 
 def fullmatch(pattern: str, text: str) -> bool:

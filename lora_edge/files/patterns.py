@@ -7,9 +7,13 @@ which matches alike, can. Where the two differ, the pattern is refused.
 from __future__ import annotations
 
 import functools
+import json
 import re
+import subprocess
+import sys
 import time
 import warnings
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import regex
@@ -22,6 +26,9 @@ MATCH_SECONDS = 0.5
 """Longest time of one match, of the processor."""
 PATTERN_SECONDS = 2.0
 """Longest time of all slow matches of one pattern."""
+
+RE_SECONDS = 10.0
+"""Longest time of all patterns of a config in a process of its own, its start included."""
 
 _SLOW = 0.02  # seconds; a match of a module path takes microseconds
 # Fuzzy matching, POSIX classes and sets of sets, which re does not have.
@@ -95,3 +102,60 @@ def matched(
         return compiled.found(text, how)
     except TimeoutError:
         raise error(f"{what} {shown}, which takes too long to match {text!r}", hint) from None
+
+
+def check_time_of_re(
+    patterns: Sequence[str],
+    texts: Sequence[str],
+    what: str,
+    error: type[LoraEdgeError],
+    hint: str,
+) -> None:
+    """Check that Python's own ``re`` is done with patterns in time, before a library matches them.
+
+    A process of its own tries, because ``re`` cannot be stopped; none is started for patterns
+    without two signs that repeat.
+
+    Args:
+        patterns: regular expressions.
+        texts: what they will be matched with.
+        what, error, hint: as of :func:`matched`.
+
+    Raises:
+        LoraEdgeError: of type ``error``: one takes too long.
+    """
+    risky = [pattern for pattern in patterns if len(_REPEATS.findall(pattern)) > 1]
+    if not risky:
+        return
+    asked = json.dumps([risky, list(texts)])
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", _TRY],
+            input=asked,
+            capture_output=True,
+            text=True,
+            timeout=RE_SECONDS,
+            check=False,
+        ).stdout
+    except subprocess.TimeoutExpired as late:
+        said = late.stdout or b""
+        done = said.decode() if isinstance(said, bytes) else said
+    count = len(done.split())
+    if count < len(risky):
+        shown = repr(risky[count][:80])
+        raise error(f"{what} {shown}, which takes too long to match with Python's re", hint)
+
+
+_REPEATS = re.compile(r"[*+{]")
+_TRY = """
+import json, re, sys
+patterns, texts = json.load(sys.stdin)
+for pattern in patterns:
+    try:
+        compiled = re.compile(pattern)
+        for text in texts:
+            compiled.match(text), compiled.fullmatch(text)
+    except Exception:
+        pass  # whoever uses it will say what is wrong
+    print("done", flush=True)
+"""

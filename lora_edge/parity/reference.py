@@ -24,6 +24,7 @@ from lora_edge.errors import AdapterError, BaseModelError, MissingDependencyErro
 from lora_edge.names import canonical_peft_key
 from lora_edge.parity.states import State
 from lora_edge.peft_directory import CONFIG_FILE, TENSOR_FILE, read_config, tensor_keys
+from lora_edge.peft_targets import check_patterns
 from lora_edge.quantization import Quantization
 from lora_edge.quiet import quiet
 
@@ -312,6 +313,7 @@ def attached(model: Any, directory: str | os.PathLike[str], inner: str) -> Any:
     """
     from peft import PeftModel
 
+    check_patterns(read_config(Path(directory)), [path for path, _ in model.named_modules()])
     with quiet(), _loadable(Path(directory)) as folder:
         try:
             adapted = model

@@ -15,6 +15,7 @@ from typing import Any
 
 from lora_edge.errors import AdapterError
 from lora_edge.files.json import read_object
+from lora_edge.peft_targets import check_patterns, fullmatch, pattern_key
 from lora_edge.tasks import Task
 from lora_edge.training.model import first_line, some
 from lora_edge.training.settings import ALL_LINEAR, CONVERTED_INITS, Settings
@@ -58,6 +59,16 @@ def add_lora(model: Any, settings: Settings, base_name: str, task: Task | None =
         init_lora_weights=True if settings.init == "default" else settings.init,
         fan_in_fan_out=_is_conv1d(model, names, task),
     )
+    paths = [path for path, _ in model.named_modules()]
+    check_patterns(
+        {
+            "target_modules": names,
+            "modules_to_save": _saved(settings, task),
+            "rank_pattern": settings.rank_pattern,
+            "alpha_pattern": settings.alpha_pattern,
+        },
+        paths,
+    )
     try:
         with _quiet_peft():
             wrapped = get_peft_model(model, config)
@@ -73,7 +84,7 @@ def add_lora(model: Any, settings: Settings, base_name: str, task: Task | None =
     ):
         for key in pattern:
             # PEFT's own rule (peft.utils.get_pattern_key); it passes over a key without a match.
-            if not any(re.match(rf"(.*\.)?({key})$", path) for path in adapted):
+            if not any(pattern_key([key], path) for path in adapted):
                 raise AdapterError(
                     f"{option} key {key!r} matches none of the {len(adapted)} adapted modules",
                     f"They are named like {some(_endings(adapted))}.",
@@ -230,7 +241,7 @@ def _check_targets(model: Any, targets: str | tuple[str, ...]) -> None:
 
 def _matches(path: str, target: str, *, regex: bool) -> bool:
     if regex:
-        return re.fullmatch(target, path) is not None
+        return fullmatch(target, path)
     return path == target or path.endswith(f".{target}")
 
 

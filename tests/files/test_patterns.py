@@ -9,7 +9,12 @@ import pytest
 
 from lora_edge.errors import AdapterError
 from lora_edge.files import patterns
-from lora_edge.files.patterns import MATCH_SECONDS, PATTERN_SECONDS, matched
+from lora_edge.files.patterns import (
+    MATCH_SECONDS,
+    PATTERN_SECONDS,
+    check_time_of_re,
+    matched,
+)
 
 PATHS = [
     "model.layers.0.self_attn.q_proj",
@@ -77,6 +82,34 @@ def test_a_pattern_that_keeps_any_engine_busy_is_refused_in_time() -> None:
         with pytest.raises(AdapterError, match="takes too long to match"):
             _match("(.*\\.)?((a|aa)+)$", f"model.layers.{index}." + "a" * 60 + "!")
     assert time.thread_time() - started < PATTERN_SECONDS + 4 * MATCH_SECONDS
+
+
+def _check(*patterns: str) -> None:
+    check_time_of_re(patterns, PATHS, "it has the key", AdapterError, "Correct it.")
+
+
+def test_what_keeps_re_itself_busy_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patterns, "RE_SECONDS", 3.0)
+    paths = ["model." + "a" * 40 + "."]
+    with pytest.raises(
+        AdapterError, match=r"key '\(x\+x\+\)\+y\|\.\*\(a\+\)\+\$', which takes too"
+    ):
+        check_time_of_re(
+            ["(.*\\.)?q_proj", "(", r"(x+x+)+y|.*(a+)+$"],
+            paths,
+            "it has the key",
+            AdapterError,
+            "h",
+        )
+
+
+def test_what_re_is_done_with_is_taken() -> None:
+    _check(*ALIKE, "(", *(rf"(.*\.)?({x})$" for x in ALIKE))
+
+
+def test_plain_patterns_start_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patterns, "sys", None)
+    _check("q_proj", r".*q_proj", r"layers\.\d+")
 
 
 def test_quick_matches_do_not_use_the_time_up(monkeypatch: pytest.MonkeyPatch) -> None:
