@@ -35,10 +35,8 @@ Form = Literal["fused", "portable"]
 Backend = Literal["trace", "optimum"]
 
 _COPIED = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "preprocessor_config.json", "modules.json", "1_Pooling/config.json",
-    "sentence_bert_config.json",
+    "config.json", "generation_config.json", "preprocessor_config.json", "modules.json",
+    "1_Pooling/config.json", "sentence_bert_config.json",
 )  # fmt: skip
 
 
@@ -285,7 +283,7 @@ def _base_head(base: Base, path: str) -> Head:
 
 
 def copy_files(base: Base, stage: Path) -> None:
-    """Copy the base's config and tokenizer files into a bundle."""
+    """Copy the base's config files into a bundle; its tokenizer is :mod:`lora_edge.prompts`'."""
     for name in _COPIED:
         if (base.directory / name).is_file():
             (stage / name).parent.mkdir(exist_ok=True)

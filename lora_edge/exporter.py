@@ -41,6 +41,7 @@ from lora_edge.manifest import Manifest, Mode, Seq2SeqSpec
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.packing import check_parts, with_heads, write_adapter_folder
 from lora_edge.peft_loading import BaseView
+from lora_edge.prompts import own_folders, write_adapter_texts, write_base_text
 from lora_edge.quantization import Precision, rounded_weights
 from lora_edge.runtime.adapter_file import read_adapter
 from lora_edge.runtime.changes import parse_changes
@@ -141,6 +142,9 @@ def export(
                 manifest = build_seq2seq(model, loaded, stage, options, wanted, say)
             else:
                 manifest = build(model, loaded, stage, options, say)
+            write_base_text(model, stage, manifest, say)
+            folders = own_folders(adapters or {}, local)
+            manifest = write_adapter_texts(stage, manifest, folders, say)
             staged = Bundle(stage, _note_conversions(stage, manifest, conversions))
             _prove(staged, model, say)
             _finish(stage)
@@ -178,11 +182,15 @@ def add(
             "Export a switchable one with: lora-edge export BASE --mode switchable",
         )
     with peft_directories(adapters) as paths:
-        return _add(target, {name: load_adapter(path, name) for name, path in paths.items()}, base)
+        loaded = {name: load_adapter(path, name) for name, path in paths.items()}
+        return _add(target, loaded, base, own_folders(adapters, paths))
 
 
 def _add(
-    target: Bundle, adapters: Mapping[str, Adapter], base: str | os.PathLike[str] | None
+    target: Bundle,
+    adapters: Mapping[str, Adapter],
+    base: str | os.PathLike[str] | None,
+    folders: Mapping[str, Path],
 ) -> Bundle:
     manifest = target.manifest
     checkpoint = None if base is None else _checked(resolve_base(base), target).parameter
@@ -230,7 +238,8 @@ def _add(
                 if file.is_file():
                     name = file.relative_to(target.directory).as_posix()
                     files[name] = file_entry(file)
-        return target.write_manifest(dataclasses.replace(manifest, adapters=entries, files=files))
+        added = dataclasses.replace(manifest, adapters=entries, files=files)
+        return target.write_manifest(write_adapter_texts(target.directory, added, folders, _silent))
     except BaseException:
         for folder in written:
             shutil.rmtree(folder, ignore_errors=True)

@@ -84,6 +84,7 @@ ALLOWED: dict[str, set[str]] = {
         "peft_directory",
         "refusals",
     },
+    "prompts": {"base", "bundle", "capture", "errors", "manifest", "runtime"},
     "task_choice": {"adapter", "base", "errors", "refusals", "tasks"},
     "card": {"manifest", "tasks"},
     "convert": {"peft_directory", "base", "errors", "factorize", "peft_types", "staging"},

@@ -7,10 +7,11 @@ how large it may run is :mod:`lora_edge.runtime.sandbox`'s affair.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -105,24 +106,18 @@ class ChatTemplates:
 _LARGEST = 1_000_000_000
 
 
-class _Explained:
+@contextlib.contextmanager
+def _explained(where: str) -> Iterator[None]:
     """Turns whatever a template raises into a refusal."""
-
-    def __init__(self, where: str) -> None:
-        self._where = where
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, Exception):
-            return
+    try:
+        yield
+    except Exception as error:
         reason = " ".join(str(error).split())[:_LONGEST_REASON]
         if isinstance(error, TemplateLimitError):
-            said = f"the chat template of {self._where} was stopped: {reason}"
+            said = f"the chat template of {where} was stopped: {reason}"
             hint = "Use a checkpoint whose template is sound, or shorten the conversation."
         elif isinstance(error, jinja2.TemplateSyntaxError):
-            said = f"the chat template of {self._where} cannot be read: {reason}"
+            said = f"the chat template of {where} cannot be read: {reason}"
             hint = "Export a base whose chat template works, or leave chat out."
         elif isinstance(error, jinja2.TemplateError):
             said = f"the chat template refuses the messages: {reason}"
@@ -131,9 +126,6 @@ class _Explained:
             said = f"the chat template fails on the messages: {type(error).__name__}: {reason}"
             hint = "Check what the messages hold; the template is the checkpoint's own."
         raise DataError(said, hint) from error
-
-
-_explained = _Explained
 
 
 def _messages(messages: str | Sequence[Message]) -> list[Message]:

@@ -93,9 +93,11 @@ class Tokenizer:
 
         Templates see them as variables.
         """
-        legacy = self._file("special_tokens_map.json")
+        config = self._file("tokenizer_config.json")
+        folder = self._folders[-1] if config is None else config.parent
+        legacy = folder / "special_tokens_map.json"
         named = dict(self._config)
-        if legacy is not None and "added_tokens_decoder" not in self._config:
+        if legacy.is_file() and "added_tokens_decoder" not in self._config:
             named |= _read(legacy)
         extra = named.get("extra_special_tokens")
         named |= extra if isinstance(extra, Mapping) else {}
@@ -112,6 +114,16 @@ class Tokenizer:
             if found:
                 return found
         return {}
+
+    def vocabulary(self) -> dict[str, int]:
+        """Token -> id, the added ones included."""
+        return dict(self._tokenizer.get_vocab(with_added_tokens=True))
+
+    def meaning(self) -> tuple[object, ...]:
+        """What decides ids and text; equal tokenizers share it, whatever else their files say."""
+        special = {name: x for name, x in self.special_tokens.items() if name != "pad_token"}
+        split = self._tokenizer.encode_special_tokens
+        return self._tokenizer.to_str(), special, self._clean, split, self._truncation_side
 
     def token_id(self, text: str) -> int | None:
         """The id of a token, by its text."""
@@ -134,7 +146,7 @@ class Tokenizer:
 
         Args:
             text: the text.
-            pair: a second text, which the tokenizer puts behind it.
+            pair: a second text, which the tokenizer puts behind it; an empty one is none.
             max_length: cut the texts (the longer one first) to this many tokens, special ones
                 included; ``None``: never.
 
@@ -145,7 +157,7 @@ class Tokenizer:
             if max_length is not None:
                 self._tokenizer.enable_truncation(max_length, direction=self._truncation_side)
             try:
-                coded = self._tokenizer.encode(text, pair)
+                coded = self._tokenizer.encode(text, pair or None)
             finally:
                 self._tokenizer.no_truncation()
         return Encoded(list(coded.ids), list(coded.type_ids), list(coded.offsets))
