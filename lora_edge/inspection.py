@@ -18,9 +18,11 @@ from lora_edge.adapter_parts import LowRank
 from lora_edge.adapter_source import peft_directory
 from lora_edge.base import Base
 from lora_edge.comparison import Fit
+from lora_edge.errors import BundleError
 from lora_edge.kinds import alone
-from lora_edge.manifest import SiteEntry
+from lora_edge.manifest import SiteEntry, TextAspect
 from lora_edge.peft_directory import read_config
+from lora_edge.prompts import brought
 from lora_edge.refusals import MODES, Mode, Refusal
 
 _FLOAT_BYTES = 4
@@ -136,6 +138,8 @@ class Inspection:
         labels: names of the task head's outputs.
         alone: why it can be neither blended nor weighted; empty where it can.
         warnings: what is right but worth a look.
+        text: what the folder brings that has to do with text: ``tokenizer``, ``chat_template``;
+            carried where it differs from the base's.
         modes: mode -> the reasons why it is refused there; none: the mode takes it. Those that lie
             in the base are in both.
     """
@@ -155,6 +159,7 @@ class Inspection:
     alone: str
     warnings: tuple[str, ...]
     modes: Mapping[Mode, tuple[Refusal, ...]]
+    text: tuple[TextAspect, ...] = ()
 
     @property
     def refused(self) -> bool:
@@ -199,6 +204,11 @@ def _inspected(directory: Path, shown: str, base: Base | None, task: str | None)
         refusals += fit.refusals()
         warnings += fit.warnings
     heads = adapter.heads if fit is None else fit.heads
+    text: tuple[TextAspect, ...] = ()
+    try:
+        text = brought(directory)
+    except BundleError as error:
+        warnings += (f"what it brings of text cannot be read: {error}",)
     return Inspection(
         path=shown,
         kind=adapter.kind,
@@ -240,6 +250,7 @@ def _inspected(directory: Path, shown: str, base: Base | None, task: str | None)
         alone=alone(adapter, {path: SiteEntry(0, 0, "head") for path in heads}),
         warnings=warnings,
         modes=_by_mode(refusals),
+        text=text,
     )
 
 

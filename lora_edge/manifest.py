@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -374,3 +374,8 @@ _SPECS: Mapping[str, type[GraphSpec | Seq2SeqSpec]] = {
     "text2text-generation": Seq2SeqSpec,
     "automatic-speech-recognition": Seq2SeqSpec,
 }
+
+
+def aspect_names(aspects: Sequence[TextAspect]) -> str:
+    """What an adapter brings, in words, e.g. ``tokenizer and chat template``."""
+    return " and ".join(aspect.replace("_", " ") for aspect in aspects)

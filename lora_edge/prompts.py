@@ -13,7 +13,7 @@ import dataclasses
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from lora_edge.errors import (
     LoraEdgeError,
     MissingDependencyError,
 )
-from lora_edge.manifest import Manifest, TextAspect
+from lora_edge.manifest import Manifest, TextAspect, aspect_names
 from lora_edge.runtime.corpus import CONTEXTS, CONVERSATIONS, TEXTS
 from lora_edge.runtime.texts import text_folder
 from lora_edge.runtime.tokenizer import TEMPLATE_FILE, TEMPLATE_FOLDER, Tokenizer, read_templates
@@ -120,11 +120,6 @@ def write_adapter_texts(
             files |= {x.relative_to(directory).as_posix(): file_entry(x) for x in sorted(found)}
         say(f"{name} brings its own {aspect_names(aspects)}, used where it is used")
     return dataclasses.replace(manifest, adapters=entries, files=files)
-
-
-def aspect_names(aspects: Sequence[TextAspect]) -> str:
-    """The aspects in words, e.g. ``tokenizer and chat template``."""
-    return " and ".join(aspect.replace("_", " ") for aspect in aspects)
 
 
 def own_folders(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from lora_edge.cli.arguments import named_paths
+from lora_edge.manifest import aspect_names
 
 
 @click.command()
@@ -36,4 +37,7 @@ def command(bundle: str, adapters: tuple[str, ...], base: str | None) -> None:
     result = add(bundle, named, base)
     for name in named:
         click.echo(f"added {name}: unproved until validate --reference has seen it", err=True)
+        text = result.manifest.adapters[name].text
+        if text:
+            click.echo(f"{name} brings its own {aspect_names(text)}", err=True)
     click.echo(result.directory)

@@ -14,7 +14,7 @@ import click
 from lora_edge.bundle import load_bundle
 from lora_edge.errors import LoraEdgeError
 from lora_edge.files.hub import is_hub_id
-from lora_edge.manifest import MANIFEST_NAME, AdapterEntry, Manifest
+from lora_edge.manifest import MANIFEST_NAME, AdapterEntry, Manifest, aspect_names
 from lora_edge.tasks import SEQ2SEQ, TASKS, TEXT_GENERATION
 
 if TYPE_CHECKING:
@@ -112,6 +112,8 @@ def _bundled(name: str, entry: AdapterEntry, held: int) -> Iterator[str]:
         yield from _wrapped(f"activated by the tokens {_listed(entry.invocation)}", "    ")
     if entry.labels:
         yield from _wrapped(f"labels {', '.join(entry.labels)}", "    ")
+    if entry.text:
+        yield from _wrapped(f"has its own {aspect_names(entry.text)}", "    ")
     if entry.conversion is not None:
         yield from _wrapped(
             f"approximates a {entry.conversion['peft_type']}: relative error of ΔW "
@@ -141,6 +143,9 @@ def _adapter(found: Inspection) -> Iterator[str]:
         yield from _entry("activated", f"by the tokens {_listed(found.invocation)}")
     if found.labels:
         yield from _entry("labels", ", ".join(found.labels))
+    if found.text:
+        names = aspect_names(found.text)
+        yield from _entry("brings", f"{names}: carried where they differ from the base's")
     for warning in found.warnings:
         yield from _entry("warning", warning)
     yield from _modules(found)

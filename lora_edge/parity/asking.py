@@ -75,8 +75,8 @@ def ask(
         yield from ask_pytorch_task(question)
 
 
-def tokens_of(runner: Runner, text: str) -> Row:
-    """The token ids of a text, as the bundle's task reads it.
+def tokens_of(runner: Runner, text: str, adapter: str | None = None) -> Row:
+    """The token ids of a text, as the bundle's task and a row of the adapter read it.
 
     Raises:
         DataError: the bundle takes no texts.
@@ -88,8 +88,8 @@ def tokens_of(runner: Runner, text: str) -> Row:
     elif not isinstance(graph, GraphSpec):
         if graph.image:
             raise DataError("the bundle takes images, not texts", "Leave the prompts out.")
-        return tuple(runner.outputs.encode([text])[0].ids)
-    return tuple(runner.tokenizer.encode(text))
+        return tuple(runner.outputs.encode([text], states=runner.states(adapter, 1))[0].ids)
+    return tuple(runner.tokenizer_of(adapter).encode(text))
 
 
 def longest_prompt(runner: Runner) -> int | None:

@@ -28,7 +28,7 @@ _STEPS = 16
 def given_probes(
     bundle: Bundle,
     prompts: Sequence[Prompt],
-    encode: Callable[[str], Row],
+    encode: Callable[[str, str | None], Row],
     *,
     steps: int | None = None,
     longest: int | None = None,
@@ -38,7 +38,7 @@ def given_probes(
     Args:
         bundle: names of its adapters, and which batches it has already.
         prompts: the user's.
-        encode: text -> token ids.
+        encode: text, adapter -> token ids.
         steps: greedy tokens after each prompt; ``None``: 16, where the bundle generates text.
         longest: tokens that a prompt may have.
 
@@ -53,7 +53,7 @@ def given_probes(
                 f"a prompt is for the adapter {prompt.adapter!r}, which the bundle does not have",
                 f"Its adapters are {', '.join(names)}.",
             )
-        row = encode(prompt.text)
+        row = encode(prompt.text, prompt.adapter)
         if not row or (longest is not None and len(row) > longest):
             raise DataError(
                 f"the prompt {prompt.text[:40]!r} has {len(row)} tokens, expected 1 to {longest}",

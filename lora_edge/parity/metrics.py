@@ -99,11 +99,18 @@ class _Generated(Metric):
     def __init__(self, runner: Runner, base: Base, sources: Mapping[str, Path]) -> None:
         self._runner = runner
         self._reference = reference_of(runner.bundle, base, sources)
+        self._tokenizer = runner.tokenizer
+        self._ends = runner.eos_ids
+
+    def _use(self, name: str) -> None:
+        """Read text as rows of this adapter do, on every side of the comparison."""
+        self._tokenizer = self._runner.tokenizer_of(name)
+        self._ends = self._runner.eos_of(name)
 
     def _split(self, example: Example) -> tuple[Row, Row]:
         """The tokens of the prompt, and of what follows in the two together."""
-        prompt = self._runner.tokenizer.encode(example.text)
-        whole = self._runner.tokenizer.encode(example.text + example.answer)
+        prompt = self._tokenizer.encode(example.text)
+        whole = self._tokenizer.encode(example.text + example.answer)
         shared = len(prompt)
         while prompt[:shared] != whole[:shared]:
             shared -= 1
@@ -121,6 +128,7 @@ class _ExactMatch(_Generated):
     metric = "exact_match"
 
     def scores(self, name: str, examples: Sequence[Example]) -> tuple[Scores, Scores, Scores]:
+        self._use(name)
         said = self._proposed(name, examples)
         without = None
         if self._runner.bundle.manifest.mode == "switchable":
@@ -136,7 +144,7 @@ class _ExactMatch(_Generated):
 
     def _proposed(self, name: str | None, examples: Sequence[Example]) -> list[list[int]]:
         """What the bundle says, end tokens included."""
-        rows = [self._runner.tokenizer.encode(example.text) for example in examples]
+        rows = [self._tokenizer.encode(example.text) for example in examples]
         steps = self._steps(examples)
         return [
             answer
@@ -148,10 +156,11 @@ class _ExactMatch(_Generated):
         self, state: State, examples: Sequence[Example], proposed: list[list[int]] | None
     ) -> list[list[int]]:
         """What PyTorch says. One forward shows whether it is what the bundle proposes."""
-        steps, ends = self._steps(examples), self._runner.eos_ids
+        steps = self._steps(examples)
+        ends = self._runner.eos_ids if state == BASE else self._ends
         found = []
         for index, example in enumerate(examples):
-            row = tuple(self._runner.tokenizer.encode(example.text))
+            row = tuple(self._tokenizer.encode(example.text))
             if proposed is not None:
                 answer = proposed[index]
                 whole = (*row, *answer)
@@ -165,7 +174,7 @@ class _ExactMatch(_Generated):
         return found
 
     def _right(self, examples: Sequence[Example], answers: Sequence[Sequence[int]]) -> Scores:
-        said = [self._runner.tokenizer.decode(list(answer)).strip() for answer in answers]
+        said = [self._tokenizer.decode(list(answer)).strip() for answer in answers]
         pairs = zip(said, examples, strict=True)
         return np.array([float(text == example.answer.strip()) for text, example in pairs])
 
@@ -176,6 +185,7 @@ class _Perplexity(_Generated):
     metric = "perplexity"
 
     def scores(self, name: str, examples: Sequence[Example]) -> tuple[Scores, Scores, Scores]:
+        self._use(name)
         parts = [self._split(example) for example in examples]
         ours: list[float] = []
         for start in range(0, len(parts), _BATCH):
@@ -215,7 +225,9 @@ class _Accuracy(Metric):
         self._reference = task_reference_of(base, runner.bundle.manifest.task, sources)
 
     def scores(self, name: str, examples: Sequence[Example]) -> tuple[Scores, Scores, Scores]:
-        coded = self._runner.outputs.encode([example.text for example in examples])
+        states = self._runner.states(name, len(examples))
+        texts = [example.text for example in examples]
+        coded = self._runner.outputs.encode(texts, states=states)
         ours: list[NDArray[np.floating]] = []
         for start in range(0, len(coded), _BATCH):
             part = coded[start : start + _BATCH]

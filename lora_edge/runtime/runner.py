@@ -238,6 +238,10 @@ class Runner:
         """
         return self._active.binding(adapter, batch)
 
+    def states(self, adapter: AdapterArgument, batch: int) -> tuple[State, ...]:
+        """The adapters and weights of each row of a batch; raises as :meth:`binding`."""
+        return self._active.states(adapter, batch)
+
     def override(self, name: str, tensors: Mapping[str, NDArray[np.floating]] | None) -> None:
         """Use other tensors for an adapter from now on, in this process only; None undoes it.
 
