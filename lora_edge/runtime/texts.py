@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from lora_edge.bundle import Bundle
-from lora_edge.errors import DataError
+from lora_edge.errors import BundleError, DataError
 from lora_edge.runtime.binding import State
 from lora_edge.runtime.defaults import DEFAULTS_FILES, GenerationDefaults, read_defaults
 from lora_edge.runtime.tokenizer import (
@@ -105,18 +105,29 @@ class Texts:
         )
 
     def _load(self, name: str) -> Tokenizer:
-        files = self._bundle.manifest.files
-        templates = [x for x in files if x.startswith((TEMPLATE_FILE, f"{TEMPLATE_FOLDER}/"))]
-        self._verify([*TOKENIZER_FILES, *templates])
+        self._verify([*TOKENIZER_FILES, *self._templates("")])
         over: Path | None = None
         entry = self._bundle.manifest.adapters.get(name)
         if entry is not None and entry.text and self._bundle.manifest.mode == "switchable":
             folder = f"{text_folder(name)}/"
-            self._verify([x for x in files if x.startswith(folder)])
+            own = [f"{folder}{x}" for x in TOKENIZER_FILES]
+            self._verify([*own, *self._templates(folder)])
             over = self._bundle.path(text_folder(name))
         return Tokenizer(self._bundle.directory, over)
+
+    def _templates(self, folder: str) -> list[str]:
+        """The chat templates of a folder that are listed or there."""
+        below = f"{folder}{TEMPLATE_FOLDER}/"
+        there = (self._bundle.directory / below).glob("*.jinja")
+        names = {x for x in self._bundle.manifest.files if x.startswith(below)}
+        return [f"{folder}{TEMPLATE_FILE}", *sorted(names | {f"{below}{x.name}" for x in there})]
 
     def _verify(self, names: Sequence[str]) -> None:
         for name in names:
             if name in self._bundle.manifest.files:
                 self._bundle.verify(name)
+            elif (self._bundle.directory / name).exists():
+                raise BundleError(
+                    f"{self._bundle.directory}: {name} is not in the manifest",
+                    "Put it into the base's folder and export again, or remove it.",
+                )

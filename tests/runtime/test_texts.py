@@ -146,3 +146,21 @@ def test_streams_and_pins_too(tiny: Any, tmp_path: Path, own: dict[str, str]) ->
     plain = Runner(load_bundle(folder))
     text = plain.generate("hi<|im_end|>", "alpha", 6, chat=True)[0]
     assert "".join(plain.stream("hi<|im_end|>", "alpha", 6, chat=True)) == text
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "special_tokens_map.json",
+        "additional_chat_templates/tool_use.jinja",
+        "adapters/beta/text/tokenizer.json",
+        "adapters/alpha/text/chat_template.jinja",
+        "adapters/alpha/text/additional_chat_templates/x.jinja",
+    ],
+)
+def test_a_file_that_the_manifest_does_not_list_is_not_read(file: str, runner: Runner) -> None:
+    path = runner.bundle.directory / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("{}")
+    with pytest.raises(BundleError, match=f"{file} is not in the manifest"):
+        _ = [runner.tokenizer_of(name).templates for name in (None, "alpha", "beta")]
