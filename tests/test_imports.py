@@ -109,6 +109,7 @@ ALLOWED: dict[str, set[str]] = {
         "errors",
         "files",
         "graph",
+        "kinds",
         "lora",
         "manifest",
         "names",

@@ -18,7 +18,7 @@ from lora_edge.cli.arguments import (
 )
 
 if TYPE_CHECKING:
-    from lora_edge.parity.engine import Depth
+    from lora_edge.parity.plan import Depth
 
 
 _FILE = click.Path(path_type=Path, dir_okay=False)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 from lora_edge.base import Base
 from lora_edge.errors import DataError
 from lora_edge.manifest import GraphSpec, Seq2SeqSpec
 from lora_edge.parity.checks import greedy
+from lora_edge.parity.conversation import chat_row
 from lora_edge.parity.golden import Golden
+from lora_edge.parity.plan import Depth
 from lora_edge.parity.states import Probe, Row
 from lora_edge.runtime import Runner
 from lora_edge.tasks import TEXT_GENERATION
@@ -27,6 +30,7 @@ def ask(
     given: Sequence[Probe] = (),
     planned: bool = True,
     done: Sequence[Golden] = (),
+    depth: Depth = "normal",
 ) -> Iterator[Golden]:
     """Run probes through PyTorch, one by one.
 
@@ -41,6 +45,7 @@ def ask(
         given: probes besides those of the plan.
         planned: whether the plan is wanted.
         done: cases that are known already.
+        depth: how far the plan goes.
 
     Yields:
         A golden case with whole logits; those of ``done`` first, as they are.
@@ -65,6 +70,8 @@ def ask(
         given=given,
         planned=planned,
         done=done,
+        depth=depth,
+        shaped=partial(chat_row, runner),
     )
     yield from done
     if isinstance(bundle.manifest.graph, Seq2SeqSpec):

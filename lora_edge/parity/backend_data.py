@@ -72,7 +72,8 @@ def write_onnx_test_data(
     base = named if isinstance(named, Base) else resolve_base(named)
     runner = Runner(target)
     model = reference_of(target, base, sources_of(target, base, runner.adapters, adapters or {}))
-    goldens = [g for g in recorded(target) if g.probe.kind in {"base", "adapter"}]
+    plain = [golden for golden in recorded(target) if not golden.probe.part]
+    goldens = [golden for golden in plain if golden.probe.kind in {"base", "adapter"}]
     covered = {name for golden in goldens for name in golden.probe.adapters}
     missing = sorted(set(runner.adapters) - covered)
     if missing:

@@ -8,22 +8,24 @@ of a greedy continuation, the whole continuation is PyTorch's.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from lora_edge.errors import BundleError
 from lora_edge.lora import FloatArray
 from lora_edge.manifest import EncoderSpec, GraphSpec
 from lora_edge.names import NONE_ADAPTER, SELECT, lora_input
 from lora_edge.parity.compare import Expected, Tolerance, expect, judge, limits, measure
 from lora_edge.parity.diagnosis import diagnose
+from lora_edge.parity.entries import contradiction
 from lora_edge.parity.experiments import Experiments
-from lora_edge.parity.failure import Failure
+from lora_edge.parity.failure import Failure, errors_of, within
 from lora_edge.parity.golden import Golden
 from lora_edge.parity.report import Case
 from lora_edge.parity.seq2seq import greedy_answers, observe_seq2seq
-from lora_edge.parity.states import Probe, Row, State, label
+from lora_edge.parity.states import Probe, Row, State, label, schedule
 from lora_edge.parity.tasks import observe_task
 from lora_edge.runtime import Decoding, Runner
 from lora_edge.runtime.adapter_file import read_adapter
@@ -33,19 +35,50 @@ from lora_edge.tasks import TEXT_GENERATION
 _SWITCHED_STEPS = 8
 
 Tensors = dict[str, FloatArray]
+Broken = tuple[str, tuple[str, ...]]
+"""``alone`` or ``mixed``, and the adapters (none: the base) whose short prompts failed there."""
+
 Trial = tuple[str, Sequence[Expected], Sequence[FloatArray]]
 """A deliberate fault: what it is, and what is then compared."""
 
 
-def compare(runner: Runner, golden: Golden, tolerance: Tolerance) -> list[Case]:
-    """One case for a probe; one for each row of a mixed batch, compared with that row alone."""
+def broken_by(probe: Probe, cases: Sequence[Case]) -> set[Broken]:
+    """What failed, if it is of those that others build on."""
+    if probe.part or probe.kind == "blend":
+        return set()
+    kind = "mixed" if probe.kind == "mixed" else "alone"
+    return {(kind, case.adapters) for case in cases if case.status == "failed"}
+
+
+def compare(
+    runner: Runner,
+    golden: Golden,
+    tolerance: Tolerance,
+    broken: Collection[Broken] = (),
+) -> list[Case]:
+    """One case for a probe; one for each row of a mixed batch, compared with that row alone.
+
+    Args:
+        runner: of the bundle.
+        golden: what is expected.
+        tolerance: how limits follow from floors.
+        broken: what failed and was explained, so that what goes further need not be.
+    """
     probe = golden.probe
     actual = observe(runner, probe, golden.tails)
+    for index, (wanted, logits) in enumerate(zip(golden.expected, actual, strict=True)):
+        if wanted.length != len(logits):
+            raise BundleError(
+                f"the golden case {probe.name} has {wanted.length} positions of row {index}, the "
+                f"bundle gives {len(logits)}",
+                "Export the bundle again.",
+            )
     if probe.kind == "mixed":
         row = "mixed row" if probe.batch == 1 else f"batch {probe.batch}, mixed row"
+        of = f" of {len(probe.rows)}" if probe.part else ""
         cases = [
             _judged(
-                f"{row} {index}: {label(state)}",
+                f"{row} {index}{of}: {label(state)}",
                 state,
                 [golden.expected[index]],
                 [actual[index]],
@@ -55,38 +88,80 @@ def compare(runner: Runner, golden: Golden, tolerance: Tolerance) -> list[Case]:
             for index, state in enumerate(probe.states)
         ]
         return [
-            _explained(runner, golden, case, actual, index) if case.status == "failed" else case
-            for index, case in enumerate(cases)
+            _said(runner, golden, case, actual, broken, index) for index, case in enumerate(cases)
         ]
     state = probe.states[0]
     case = _judged(probe.name, state, golden.expected, actual, golden, tolerance)
-    if probe.kind == "adapter" and case.status == "passed":
+    if probe.kind == "adapter" and case.status == "passed" and not probe.part:
         switchable = runner.bundle.manifest.mode == "switchable"
         trials = _faulty_runs(runner, golden) if switchable else _faulty_outputs(golden, actual)
         return [_controlled(golden, case, trials, tolerance)]
-    return [_explained(runner, golden, case, actual) if case.status == "failed" else case]
+    return [_said(runner, golden, case, actual, broken)]
 
 
-def switching(runner: Runner, goldens: Sequence[Golden], *, all_pairs: bool = False) -> list[Case]:
+def _said(
+    runner: Runner,
+    golden: Golden,
+    case: Case,
+    actual: Sequence[FloatArray],
+    broken: Collection[Broken],
+    row: int | None = None,
+) -> Case:
+    """The case, and of one that failed what kind of wrong it is."""
+    if case.status != "failed":
+        return case
+    probe = golden.probe
+    if probe.part and ("alone", case.adapters) in broken:
+        who = f"adapter {case.adapters[0]}" if case.adapters else "the base"
+        reason = f"{case.reason}; short prompts of {who} fail too: see there"
+        return dataclasses.replace(case, reason=reason)
+    if probe.part and probe.kind == "mixed" and any(kind == "mixed" for kind, _ in broken):
+        reason = f"{case.reason}; smaller mixed batches fail too: see there"
+        return dataclasses.replace(case, reason=reason)
+    return _explained(runner, golden, case, actual, row)
+
+
+def switching(
+    runner: Runner, goldens: Sequence[Golden], tolerance: Tolerance, *, all_pairs: bool = False
+) -> list[Case]:
     """A -> B -> A, bit for bit, for the base and each adapter with its successor, or all others."""
-    probes = [g for g in goldens if g.probe.kind in {"base", "adapter"} and not g.probe.given]
+    plain = [g for g in goldens if not g.probe.given and not g.probe.part]
+    probes = [g for g in plain if g.probe.kind in {"base", "adapter"}]
     cases: list[Case] = []
     for index, golden in enumerate(probes):
         others = [*probes[index + 1 :], *probes[:index]]
-        cases += [_switched(runner, golden, other) for other in others[: None if all_pairs else 1]]
+        chosen = others[: None if all_pairs else 1]
+        cases += [_switched(runner, golden, other, tolerance) for other in chosen]
     return cases
 
 
-def _switched(runner: Runner, golden: Golden, other: Golden) -> Case:
-    first, _, again = (
-        observe(runner, each.probe, [tail[:_SWITCHED_STEPS] for tail in each.tails])
-        for each in (golden, other, golden)
-    )
-    same = all(np.array_equal(a, b, equal_nan=True) for a, b in zip(first, again, strict=True))
+def _switched(runner: Runner, golden: Golden, other: Golden, tolerance: Tolerance) -> Case:
+    first, _, again = (_shortly(runner, each) for each in (golden, other, golden))
     one, two = (label(each.probe.states[0]) for each in (golden, other))
     name = f"{one} -> {two} -> {one}, bit for bit"
-    reason = "" if same else f"{one}: its outputs differ after {two} was used in between"
-    return Case(name, golden.probe.adapters, "passed" if same else "failed", reason)
+    if _same(first, again):
+        return Case(name, golden.probe.adapters, "passed")
+    limit = tolerance.multiple * golden.floors[one].logit
+    was, came = (within(errors_of(golden.expected, each), limit) for each in (first, again))
+    if came and not was:
+        said = (
+            f"its first run is wrong, and the one after {two} is right: what ran before it was "
+            f"still in effect, and {two} has no part in it"
+        )
+    elif not _same(_shortly(runner, golden), _shortly(runner, golden)):
+        said = f"its outputs differ from run to run, also where nothing else, {two} or other, ran"
+    else:
+        said = f"its outputs differ after {two} was used in between"
+        said += ", and are within the limit all the same" if was and came else ""
+    return Case(name, golden.probe.adapters, "failed", f"{one}: {said}")
+
+
+def _shortly(runner: Runner, golden: Golden) -> list[FloatArray]:
+    return observe(runner, golden.probe, [tail[:_SWITCHED_STEPS] for tail in golden.tails])
+
+
+def _same(one: Sequence[FloatArray], other: Sequence[FloatArray]) -> bool:
+    return all(np.array_equal(a, b, equal_nan=True) for a, b in zip(one, other, strict=True))
 
 
 def _judged(
@@ -132,8 +207,9 @@ def _explained(
         headed=isinstance(runner.bundle.manifest.graph, EncoderSpec),
         marks=marks,
         invoked=invoked,
+        rested=bool(probe.rests),
     )
-    clause = diagnose(failure, bench)
+    clause = contradiction(runner.bundle, case.adapters) or diagnose(failure, bench)
     return dataclasses.replace(case, reason=f"{case.reason}; {clause}") if clause else case
 
 
@@ -210,7 +286,10 @@ def _tensors(runner: Runner, name: str) -> Tensors:
 
 
 def greedy(runner: Runner, probe: Probe) -> list[Row]:
-    """The bundle's greedy continuation of each row, ``probe.steps`` tokens, past any end token."""
+    """The bundle's greedy continuation of each row, past any end token.
+
+    ``probe.steps`` tokens, less those of the steps for which the row rests.
+    """
     if isinstance(runner.session, Seq2Seq):
         binding = runner.binding(_argument(runner, probe), len(probe.rows))
         return greedy_answers(runner.session, probe, binding)
@@ -221,11 +300,16 @@ def greedy(runner: Runner, probe: Probe) -> list[Row]:
     for _ in range(probe.steps - 1):
         tokens = np.argmax(decoding.step(tokens.tolist()), axis=-1)
         tails.append(tokens)
-    return [tuple(row) for row in np.stack(tails, axis=1).tolist()]
+    rests = probe.rests or (0,) * len(probe.rows)
+    whole = np.stack(tails, axis=1).tolist()
+    return [tuple(row[: probe.steps - rest]) for row, rest in zip(whole, rests, strict=True)]
 
 
 def observe(runner: Runner, probe: Probe, tails: Sequence[Row]) -> list[FloatArray]:
-    """The bundle's logits ``[len(row) + len(tail), vocab]`` of each row, prompt and tail."""
+    """The bundle's logits ``[len(row) + len(tail), vocab]`` of each row, prompt and tail.
+
+    Rows rest where the probe says so.
+    """
     if isinstance(runner.session, Seq2Seq):
         binding = runner.binding(_argument(runner, probe), len(probe.rows))
         return observe_seq2seq(runner.session, probe, tails, binding)
@@ -235,9 +319,10 @@ def observe(runner: Runner, probe: Probe, tails: Sequence[Row]) -> list[FloatArr
     longest = max(len(row) + len(tail) for row, tail in zip(probe.rows, tails, strict=True))
     decoding = _start(runner, probe, longest)
     parts = [[row] for row in decoding.extend_all(probe.rows)]
-    for tokens in zip(*tails, strict=True):
-        for part, logits in zip(parts, decoding.step(tokens), strict=True):
-            part.append(logits[None])
+    for tokens in schedule(tails, probe.rests):
+        for part, token, logits in zip(parts, tokens, decoding.step(tokens), strict=True):
+            if token is not None:
+                part.append(logits[None])
     return [np.concatenate(part) for part in parts]
 
 

@@ -62,7 +62,7 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class Expected:
-    """The reference's outputs of one row at P positions.
+    """The reference's outputs of one row at P of its positions.
 
     Attributes:
         columns: ``[P, C] int64``, the token ids that are kept; ``None``: the whole vocabulary.
@@ -71,6 +71,8 @@ class Expected:
         log_total: ``[P] float64``, logsumexp of the reference over the whole vocabulary.
         top1: ``[P] int64``, the best token.
         margin: ``[P] float32``, how far the best logit is above the second.
+        places: ``[P] int64``, the row's positions that are kept, ascending, the last one always
+            among them; ``None``: all.
     """
 
     columns: NDArray[np.int64] | None
@@ -79,17 +81,33 @@ class Expected:
     log_total: NDArray[np.float64]
     top1: NDArray[np.int64]
     margin: FloatArray
+    places: NDArray[np.int64] | None = None
+
+    @property
+    def length(self) -> int:
+        """Number of positions of the row, kept or not."""
+        return len(self.top1) if self.places is None else int(self.places[-1]) + 1
 
     def first(self, count: int) -> Expected:
-        """The first ``count`` positions."""
+        """What is kept of the first ``count`` positions."""
+        kept = count if self.places is None else int(np.searchsorted(self.places, count))
+        return self.at(slice(kept))
+
+    def at(self, chosen: slice | NDArray[np.int64]) -> Expected:
+        """Some of what is kept."""
         return Expected(
-            None if self.columns is None else self.columns[:count],
-            self.reference[:count],
-            None if self.base is None else self.base[:count],
-            self.log_total[:count],
-            self.top1[:count],
-            self.margin[:count],
+            None if self.columns is None else self.columns[chosen],
+            self.reference[chosen],
+            None if self.base is None else self.base[chosen],
+            self.log_total[chosen],
+            self.top1[chosen],
+            self.margin[chosen],
+            None if self.places is None else self.places[chosen],
         )
+
+    def of(self, logits: FloatArray) -> FloatArray:
+        """The rows of a row's whole logits ``[length, vocab]`` that belong to what is kept."""
+        return logits if self.places is None else logits[self.places]
 
 
 @dataclass(frozen=True)
@@ -203,7 +221,7 @@ def measure(
 
     Args:
         expected: one per row.
-        actual: ``[P, vocab] float32`` per row, the whole vocabulary.
+        actual: ``[length, vocab] float32`` per row, every position and the whole vocabulary.
         floor: the reference's noise.
         tolerance: how the limit of the tokens' margin follows from it.
     """
@@ -212,7 +230,8 @@ def measure(
     count = positions = agree = differences = ties = 0
     margin_limit = tolerance.multiple * floor.logit
     at_positions: list[NDArray[np.float64]] = []
-    for row, logits in zip(expected, actual, strict=True):
+    for row, whole_row in zip(expected, actual, strict=True):
+        logits = row.of(whole_row)
         positions += len(row.top1)
         same = np.argmax(logits, axis=-1) == row.top1
         beyond = ~same & (row.margin > margin_limit)

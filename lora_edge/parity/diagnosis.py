@@ -35,6 +35,7 @@ _STEPS, _HOPE, _STRIDE = 10, 3, 0.7  # of the search for a factor
 _LEAK = 1e-4  # a smaller share of another row's adapter is not told from rounding
 _ROUNDING = 0.02  # an error up to this share of the effect may be rounding
 _PROPORTIONAL = 0.98  # cosine with the effect from which it is a multiple of it
+_LATE = 25  # a position that no short prompt of the plan has
 _UNLIKE = 0.3  # cosine with the effect below which it is another one
 
 
@@ -108,6 +109,8 @@ def _began(failure: Failure) -> str:
         if _moved(failure, step):
             return f"each position of the prompts has the outputs of the one {other} it"
     first = [place for place in failure.first_wrong() if place is not None]
+    if failure.causal and len(failure.rows) == 1 and first and first[0] >= _LATE:
+        return _late(failure, first[0])
     if not failure.causal or len(first) < 2 or len(set(first)) > 1 or first[0] == 0:
         return ""
     if first[0] == 1:
@@ -118,10 +121,20 @@ def _began(failure: Failure) -> str:
     return f"right before position {first[0]} in every row: a window, or a limit of positions"
 
 
+def _late(failure: Failure, place: int) -> str:
+    """Of one long row: it is right up to some position, which may lie between two that are kept."""
+    places = failure.expected[0].places
+    known = place if places is None else int(places[places < place].max(initial=-1)) + 1
+    where = f"{place}" if known == place else f"{place}, and right up to {known - 1}"
+    return f"wrong from position {where}: a window, a limit of positions, or a table of them"
+
+
 def _moved(failure: Failure, step: int) -> bool:
     """The outputs of the prompts are the reference's of the neighbouring positions."""
     pairs = zip(failure.expected, failure.actual, failure.prompts, strict=True)
-    rows = [(row, logits, count) for row, logits, count in pairs if count > 2]
+    rows = [
+        (row, logits, count) for row, logits, count in pairs if count > 2 and row.places is None
+    ]
     moved = []
     for row, logits, count in rows:
         there = row.first(count)
@@ -204,6 +217,8 @@ def _placed(failure: Failure, bench: Bench) -> str:
         alike = bench.alike()
         if alike is not None and within(errors_of(failure.expected, alike), failure.limit):
             return _mixed_up(failure, bench)
+        if found := _rested(failure, bench) or _crowded(failure, bench):
+            return found
         if all(place is None or short for place, short in zip(first, failure.padded, strict=True)):
             return "only rows that are padded are wrong, and alone they are right: padding or mask"
     if all(place is None or place >= prompt for place, prompt in pairs) and any(first):
@@ -214,6 +229,43 @@ def _placed(failure: Failure, bench: Bench) -> str:
                 "are run at once: the KV cache, or the positions of decode steps"
             )
     return "each row alone is right: the rows of a batch are not kept apart" if apart else ""
+
+
+def _rested(failure: Failure, bench: Bench) -> str:
+    """It is wrong where rows rest, only."""
+    awake = bench.awake() if failure.rested else None
+    if awake is None or not within(errors_of(failure.expected, awake), failure.limit):
+        return ""
+    same = [own[: len(x)] for own, x in zip(failure.actual, awake, strict=True)]
+    if within(errors_of(failure.expected, same), failure.limit):
+        return ""  # what is wrong comes later
+    return (
+        "right where no row of the batch rests, wrong where some do (rows that have ended, or "
+        "wait): their cache, or that of their neighbours"
+    )
+
+
+def _crowded(failure: Failure, bench: Bench) -> str:
+    """It is wrong in batches from some size on: copies of a row alone need no padding."""
+    wrong = [index for index, place in enumerate(failure.first_wrong()) if place is not None]
+    if not wrong:
+        return ""
+    index = wrong[0]
+
+    def right(count: int) -> bool:
+        copies = bench.copies(index, count)
+        return within(errors_of([failure.expected[index]] * count, copies), failure.limit)
+
+    if right(bench.batch):
+        return ""
+    most, wrong_from = 1, bench.batch
+    while wrong_from - most > 1:
+        count = (most + wrong_from) // 2
+        most, wrong_from = (count, wrong_from) if right(count) else (most, count)
+    return (
+        f"a row alone is right, and so are {most} copies of it, but not {wrong_from}: batches of "
+        f"more than {most} row{'s' if most > 1 else ''}, not padding"
+    )
 
 
 def _mixed_up(failure: Failure, bench: Bench) -> str:
@@ -300,7 +352,7 @@ def _rooted(scale: float, rank: int) -> str:
 def _unscaled(run: Scaled, index: int, expected: Expected) -> Callable[[float], WideArray]:
     def miss(factor: float) -> WideArray:
         (found,) = run([index], factor)
-        return _missing([kept(expected, found)], [expected.reference[: len(found)]])
+        return _missing([kept(expected, found)], [expected.first(len(found)).reference])
 
     return miss
 

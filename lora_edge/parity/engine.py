@@ -9,15 +9,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 from lora_edge.base import Base, resolve_base
 from lora_edge.bundle import Bundle, hash_file, load_bundle
 from lora_edge.errors import DataError
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.parity.asking import ask, silent
-from lora_edge.parity.checks import compare, switching
+from lora_edge.parity.checks import Broken, broken_by, compare, switching
 from lora_edge.parity.compare import Tolerance
+from lora_edge.parity.entries import check_entries
 from lora_edge.parity.environment import (
     Opening,
     combinations,
@@ -32,12 +33,12 @@ from lora_edge.parity.explain import explain
 from lora_edge.parity.golden import Golden, recorded, reduce, shortened
 from lora_edge.parity.journal import Journal
 from lora_edge.parity.live import sources_of
+from lora_edge.parity.plan import MIXED_ROWS, Depth
+from lora_edge.parity.reach import reach_of
 from lora_edge.parity.record import record
 from lora_edge.parity.report import Case, Report, Session
-from lora_edge.parity.states import MIXED_ROWS
 from lora_edge.runtime import Runner
 
-Depth = Literal["quick", "normal", "full"]
 Say = Callable[[str], None]
 
 _QUICK_STEPS = 8
@@ -107,8 +108,10 @@ def validate(
         allow_fallback: let the CPU run what a provider does not take.
         optimization: one or several of ``disable``, ``basic``, ``extended`` and ``all``; ``None``:
             ``all``, or with ``depth="full"`` each of them.
-        depth: ``quick``: continuations of 8 tokens; ``full``: every level of optimization, and
-            every ordered pair of adapters is switched between, not each with its successor.
+        depth: ``quick``: continuations of 8 tokens, short prompts, small batches; ``full``: every
+            level of optimization, every ordered pair of adapters is switched between, not each with
+            its successor, and (with ``reference``) prompts up to the longest and continuations of
+            256 tokens.
         steps: greedy tokens after each prompt (with ``reference``); ``None``: 64, or 16 for a base
             of more than 20 M parameters.
         seed: of the random prompts.
@@ -167,7 +170,11 @@ def validate(
         sessions.append(session)
         asked: Iterable[Golden] = goldens
         if index == 0 and base is None:
-            asked = goldens = [_cut(golden, settings) for golden in recorded(target)]
+            asked = goldens = [
+                _cut(golden, settings)
+                for golden in recorded(target)
+                if depth != "quick" or not golden.probe.part
+            ]
         elif index == 0 and base is not None:
             asked = ask(
                 runner,
@@ -179,6 +186,7 @@ def validate(
                 prompts=prompts,
                 given=[golden.probe for golden in recorded(target) if golden.probe.given],
                 done=tuple(journal.goldens),
+                depth=depth,
             )
         found: list[Golden] = []
         own: list[Case] = []
@@ -205,6 +213,7 @@ def validate(
     found_versions = versions()
     for golden in goldens:
         found_versions |= golden.versions
+    cases += check_entries(target)
     if base is None:
         cases += _unproved(target, names, goldens)
     report = Report(
@@ -221,9 +230,10 @@ def validate(
         base=target.manifest.base["name_or_path"],
         command=_command(target, base, adapters or {}, opening, settings),
         repro=left,
+        reach=reach_of(target, goldens),
     )
     if base is not None:
-        record(target, report, goldens, say)
+        record(target, report, [golden for golden in goldens if golden.probe.kept], say)
     journal.close()
     return report
 
@@ -238,6 +248,7 @@ def _compared(
 ) -> Iterator[tuple[Golden, list[Case]]]:
     """Every golden, reduced, with its cases; whole logits of one probe are in memory at a time."""
     count = _probes(runner)
+    broken: set[Broken] = set()
     for golden in asked:
         probe = golden.probe
         part = journal.finished(session.name, probe.name)
@@ -245,14 +256,16 @@ def _compared(
             say(f"comparing {probe.name} ({session.name})")
             part = [
                 dataclasses.replace(case, kind=probe.kind, session=session.name)
-                for case in compare(runner, golden, settings.tolerance)
+                for case in compare(runner, golden, settings.tolerance, broken)
             ]
             if golden.expected[0].columns is None:
                 small = reduce(golden, count)
                 journal.finish(session.name, probe.name, part, small)
+                broken |= broken_by(probe, part)
                 yield small, part
                 continue
             journal.finish(session.name, probe.name, part)
+        broken |= broken_by(probe, part)
         yield golden, part
 
 
@@ -265,7 +278,7 @@ def _switched(
 ) -> list[Case]:
     part = journal.finished(session.name, _SWITCHING)
     if part is None:
-        found = switching(runner, goldens, all_pairs=settings.all_pairs)
+        found = switching(runner, goldens, settings.tolerance, all_pairs=settings.all_pairs)
         part = [dataclasses.replace(case, kind="switch", session=session.name) for case in found]
         journal.finish(session.name, _SWITCHING, part)
     return part

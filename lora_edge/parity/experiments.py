@@ -87,7 +87,25 @@ class Experiments:
         """The row of a mixed batch, with its own state on all rows."""
         if self.row is None:
             return None
-        return [self._run(self.probe.rows, self.tails)[self.row]]
+        return [self._run(self.probe.rows, self.tails, self.probe.rests)[self.row]]
+
+    def awake(self) -> Outputs | None:
+        """The batch as it was, but that no row rests, and all end when the first would."""
+        if not self.probe.rests:
+            return None
+        shortest = min(map(len, self.tails))
+        tails = [tail[:shortest] for tail in self.tails]
+        found = self._observed(replace(self.probe, rests=()), tails)
+        return found if self.row is None else [found[self.row]]
+
+    def copies(self, row: int, count: int) -> Outputs:
+        """One of the rows so many times, as one batch."""
+        return self._run((self.rows[row],) * count, (self._own_tails[row],) * count)
+
+    @property
+    def batch(self) -> int:
+        """How many rows the batch has that failed."""
+        return len(self.probe.rows)
 
     def at_once(self) -> Outputs | None:
         """Each row alone, its continuation as part of the prompt."""
@@ -113,11 +131,21 @@ class Experiments:
         if len(names) > 1:
             for name in names:
                 yield f"it does what {name} alone does", self._in(only(name))
+            if len(names) > 2:
+                for name, _ in self.state:
+                    rest = tuple(part for part in self.state if part[0] != name)
+                    yield f"{name} is left out: it does what {label(rest)} does", self._in(rest)
+            plain = tuple((name, abs(weight)) for name, weight in self.state)
+            if plain != self.state:
+                yield f"signs are ignored: it does what {label(plain)} does", self._in(plain)
             ones = tuple((name, 1.0) for name in names)
             yield "its weights are ignored: it does what all at weight 1 do", self._in(ones)
             turned = tuple(zip(names, [w for _, w in reversed(self.state)], strict=True))
             yield "its weights are exchanged", self._in(turned)
         elif self.state and self.state[0][1] != 1.0:
+            if self.state[0][1] < 0:
+                plain = ((names[0], -self.state[0][1]),)
+                yield f"its sign is ignored: it does what {label(plain)} does", self._in(plain)
             yield "its weight is ignored: it does what weight 1 does", self._in(only(names[0]))
         for name in self.others:
             if name not in names:
@@ -171,10 +199,14 @@ class Experiments:
         tokens = load_adapter(directory, name).tokens if directory.is_dir() else {}
         return tuple((index,) for rows in tokens.values() for index in rows.indices), False
 
-    def _run(self, rows: Sequence[Row], tails: Sequence[Row]) -> list[FloatArray]:
-        probe = replace(
-            self.probe, kind="adapter", rows=tuple(rows), states=(self.state,) * len(rows)
-        )
+    def _run(
+        self, rows: Sequence[Row], tails: Sequence[Row], rests: tuple[int, ...] = ()
+    ) -> list[FloatArray]:
+        states = (self.state,) * len(rows)
+        probe = replace(self.probe, kind="adapter", rows=tuple(rows), states=states, rests=rests)
+        return self._observed(probe, tails)
+
+    def _observed(self, probe: Probe, tails: Sequence[Row]) -> list[FloatArray]:
         try:
             for name, tensors in self.tensors.items():
                 self.runner.override(name, tensors)

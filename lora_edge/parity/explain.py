@@ -34,7 +34,7 @@ def explain(
     """Compare layers where cases failed (with PyTorch at hand), and reproduce the first of them.
 
     What another failure explains is left alone: blends and mixed rows of an adapter that fails
-    alone.
+    alone, and what goes further than its short prompts, where these fail.
 
     Args:
         runner: of the session in which they failed.
@@ -99,8 +99,12 @@ def _first_failures(
     own = [index for index, case in enumerate(cases) if case.kind == "mixed"]
     places = [(golden, row) for golden in mixed for row in range(len(golden.probe.rows))]
     rows = dict(zip(own, places, strict=True))
+    short = {case.adapters for _, case in failed if _is_short(case, probes)}
     found: list[tuple[int, Golden, int | None]] = []
     for index, case in failed:
+        further = case.name in probes and probes[case.name].probe.part
+        if further and case.adapters in short:
+            continue
         shared = case.kind in {"blend", "mixed"}
         if shared and any((name,) in alone for name in case.adapters):
             continue
@@ -110,3 +114,8 @@ def _first_failures(
         elif case.name in probes:
             found.append((index, probes[case.name], None))
     return found
+
+
+def _is_short(case: Case, probes: Mapping[str, Golden]) -> bool:
+    own = case.kind in {"base", "adapter"} and case.name in probes
+    return own and not probes[case.name].probe.part

@@ -38,6 +38,7 @@ class Failure:
         headed: the base of the expected outputs has the adapter's own task head.
         marks: token sequences without which the adapter changes nothing, or not all.
         invoked: it is active from its one mark on, and not before.
+        rested: some rows of the batch rested for some steps.
     """
 
     rows: Sequence[tuple[int, ...]]
@@ -51,6 +52,7 @@ class Failure:
     headed: bool = False
     marks: Sequence[tuple[int, ...]] = ()
     invoked: bool = False
+    rested: bool = False
 
     @property
     def has_effect(self) -> bool:
@@ -60,9 +62,9 @@ class Failure:
     def first_wrong(self) -> list[int | None]:
         """The first position of each row that is wrong; None where none is."""
         found: list[int | None] = []
-        for row in errors_of(self.expected, self.actual):
-            wrong = np.flatnonzero(~(row <= self.limit))
-            found.append(int(wrong[0]) if wrong.size else None)
+        for row, errors in zip(self.expected, errors_of(self.expected, self.actual), strict=True):
+            wrong = np.flatnonzero(~(errors <= self.limit))
+            found.append(place_of(row, int(wrong[0])) if wrong.size else None)
         return found
 
     def wrong_prompts(self) -> list[int]:
@@ -90,8 +92,8 @@ class Failure:
         """For how many positions from ``start`` on the outputs are the base's."""
         row = of_base(self.expected[index])
         (errors,) = errors_of([row], [self.actual[index]])
-        wrong = np.flatnonzero(~(errors[start:] <= self.limit))
-        return int(wrong[0]) if wrong.size else len(errors) - start
+        wrong = [place_of(row, int(i)) for i in np.flatnonzero(~(errors <= self.limit))]
+        return min((x for x in wrong if x >= start), default=row.length) - start
 
 
 class Bench(Protocol):
@@ -105,6 +107,16 @@ class Bench(Protocol):
 
     def alike(self) -> Outputs | None:
         """A row of a mixed batch, with its own adapter on all rows; None for other batches."""
+
+    @property
+    def batch(self) -> int:
+        """Number of rows of the batch."""
+
+    def awake(self) -> Outputs | None:
+        """The batch as it was, as far as no row rests or has ended; None where none did."""
+
+    def copies(self, row: int, count: int) -> Outputs:
+        """One of the rows so many times, as one batch."""
 
     def at_once(self) -> Outputs | None:
         """Each row alone, its continuation as part of the prompt; None without a cache."""
@@ -130,17 +142,24 @@ def of_base(row: Expected) -> Expected:
     return replace(row, reference=row.reference if row.base is None else row.base, base=None)
 
 
+def place_of(row: Expected, index: int) -> int:
+    """The row's position of what is kept ``index``-th."""
+    return index if row.places is None else int(row.places[index])
+
+
 def kept(row: Expected, logits: FloatArray) -> FloatArray:
-    """The columns of the bundle's logits that the expectation has."""
-    if row.columns is None:
-        return logits
-    return np.take_along_axis(logits, row.columns[: len(logits)], axis=-1)
+    """What the expectation has of the bundle's logits, which may end before the row does."""
+    there = row.first(len(logits))
+    own = there.of(logits)
+    if there.columns is None:
+        return own
+    return np.take_along_axis(own, there.columns, axis=-1)
 
 
 def errors_of(expected: Sequence[Expected], outputs: Outputs) -> list[FloatArray]:
-    """The largest error at each position, of as many positions as the outputs have."""
+    """The largest error at each position that is kept, of as many as the outputs have."""
     return [
-        np.abs(kept(row, x) - row.reference[: len(x)]).max(-1)
+        np.abs(kept(row, x) - row.first(len(x)).reference).max(-1)
         for row, x in zip(expected, outputs, strict=True)
     ]
 

@@ -1,7 +1,8 @@
 """Golden cases: what PyTorch gave, small enough to ship, replayable without PyTorch.
 
 One ``.npz`` file per probe under the bundle's ``parity/`` folder. It keeps every position (fewer
-where dozens of adapters share the room), and of the vocabulary the best tokens and a seeded subset.
+where dozens of adapters share the room; of long prompts the last and a logarithmic sample of those
+before), and of the vocabulary the best tokens and a seeded subset.
 File names carry a hash of the content, so that a bundle's manifest can go from old to new files in
 one step.
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lora_edge.bundle import Bundle
 from lora_edge.errors import BundleError
@@ -30,9 +32,14 @@ FOLDER = "parity"
 _TOP = 6
 _SUBSET = 18
 _LEAST = 4  # columns that are kept in any case; without room for them, the continuation is cut
-_BUDGET = 900_000  # bytes of all golden cases together
-# Bytes: a column is its id, its logit and the base's; a position its total, best token, margin.
-_COLUMN, _POSITION = 12, 20
+_BUDGET = 640_000  # bytes of the golden cases that every state has, together
+_FAR_BUDGET = 240_000  # of those that reach further
+_FEWEST = 8  # positions of a row that are kept in any case
+_MOST = 64
+# Bytes: a column is its logit and the base's, and its id, which takes next to nothing where it is
+# the same at all positions; a position its total, best token and margin.
+_BEST, _SAME, _POSITION = 12, 9, 17
+_OF_A_ROW = 1200  # bytes of the names and headers of its arrays
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ class Golden:
     def prompts(self) -> list[int]:
         """How many positions of each row come before its continuation."""
         pairs = zip(self.expected, self.tails, strict=True)
-        return [len(row.top1) - len(tail) for row, tail in pairs]
+        return [row.length - len(tail) for row, tail in pairs]
 
     @property
     def stem(self) -> str:
@@ -66,7 +73,9 @@ class Golden:
         stem = f"adapter-{probe.adapters[0]}" if probe.kind == "adapter" else str(probe.kind)
         if probe.batch > 1:
             stem += f"-{probe.batch}"
-        return f"given-{stem}" if probe.given else stem
+        if probe.given:
+            return f"given-{stem}"
+        return f"{probe.part}-{stem}" if probe.part else stem
 
 
 def stem_of(relative: str) -> str | None:
@@ -83,16 +92,64 @@ def reduce(golden: Golden, probes: int, *, seed: int = 0) -> Golden:
     Args:
         golden: a case with whole logits.
         probes: how many cases share the budget of 1 MB; the more, the smaller the subset, and in
-            the end the shorter the continuation.
+            the end the shorter the continuation, and the fewer the positions.
         seed: of the subset, which is the same at all positions of a row.
     """
+    if golden.probe.part:
+        return _sampled(golden, _FAR_BUDGET / probes, seed)
     share = _BUDGET / probes
-    allowed = int(share / (_POSITION + _COLUMN * _LEAST)) - sum(golden.prompts)
-    golden = shortened(golden, max(1, allowed // len(golden.prompts)))
+    allowed = int(share / (_POSITION + _cost(_LEAST))) - sum(golden.prompts)
+    steps = allowed // len(golden.prompts)
+    if steps < min(_FEWEST, golden.probe.steps):
+        return _sampled(golden, share, seed)
+    golden = shortened(golden, steps)
     positions = sum(len(row.top1) for row in golden.expected)
-    affordable = int((share / positions - _POSITION) / _COLUMN)
-    wanted = max(_LEAST, min(_TOP + _SUBSET, affordable))
+    wanted = _affordable(share / positions - _POSITION)
     return replace(golden, expected=tuple(_reduced(row, wanted, seed) for row in golden.expected))
+
+
+def _sampled(golden: Golden, share: float, seed: int) -> Golden:
+    """The case with some of its positions: what it is fed stays whole."""
+    each = share / len(golden.expected) - _OF_A_ROW
+    most = max(_FEWEST, min(_MOST, int(each / (_POSITION + _cost(_LEAST)))))
+    rows = [
+        _at(row, _places(count, row.length, most))
+        for row, count in zip(golden.expected, golden.prompts, strict=True)
+    ]
+    wanted = _affordable(each / max(len(row.top1) for row in rows) - _POSITION)
+    return replace(golden, expected=tuple(_reduced(row, wanted, seed) for row in rows))
+
+
+def _places(prompt: int, length: int, most: int) -> NDArray[np.int64]:
+    """The positions of a row that are kept, ``most`` or one more.
+
+    The last of the prompt and of the row, the others of the prompt on a logarithmic scale, those of
+    the continuation evenly; half of them are the continuation's, if it has so many.
+    """
+    if length <= most:
+        return np.arange(length)
+    tail = min(length - prompt, most // 2)
+    early = np.geomspace(1, prompt, most - tail).round().astype(np.int64) - 1
+    late = np.linspace(prompt, length - 1, tail).round().astype(np.int64)
+    return np.unique(np.concatenate([early, late, [prompt - 1, length - 1]]))
+
+
+def _at(row: Expected, places: NDArray[np.int64]) -> Expected:
+    if len(places) == row.length:
+        return row
+    return replace(row.at(places), places=places)
+
+
+def _cost(columns: int) -> int:
+    """Bytes of the columns of one position."""
+    best = columns // 4
+    return _BEST * best + _SAME * (columns - best)
+
+
+def _affordable(room: float) -> int:
+    """How many columns of a position fit."""
+    counts = range(_TOP + _SUBSET, _LEAST, -1)
+    return next((count for count in counts if _cost(count) <= room), _LEAST)
 
 
 def shortened(golden: Golden, steps: int) -> Golden:
@@ -104,8 +161,8 @@ def shortened(golden: Golden, steps: int) -> Golden:
         probe=replace(golden.probe, steps=steps),
         tails=tuple(tail[:steps] for tail in golden.tails),
         expected=tuple(
-            row.first(length + steps)
-            for row, length in zip(golden.expected, golden.prompts, strict=True)
+            row.first(length + min(steps, len(tail)))
+            for row, length, tail in zip(golden.expected, golden.prompts, golden.tails, strict=True)
         ),
     )
 
@@ -133,7 +190,7 @@ def save_golden(directory: Path, golden: Golden) -> str:
     arrays: dict[str, Any] = {}
     for index, row in enumerate(golden.expected):
         fields = {name: value for name, value in vars(row).items() if value is not None}
-        for name in fields.keys() & {"columns", "top1"}:
+        for name in fields.keys() & {"columns", "top1", "places"}:
             fields[name] = fields[name].astype(np.int32)
         arrays |= {f"{index}.{name}": value for name, value in fields.items()}
     facts = {
@@ -153,11 +210,18 @@ def save_golden(directory: Path, golden: Golden) -> str:
 
 
 def recorded(bundle: Bundle) -> list[Golden]:
-    """The golden cases of a bundle, the base first; raises as :func:`load_golden`."""
+    """The golden cases, the base first and far ones last; raises as :func:`load_golden`."""
     files = sorted(name for name in bundle.manifest.files if stem_of(name) is not None)
-    order = ("base", "adapter", "blend", "mixed")
     goldens = [load_golden(bundle.path(name)) for name in files]
-    return sorted(goldens, key=lambda golden: order.index(golden.probe.kind))
+    return sorted(goldens, key=_place)
+
+
+def _place(golden: Golden) -> tuple[Any, ...]:
+    """As the plan has them: crowds last, but for the user's own."""
+    probe, kinds, parts = golden.probe, ("base", "adapter", "blend", "mixed"), ("pair", "crowd")
+    shared = parts.index(probe.part) + 1 if probe.part in parts else 0
+    names = probe.adapters if probe.kind == "adapter" else ()
+    return probe.given, shared, kinds.index(probe.kind), names, bool(probe.part), probe.batch
 
 
 def load_golden(path: Path) -> Golden:
@@ -174,6 +238,8 @@ def load_golden(path: Path) -> Golden:
     try:
         if not len(probe.rows) == len(probe.states) == len(tails):
             raise ValueError(f"{len(probe.rows)} rows, but {len(tails)} continuations")
+        if probe.rests and not (len(probe.rests) == len(tails) and min(probe.rests) >= 0):
+            raise ValueError(f"{len(probe.rows)} rows, which rest for {probe.rests} steps")
         expected = tuple(_row(arrays, index) for index in range(len(probe.rows)))
         for row in expected:
             _check(row)
@@ -203,10 +269,12 @@ def _check(row: Expected) -> None:
             raise ValueError(f"{name} is {array.shape} {array.dtype}, beside {length} positions")
         if not np.isfinite(array).all():
             raise ValueError(f"{name} holds NaN or Inf")
+    if row.places is not None and not (np.diff(row.places, prepend=-1) > 0).all():
+        raise ValueError("places are not ascending")
 
 
 def _row(arrays: Mapping[str, Any], index: int) -> Expected:
-    base = f"{index}.base"
+    base, places = f"{index}.base", arrays.get(f"{index}.places")
     return Expected(
         arrays[f"{index}.columns"].astype(np.int64),
         arrays[f"{index}.reference"],
@@ -214,6 +282,7 @@ def _row(arrays: Mapping[str, Any], index: int) -> Expected:
         arrays[f"{index}.log_total"],
         arrays[f"{index}.top1"].astype(np.int64),
         arrays[f"{index}.margin"],
+        None if places is None else places.astype(np.int64),
     )
 
 

@@ -5,6 +5,7 @@ Knows bundles and the reference; knows nothing of runtimes.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,20 +17,27 @@ from lora_edge.adapter import Adapter, load_adapter
 from lora_edge.base import Base
 from lora_edge.bundle import Bundle
 from lora_edge.errors import AdapterError, BundleError
+from lora_edge.manifest import GraphSpec
 from lora_edge.parity.base_check import shortest_window
 from lora_edge.parity.compare import FloatArray, Floor, expect, noise
+from lora_edge.parity.far import Shaped
 from lora_edge.parity.golden import Golden
+from lora_edge.parity.plan import Depth, plan
 from lora_edge.parity.reference import Reference
-from lora_edge.parity.states import BASE, Probe, Row, label, plan
+from lora_edge.parity.states import BASE, Probe, Row, label
 
 _STEPS = 64
 _STEPS_OF_LARGE = 16
-_LARGE = 20_000_000  # parameters
+LARGE = 20_000_000  # parameters
 _REACHED_TOKENS = 4
+_DECODED, _DECODED_OF_LARGE = 256, 128  # of the long continuation in ``full``
+# Of one long row: parameters x tokens, a layer's eager attention scores, and its logits, in bytes.
+_WORK, _SCORES, _LOGITS = 1e12, 1 << 30, 1 << 30
 # The floor belongs to the inputs that are compared: its largest values sit at few positions. Large
 # models are sampled all the same, because float64 is slow; their floor may be too low.
 _FLOOR_ROWS_OF_LARGE = 2
 _FLOOR_TOKENS_OF_LARGE = 40
+_LONGER = 100  # tokens, prompt and continuation, from which on a row's floor is its own
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,8 @@ class Question:
         given: probes of the user's own, besides those of the plan.
         planned: whether the plan is wanted.
         done: cases that are known already, from a validation that was cut off.
+        depth: how far the plan goes.
+        shaped: prompts in the shape of the bundle's chat template, if it has one.
     """
 
     bundle: Bundle
@@ -61,11 +71,14 @@ class Question:
     given: Sequence[Probe] = ()
     planned: bool = True
     done: Sequence[Golden] = ()
+    depth: Depth = "normal"
+    shaped: Shaped | None = None
 
     @property
     def floors(self) -> dict[str, Floor]:
-        """Label of a state -> its floor, as far as known."""
-        return {name: floor for golden in self.done for name, floor in golden.floors.items()}
+        """Label of a state -> its floor on short rows, as far as known."""
+        short = [golden for golden in self.done if not _is_long(golden.probe, golden.tails)]
+        return {name: floor for golden in short for name, floor in golden.floors.items()}
 
     def wanted(self, plan: Sequence[Probe]) -> list[Probe]:
         """What is to be run: a merged bundle is its adapter and nothing else."""
@@ -115,7 +128,7 @@ def ask_pytorch(question: Question) -> Iterator[Golden]:
     names = tuple(sources)
     reference = reference_of(bundle, base, sources)
     if steps is None:
-        steps = _STEPS if reference.parameters <= _LARGE else _STEPS_OF_LARGE
+        steps = _STEPS if reference.parameters <= LARGE else _STEPS_OF_LARGE
     spec = bundle.manifest.decoder
     alone = {name: bundle.adapter(name).alone for name in names}
     probes = plan(
@@ -128,12 +141,25 @@ def ask_pytorch(question: Question) -> Iterator[Golden]:
         given=question.prompts,
         blendable=[name for name in names if reference.can_blend(name) and not alone[name]],
         reach={name: reach_of(load_adapter(path, name)) for name, path in sources.items()},
+        depth=question.depth,
+        merged=bundle.manifest.mode == "merged",
+        shaped=question.shaped,
+        affordable=_affordable(base, spec, reference.parameters),
+        everyone=reference.parameters <= LARGE,
+        decoded=_DECODED if reference.parameters <= LARGE else _DECODED_OF_LARGE,
     )
     floors = question.floors
     wanted = question.wanted(probes)
     for index, probe in enumerate(wanted, 1):
         question.progress(f"running {probe.name} in PyTorch ({index} of {len(wanted)})")
         yield _expected(reference, probe, tuple(question.continued(probe)), floors)
+
+
+def _affordable(base: Base, spec: GraphSpec, parameters: int) -> int:
+    """Tokens beyond which one row costs too much."""
+    heads = int(base.config.get("text_config", base.config).get("num_attention_heads", 32))
+    by_scores = math.isqrt(_SCORES // (4 * heads))
+    return int(min(_WORK / parameters, by_scores, _LOGITS / (4 * spec.vocab_size)))
 
 
 def reference_of(bundle: Bundle, base: Base, sources: Mapping[str, Path]) -> Reference:
@@ -170,6 +196,12 @@ def _peft_directory(bundle: Bundle, name: str, given: Mapping[str, str | os.Path
     return directory
 
 
+def _is_long(probe: Probe, tails: Sequence[Row]) -> bool:
+    """Whether a probe's noise is its own: it grows with the length of a row."""
+    longest = max(len(row) + len(tail) for row, tail in zip(probe.rows, tails, strict=True))
+    return probe.kind != "mixed" and longest > _LONGER
+
+
 def _expected(
     reference: Reference, probe: Probe, tails: tuple[Row, ...], floors: dict[str, Floor]
 ) -> Golden:
@@ -182,20 +214,25 @@ def _expected(
     plain = reference.logits([whole[i] for i in active], [BASE] * len(active))
     for index, row in zip(active, plain, strict=True):
         bases[index] = row.astype(np.float32)
+    longest = max(map(len, whole))
+    found: dict[str, Floor] = {}
+    longer = _is_long(probe, tails)
     for state in dict.fromkeys(probe.states):
-        if label(state) not in floors:
+        if label(state) not in floors or longer:
             own = [i for i, other in enumerate(probe.states) if other == state]
-            longest = max(map(len, whole))
-            if reference.parameters > _LARGE:
+            if reference.parameters > LARGE and not longer:
                 own, longest = own[:_FLOOR_ROWS_OF_LARGE], _FLOOR_TOKENS_OF_LARGE
             sample = [whole[i][:longest] for i in own]
             with reference.wide():
                 wide = reference.logits(sample, [state] * len(own), [prompts[i] for i in own])
-            floors[label(state)] = noise([logits[i][:longest] for i in own], wide)
+            floor = noise([logits[i][:longest] for i in own], wide)
+            found[label(state)] = floor.joined(floors.get(label(state)))
+            if not longer:
+                floors[label(state)] = floor
     return Golden(
         probe,
         tails,
         tuple(expect(y, base) for y, base in zip(logits, bases, strict=True)),
-        {label(state): floors[label(state)] for state in probe.states},
+        {label(state): found.get(label(state)) or floors[label(state)] for state in probe.states},
         reference.versions,
     )

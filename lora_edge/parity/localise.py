@@ -7,7 +7,7 @@ PyTorch in float32 is from PyTorch in float64 at the same module.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from lora_edge.parity.golden import Golden
 from lora_edge.parity.reference import LOGITS, Reference
 from lora_edge.parity.report import Layer
 from lora_edge.parity.rerun import alone, new_columns, rerun
-from lora_edge.parity.states import Probe, Row
+from lora_edge.parity.states import Probe, Row, schedule
 from lora_edge.parity.task_reference import TaskReference
 from lora_edge.parity.tasks import by_position, inputs_of
 from lora_edge.runtime import Runner
@@ -96,9 +96,9 @@ def localise(
                 continue
             found = bench.compare(probe, index, tails=tails)
             if found.differs:
-                return found.divergence(f"{when}{where}")
+                return found.divergence(f"{when}{where}", bench.untold(found))
             if inner is None and any(map(_beyond, found.layers)):
-                inner = found.divergence(f"{when}{where}")
+                inner = found.divergence(f"{when}{where}", bench.untold(found))
             hidden = hidden or found.hidden
     if inner is not None and not hidden:
         return inner
@@ -146,8 +146,14 @@ class _Comparison:
     def hidden(self) -> bool:
         return _beyond(self.plain) and not self.differs
 
-    def divergence(self, when: str) -> Divergence:
-        first = next((layer for layer in self.layers if _beyond(layer)), None)
+    @property
+    def first(self) -> Layer | None:
+        """The first layer that differs."""
+        return next((layer for layer in self.layers if _beyond(layer)), None)
+
+    def divergence(self, when: str, untold: tuple[str, Sequence[str]]) -> Divergence:
+        """What was found; ``untold``: of :meth:`_Bench.untold`."""
+        first = self.first
         if first is None:
             said = (
                 f"all {len(self.layers)} layers that were compared agree and the outputs do not "
@@ -156,6 +162,13 @@ class _Comparison:
             )
             return Divergence(self.layers, None, said + when, self.skipped)
         said = f"the first layer that differs is {first.path} ({_figures(first)})"
+        last, modules = untold
+        if modules:
+            are = "are" if len(modules) > 1 else "is"
+            said += (
+                f", and it begins between {last} and there: {' and '.join(modules)} {are} not "
+                "compared"
+            )
         if not _beyond(self.exposed):
             said += "; the outputs agree"
         return Divergence(self.layers, first.path, said + when, self.skipped)
@@ -211,11 +224,12 @@ class _Bench:
         fed: list[Row] = [self._golden.tails[i] if tails else () for i in rows]
         length = len(probe.rows[index])
         parts: list[Outputs] = []
+        steps = schedule(fed, probe.rests)
 
         def listen(run: int, values: Mapping[str, Any]) -> None:
             if run == 0 and not tails:
                 parts.append(self._exposed(values, index, length))
-            elif run > 0:
+            elif run > 0 and steps[run - 1][index] is not None:
                 parts.append(self._exposed(values, index, 1))
 
         plain = rerun(self._runner, probe, fed, listen)[index]
@@ -224,6 +238,30 @@ class _Bench:
         if isinstance(self._reference, Reference):
             span = slice(length, None) if tails else slice(length)
         return self._compared(actual, plain[span], span)
+
+    def untold(self, found: _Comparison) -> tuple[str, list[str]]:
+        """What runs right before the first layer that differs and is not compared.
+
+        Returns:
+            The last layer before it that is, and the modules with weights in between.
+        """
+        first = found.first
+        if first is None:
+            return "", []
+        probe = self._golden.probe
+        row, state = probe.rows[self._row], probe.states[self._row]
+        if isinstance(self._reference, TaskReference):
+            inputs = inputs_of(self._runner.encoder.spec, row)
+            order = self._reference.called(inputs, dict(state))
+        else:
+            order = self._reference.called(row, state)
+        compared = {layer.path for layer in found.layers}
+        between: list[str] = []
+        for path in reversed(order[: order.index(first.path)] if first.path in order else []):
+            if path in compared:
+                return path, between[::-1]
+            between.append(path)
+        return "the inputs", between[::-1]
 
     def _exposed(self, values: Mapping[str, Any], index: int, count: int) -> Outputs:
         names = ("input_ids", "attention_mask")

@@ -191,6 +191,15 @@ class Reference:
                 logits = model(input_ids=ids, use_cache=False, **offsets).logits[0]
             return {**once(found), LOGITS: logits.numpy()}
 
+    def called(self, row: Sequence[int], state: State) -> list[str]:
+        """The modules with weights of their own, in the order in which they run on a row."""
+        with self._active(state) as model, self._torch.inference_mode():
+            inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+            with ran(inner) as found:
+                ids = self._torch.tensor([list(row)], dtype=self._torch.int64)
+                model(input_ids=ids, use_cache=False, **self._offsets(row, state, len(row)))
+        return found
+
     def greedy(self, rows: Sequence[Sequence[int]], state: State, steps: int) -> list[Greedy]:
         """Greedy continuations with the cache, each row alone, end-of-text tokens included."""
         found: list[Greedy] = []
@@ -417,3 +426,24 @@ def once(found: Mapping[str, Sequence[Any]]) -> dict[str, NDArray[np.floating]]:
         for path, outputs in found.items()
         if len(outputs) == 1 and hasattr(outputs[0], "numpy")
     }
+
+
+@contextlib.contextmanager
+def ran(model: Any) -> Iterator[list[str]]:
+    """Note the modules of the base that have weights of their own, as they return.
+
+    A layer that PEFT has wrapped goes by the name that it had; what an adapter adds is left out.
+    """
+    found: list[str] = []
+    with contextlib.ExitStack() as stack:
+        for name, module in model.named_modules():
+            path = name.replace(".base_layer", "")
+            own = next(module.parameters(recurse=False), None) is not None
+            if own and not any(part.startswith("lora_") for part in path.split(".")):
+
+                def hear(_module: Any, _args: Any, _output: Any, path: str = path) -> None:
+                    if path not in found:
+                        found.append(path)
+
+                stack.callback(module.register_forward_hook(hear).remove)
+        yield found

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lora_edge.parity.compare import Figures, Limits, Status
+from lora_edge.parity.reach import Reach
 
 SCHEMA_VERSION = 2
 Against = Literal["reference", "goldens"]
@@ -139,6 +140,7 @@ class Report:
         command: a command line that makes the report again, but for prompts and examples of the
             user's own.
         repro: folder of the reproduction of the first failure; empty where there is none.
+        reach: how far the run went, and where it did not go.
     """
 
     bundle: str
@@ -154,6 +156,7 @@ class Report:
     base: str = ""
     command: str = ""
     repro: str = ""
+    reach: Reach | None = None
 
     @property
     def passed(self) -> bool:
@@ -207,6 +210,7 @@ class Report:
             "machine": dict(self.machine),
             "command": self.command,
             "repro": self.repro,
+            "reach": None if self.reach is None else self.reach.to_data(),
             "seconds": round(self.seconds, 3),
         }
 
@@ -215,7 +219,7 @@ class Report:
         return json.dumps(self.to_data(), indent=1, allow_nan=False) + "\n"
 
     def table(self) -> str:
-        """A table per adapter, then one line per failure, then the verdict."""
+        """A table per adapter, then one line per failure, the verdict, and how far it goes."""
         blocks: list[str] = []
         for title, cases in self._groups():
             rows = [_HEADER, *(_cells(case) for case in cases)]
@@ -223,7 +227,8 @@ class Report:
         lines = [f"{case.status}: {case.reason}" for case in self.failures]
         if lines:
             blocks.append("\n".join(lines))
-        return "\n\n".join([*blocks, self.summary()]) + "\n"
+        end = self.summary() if self.reach is None else f"{self.summary()}\n{self.reach.line()}"
+        return "\n\n".join([*blocks, end]) + "\n"
 
     def summary(self) -> str:
         """The verdict in one line."""

@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from lora_edge.bundle import GRAPH_FILE, staging
 from lora_edge.errors import BundleError
 from lora_edge.lora import FloatArray
-from lora_edge.parity.compare import Expected, Floor, Tolerance
+from lora_edge.parity.compare import Floor, Tolerance
+from lora_edge.parity.failure import kept, place_of
 from lora_edge.parity.golden import Golden
-from lora_edge.parity.rerun import alone, new_columns, rerun
+from lora_edge.parity.rerun import alone, new_columns, rerun, run_of
 from lora_edge.parity.states import Probe, Row, label
 from lora_edge.runtime import Runner
 from lora_edge.runtime.decoder import Decoder
@@ -182,7 +183,7 @@ def _runs(
     outputs = rerun(runner, probe, tails)[index]
     for position in _bad(golden, row, outputs, tolerance)[:1]:
         first = len(outputs) - len(tails[index])  # positions of the first run
-        run = max(0, position - first + 1)
+        run = 0 if position < first else run_of(probe, tails, index, position - first)
         feeds = _feeds(runner, probe, tails, run)
         begins, count = (0, first) if run == 0 else (position, 1)
         place = _index(runner, feeds, index, position - begins, count)
@@ -223,25 +224,19 @@ def _feeds(
 def _bad(golden: Golden, row: int, outputs: FloatArray, tolerance: Tolerance) -> list[int]:
     """Positions beyond a limit."""
     within = _excess(golden, row, outputs, tolerance) <= 1
-    return [int(position) for position in np.flatnonzero(~within)]
+    return [place_of(golden.expected[row], int(index)) for index in np.flatnonzero(~within)]
 
 
 def _excess(
     golden: Golden, row: int, outputs: FloatArray, tolerance: Tolerance
 ) -> NDArray[np.float64]:
-    """``[positions]``: the error at each, beside its limit; infinite where it is NaN."""
+    """``[P]``: the error at each kept position, beside its limit; infinite where it is NaN."""
     expected = golden.expected[row].first(len(outputs))
     limit, rms_limit = _limits(_floor(golden, row), tolerance)
-    error = np.abs(_kept(expected, outputs).astype(np.float64) - expected.reference)
+    error = np.abs(kept(expected, outputs).astype(np.float64) - expected.reference)
     rms = np.sqrt(np.mean(error * error, axis=-1))
     excess = np.maximum(error.max(-1) / limit, rms / rms_limit)
     return np.where(np.isnan(excess), np.inf, excess)
-
-
-def _kept(expected: Expected, outputs: FloatArray) -> FloatArray:
-    if expected.columns is None:
-        return outputs
-    return np.take_along_axis(outputs, expected.columns, -1)
 
 
 def _floor(golden: Golden, row: int) -> Floor:
@@ -263,7 +258,8 @@ def _write(
     divergence: Divergence | None,
 ) -> None:
     assert not isinstance(runner.session, Seq2Seq)
-    expected, position = golden.expected[row], shown.position
+    expected = golden.expected[row].first(shown.position + 1)
+    position = len(expected.top1) - 1
     whole = np.arange(expected.reference.shape[1])
     columns = whole if expected.columns is None else expected.columns[position]
     limit, rms_limit = _limits(_floor(golden, row), tolerance)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from lora_edge.lora import FloatArray
 from lora_edge.parity.checks import observe
 from lora_edge.parity.golden import Golden
-from lora_edge.parity.states import Probe, Row
+from lora_edge.parity.states import Probe, Row, schedule
 from lora_edge.runtime import Runner
 from lora_edge.runtime.seq2seq import Seq2Seq
 
@@ -29,7 +29,7 @@ def alone(golden: Golden, row: int) -> Probe:
     probe = golden.probe
     kind = probe.kind if probe.kind != "mixed" else "adapter"
     return dataclasses.replace(
-        probe, kind=kind, rows=(probe.rows[row],), states=(probe.states[row],)
+        probe, kind=kind, rows=(probe.rows[row],), states=(probe.states[row],), rests=()
     )
 
 
@@ -38,7 +38,7 @@ def rerun(
 ) -> list[FloatArray]:
     """The bundle's outputs ``[positions, columns]`` of each row, prompt and tail.
 
-    The prompts are one run of the graph, each token of the tails another.
+    The prompts are one run of the graph, each decode step another (see :func:`run_of`).
 
     Args:
         runner: of a bundle of one graph.
@@ -48,6 +48,12 @@ def rerun(
     """
     with _told(runner, listener) if listener is not None else contextlib.nullcontext():
         return observe(runner, probe, tails)
+
+
+def run_of(probe: Probe, tails: Sequence[Row], row: int, token: int) -> int:
+    """Which run of the graph a token of a row's tail is fed in; the prompt's is 0."""
+    steps = [step for step, fed in enumerate(schedule(tails, probe.rests)) if fed[row] is not None]
+    return steps[token] + 1
 
 
 def new_columns(feeds: Mapping[str, NDArray[Any]], row: int, count: int) -> slice | None:

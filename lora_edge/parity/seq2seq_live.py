@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from lora_edge.manifest import Seq2SeqSpec
 from lora_edge.parity.compare import Floor, expect, noise
 from lora_edge.parity.golden import Golden
-from lora_edge.parity.live import Question
+from lora_edge.parity.live import LARGE, Question
+from lora_edge.parity.plan import plan
 from lora_edge.parity.seq2seq import LONGEST_BEGINNING, beginning, source
-from lora_edge.parity.states import BASE, Probe, Row, State, label, plan
+from lora_edge.parity.states import BASE, Probe, Row, State, label
 from lora_edge.parity.task_reference import TaskReference
 from lora_edge.tasks import Task
 
@@ -54,6 +55,9 @@ def ask_pytorch_seq2seq(question: Question) -> Iterator[Golden]:
             for name in directories
             if reference.can_blend(name) and not bundle.adapter(name).alone
         ],
+        depth=question.depth,
+        merged=bundle.manifest.mode == "merged",
+        everyone=reference.parameters <= LARGE,
     )
     floors = question.floors
     wanted = question.wanted([dataclasses.replace(probe, steps=steps) for probe in probes])

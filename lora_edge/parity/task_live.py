@@ -18,8 +18,9 @@ from lora_edge.names import NONE_ADAPTER
 from lora_edge.parity.base_check import shortest_window
 from lora_edge.parity.compare import Floor, expect, noise
 from lora_edge.parity.golden import Golden
-from lora_edge.parity.live import Question, reach_of
-from lora_edge.parity.states import Probe, label, plan
+from lora_edge.parity.live import LARGE, Question, reach_of
+from lora_edge.parity.plan import plan
+from lora_edge.parity.states import Probe, label
 from lora_edge.parity.task_reference import TaskReference
 from lora_edge.parity.tasks import by_position, inputs_of
 from lora_edge.tasks import Task
@@ -52,6 +53,9 @@ def ask_pytorch_task(question: Question) -> Iterator[Golden]:
         given=question.prompts,
         blendable=[x for x in sources if reference.can_blend(x) and not bundle.adapter(x).alone],
         reach={name: reach_of(adapter) for name, adapter in adapters.items()},
+        depth=question.depth,
+        merged=manifest.mode == "merged",
+        everyone=reference.parameters <= LARGE,
     )
     headless = manifest.mode == "switchable" and _lacks_head(bundle)
     floors = question.floors

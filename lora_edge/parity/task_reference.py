@@ -24,6 +24,7 @@ from lora_edge.parity.reference import (
     libraries,
     listened,
     once,
+    ran,
     scaled,
     stands_apart,
 )
@@ -128,6 +129,14 @@ class TaskReference:
             with listened(inner, paths) as found:
                 output = self._output(model, row)
         return {**once(found), LOGITS: output}
+
+    def called(self, row: Row, adapter: Chosen) -> list[str]:
+        """The modules with weights of their own, in the order in which they run on a row."""
+        with self._active(adapter) as model, self._torch.inference_mode():
+            inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+            with ran(inner) as found:
+                self._output(model, row)
+        return found
 
     @contextlib.contextmanager
     def _active(self, adapter: Chosen) -> Iterator[Any]:

@@ -21,6 +21,7 @@ from lora_edge.reports.words import (
     first_layer,
     number,
     ratio,
+    reach_line,
     rows_of,
     share,
     telling_first,
@@ -67,6 +68,7 @@ def html(data: Data, worse: Sequence[Regression] = ()) -> str:
     return environment.get_template("report.html.j2").render(
         data=data,
         verdict=verdict(data),
+        reach=reach_line(data),
         status=_status(data, worse),
         worse=worse,
         located=next(((case, layer) for case in bad if (layer := first_layer(case))), None),

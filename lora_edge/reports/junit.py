@@ -8,7 +8,7 @@ from xml.etree import ElementTree as ET
 
 from lora_edge.reports.baseline import Regression
 from lora_edge.reports.load import Data
-from lora_edge.reports.words import Case, column, figure, number, share, unsaid_layer
+from lora_edge.reports.words import Case, column, figure, number, reach_line, share, unsaid_layer
 
 _CLASS = "lora_edge"
 # What XML 1.0 cannot hold; adapters' names may.
@@ -30,7 +30,8 @@ def junit(data: Data, worse: Sequence[Regression] = ()) -> str:
         suite = ET.SubElement(root, "testsuite", _counts(own), name=session or "record")
         facts = ET.SubElement(suite, "properties")
         named = {"bundle": data["bundle"], "base": data["base"], "against": data["against"]}
-        for name, value in {**named, **data["versions"]}.items():
+        reach = {"reach": reach_line(data)} if reach_line(data) else {}
+        for name, value in {**named, **reach, **data["versions"]}.items():
             ET.SubElement(facts, "property", name=name, value=_clean(str(value)))
         for case in own:
             title = f"{_CLASS}.{column(case).replace(' ', '_')}"

@@ -15,6 +15,7 @@ from lora_edge.reports.words import (
     failures,
     number,
     ratio,
+    reach_line,
     rows_of,
     share,
     telling_first,
@@ -44,6 +45,7 @@ def markdown(data: Data, worse: Sequence[Regression] = ()) -> str:
         f"{'PyTorch' if data['against'] == 'reference' else 'its golden cases'}, "
         f"{data['seconds']:.1f} s",
         "",
+        *([_text(reach_line(data)), ""] if reach_line(data) else []),
         *_table(data),
     ]
     if bad:

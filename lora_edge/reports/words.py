@@ -9,7 +9,9 @@ from lora_edge.reports.load import Data
 
 Case = Mapping[str, Any]
 
-COLUMNS = ("alone", "blend", "mixed rows", "switching", "your prompts", "task metric")
+COLUMNS = (
+    "alone", "long prompts", "blend", "mixed rows", "switching", "your prompts", "task metric"
+)  # fmt: skip
 """Adapter states, in the order in which they are shown."""
 
 _KINDS = {
@@ -21,13 +23,26 @@ _KINDS = {
     "switch": "switching",
     "task": "task metric",
 }
+_PARTS = {
+    ", given prompts": "your prompts",
+    ", long prompt": "long prompts",
+    ", prompt of ": "long prompts",
+}
 NO_ADAPTER = "no adapter"
 
 
 def column(case: Case) -> str:
     """The adapter state that a case belongs to, of :data:`COLUMNS`."""
-    given = ", given prompts" in case["name"] and case["kind"] in {"base", "adapter"}
-    return "your prompts" if given else _KINDS[case["kind"]]
+    if case["kind"] in {"base", "adapter"}:
+        for words, found in _PARTS.items():
+            if words in case["name"]:
+                return found
+    return _KINDS[case["kind"]]
+
+
+def reach_line(data: Data) -> str:
+    """How far the run went, in a line; empty in reports of earlier versions."""
+    return str((data.get("reach") or {}).get("line", ""))
 
 
 def rows_of(case: Case) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -323,6 +323,38 @@ def heads_rolled(size: int) -> Callable[[np.ndarray], np.ndarray]:
     return lambda w: np.roll(w, size, axis=1)
 
 
+def _attention(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    nodes = [node for node in model.graph.node if node.op_type == "GroupQueryAttention"]
+    assert nodes
+    return nodes
+
+
+def rotary_table_from(position: int) -> Injection:
+    """From a position on, the attention's table of cosines is that of other positions."""
+
+    def edit(model: onnx.ModelProto) -> None:
+        names = {node.input[7] for node in _attention(model)}
+        tables = [tensor for tensor in model.graph.initializer if tensor.name in names]
+        assert len(tables) == len(names)
+        for tensor in tables:
+            table = np.array(numpy_helper.to_array(tensor))
+            table[position:] = table[position:][::-1].copy()
+            tensor.CopyFrom(numpy_helper.from_array(table, tensor.name))
+
+    return of_graph(edit)
+
+
+def window_of(tokens: int) -> Injection:
+    """A window of attention that the model does not have."""
+
+    def edit(model: onnx.ModelProto) -> None:
+        for node in _attention(model):
+            (window,) = [x for x in node.attribute if x.name == "local_window_size"]
+            window.i = tokens
+
+    return of_graph(edit)
+
+
 def merged(change: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Injection:
     """Weights of a merged bundle, made of the base's and of what the adapter added to them."""
 
@@ -467,6 +499,95 @@ def encoder_unmasked() -> AbstractContextManager[Any]:
     return replaced(Encoder, "feeds", feeds)
 
 
+def prompts_cut(tokens: int) -> Patch:
+    """What a prompt has beyond so many tokens is read as the token 0."""
+
+    def chunk(real: Any, self: Any, rows: Any, history: Any) -> Any:
+        made = real(self, rows, history)
+        made.ids[:, tokens:] = 0
+        return made
+
+    return lambda: replaced(SharedCache, "_chunk", chunk)
+
+
+def rows_lost(most: int) -> Patch:
+    """In a batch of more rows than that, the later ones are fed other tokens."""
+
+    def chunk(real: Any, self: Any, rows: Any, history: Any) -> Any:
+        made = real(self, rows, history)
+        made.ids[most:] = (made.ids[most:] + 1) % self.decoder.spec.vocab_size
+        return made
+
+    return lambda: replaced(SharedCache, "_chunk", chunk)
+
+
+def resting_overwritten() -> AbstractContextManager[Any]:
+    """A row that rests writes another token into its place."""
+
+    def chunk(real: Any, self: Any, rows: Any, history: Any) -> Any:
+        made = real(self, rows, history)
+        made.ids[[index for index, row in enumerate(rows) if not row]] = 0
+        return made
+
+    return replaced(SharedCache, "_chunk", chunk)
+
+
+def neighbours_of_resting() -> AbstractContextManager[Any]:
+    """Where a row rests, the others are fed the token 0."""
+
+    def chunk(real: Any, self: Any, rows: Any, history: Any) -> Any:
+        made = real(self, rows, history)
+        if not all(rows):
+            made.ids[[index for index, row in enumerate(rows) if row]] = 0
+        return made
+
+    return replaced(SharedCache, "_chunk", chunk)
+
+
+def third_dropped() -> AbstractContextManager[Any]:
+    """A blend holds its first two adapters."""
+
+    def blend(real: Any, self: Any, parts: Any) -> Any:
+        return real(self, parts[:2] if any(weight != 1 for _, weight in parts) else parts)
+
+    return replaced(ActiveAdapters, "_blend", blend)
+
+
+def signs_dropped() -> AbstractContextManager[Any]:
+    """A blend adds what it should take away."""
+    return replaced(
+        ActiveAdapters,
+        "_blend",
+        lambda real, self, parts: real(self, [(name, abs(weight)) for name, weight in parts]),
+    )
+
+
+def signs_of_rows_dropped() -> AbstractContextManager[Any]:
+    """The same in a mixed batch."""
+    return replaced(
+        Tensors,
+        "row_weights",
+        lambda real, self, ranks, weights: real(self, ranks, np.abs(weights)),
+    )
+
+
+def stale_after_mixed() -> AbstractContextManager[Any]:
+    """After a mixed batch, the next one without an adapter has that of its first row."""
+    left: dict[int, Any] = {}
+
+    def rows(real: Any, self: Any, states: Any) -> Any:
+        left[id(self)] = states[0]
+        return real(self, states)
+
+    def alike(real: Any, self: Any, state: Any) -> Any:
+        return real(self, state if state else left.pop(id(self), state))
+
+    stack = ExitStack()
+    stack.enter_context(replaced(ActiveAdapters, "_rows", rows))
+    stack.enter_context(replaced(ActiveAdapters, "_alike", alike))
+    return stack
+
+
 def invoked(shift: int | None) -> Patch:
     """An aLoRA begins so many tokens later than its invocation; None: at the first token."""
 
@@ -525,6 +646,15 @@ def other_format(manifest: dict[str, Any]) -> None:
 def other_fingerprint(adapter: str) -> Callable[[dict[str, Any]], None]:
     def edit(manifest: dict[str, Any]) -> None:
         manifest["adapters"][adapter]["base_fingerprint"] = "0" * 64
+
+    return edit
+
+
+def entry_of(adapter: str, **changes: Any) -> Callable[[dict[str, Any]], None]:
+    """An adapter's entry says something else."""
+
+    def edit(manifest: dict[str, Any]) -> None:
+        manifest["adapters"][adapter].update(changes)
 
     return edit
 

@@ -113,6 +113,21 @@ def _fused(folder: Path) -> tuple[Path, dict[str, Path], dict[str, Any]]:
     return base, _three(base, folder), {}
 
 
+def _far(folder: Path) -> tuple[Path, dict[str, Path], dict[str, Any]]:
+    """Room for long prompts, and a head of 32, whose rotary is inside the attention operator."""
+    base = _llama(
+        folder, max_position_embeddings=256, head_dim=32, hidden_size=64, num_key_value_heads=2,
+        num_attention_heads=2,
+    )  # fmt: skip
+    return base, _three(base, folder), {}
+
+
+def _experts(folder: Path) -> tuple[Path, dict[str, Path], dict[str, Any]]:
+    base = make_base("mixtral", folder / "base", max_position_embeddings=_POSITIONS)
+    some = ["q_proj", "v_proj"]
+    return base, {"plain": make_adapter(base, folder / "plain", 1, target_modules=some)}, {}
+
+
 def _of_kinds(base: Path, folder: Path, names: Sequence[str]) -> dict[str, Path]:
     """No two with the same factors: each could pass for the other without its feature."""
     return {
@@ -230,6 +245,8 @@ _WORLDS: dict[str, Maker] = {
     "gpt2": _gpt2,
     "heads": _heads,
     "merged": _merged,
+    "far": _far,
+    "experts": _experts,
     **{
         f"random {family}": _random(family, seed, **options)
         for seed, (family, options) in enumerate(_RANDOM.items())

@@ -34,6 +34,16 @@ class Fixed:
     shares: dict[str, Callable[[float], Outputs]] = field(default_factory=dict)
     factors: dict[str, Callable[[float], Outputs]] = field(default_factory=dict)
     found: str = ""
+    waking: Outputs | None = None
+    most: int = 99
+    batch: int = len(PROMPTS)
+
+    def awake(self) -> Outputs | None:
+        return self.waking
+
+    def copies(self, row: int, count: int) -> Outputs:
+        """Right up to ``most`` of them."""
+        return [REFERENCE[row] + np.float32(index >= self.most) for index in range(count)]
 
     def off(self) -> tuple[Outputs, Fixed] | None:
         return None if self.without is None else (self.without, Fixed())
@@ -344,3 +354,43 @@ def test_repairs_change_what_they_name_and_nothing_else() -> None:
     swapped = found["A and B are swapped"]
     np.testing.assert_array_equal(swapped["lora.layers.0.q.A"], own["lora.layers.0.q.B"].T)
     np.testing.assert_array_equal(swapped["lora.layers.0.up.A"], own["lora.layers.0.up.A"])
+
+
+def test_a_batch_that_is_too_large_is_no_padding() -> None:
+    """Found: a fault in batches of more than four rows was called padding."""
+    last = _changed(lambda row, _: row == 2)
+    bench = Fixed(without=BASE, each=REFERENCE, most=2, batch=16)
+    said = diagnose(_failure(last), bench)
+    assert said == (
+        "a row alone is right, and so are 2 copies of it, but not 3: batches of more than 2 rows, "
+        "not padding"
+    )
+    assert "more than 1 row, not" in diagnose(_failure(last), replace(bench, most=1))
+    padded = diagnose(_failure(last), replace(bench, most=16))
+    assert padded.endswith("padding or mask")
+
+
+def test_rows_that_rest() -> None:
+    wrong = _changed(lambda row, position: position == PROMPTS[row] + 1)
+    awake = [row[: count + 2] for row, count in zip(REFERENCE, PROMPTS, strict=True)]
+    bench = Fixed(without=BASE, each=REFERENCE, waking=awake)
+    said = diagnose(_failure(wrong, rested=True), bench)
+    assert said.startswith("right where no row of the batch rests, wrong where some do")
+    # Without rests that is no reason, nor where what is wrong comes later than was run.
+    assert "rests" not in diagnose(_failure(wrong), bench)
+    short = [row[:count] for row, count in zip(REFERENCE, PROMPTS, strict=True)]
+    assert "rests" not in diagnose(_failure(wrong, rested=True), replace(bench, waking=short))
+
+
+def test_one_long_row() -> None:
+    random = np.random.default_rng(3)
+    base, effect, noise = (random.standard_normal((90, VOCAB)).astype(np.float32) for _ in "bes")
+    whole = expect(base + effect, base)
+    rows = {"rows": [tuple(range(90))], "prompts": [90], "padded": [False]}
+    actual = [base + effect + noise * (np.arange(90) >= 70)[:, None]]
+    said = diagnose(_failure(actual, expected=[whole], **rows), Fixed())
+    assert said.startswith("wrong from position 70: a window, a limit of positions, or a table")
+    places = np.array([0, 1, 3, 8, 20, 50, 80, 89])
+    kept = [replace(whole.at(places), places=places)]
+    said = diagnose(_failure(actual, expected=kept, **rows), Fixed())
+    assert said.startswith("wrong from position 80, and right up to 50: a window")

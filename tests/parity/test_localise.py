@@ -5,19 +5,22 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 import torch
 import transformers
+from onnx import numpy_helper
 from peft import LoraConfig, get_peft_model
 from transformers.utils import logging
 
 from lora_edge.base import resolve_base
-from lora_edge.bundle import Bundle, load_bundle
+from lora_edge.bundle import Bundle, file_entries, load_bundle
 from lora_edge.exporter import export
 from lora_edge.graph import taps
 from lora_edge.parity.golden import Golden, recorded, shortened
@@ -33,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from conftest import Made
 from encoders import make_encoder
 from failing import Array, with_graph, with_tensor, with_weight
+from families import make_base
 
 FORMS = ("fused", "portable")
 DOWN = "model.layers.1.mlp.down_proj"
@@ -65,7 +69,7 @@ def golden_of(bundle: Bundle, case: str) -> Golden:
 def test_nothing_is_named_in_a_right_bundle(form: str, made: Made, find: Find) -> None:
     good = made.switchable[form]
     for golden in recorded(load_bundle(good)):
-        found = find(good, golden.probe.name)
+        found = find(good, golden.probe.name, len(golden.probe.rows) - 1)
         assert found.first is None, found.text
         assert not found.skipped
         assert "all 21 layers that were compared agree, and so do the outputs" in found.text
@@ -231,7 +235,7 @@ def test_a_bundle_without_a_cache(
     runner = Runner(good)
     reference = open_reference(runner, base, sources_of(good, base, runner.adapters, {}))
     for golden in recorded(good):
-        found = localise(runner, reference, golden, 1)
+        found = localise(runner, reference, golden, len(golden.probe.rows) - 1)
         assert found.first is None, found.text
         assert path in [layer.path for layer in found.layers]
     bundle = with_tensor(good.directory, tmp_path / "out", "own", f"lora.{path}.B", np.zeros_like)
@@ -248,3 +252,24 @@ def test_a_bundle_without_a_cache(
         inputs = {**np.load(folder / "inputs.npz"), f"lora.{path}.B": right}
         np.savez(folder / "inputs.npz", **inputs)
         assert subprocess.run(command, check=False).returncode == 0
+
+
+def test_what_is_not_compared_is_named_where_it_begins_there(tmp_path: Path) -> None:
+    """Found: damaged experts, which are no layers of the graph, were located at the next norm."""
+    base = resolve_base(make_base("mixtral", tmp_path / "base", max_position_embeddings=32))
+    export(base.directory, output=tmp_path / "good")
+    directory = tmp_path / "good"
+    model = onnx.load(directory / "onnx" / "model.onnx")
+    experts = [x for x in model.graph.initializer if "layers.0.mlp.experts" in x.name]
+    assert experts
+    for tensor in experts:
+        array = numpy_helper.to_array(tensor) * np.float32(1.01)
+        tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    onnx.save(model, directory / "onnx" / "model.onnx")
+    bundle = load_bundle(directory)
+    bundle.write_manifest(replace(bundle.manifest, files=file_entries(directory)))
+    runner = Runner(load_bundle(directory))
+    found = localise(runner, open_reference(runner, base, {}), golden_of(runner.bundle, "base"), 1)
+    assert found.first == "model.layers.1.input_layernorm"
+    assert "it begins between model.layers.0.post_attention_layernorm and there" in found.text
+    assert "model.layers.0.mlp.experts are not compared" in found.text

@@ -6,7 +6,10 @@ import json
 
 import pytest
 
-from lora_edge.parity.states import BASE, Probe, blend_of, label, only, plan, state_of
+from lora_edge.errors import BundleError
+from lora_edge.files.schema import decode
+from lora_edge.parity.plan import blend_of, plan
+from lora_edge.parity.states import BASE, Probe, label, only, schedule, state_of
 
 NAMES = ("a", "b", "c")
 
@@ -17,7 +20,7 @@ def _plan(names: tuple[str, ...] = NAMES, **changes: int) -> tuple[Probe, ...]:
 
 
 def test_every_state_is_there() -> None:
-    base, a, b, c, blend, mixed = _plan()
+    base, a, b, c, blend, mixed = (probe for probe in _plan() if not probe.part)
     assert [probe.kind for probe in (base, a, blend, mixed)] == [
         "base",
         "adapter",
@@ -34,11 +37,11 @@ def test_every_state_is_there() -> None:
 
 
 def test_no_and_one_and_many_adapters() -> None:
-    assert [probe.kind for probe in _plan(())] == ["base"]
+    assert {probe.kind for probe in _plan(())} == {"base"}
     assert blend_of(("a",)) == (("a", 0.5),)
     many = tuple(f"n{i}" for i in range(12))
-    assert sum(probe.kind == "adapter" for probe in _plan(many)) == 12
-    assert len(_plan(many)[-1].rows) == 8
+    assert sum(probe.kind == "adapter" and not probe.part for probe in _plan(many)) == 12
+    assert [len(probe.rows) for probe in _plan(many) if probe.kind == "mixed"] == [8, 8, 16]
 
 
 def test_the_seed_decides_the_prompts() -> None:
@@ -66,9 +69,18 @@ def test_given_prompts_come_first() -> None:
     assert len(probes[0].rows) == 4
 
 
+def test_rows_rest_after_their_second_token_and_end() -> None:
+    steps = schedule([(1, 2, 3), (4, 5, 6), (7,)], [0, 2, 3])
+    assert steps == [(1, 4, 7), (2, 5, None), (3, None, None), (None, 6, None)]
+    assert schedule([(1, 2), (3, 4)]) == [(1, 3), (2, 4)]
+    assert schedule([(), ()]) == []
+
+
 def test_labels_and_json() -> None:
     assert label(BASE) == "base"
     assert label(state_of("a")) == "a"
     assert label(state_of({"b": 0.3, "a": 0.7})) == "0.7 a + 0.3 b"
+    assert label(state_of({"b": -0.3, "a": -0.7})) == "-0.7 a - 0.3 b"
     for probe in _plan():
-        assert Probe.from_json(json.loads(json.dumps(probe.to_json()))) == probe
+        read = json.loads(json.dumps(probe.to_json()))
+        assert decode(Probe, read, "probe", BundleError, "") == probe

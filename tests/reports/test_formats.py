@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from junitparser import Failure, JUnitXml
 
 from lora_edge.errors import DataError
-from lora_edge.reports import Regression, junit, load_report, markdown
+from lora_edge.reports import Regression, html, junit, load_report, markdown
 from lora_edge.reports.words import failures, telling_first, verdict
 
 Reports = dict[str, dict[str, Any]]
@@ -156,7 +157,8 @@ def test_the_verdict_blames_who_fails_alone(reports: Reports) -> None:
     leak = copy.deepcopy(reports["good"])
     row = next(c for c in leak["cases"] if c["kind"] == "mixed" and not c["adapters"])
     row["status"], leak["passed"] = "failed", False
-    assert verdict(leak).endswith("1 of 30 cases differs: rows without an adapter.")
+    count = len(leak["cases"])
+    assert verdict(leak).endswith(f"1 of {count} cases differs: rows without an adapter.")
 
 
 def test_each_culprit_comes_before_what_follows_from_it(reports: Reports) -> None:
@@ -180,3 +182,19 @@ def test_markdown_quotes_what_has_quotes(reports: Reports) -> None:
     text = markdown({**reports["faulty"], "bundle": "a`b``c", "command": "run ```x```"})
     assert "```a`b``c ```".replace("```a", "``` a") in text
     assert "\n````sh\nrun ```x```\n````\n" in text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_format_says_how_far_the_run_went(reports: Reports, kind: str) -> None:
+    data = reports[kind]
+    line = data["reach"]["line"]
+    assert line.startswith("Reached: prompts of up to ")
+    assert " Not reached: rows of more than " in line
+    assert escape(line, quote=False) in html(data).replace("&#39;", "'")
+    assert line in markdown(data)
+    suites = JUnitXml.fromstring(junit(data).encode())
+    assert all(line in [each.value for each in suite.properties()] for suite in suites)
+    # Reports of earlier versions do not say.
+    old = {key: value for key, value in data.items() if key != "reach"}
+    jsonschema.validate(old, SCHEMA)
+    assert "Reached" not in html(old) + markdown(old) + junit(old)
