@@ -85,6 +85,18 @@ def test_an_adapter_that_lacks_a_file(name: str, cli: Cli, bundle: Path, adapter
     _refused(cli("add", bundle, "-a", f"a={adapter}"), name)
 
 
+def test_a_byte_order_mark_is_taken(cli: Cli, bundle: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    plain = '{"prompt": "Word: river Answer:"}\n'
+    said = []
+    for mark in ("", "\ufeff"):
+        file.write_text(mark + plain, encoding="utf-8")
+        result = cli("run", bundle, "--input", file, "--max-new-tokens", 2)
+        assert result.code == 0, result.err
+        said.append(result.out)
+    assert said[0] == said[1]
+
+
 @pytest.mark.parametrize(
     ("lines", "words"),
     [

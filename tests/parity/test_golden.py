@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -107,6 +108,52 @@ def test_a_tiny_vocabulary_is_kept_whole(golden: Golden) -> None:
     assert row.columns is not None
     assert sorted(row.columns[0]) == [0, 1, 2, 3, 4]
     assert row.base is None
+
+
+def _with(file: Path, **changes: Any) -> None:
+    with np.load(file) as arrays:
+        held = {name: arrays[name] for name in arrays.files}
+    for name, value in changes.items():
+        if value is None:
+            del held[name.replace("_", ".", 1)]
+        else:
+            held[name.replace("_", ".", 1)] = np.array(value)
+    np.savez_compressed(file, **held)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"facts": None}, "facts is not JSON"),
+        ({"facts": "[]"}, "facts is not a JSON object"),
+        ({"facts": "{}"}, "facts: floors is missing"),
+        ({"facts": '{"probe": 3, "tails": [], "floors": {}, "versions": {}}'}, "probe is 3"),
+        ({"0_columns": None}, "not a golden case"),
+        ({"0_columns": "x"}, "not a golden case"),
+        ({"0_top1": [1, 2]}, "top1 is"),
+        ({"0_margin": [[1.0]]}, "margin is"),
+        ({"0_reference": [[float("nan")] * 24] * 5}, "reference holds NaN"),
+        ({"0_log_total": ["a"] * 5}, "log_total is"),
+    ],
+)
+def test_what_does_not_belong_together_is_an_error(
+    changes: dict[str, Any], words: str, golden: Golden, tmp_path: Path
+) -> None:
+    file = tmp_path / save_golden(tmp_path, reduce(golden, 4))
+    _with(file, **changes)
+    with pytest.raises(BundleError, match=words):
+        load_golden(file)
+
+
+def test_a_flipped_byte_of_the_archive_is_an_error(golden: Golden, tmp_path: Path) -> None:
+    file = tmp_path / save_golden(tmp_path, reduce(golden, 4))
+    content = bytearray(file.read_bytes())
+    for at in range(80, 400, 40):
+        flipped = content.copy()
+        flipped[at] ^= 0xFF
+        file.write_bytes(flipped)
+        with pytest.raises(BundleError):
+            load_golden(file)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"\x93NUMPY"])
