@@ -241,8 +241,10 @@ def load_golden(path: Path) -> Golden:
         if probe.rests and not (len(probe.rests) == len(tails) and min(probe.rests) >= 0):
             raise ValueError(f"{len(probe.rows)} rows, which rest for {probe.rests} steps")
         expected = tuple(_row(arrays, index) for index in range(len(probe.rows)))
-        for row in expected:
+        for row, tail in zip(expected, tails, strict=True):
             _check(row)
+            if row.length <= len(tail):
+                raise ValueError(f"{row.length} positions, of which {len(tail)} are continuation")
     except (ValueError, KeyError, TypeError) as error:
         raise BundleError(f"{path} is not a golden case: {error}", hint) from error
     return Golden(probe, tails, expected, facts["floors"], facts["versions"])
@@ -269,6 +271,8 @@ def _check(row: Expected) -> None:
             raise ValueError(f"{name} is {array.shape} {array.dtype}, beside {length} positions")
         if not np.isfinite(array).all():
             raise ValueError(f"{name} holds NaN or Inf")
+    if row.places is not None and (np.diff(row.places, prepend=-1) < 1).any():
+        raise ValueError("places do not ascend")
     if row.places is not None and not (np.diff(row.places, prepend=-1) > 0).all():
         raise ValueError("places are not ascending")
 
