@@ -163,9 +163,10 @@ def _assert_alike(ours: Tokenizer, theirs: Any) -> None:
         )
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), text
     messages = [{"role": "user", "content": "Grüße </s> <|endoftext|>"}]
-    expected = theirs.apply_chat_template(messages, add_generation_prompt=True)
-    assert ours.encode_chat(messages) == expected["input_ids"]
-    assert ours.special_tokens == theirs.special_tokens_map
+    text = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert ours.encode_chat(messages) == theirs(text, add_special_tokens=False)["input_ids"]
+    special = theirs.special_tokens_map
+    assert ours.special_tokens.items() >= {k: x for k, x in special.items() if str(x) == x}.items()
 
 
 @pytest.mark.parametrize("kind", KINDS)

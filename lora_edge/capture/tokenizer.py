@@ -36,6 +36,13 @@ class Reference:
         return type(self.tokenizer).__name__
 
     @property
+    def modern(self) -> bool:
+        """It is of transformers 5, whose templates see plain data, and no key that is None."""
+        import transformers
+
+        return int(transformers.__version__.partition(".")[0]) >= 5
+
+    @property
     def portable(self) -> bool:
         """A ``tokenizer.json`` says all of it; else it is written in Python."""
         return getattr(self.tokenizer, "backend_tokenizer", None) is not None
