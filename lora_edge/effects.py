@@ -257,6 +257,13 @@ def parameter_changes(
                 transposed=module_of.transposed,
                 peft_version=adapter.config.get("peft_version"),
             )
+            rank = stacked.alphas[name][0]
+            if expert.rank != rank:
+                raise AdapterError(
+                    f"adapter {adapter.name}: {expert.path} has rank {expert.rank}, but the config "
+                    f"says {rank}",
+                    "The config and the tensors are from different adapters; save it again.",
+                )
             then(f"{path}.{name}", _Experts(expert))
     return changes
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -206,3 +207,27 @@ def test_router_takes_no_branch(tmp_path: Path) -> None:
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["gate"]}))
     with pytest.raises(lora_edge.AdapterError, match=r"layers\.0\.mlp\.gate.*no such site"):
         lora_edge.export(base, {"a": adapter}, output=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [
+        ("mixtral", ["w1", "w2", "w3"]),
+        ("qwen3_moe", [*_ATTENTION, "gate_proj", "up_proj", "down_proj"]),
+    ],
+)
+def test_the_usual_names_of_experts_are_merged_exactly(
+    family: str, targets: list[str], tmp_path: Path
+) -> None:
+    """PEFT makes ``target_parameters`` of them, with patterns for what transformers has fused."""
+    base = make_base(family, tmp_path / "base", **_EXPERTS[family])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapter = make_adapter(base, tmp_path / "a", r=2, lora_alpha=3, target_modules=targets)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["rank_pattern"]
+    assert set(config["target_parameters"]) == {"gate_up_proj", "down_proj"}
+    bundle = lora_edge.export(base, {"a": adapter}, "merged", tmp_path / "out")
+    assert bundle.manifest.adapters["a"].proved  # against PEFT's unmerged forward
+    with pytest.raises(lora_edge.AdapterError, match="an expert's weights are chosen"):
+        lora_edge.export(base, {"a": adapter}, output=tmp_path / "none")

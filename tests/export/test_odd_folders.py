@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -18,6 +19,7 @@ from kinds import Row as Kind
 from kinds import make_kind
 from numpy.typing import NDArray
 from peft import PeftModel
+from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import lora_edge
@@ -31,7 +33,7 @@ from lora_edge.peft_directory import read_config, tensor_keys
 from lora_edge.peft_loading import BaseView, loading
 
 sys.path.insert(0, str(Path(__file__).parent))
-from odd_folders import EXACT, KINDS, NO_EFFECT, ROWS, WEIGHTS, table, write
+from odd_folders import CONFIG, EXACT, KINDS, NO_EFFECT, PREFIX, ROWS, WEIGHTS, table, write
 
 IDS = np.random.default_rng(6).integers(0, 256, (2, 10))
 DOC = Path(__file__).parents[2] / "docs" / "peft-loading.md"
@@ -184,6 +186,50 @@ def test_missing_and_unexpected_keys_are_pefts(name: str, world: World) -> None:
     assert {re.sub("_vector$", "_vector.weight", key) for key in ours} == peft.unexpected
     assert set(found.missing) == peft.missing
     assert not found.failure
+
+
+def test_a_folder_of_mlx_does_what_it_did_in_peft(world: World, tmp_path: Path) -> None:
+    plain = world.folders["as PEFT saves it"]
+    factors: dict[str, dict[str, NDArray[np.float32]]] = {}
+    for key, value in load_file(plain / WEIGHTS).items():
+        path, _, part = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        factors.setdefault(path, {})[part.lower()] = np.ascontiguousarray(value.T)
+    tensors = {f"{path}.{part}": x for path, parts in factors.items() for part, x in parts.items()}
+    config = {"fine_tune_type": "lora", "lora_parameters": {"rank": 3, "scale": 4 / 3}}
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "adapters.safetensors")
+    lora_edge.add(world.bundle, {"mlx": tmp_path}, world.base)
+    got = lora_edge.Runner(world.bundle).logits(IDS, adapter="mlx")
+    wanted = _load(world.base, plain).logits
+    assert wanted is not None
+    np.testing.assert_allclose(got, wanted, atol=3e-5, rtol=3e-6)
+    assert inspect_adapter(tmp_path, resolve_base(world.base)).path == str(tmp_path)
+    # PEFT has no such loader.
+    assert _load(world.base, tmp_path).logits is None
+
+
+def test_one_cause_on_many_layers_is_one_line(world: World) -> None:
+    folder = world.folders["keys of the bare decoder (no `model.`)"]
+    modes = inspect_adapter(folder, resolve_base(world.base)).modes
+    (refusal,) = modes["merged"]
+    assert refusal.message.endswith("; the same for 3 more")
+
+
+def test_another_base_is_a_notice(world: World, tmp_path: Path) -> None:
+    base = resolve_base(world.base)
+    folder = Path(shutil.copytree(world.folders["as PEFT saves it"], tmp_path / "a"))
+    for named, told in (("org/another", True), (str(world.base), False), (None, False)):
+        config = json.loads((folder / CONFIG).read_text()) | {"base_model_name_or_path": named}
+        (folder / CONFIG).write_text(json.dumps(config))
+        found = inspect_adapter(folder, base)
+        assert not found.refused
+        assert any("org/another, the one given is" in x for x in found.warnings) is told
+
+
+def test_a_pattern_key_that_hits_nothing_is_a_notice(world: World) -> None:
+    for name in ("a rank pattern that hits nothing", "an alpha pattern that hits nothing"):
+        found = inspect_adapter(world.folders[name])
+        assert any("decides for none" in warning for warning in found.warnings)
 
 
 def test_the_documentation_has_the_table() -> None:
