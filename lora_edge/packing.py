@@ -130,6 +130,22 @@ def graph_tensors(changes: Changes, sites: Mapping[str, SiteEntry]) -> dict[str,
     return tensors
 
 
+def finite_tensors(name: str, tensors: Mapping[str, FloatArray]) -> Mapping[str, FloatArray]:
+    """The tensors of an adapter, if all are finite.
+
+    Raises:
+        AdapterError: one is not: what follows from the base's weights overflows float32.
+    """
+    for key, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise AdapterError(
+                f"adapter {name} is refused: {key}, computed from its tensors and the base's, is "
+                "NaN or Inf in float32",
+                "The training diverged, or it is another base; use an earlier checkpoint.",
+            )
+    return tensors
+
+
 def _entry(
     directory: Path,
     name: str,
@@ -149,7 +165,7 @@ def _entry(
     if changes is not None:
         file = f"adapters/{name}/adapter.onnx_adapter"
         (directory / file).parent.mkdir(parents=True, exist_ok=True)
-        write_adapter(directory / file, graph_tensors(changes, sites))
+        write_adapter(directory / file, finite_tensors(name, graph_tensors(changes, sites)))
     return AdapterEntry(
         name=name,
         file=file,

@@ -138,10 +138,15 @@ class Sampling:
         Raises:
             DataError: the logits are NaN or infinite.
         """
-        if not np.isfinite(logits[np.argmax(logits)]):  # the first NaN, where there is one
-            raise not_finite()
         if self.temperature == 0:
-            return int(np.argmax(self.penalized(logits, history)))
-        cumulative = np.cumsum(self.probabilities(logits, history))
+            values = self.penalized(logits, history)
+            best = int(np.argmax(values))  # the first NaN, where there is one
+            if not np.isfinite(values[best]):
+                raise not_finite()
+            return best
+        with np.errstate(invalid="ignore"):
+            cumulative = np.cumsum(self.probabilities(logits, history))
+        if not np.isfinite(cumulative[-1]):
+            raise not_finite()
         point = generator.random() * cumulative[-1]
         return int(np.searchsorted(cumulative, point, side="right"))

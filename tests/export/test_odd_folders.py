@@ -188,6 +188,22 @@ def test_missing_and_unexpected_keys_are_pefts(name: str, world: World) -> None:
     assert not found.failure
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "`.default.` in the keys",
+        "a tied embedding saved with `ensure_weight_tying`",
+        "`target_parameters` of a linear layer",
+    ],
+)
+def test_the_export_proves_it_merged_too(name: str, world: World, tmp_path: Path) -> None:
+    lora_edge.export(world.base, {"x": world.folders[name]}, "merged", tmp_path / "out")
+    wanted = _load(world.base, world.folders[name]).logits
+    assert wanted is not None
+    got = lora_edge.Runner(tmp_path / "out").logits(IDS)
+    np.testing.assert_allclose(got, wanted, atol=3e-5, rtol=3e-6)
+
+
 def test_a_folder_of_mlx_does_what_it_did_in_peft(world: World, tmp_path: Path) -> None:
     plain = world.folders["as PEFT saves it"]
     factors: dict[str, dict[str, NDArray[np.float32]]] = {}
