@@ -139,18 +139,27 @@ class ModelSession(ABC, Generic[Spec]):
             sites: the sites whose adapter inputs are in this graph; None is all.
         """
         session: Any = open_session(path, self.provider, **self._options)
+        try:
+            given: list[tuple[str, str, Any]] = [
+                (x.name, x.type, x.shape) for x in session.get_inputs()
+            ]
+            made: list[tuple[str, str, Any]] = [
+                (x.name, x.type, x.shape) for x in session.get_outputs()
+            ]
+        except UnicodeDecodeError as error:
+            raise BundleError(
+                f"{path} has a name that is not UTF-8", "Copy the bundle again."
+            ) from error
         graph = OpenGraph(
-            session,
-            {node.name: node.type for node in session.get_inputs()},
-            tuple(node.name for node in session.get_outputs()),
+            session, {name: kind for name, kind, _ in given}, tuple(name for name, _, _ in made)
         )
         missing = sorted(inputs - set(graph.inputs)) + sorted(outputs - set(graph.outputs))
         if missing:
             raise BundleError(f"{path} lacks {', '.join(missing)}", "Export the bundle again.")
         own = self.sites if sites is None else sites
         check_adapter_inputs(graph.inputs, own, path)
-        nodes = [*session.get_inputs(), *session.get_outputs()]
-        check_sizes(nodes, {**site_sizes(own), **self._sizes()}, path)
+        shapes = {name: shape for name, _, shape in (*given, *made)}
+        check_sizes(shapes, {**site_sizes(own), **self._sizes()}, path)
         self._graphs.append(graph)
         return graph
 

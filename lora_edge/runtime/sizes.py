@@ -5,7 +5,7 @@ Knows the shapes that ONNX Runtime reports; knows nothing of bundles or tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,27 +27,27 @@ def site_sizes(sites: Mapping[str, SiteEntry]) -> Sizes:
     return found
 
 
-def check_sizes(nodes: Iterable[Any], sizes: Sizes, graph: Path) -> None:
+def check_sizes(shapes: Mapping[str, Sequence[Any]], sizes: Sizes, graph: Path) -> None:
     """Check that a graph's inputs and outputs have these sizes, where it says any.
 
     Args:
-        nodes: ``onnxruntime.NodeArg`` of inputs and outputs.
+        shapes: name of an input or output -> its shape, as ``onnxruntime.NodeArg`` has it.
         sizes: what is expected of those that are named in it.
         graph: the graph's file, for the error.
 
     Raises:
         BundleError: the first that differs.
     """
-    for node in nodes:
-        expected = sizes.get(node.name)
-        if expected is None or not node.shape:  # a graph may leave a shape out
+    for name, shape in shapes.items():
+        expected = sizes.get(name)
+        if expected is None or not shape:  # a graph may leave a shape out
             continue
-        pairs = zip(expected, node.shape, strict=False)
-        if len(expected) != len(node.shape) or any(
+        pairs = zip(expected, shape, strict=False)
+        if len(expected) != len(shape) or any(
             None not in (a, b) and not isinstance(b, str) and a != b for a, b in pairs
         ):
             said = ", ".join("any" if size is None else str(size) for size in expected)
             raise BundleError(
-                f"{graph}: {node.name} is {node.shape}, but the manifest says [{said}]",
+                f"{graph}: {name} is {shape}, but the manifest says [{said}]",
                 "The graph and the manifest are of different bundles; copy the bundle again.",
             )

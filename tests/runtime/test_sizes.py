@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,3 +50,15 @@ def test_a_cache_that_no_memory_holds_is_refused(bundles: dict[str, Any]) -> Non
     )
     with pytest.raises(DataError, match="does not fit in the memory"):
         decoder.start(1 << 20, 1 << 31)
+
+
+def test_a_name_that_is_no_text_is_refused(tiny: Any, tmp_path: Path) -> None:
+    bundle = tiny.bundle(tmp_path / "bundle", "fused")
+    file = bundle.directory / "onnx" / "model.onnx"
+    for name in (b"past_key_values.0.key", b"total"):
+        content = file.read_bytes()
+        at = content.rindex(name) if name in content else -1
+        file.write_bytes(content[:at] + b"\xff" + content[at + 1 :])
+        with pytest.raises(BundleError):
+            Runner(tiny.rehash(bundle, "onnx/model.onnx"))
+        file.write_bytes(content)
