@@ -20,9 +20,9 @@ from lora_edge.base import Base
 from lora_edge.comparison import Fit
 from lora_edge.errors import BundleError
 from lora_edge.kinds import alone
-from lora_edge.manifest import SiteEntry, TextAspect
-from lora_edge.peft_directory import read_config
-from lora_edge.prompts import brought
+from lora_edge.manifest import SiteEntry
+from lora_edge.names import TextAspect
+from lora_edge.peft_directory import read_config, text_aspects
 from lora_edge.refusals import MODES, Mode, Refusal
 
 _FLOAT_BYTES = 4
@@ -206,7 +206,7 @@ def _inspected(directory: Path, shown: str, base: Base | None, task: str | None)
     heads = adapter.heads if fit is None else fit.heads
     text: tuple[TextAspect, ...] = ()
     try:
-        text = brought(directory)
+        text = text_aspects(directory)
     except BundleError as error:
         warnings += (f"what it brings of text cannot be read: {error}",)
     return Inspection(

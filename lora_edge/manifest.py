@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from lora_edge.errors import BundleError
 from lora_edge.files.json import parse_object
 from lora_edge.files.schema import RelativePath, Rule, Sha256, between, decode, sized
-from lora_edge.names import FACTOR_PARTS, Part
+from lora_edge.names import FACTOR_PARTS, Part, TextAspect
 from lora_edge.quantization import Precision, Quantization
 
 MANIFEST_NAME = "lora_edge.json"
@@ -25,7 +25,6 @@ Form = Literal["fused", "portable", "foreign"]
 Padding = Literal["right", "left", "either"]
 SiteKind = Literal["linear", "embedding", "conv", "norm", "head"]
 Output = Literal["logits", "last_hidden_state"]
-TextAspect = Literal["tokenizer", "chat_template"]
 
 _TASKS = (
     "text-generation",

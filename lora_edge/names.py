@@ -15,6 +15,9 @@ from typing import Literal, NamedTuple, cast, get_args
 Part = Literal["A", "B", "gate", "G", "bias", "weight", "W", "c"]
 """A site's graph inputs; what each is for is said in :mod:`lora_edge.graph.branch`."""
 
+TextAspect = Literal["tokenizer", "chat_template"]
+"""What an adapter's folder may bring that has to do with text."""
+
 FACTOR_PARTS: tuple[Part, ...] = ("A", "B", "gate")
 """What every low-rank site has."""
 

@@ -16,7 +16,8 @@ from lora_edge.errors import AdapterError, UnsupportedAdapterError
 from lora_edge.files.json import read_object
 from lora_edge.files.safetensors import TensorRecord, read_float32, read_header
 from lora_edge.files.schema import FINITE, between, decode
-from lora_edge.names import BASE_LAYER, PeftPart, parse_peft_key
+from lora_edge.files.tokenizer import has_vocabulary, read_templates
+from lora_edge.names import BASE_LAYER, PeftPart, TextAspect, parse_peft_key
 from lora_edge.peft_types import MERGE_FIRST
 
 CONFIG_FILE = "adapter_config.json"
@@ -229,3 +230,13 @@ def _read(file: Path, key: str, record: TensorRecord) -> NDArray[np.float32]:
             "The training diverged; use an earlier checkpoint.",
         )
     return tensor
+
+
+def text_aspects(folder: Path) -> tuple[TextAspect, ...]:
+    """What an adapter's folder holds that has to do with text, equal to the base's or not.
+
+    Raises:
+        BundleError: a file cannot be read.
+    """
+    found: list[TextAspect] = ["tokenizer"] if has_vocabulary(folder) else []
+    return (*found, "chat_template") if read_templates(folder) else tuple(found)

@@ -28,26 +28,25 @@ from lora_edge.errors import (
     LoraEdgeError,
     MissingDependencyError,
 )
-from lora_edge.manifest import Manifest, TextAspect, aspect_names
+from lora_edge.files.tokenizer import (
+    TEMPLATE_FILE,
+    TEMPLATE_FOLDER,
+    VOCABULARIES,
+    has_vocabulary,
+    read_templates,
+)
+from lora_edge.manifest import Manifest, aspect_names
+from lora_edge.names import TextAspect
+from lora_edge.peft_directory import text_aspects
 from lora_edge.runtime.corpus import CONTEXTS, CONVERSATIONS, TEXTS
 from lora_edge.runtime.texts import text_folder
-from lora_edge.runtime.tokenizer import TEMPLATE_FILE, TEMPLATE_FOLDER, Tokenizer, read_templates
+from lora_edge.runtime.tokenizer import Tokenizer
 
 _CONFIG = "tokenizer_config.json"
 _OURS = ("tokenizer.json", _CONFIG, "special_tokens_map.json", "added_tokens.json", TEMPLATE_FILE)
-# What tokenizers are made of: BPE, WordPiece, SentencePiece, tiktoken.
-_VOCABULARIES = (
-    "tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "tekken.json", "*.model", "*.spm",
-    "*.tiktoken", "bpe.codes", "vocab.bpe", "encoder.json",
-)  # fmt: skip
 _SHOWN, _LENGTH = 5, 12
 _FIVE = {"thinking", "reasoning_content"}  # keys that transformers 4 does not know
 Say = Callable[[str], None]
-
-
-def has_vocabulary(folder: Path) -> bool:
-    """Whether a folder holds files of a tokenizer."""
-    return any(any(folder.glob(pattern)) for pattern in _VOCABULARIES)
 
 
 def write_base_text(base: Base, stage: Path, manifest: Manifest, say: Say) -> None:
@@ -135,21 +134,11 @@ def own_folders(
     return {name: Path(x if Path(x).is_dir() else local[name]) for name, x in adapters.items()}
 
 
-def brought(folder: Path) -> tuple[TextAspect, ...]:
-    """What an adapter's folder holds that has to do with text, equal to the base's or not.
-
-    Raises:
-        BundleError: a file cannot be read.
-    """
-    found: list[TextAspect] = ["tokenizer"] if has_vocabulary(folder) else []
-    return (*found, "chat_template") if read_templates(folder) else tuple(found)
-
-
 def _carry(
     name: str, folder: Path, base: Path, target: Path, manifest: Manifest, say: Say
 ) -> tuple[TextAspect, ...]:
     with _blaming(name):
-        held = brought(folder)
+        held = text_aspects(folder)
     if not held or _reads_alike(folder, base, held):
         return ()
     try:
@@ -276,7 +265,7 @@ def _write_templates(templates: Mapping[str, str], target: Path) -> tuple[TextAs
 def _copy(source: Path, target: Path, *, everything: bool = False) -> None:
     names = [name for name in _OURS if (source / name).is_file()]
     if everything:
-        names += [x.name for pattern in _VOCABULARIES for x in source.glob(pattern) if x.is_file()]
+        names += [x.name for pattern in VOCABULARIES for x in source.glob(pattern) if x.is_file()]
     names += [f"{TEMPLATE_FOLDER}/{x.name}" for x in (source / TEMPLATE_FOLDER).glob("*.jinja")]
     for name in dict.fromkeys(names):
         (target / name).parent.mkdir(parents=True, exist_ok=True)

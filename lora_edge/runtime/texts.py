@@ -12,14 +12,10 @@ from pathlib import Path
 
 from lora_edge.bundle import Bundle
 from lora_edge.errors import BundleError, DataError
+from lora_edge.files.tokenizer import TEMPLATE_FILE, TEMPLATE_FOLDER, TOKENIZER_FILES
 from lora_edge.runtime.binding import State
 from lora_edge.runtime.defaults import DEFAULTS_FILES, GenerationDefaults, read_defaults
-from lora_edge.runtime.tokenizer import (
-    TEMPLATE_FILE,
-    TEMPLATE_FOLDER,
-    TOKENIZER_FILES,
-    Tokenizer,
-)
+from lora_edge.runtime.tokenizer import Tokenizer
 
 
 def text_folder(name: str) -> str:

@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 import tokenizers
 
 from lora_edge.errors import BundleError, DataError
-from lora_edge.files.json import decode_text, read_bytes, read_object
+from lora_edge.files.json import read_object
+from lora_edge.files.tokenizer import read_templates
 from lora_edge.runtime.chat import ChatTemplates, Message
 
-TEMPLATE_FILE, TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templates"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _AGAIN = "Copy it again."
 
 
@@ -220,49 +219,10 @@ class Tokenizer:
             self._tokenizer.decode([0])
 
 
-def read_templates(folder: Path) -> dict[str, str]:
-    """Name -> chat template of a model folder, as transformers finds them.
-
-    Files come before ``tokenizer_config.json``, whatever names it has.
-
-    Raises:
-        BundleError: a file cannot be read.
-    """
-    found = {}
-    if (folder / TEMPLATE_FILE).is_file():
-        found["default"] = _template(folder / TEMPLATE_FILE)
-    for file in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja")):
-        found[file.name.removesuffix(".jinja")] = _template(file)
-    config = folder / "tokenizer_config.json"
-    if found or not config.is_file():
-        return found
-    given = _read(config).get("chat_template")
-    if isinstance(given, str):
-        return {"default": given}
-    if isinstance(given, list):  # several, by name
-        given = {
-            x["name"]: x.get("template")
-            for x in given
-            if isinstance(x, dict) and isinstance(x.get("name"), str)
-        }
-    if given is None:
-        return {}
-    if not isinstance(given, dict) or not all(isinstance(x, str) for x in given.values()):
-        raise BundleError(f"{config}: chat_template is neither text nor named texts", _AGAIN)
-    return dict(given)
-
-
 _CLEANED = (
     (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"),
     (" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"),
 )  # fmt: skip
-
-
-def _template(file: Path) -> str:
-    data = read_bytes(file, BundleError, _AGAIN, max_bytes=1 << 20)
-    # transformers takes a byte order mark for text, so it is printed.
-    mark = "\ufeff" if data.startswith(b"\xef\xbb\xbf") else ""
-    return mark + decode_text(data, str(file), BundleError, _AGAIN)
 
 
 def _read(path: Path) -> dict[str, Any]:
