@@ -127,6 +127,7 @@ class Custom:
     def changes(self, adapter: Adapter) -> Change:
         """What an adapter changes at each site, checked as an export does."""
         adapter.check_mode("switchable")
+        adapter = adapter.settled(self.modules)
         check_modules(adapter, self.modules, "the module")
         check_copies(adapter, self.weights, ())
         return site_changes(adapter, self.modules, self.weights, ())
@@ -149,6 +150,7 @@ class Custom:
     def merged(self, adapter: Adapter) -> Array:
         """The output of the graph with an adapter in its weights."""
         adapter.check_mode("merged")
+        adapter = adapter.settled(self.modules)
         check_modules(adapter, self.modules, "the module")
         check_copies(adapter, self.weights, ())
         changes = parameter_changes(adapter, self.modules, ())

@@ -160,10 +160,9 @@ def _both(words: str) -> dict[str, str]:
 
 _L0, _L01 = {"target_modules": ["lin0"]}, {"target_modules": ["lin0", "lin1"]}
 _DORA = {"use_dora": True}
+_NO_STACK = r"changes parameters of lin0, and the module has no stacked parameters there"
 _MHA = _both(r"mha is an nn\.MultiheadAttention.*twice")
-_BY_PARAMETER = r"target_parameters is \['lin[01]\.weight'\].*chosen for each token"
 
-_NO_STACK = r"changes parameters of lin[01], and the module has no stacked parameters there"
 _SAVED = r"replaces {}\..*, which is no weight or bias of a linear, embedding, convolution or norm"
 
 
@@ -253,14 +252,10 @@ PEFT_CASES: dict[str, Case] = {
     "MHA 1 LoRA": Case("mha", {"target_modules": ["mha"]}, refused=_MHA),
     "MHA 2 LoRA": Case("mha", {"target_modules": ["mha", "lin0"]}, refused=_MHA),
     "MLP 1 using nn.Parameter LoRA": Case(
-        "product",
-        {"target_parameters": ["lin0.weight"]},
-        refused={"switchable": _BY_PARAMETER, "merged": _NO_STACK},
+        "product", {"target_parameters": ["lin0.weight"]}, refused=_both(_NO_STACK)
     ),
     "MLP 2 using nn.Parameter LoRA": Case(
-        "mlp",
-        {**_L0, "target_parameters": ["lin1.weight"]},
-        refused={"switchable": _BY_PARAMETER, "merged": _NO_STACK},
+        "mlp", {**_L0, "target_parameters": ["lin1.weight"]}, path="lin1"
     ),
     "Vanilla MLP 1 LoRA with Monteclora": Case(
         "mlp",
