@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from lora_edge.base import Base
+from lora_edge.capture.tokenizer import read_tokenizer
 from lora_edge.errors import BaseModelError, UnsupportedModelError
 from lora_edge.tasks import Task
 
@@ -20,15 +21,7 @@ def load_tokenizer(base: Base) -> Any:
     Raises:
         BaseModelError: it has none, or transformers cannot read it.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(base.directory, local_files_only=True)
-    except Exception as error:  # any library below may fail on a damaged file
-        raise BaseModelError(
-            f"{base.name_or_path} has no tokenizer that can be read: {first_line(error)}",
-            "Copy the model's tokenizer files into its folder.",
-        ) from error
+    return read_tokenizer(base.directory, BaseModelError).tokenizer
 
 
 def load_model(base: Base, task: Task | None = None, base_format: str = "fp32") -> Any:
