@@ -22,6 +22,7 @@ from pathlib import Path, PurePosixPath
 from lora_edge.errors import AdapterNotFoundError, BundleError
 from lora_edge.files.json import read_bytes
 from lora_edge.files.paths import path_inside
+from lora_edge.files.sample import SMALL, sample_file
 from lora_edge.manifest import (
     MANIFEST_NAME,
     AdapterEntry,
@@ -124,6 +125,32 @@ class Bundle:
             )
         return path
 
+    def verify_sample(self, relative: str) -> Path:
+        """Check a large file by its size and some of its blocks, a small one as :meth:`verify`.
+
+        Raises:
+            BundleError: the file is missing, lies outside, or differs from the manifest.
+        """
+        path = self.path(relative)
+        entry = self.manifest.files.get(relative)
+        size = path.stat().st_size if path.is_file() else None
+        if entry is None:
+            return self.verify(relative)
+        if size != entry.bytes:
+            found = "missing" if size is None else f"{size} bytes"
+            raise BundleError(
+                f"{self.directory}: {relative} is {found}, expected {entry.bytes} bytes",
+                "The copy was cut off; copy the whole bundle folder again.",
+            )
+        if entry.bytes <= SMALL:
+            return self.verify(relative)
+        if entry.sample is not None and sample_file(path) != entry.sample:
+            raise BundleError(
+                f"{self.directory}: {relative} differs from its sampled hash in {MANIFEST_NAME}",
+                "The file was changed or damaged; copy the bundle again, or export it again.",
+            )
+        return path
+
     def verify_all(self) -> None:
         """Check every file of the bundle against its hash.
 
@@ -182,7 +209,8 @@ def hash_file(path: Path) -> str:
 
 def file_entry(path: Path) -> FileEntry:
     """The manifest's entry of one file."""
-    return FileEntry(hash_file(path), path.stat().st_size)
+    size = path.stat().st_size
+    return FileEntry(hash_file(path), size, sample_file(path) if size > SMALL else None)
 
 
 def file_entries(directory: Path) -> dict[str, FileEntry]:

@@ -239,10 +239,18 @@ class AdapterEntry:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """Content hash and size of a file of the bundle."""
+    """Content hash and size of a file of the bundle.
+
+    Attributes:
+        sha256: of the content.
+        bytes: its size.
+        sample: :func:`lora_edge.files.sample.sample_file` of a large file; None in bundles from
+            before it was recorded.
+    """
 
     sha256: Sha256
     bytes: Annotated[int, between(0, 1 << 50)]
+    sample: Sha256 | None = None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -63,6 +63,13 @@ from lora_edge.errors import DataError
 @provider_options
 @allow_fallback
 @click.option(
+    "--verify",
+    type=click.Choice(["sampled", "full"]),
+    default="sampled",
+    show_default=True,
+    help="Check large weights by some of their blocks, or every byte of the bundle, before.",
+)
+@click.option(
     "--pin",
     "pinned",
     multiple=True,
@@ -84,6 +91,7 @@ def command(
     provider: str,
     provider_options: tuple[str, ...],
     allow_fallback: bool,
+    verify: Literal["sampled", "full"],
     pinned: tuple[str, ...],
     **settings: Any,
 ) -> None:
@@ -111,6 +119,7 @@ def command(
         provider_options=named_options(provider_options),
         allow_fallback=allow_fallback,
         pinned=pinned,
+        verify=verify,
     )
     task = runner.bundle.manifest.task
     if task == SPEECH:

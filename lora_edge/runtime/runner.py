@@ -69,12 +69,15 @@ class Runner:
             on the switchable graph as ever. For bundles that generate text, and adapters that
             change nothing but weights of linear layers and untied embeddings: LoRA and DoRA.
 
+        verify: ``full``: check every byte of the bundle against its hashes first. ``sampled``:
+            weights of more than 16 MiB by some of their blocks, which shows another or a damaged
+            file, and may not show a few changed bytes; everything else by its hash when it is
+            first used.
+
     Raises:
         AdapterNotFoundError: a name in ``pinned`` that the bundle does not have.
         DataError: an adapter that cannot be pinned; the message says why.
-        BundleError: the folder is not a bundle, or its graph is missing, damaged or cut off. The
-            graph is checked against its hash, its weights by size (``validate`` checks their hash
-            too), adapters and tokenizer when they are first used.
+        BundleError: the folder is not a bundle, or a file is missing, damaged or cut off.
         ProviderError: the provider is not available, does not start, or would leave work on floats
             to the CPU.
     """
@@ -89,8 +92,11 @@ class Runner:
         allow_fallback: bool = False,
         provider_options: Mapping[str, str] | None = None,
         pinned: Sequence[str | None] = (),
+        verify: Literal["sampled", "full"] = "sampled",
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
+        if verify == "full":
+            self.bundle.verify_all()
         manifest = self.bundle.manifest
         options: dict[str, Any] = {
             "provider": provider,
@@ -103,11 +109,11 @@ class Runner:
         if isinstance(manifest.graph, Seq2SeqSpec):
             for name in (ENCODER_FILE, DECODER_FILE):
                 folder = self.bundle.verify(name).parent
-                _check_size(self.bundle, f"{name}_data")
+                _check_data(self.bundle, f"{name}_data")
             self.session = Seq2Seq(folder, manifest.graph, sites=manifest.sites, **options)
         else:
             graph = self.bundle.verify(GRAPH_FILE)
-            _check_size(self.bundle, DATA_FILE)
+            _check_data(self.bundle, DATA_FILE)
             if isinstance(manifest.graph, GraphSpec):
                 self.session = Decoder(graph, manifest.graph, sites=manifest.sites, **options)
             else:
@@ -623,15 +629,6 @@ def _wrong_task(bundle: Bundle, what: str, hint: str) -> BundleError:
     return BundleError(f"the bundle's task is {bundle.manifest.task}: it {what}", hint)
 
 
-def _check_size(bundle: Bundle, relative: str) -> None:
-    entry = bundle.manifest.files.get(relative)
-    path = bundle.path(relative)
-    if entry is None:  # small graphs carry their weights inside
-        return
-    size = path.stat().st_size if path.is_file() else None
-    if size != entry.bytes:
-        found = "missing" if size is None else f"{size} bytes"
-        raise BundleError(
-            f"{bundle.directory}: {relative} is {found}, expected {entry.bytes} bytes",
-            "The copy was cut off; copy the whole bundle folder again.",
-        )
+def _check_data(bundle: Bundle, relative: str) -> None:
+    if relative in bundle.manifest.files:  # small graphs carry their weights inside
+        bundle.verify_sample(relative)
