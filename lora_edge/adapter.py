@@ -34,6 +34,8 @@ from lora_edge.adapter_parts import (
 from lora_edge.errors import AdapterError, UnsupportedAdapterError
 from lora_edge.manifest import SiteEntry
 from lora_edge.names import NONE_ADAPTER
+from lora_edge.options import path as checked_path
+from lora_edge.options import text
 from lora_edge.peft_directory import (
     CONFIG_FILE,
     read_config,
@@ -214,7 +216,9 @@ def load_adapter(path: str | os.PathLike[str], name: str | None = None) -> Adapt
             shapes or ranks contradict each other; NaN or Inf.
         UnsupportedAdapterError: the adapter carries something that no mode would export exactly.
     """
-    directory = Path(path)
+    directory = Path(checked_path("path", path))
+    if name is not None:
+        text("name", name)
     config = read_config(directory)
     for refusal in config_refusals(config):
         if len(refusal.modes) > 1:

@@ -20,6 +20,7 @@ from lora_edge.files.hub import is_hub_id, snapshot
 from lora_edge.files.json import read_object
 from lora_edge.files.safetensors import TensorRecord, read_bytes, read_float32, read_header
 from lora_edge.files.schema import decode
+from lora_edge.options import path as checked_path
 
 _WEIGHT_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 
@@ -119,7 +120,7 @@ def resolve_base(name_or_path: str | os.PathLike[str]) -> Base:
         BaseModelError: no such folder or hub id; no config.json; no safetensors; an adapter.
         MissingDependencyError: a hub id is given and ``huggingface_hub`` is not installed.
     """
-    name = os.fspath(name_or_path)
+    name = checked_path("base", name_or_path)
     directory = Path(name)
     if not directory.is_dir():
         if not is_hub_id(name):

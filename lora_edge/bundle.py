@@ -33,6 +33,7 @@ from lora_edge.manifest import (
     Seq2SeqSpec,
     SiteEntry,
 )
+from lora_edge.options import path as checked_path
 from lora_edge.staging import staging, write_atomically
 
 # The manifest's types and staging can be had here too.
@@ -174,7 +175,7 @@ def load_bundle(directory: str | os.PathLike[str]) -> Bundle:
     Raises:
         BundleError: the folder is missing or is not a bundle, or a link leads out of it.
     """
-    root = Path(directory)
+    root = Path(checked_path("bundle", directory))
     manifest = root / MANIFEST_NAME
     if not manifest.is_file():
         what = "does not exist" if not root.exists() else f"has no {MANIFEST_NAME}"

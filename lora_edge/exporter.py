@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
+from lora_edge import options as opt
 from lora_edge.adapter import Adapter, load_adapter
 from lora_edge.adapter_source import peft_directories
 from lora_edge.base import Base, resolve_base
@@ -106,9 +107,24 @@ def export(
         ParityError: an adapter does not do in the bundle what it does in PyTorch.
         BundleError: ``output`` is in the way.
     """
+    opt.called("progress", progress)
+    given = opt.paths("adapters", adapters or {})
+    opt.path("output", output)
+    for name, value, known in (
+        ("mode", mode, get_args(Mode)),
+        ("form", form, ("fused", "portable")),
+        ("backend", backend, ("trace", "optimum")),
+        ("sites", sites, ("all", "adapters")),
+    ):
+        opt.one_of(name, value, known)
+    opt.flag("force", force)
+    if task is not None and not opt.text("task", task):
+        raise opt.refused("task", task, "the name of a task")
+    if convert is not None and opt.number("convert", convert, 0) >= 1:
+        opt.whole("convert", convert, 1)
     say = progress or _silent
     model = resolve_base(base)
-    unknown = sorted(set(kinds) - set(KINDS))
+    unknown = sorted(set(opt.words("kinds", kinds)) - set(KINDS))
     if unknown:
         raise AdapterError(
             f"{unknown[0]!r} is no kind of adapter", f"Kinds are {', '.join(KINDS)}."
@@ -118,7 +134,7 @@ def export(
             f"{precision!r} is no precision", f"Precisions are {', '.join(get_args(Precision))}."
         )
     with (
-        peft_directories(adapters or {}) as local,
+        peft_directories(given) as local,
         converting(local, model, convert, say) as (paths, conversions),
     ):
         loaded = [load_adapter(path, name) for name, path in paths.items()]
@@ -174,6 +190,7 @@ def add(
             graph has no branch for.
         BundleError: the bundle is merged, or damaged.
     """
+    adapters = opt.paths("adapters", adapters)
     target = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
     manifest = target.manifest
     if manifest.mode != "switchable":

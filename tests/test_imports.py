@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1] / "lora_edge"
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
+    "options": {"errors"},
     "names": set(),
     "quiet": set(),
     "lora": {"names"},
@@ -25,8 +26,8 @@ ALLOWED: dict[str, set[str]] = {
     "quantization": {"files"},
     "manifest": {"errors", "files", "names", "quantization"},
     "staging": {"errors", "manifest"},
-    "bundle": {"errors", "files", "manifest", "staging"},
-    "base": {"errors", "files"},
+    "bundle": {"errors", "files", "manifest", "options", "staging"},
+    "base": {"errors", "files", "options"},
     "mlx": {"errors", "files", "names"},
     "adapter_source": {"errors", "files", "mlx"},
     "adapter_parts": {
@@ -39,6 +40,7 @@ ALLOWED: dict[str, set[str]] = {
         "peft_types",
     },
     "adapter": {
+        "options",
         "adapter_parts",
         "errors",
         "manifest",
@@ -111,8 +113,9 @@ ALLOWED: dict[str, set[str]] = {
     "tasks": {"errors", "manifest"},
     "capture": {"base", "bundle", "errors", "experts", "manifest", "names", "quiet", "tasks"},
     "graph": {"errors", "lora", "names", "quantization"},
-    "runtime": {"bundle", "errors", "files", "lora", "manifest", "names"},
+    "runtime": {"bundle", "errors", "files", "lora", "manifest", "names", "options"},
     "parity": {
+        "options",
         "adapter",
         "base",
         "bundle",
@@ -144,6 +147,7 @@ ALLOWED: dict[str, set[str]] = {
     "reports": {"errors", "files"},
     "pytest_plugin": {"errors", "parity", "reports"},
     "training": {
+        "options",
         "base",
         "bundle",
         "capture",
@@ -163,6 +167,10 @@ TORCH_FILES = {"quiet.py", "reference.py", "task_reference.py"}
 ONNX = {"onnx", "onnx_ir", "onnxscript"}
 
 
+def _is_module(name: str) -> bool:
+    return (ROOT / f"{name}.py").is_file() or (ROOT / name).is_dir()
+
+
 def _imports(file: Path) -> set[str]:
     found: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -171,6 +179,8 @@ def _imports(file: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: relative import"
             found.add(str(node.module))
+            if node.module == "lora_edge":
+                found |= {f"lora_edge.{x.name}" for x in node.names if _is_module(x.name)}
     return found
 
 

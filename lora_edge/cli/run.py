@@ -60,6 +60,7 @@ from lora_edge.errors import DataError
 @click.option("--stream", is_flag=True, help="Print pieces as they come.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 @click.option("--provider", default="cpu", show_default=True, help="Execution provider.")
+@click.option("--threads", type=click.IntRange(1), help="Of each operator.  [default: the cores]")
 @provider_options
 @allow_fallback
 @click.option(
@@ -89,6 +90,7 @@ def command(
     stream: bool,
     as_json: bool,
     provider: str,
+    threads: int | None,
     provider_options: tuple[str, ...],
     allow_fallback: bool,
     verify: Literal["sampled", "full"],
@@ -116,6 +118,7 @@ def command(
     runner = Runner(
         bundle,
         provider,
+        threads=threads,
         provider_options=named_options(provider_options),
         allow_fallback=allow_fallback,
         pinned=pinned,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
+from lora_edge import options as opt
 from lora_edge.base import Base, resolve_base
 from lora_edge.bundle import Bundle, hash_file, load_bundle
 from lora_edge.errors import DataError
@@ -134,10 +135,26 @@ def validate(
         MissingDependencyError: a reference is given, and torch, transformers or peft is missing.
     """
     started = time.monotonic()
-    if depth not in get_args(Depth):
+    if not isinstance(depth, str) or depth not in get_args(Depth):
         raise DataError(f"depth is {depth!r}", f"Depths are {', '.join(get_args(Depth))}.")
-    if (steps is not None and steps < 1) or seed < 0:
-        raise DataError(f"steps is {steps}, seed {seed}", "Steps are 1 or more, seeds 0 or more.")
+    if steps is not None:
+        opt.whole("steps", steps, 1)
+    opt.whole("seed", seed, 0)
+    opt.texts("provider", provider)
+    provider_options = opt.pairs("provider_options", provider_options or {})
+    opt.flag("allow_fallback", allow_fallback)
+    opt.texts("optimization", optimization or ())
+    opt.paths("adapters", adapters or {})
+    opt.words("prompts", prompts)
+    for example in opt.listed("examples", examples):
+        if not isinstance(example, Example):
+            raise opt.refused("an entry of examples", example, "an Example")
+    if metric is not None:
+        opt.text("metric", metric)
+    for name, folder in (("resume", resume), ("repro", repro)):
+        if folder is not None:
+            opt.path(name, folder)
+    opt.called("progress", progress)
     say = progress or silent
     target = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
     target.verify_all()

@@ -138,7 +138,9 @@ class ActiveAdapters:
         for name, weight in choice.items():
             if merged or name != NONE_ADAPTER:
                 self._bundle.adapter(name)
-            if isinstance(weight, bool) or not isinstance(weight, int | float | np.number):
+            if isinstance(weight, bool) or not isinstance(
+                weight, int | float | np.integer | np.floating
+            ):
                 raise DataError(
                     f"the weight of {name!r} is {weight!r}, expected a number",
                     "A blend is written {'name': weight, ...}.",

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lora_edge.errors import DataError
+from lora_edge.options import listed
 from lora_edge.runtime.chat import Message
 from lora_edge.runtime.generation import Generation
 from lora_edge.runtime.text import TextStream
@@ -24,9 +25,12 @@ def as_list(prompts: Any, chat: bool) -> list[Any]:
     Raises:
         DataError: a prompt that is neither text nor, with ``chat``, a conversation.
     """
-    conversation = chat and bool(prompts) and all(isinstance(m, Mapping) for m in prompts)
+    conversation = False
+    if chat and isinstance(prompts, Sequence) and len(prompts):
+        conversation = all(isinstance(message, Mapping) for message in prompts)
     if isinstance(prompts, str) or conversation:
         return [prompts]
+    listed("prompts", prompts)
     for prompt in prompts:
         if not chat and not isinstance(prompt, str):
             raise DataError(

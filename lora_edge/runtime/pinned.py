@@ -7,7 +7,7 @@ it is used.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,11 @@ class PinnedSessions:
         names: Sequence[str | None],
         options: Mapping[str, Any],
     ) -> None:
-        if isinstance(names, str) or not all(isinstance(x, str | None) for x in names):
+        if (
+            isinstance(names, str)
+            or not isinstance(names, Collection)
+            or not all(isinstance(x, str | None) for x in names)
+        ):
             raise DataError(
                 f"pinned is {names!r}, expected a list of adapters' names or None",
                 "A pinned session holds one adapter at weight 1, or none: pinned=['name', None].",

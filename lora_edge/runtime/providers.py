@@ -38,7 +38,7 @@ _KNOWN: Mapping[str, tuple[str, str, bool]] = {
 }
 _DEVICE = "device"  # an option of ours: which of a plugin's devices
 
-_LEVELS = {
+LEVELS = {
     "disable": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
     "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
     "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
@@ -194,14 +194,14 @@ def open_session(
         OptionError: an unknown level of optimization.
         BundleError: the graph cannot be loaded.
     """
-    if optimization is not None and optimization not in _LEVELS:
+    if optimization is not None and optimization not in LEVELS:
         raise OptionError(
-            f"optimization is {optimization!r}, expected one of {', '.join(_LEVELS)}",
+            f"optimization is {optimization!r}, expected one of {', '.join(LEVELS)}",
             "Leave it out for all of ONNX Runtime's optimizations.",
         )
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    options.graph_optimization_level = _LEVELS[optimization or "all"]
+    options.graph_optimization_level = LEVELS[optimization or "all"]
     if threads is not None:
         options.intra_op_num_threads = threads
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")

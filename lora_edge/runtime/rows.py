@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 
 from lora_edge.errors import DataError
+from lora_edge.options import listed, refused
+
+_AS_GIVEN = "Pass it as the tokenizer returned it."
 
 
 def token_rows(
@@ -26,21 +29,27 @@ def token_rows(
         DataError: no rows, an empty row, ids that are not integers, a mask of another shape, with
             other values or with holes.
     """
+    listed("input_ids", input_ids)
     if attention_mask is None:
         rows = [_integers(index, row) for index, row in enumerate(input_ids)]
         _refuse_empty(rows)
         return rows, [0] * len(rows), max(map(len, rows))
-    if isinstance(input_ids, Sequence) and len({len(row) for row in input_ids}) > 1:
+    listed("attention_mask", attention_mask)
+    if len({len(listed("a row of input_ids", row)) for row in input_ids}) > 1:
         raise DataError(
             "rows of unequal lengths came with an attention mask",
             "Leave the mask out; rows of unequal lengths need no padding.",
+        )
+    if len({len(listed("a row of attention_mask", row)) for row in attention_mask}) > 1:
+        raise refused(
+            "attention_mask", "of rows of unequal lengths", "[batch, seq] as input_ids", _AS_GIVEN
         )
     ids, mask = np.asarray(input_ids), np.asarray(attention_mask)
     if ids.shape != mask.shape or ids.ndim != 2:
         raise DataError(
             f"input_ids is {list(ids.shape)} and attention_mask {list(mask.shape)}, expected the "
             "same [batch, seq]",
-            "Pass both as the tokenizer returned them.",
+            _AS_GIVEN,
         )
     if not np.isin(mask, (0, 1)).all():
         raise DataError("attention_mask has values other than 0 and 1", "Pass 0 or 1.")
@@ -64,7 +73,10 @@ def token_rows(
 
 
 def _integers(index: int, row: Any) -> list[int]:
-    array = np.asarray(row)
+    try:
+        array = np.asarray(row)
+    except (ValueError, OverflowError) as error:  # rows in a row, of unequal lengths
+        raise refused(f"row {index}", row, "a list of integers", _AS_GIVEN) from error
     if array.size and (array.ndim != 1 or not np.issubdtype(array.dtype, np.integer)):
         raise DataError(
             f"row {index} is {array.ndim}-dimensional {array.dtype}, expected a list of integers",

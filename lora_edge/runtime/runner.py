@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from lora_edge import options as opt
 from lora_edge.bundle import (
     DATA_FILE,
     DECODER_FILE,
@@ -33,6 +34,7 @@ from lora_edge.runtime.finite import finite
 from lora_edge.runtime.generation import Generation
 from lora_edge.runtime.outputs import Label, Outputs, TextInput, TokenLabel
 from lora_edge.runtime.pinned import PinnedSessions
+from lora_edge.runtime.providers import LEVELS
 from lora_edge.runtime.rows import token_rows
 from lora_edge.runtime.sampling import Sampling
 from lora_edge.runtime.seq2seq import Seq2Seq
@@ -94,6 +96,14 @@ class Runner:
         pinned: Sequence[str | None] = (),
         verify: Literal["sampled", "full"] = "sampled",
     ) -> None:
+        opt.text("provider", provider)
+        if threads is not None:
+            opt.whole("threads", threads, 1, opt.MOST_THREADS)
+        if optimization is not None:
+            opt.one_of("optimization", optimization, LEVELS)
+        opt.flag("allow_fallback", allow_fallback)
+        provider_options = opt.pairs("provider_options", provider_options or {})
+        opt.one_of("verify", verify, ("sampled", "full"))
         self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
         if verify == "full":
             self.bundle.verify_all()
@@ -260,6 +270,12 @@ class Runner:
             BundleError: the tensors do not fit the graph's sites.
             DataError: the bundle is merged, the name is ``none``, or the adapter is pinned.
         """
+        opt.text("name", name)
+        if tensors is not None and not isinstance(tensors, Mapping):
+            raise opt.refused("tensors", tensors, "a mapping of graph inputs to arrays, or None")
+        for key, array in (tensors or {}).items():
+            if not isinstance(array, np.ndarray) or not np.issubdtype(array.dtype, np.floating):
+                raise opt.refused(f"tensors[{opt.text('a name', key)!r}]", array, "a float array")
         if name in self._pinned.names:
             raise DataError(
                 f"the tensors of {name!r} cannot be replaced: it is pinned, and in the weights",
@@ -295,6 +311,11 @@ class Runner:
             DataError: an empty or too long row, an id outside the vocabulary, a mask with holes;
                 logits that are NaN or infinite.
         """
+        if token_type_ids is not None and not isinstance(self.session, Encoder):
+            raise OptionError(
+                "token_type_ids is for encoders, and this bundle's model takes none",
+                "Leave it out.",
+            )
         rows, starts, width = token_rows(input_ids, attention_mask)
         if isinstance(self.session, Encoder):
             binding = self.binding(adapter, len(rows))
@@ -330,8 +351,9 @@ class Runner:
             DataError: rows that are empty, too long or outside the vocabulary, or features of
                 another shape.
         """
-        binding = self.binding(adapter, len(inputs))
-        found = self.seq2seq.logits(inputs, decoder_input_ids, binding)
+        session = self.seq2seq
+        binding = self.binding(adapter, len(opt.listed("inputs", inputs)))
+        found = session.logits(inputs, decoder_input_ids, binding)
         out = np.zeros((len(found), max(map(len, found)), found[0].shape[-1]), np.float32)
         for index, values in enumerate(found):
             out[index, : len(values)] = finite(values)
@@ -361,7 +383,7 @@ class Runner:
         task = self.bundle.manifest.task
         if self.encoder.spec.output != "logits":
             raise _wrong_task(self.bundle, "has no labels", "Use embed() or logits().")
-        if not inputs:
+        if len(opt.listed("inputs", inputs)) == 0:
             raise DataError("there is nothing to classify", "Give at least one text or image.")
         binding = self.binding(adapter, len(inputs))
         states = self._active.states(adapter, len(inputs))
@@ -386,7 +408,7 @@ class Runner:
         """
         if self.encoder.spec.output != "last_hidden_state":
             raise _wrong_task(self.bundle, "gives no embeddings", "Use classify() or logits().")
-        if not texts:
+        if len(opt.listed("texts", texts)) == 0:
             raise DataError("there is nothing to embed", "Give at least one text.")
         binding = self.binding(adapter, len(texts))
         return self.outputs.embed(texts, binding, self._active.states(adapter, len(texts)))
@@ -444,6 +466,7 @@ class Runner:
             DataError: an empty prompt, one that leaves no room for ``max_new_tokens``, a setting
                 outside its range or for another task, or ``chat`` without a template.
         """
+        max_new_tokens, stop = _checked(max_new_tokens, stop, chat, tools, documents)
         if isinstance(self.session, Seq2Seq):
             _greedy_only(temperature, stop, chat, min_p, repetition_penalty, defaults)
             speech = self.session.spec.features
@@ -483,6 +506,7 @@ class Runner:
         The pieces' concatenation is what :meth:`generate` returns; arguments and errors are its
         own.
         """
+        max_new_tokens, stop = _checked(max_new_tokens, stop, chat, tools, documents)
         given = _given(temperature, top_k, top_p, seed, min_p, repetition_penalty)
         sampling, count = self._choices(defaults, given, max_new_tokens)
         rows = self._encode([prompt], adapter, chat, tools=tools, documents=documents)
@@ -505,6 +529,7 @@ class Runner:
         start: Sequence[int] | None = None,
     ) -> list[list[int]]:
         """As :meth:`generate` on token ids: each row's new ids, its end token included."""
+        max_new_tokens, _ = _checked(max_new_tokens)
         if isinstance(self.session, Seq2Seq):
             _greedy_only(temperature, (), False, min_p, repetition_penalty, defaults)
             return self._answers(self.session, rows, adapter, max_new_tokens or 64, start)
@@ -539,7 +564,9 @@ class Runner:
         steps: int,
         start: Sequence[int] | None,
     ) -> list[list[int]]:
-        starts = session.starts(len(sources), start)
+        if start is not None:
+            (start,), _, _ = token_rows([start], None)
+        starts = session.starts(len(opt.listed("inputs", sources)), start)
         binding = self.binding(adapter, len(sources))
         return session.greedy(sources, starts, steps, binding, end=self.eos_ids)
 
@@ -584,6 +611,27 @@ class Runner:
     def _tokenizers(self, adapter: AdapterArgument, batch: int, chat: bool) -> list[Tokenizer]:
         states = self._active.states(adapter, batch)
         return [self._texts.tokenizer(state, chat=chat) for state in states]
+
+
+def _checked(
+    max_new_tokens: int | None,
+    stop: str | Sequence[str] = (),
+    chat: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    documents: Sequence[Mapping[str, Any]] | None = None,
+) -> tuple[int | None, Sequence[str]]:
+    """The number of tokens and the stop strings; refuses what is of another type."""
+    if max_new_tokens is not None:
+        max_new_tokens = opt.whole("max_new_tokens", max_new_tokens, 1)
+    opt.flag("chat", chat)
+    for name, given in (("tools", tools), ("documents", documents)):
+        for each in opt.listed(name, given if given is not None else ()):
+            if not isinstance(each, Mapping):
+                raise opt.refused(f"an entry of {name}", each, "a mapping")
+    stops = opt.texts("stop", stop)
+    if "" in stops:
+        raise opt.refused("stop", stop, "strings that are not empty")
+    return max_new_tokens, stops
 
 
 def _given(

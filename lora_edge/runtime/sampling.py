@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from lora_edge.errors import DataError, OptionError
 from lora_edge.lora import FloatArray
+from lora_edge.options import number
 from lora_edge.runtime.finite import not_finite
 
 
@@ -56,6 +57,8 @@ class Sampling:
                     f"{name} is {value!r:.100}, expected {expected}",
                     "temperature=0 is greedy; top_k=0 and top_p=1 keep every token.",
                 )
+            if isinstance(value, int) and not whole:
+                number(name, value)  # which a float can hold
         for name, good, expected in (
             ("temperature", math.isfinite(self.temperature) and self.temperature >= 0, "0 or more"),
             ("top_k", self.top_k >= 0, "0 or more"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from lora_edge import options as opt
 from lora_edge.errors import AdapterError
 from lora_edge.files.schema import decode
 
@@ -127,6 +129,7 @@ class Settings:
         Raises:
             AdapterError: a value out of its range, or a pattern that is not a regex.
         """
+        self._check_types()
         for name in ("target_modules", "modules_to_save", "layers"):
             value = getattr(self, name)
             if not isinstance(value, (str, tuple)):
@@ -135,6 +138,24 @@ class Settings:
         self._check_words()
         self._check_patterns()
         self._check_together()
+
+    def _check_types(self) -> None:
+        for each in dataclasses.fields(self):
+            name, kind, value = each.name, str(each.type), getattr(self, each.name)
+            if kind == "bool":
+                opt.flag(name, value)
+            elif kind == "str":
+                opt.text(name, value)
+            elif kind == "float" and (
+                isinstance(value, bool) or not isinstance(value, (int, float))
+            ):
+                raise opt.refused(name, value, "a number")
+            elif kind.startswith("Mapping"):
+                opt.pairs(name, value)
+            elif "tuple[str" in kind and not (isinstance(value, str) and kind.startswith("str")):
+                opt.words(name, value)
+            elif kind == "tuple[int, ...]":
+                opt.listed(name, value)
 
     def _check_numbers(self) -> None:
         for name, least in (("rank", 1), ("batch_size", 1), ("accumulate", 1), ("seed", 0)):

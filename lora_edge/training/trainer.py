@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_edge import options as opt
 from lora_edge.base import resolve_base
 from lora_edge.bundle import staging
 from lora_edge.errors import AdapterError, MissingDependencyError
@@ -114,7 +115,12 @@ def train(
         InterruptedRunError: Ctrl-C or a polite kill; a checkpoint is kept.
     """
     chosen = _settings(settings, options, evaluation)
-    target = Path(output)
+    target = Path(opt.path("output", output))
+    opt.path("data", data)
+    opt.flag("resume", resume)
+    opt.flag("force", force)
+    opt.called("progress", progress)
+    opt.called("notify", notify)
     run = target.parent / f"{target.name}.run"
     device = _check_environment(chosen)
     from lora_edge.training.devices import memory_errors, process
@@ -184,6 +190,8 @@ def plan(
         DataError, BaseModelError, AdapterError, MissingDependencyError: as :func:`train`.
     """
     chosen = _settings(settings, options, evaluation)
+    opt.path("data", data)
+    opt.called("notify", notify)
     device = _check_environment(chosen)
     from lora_edge.training.devices import memory_errors
     from lora_edge.training.estimate import estimate
@@ -210,6 +218,13 @@ def plan(
 def _settings(
     settings: Settings | None, options: Mapping[str, Any], evaluation: object
 ) -> Settings:
+    if settings is not None and not isinstance(settings, Settings):
+        raise opt.refused("settings", settings, "Settings")
+    if evaluation is not None:
+        opt.path("evaluation", evaluation)
+    known = [field.name for field in dataclasses.fields(Settings)]
+    for name in options:
+        opt.one_of("a name of an option", name, known)
     given = dict(options)
     if given.get("target_modules", "") is None:
         del given["target_modules"]

@@ -374,3 +374,33 @@ def test_a_failed_replacement_leaves_the_old_bundle(
     _refused(cli("export", base, "-o", old, "--force"), "No space left")
     assert _tree(old) == before
     assert _names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--threads", "1000000"], "threads is 1000000, expected 1 to "),
+        (["--threads", "0"], "0 is not in the range x>=1"),
+        (["--threads", "two"], "'two' is not a valid integer"),
+        (["--max-new-tokens", "0"], "max_new_tokens is 0, expected 1 or more"),
+        (["--max-new-tokens", "2.5"], "'2.5' is not a valid integer"),
+        (["--temperature", "nan"], "temperature is nan"),
+        (["--top-k", "-1"], "top_k is -1"),
+        (["--stop", ""], "stop is"),
+        (["--seed", "-1"], "seed is -1"),
+        (["--provider", "abacus"], "the execution provider 'abacus' is unknown"),
+        (["--provider-option", "a"], "'a' is not K=V"),
+        (["--provider-option", "a=1", "--provider-option", "a=2"], "a is given twice"),
+        (["--provider-option", "a=1"], "the CPU provider takes no options, got a"),
+        (["--verify", "some"], "'some' is not one of 'sampled', 'full'"),
+    ],
+)
+def test_odd_options_of_run_are_refused_in_one_line(
+    cli: Cli, bundle: Path, options: list[str], words: str
+) -> None:
+    found = cli("run", bundle, "-p", "a", *options)
+    assert (found.code, found.out) == (2, "")
+    lines = [line for line in found.err.splitlines() if line.lower().startswith("error")]
+    assert len(lines) == 1
+    assert words in lines[0]
+    assert "Traceback" not in found.err

@@ -26,6 +26,7 @@ def test_the_runtime_needs_no_training_or_export_packages() -> None:
         "errors",
         "files",
         "names",
+        "options",
         "lora",
         "manifest",
         "quantization",

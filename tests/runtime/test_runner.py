@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 
 from lora_edge.bundle import Bundle
-from lora_edge.errors import AdapterNotFoundError, BundleError, DataError, ProviderError
+from lora_edge.errors import (
+    AdapterNotFoundError,
+    BundleError,
+    DataError,
+    OptionError,
+    ProviderError,
+)
 from lora_edge.runtime import Runner
 from lora_edge.runtime.sampling import Sampling
 
@@ -178,7 +184,7 @@ def test_bad_prompts_say_the_numbers(runners: dict[str, Runner]) -> None:
     with pytest.raises(DataError, match="a prompt of 101 tokens") as e:
         runner.generate("x" * 100)
     assert e.value.hint == "Shorten the prompt."
-    with pytest.raises(DataError, match="max_new_tokens is 0"):
+    with pytest.raises(OptionError, match="max_new_tokens is 0, expected 1 or more"):
         runner.generate("x", max_new_tokens=0)
     with pytest.raises(DataError, match="the batch has 0 rows"):
         runner.generate([])
