@@ -20,6 +20,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_edge.errors import BundleError
+
 Status = Literal["passed", "failed", "unproved"]
 FloatArray = NDArray[np.float32]
 
@@ -346,6 +348,12 @@ def _gain(gain: float) -> str:
 
 
 def _take(logits: NDArray[np.float64], columns: NDArray[np.int64]) -> NDArray[np.float64]:
+    if columns.size and int(columns.max()) >= logits.shape[-1]:
+        raise BundleError(
+            f"a golden case keeps column {int(columns.max())} of outputs that have "
+            f"{logits.shape[-1]}",
+            "The case is of another bundle; copy the bundle again, or export it again.",
+        )
     return np.take_along_axis(logits, columns, axis=-1)
 
 

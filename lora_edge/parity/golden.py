@@ -271,6 +271,8 @@ def _check(row: Expected) -> None:
             raise ValueError(f"{name} is {array.shape} {array.dtype}, beside {length} positions")
         if not np.isfinite(array).all():
             raise ValueError(f"{name} holds NaN or Inf")
+    if row.columns is not None and (row.columns < 0).any():
+        raise ValueError("columns are negative")
     if row.places is not None and (np.diff(row.places, prepend=-1) < 1).any():
         raise ValueError("places do not ascend")
     if row.places is not None and not (np.diff(row.places, prepend=-1) > 0).all():

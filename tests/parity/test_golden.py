@@ -145,6 +145,15 @@ def test_what_does_not_belong_together_is_an_error(
         load_golden(file)
 
 
+def test_columns_that_the_outputs_do_not_have_are_an_error(golden: Golden) -> None:
+    small = reduce(golden, 4)
+    (row, _) = small.expected
+    assert row.columns is not None
+    logits = np.zeros((row.length, int(row.columns.max())), np.float32)
+    with pytest.raises(BundleError, match=r"column \d+ of outputs that have"):
+        measure([row], [logits], Floor(1e-6, 1e-7), Tolerance())
+
+
 def test_a_flipped_byte_of_the_archive_is_an_error(golden: Golden, tmp_path: Path) -> None:
     file = tmp_path / save_golden(tmp_path, reduce(golden, 4))
     content = bytearray(file.read_bytes())
