@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import lora_edge
+from lora_edge.bundle import file_entry
 
 sys.path.insert(0, str(Path(__file__).parent))
 from commands import MODELS, Cli
@@ -44,6 +46,37 @@ def test_run_pins_adapters(cli: Cli, bundle: Path) -> None:
 def test_run_reads_the_prompt_from_stdin(cli: Cli, bundle: Path) -> None:
     piped = cli("run", bundle, "-a", "shout", "-p", "-", stdin=PROMPT)
     assert piped == cli("run", bundle, "-a", "shout", "-p", PROMPT)
+
+
+def test_run_chat_follows_the_model_and_says_what_it_does_not_follow(
+    cli: Cli, bundle: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    path = copy / "generation_config.json"
+    asked = {"do_sample": True, "temperature": 3.0, "top_k": 9, "num_beams": 4}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **asked}))
+    manifest = lora_edge.load_bundle(copy).manifest
+    files = {**manifest.files, path.name: file_entry(path)}
+    lora_edge.load_bundle(copy).write_manifest(dataclasses.replace(manifest, files=files))
+    given = ("run", copy, "-a", "echo", "-p", PROMPT, "--chat", "--seed", 5)
+    sampled = cli(*given)
+    own = {"temperature": 3.0, "top_k": 9, "seed": 5, "chat": True}
+    assert sampled.out.rstrip("\n") == lora_edge.Runner(copy).generate(PROMPT, "echo", **own)[0]
+    assert sampled.err.splitlines() == [
+        "note: the model's generation_config.json says what is not followed: num_beams=4"
+    ]
+    greedy = cli(*given, "--temperature", 0)
+    assert greedy.out == cli("run", bundle, "-a", "echo", "-p", PROMPT, "--chat").out != sampled.out
+    assert cli(*given, "--stream") == sampled
+    assert cli("run", copy, "-a", "echo", "-p", PROMPT).err == ""  # without --chat nothing is asked
+
+
+def test_text_that_is_no_unicode_is_a_refusal(cli: Cli, bundle: Path) -> None:
+    for options in ((), ("--chat",)):
+        refused = cli("run", bundle, "-p", "caf\udce9", *options)
+        assert (refused.code, refused.out) == (2, "")
+        assert "half of a surrogate pair" in refused.err
+        assert len(refused.err.splitlines()) <= 2
 
 
 def test_run_streams_the_same_text(cli: Cli, bundle: Path) -> None:
