@@ -77,7 +77,8 @@ class Question:
     @property
     def floors(self) -> dict[str, Floor]:
         """Label of a state -> its floor on short rows, as far as known."""
-        short = [golden for golden in self.done if not _is_long(golden.probe, golden.tails)]
+        usual = [golden for golden in self.done if golden.probe.part != "crowd"]
+        short = [golden for golden in usual if not _is_long(golden.probe, golden.tails)]
         return {name: floor for golden in short for name, floor in golden.floors.items()}
 
     def wanted(self, plan: Sequence[Probe]) -> list[Probe]:
@@ -217,18 +218,23 @@ def _expected(
     longest = max(map(len, whole))
     found: dict[str, Floor] = {}
     longer = _is_long(probe, tails)
-    for state in dict.fromkeys(probe.states):
-        if label(state) not in floors or longer:
-            own = [i for i, other in enumerate(probe.states) if other == state]
-            if reference.parameters > LARGE and not longer:
-                own, longest = own[:_FLOOR_ROWS_OF_LARGE], _FLOOR_TOKENS_OF_LARGE
-            sample = [whole[i][:longest] for i in own]
-            with reference.wide():
-                wide = reference.logits(sample, [state] * len(own), [prompts[i] for i in own])
-            floor = noise([logits[i][:longest] for i in own], wide)
-            found[label(state)] = floor.joined(floors.get(label(state)))
-            if not longer:
-                floors[label(state)] = floor
+    # The weights a blend has in a crowd were seen on few tokens before.
+    todo = [
+        state
+        for state in dict.fromkeys(probe.states)
+        if label(state) not in floors or longer or probe.part == "crowd"
+    ]
+    for state in todo:
+        own = [i for i, other in enumerate(probe.states) if other == state]
+        if reference.parameters > LARGE and not longer:
+            own, longest = own[:_FLOOR_ROWS_OF_LARGE], min(longest, _FLOOR_TOKENS_OF_LARGE)
+        sample = [whole[i][:longest] for i in own]
+        with reference.wide():
+            wide = reference.logits(sample, [state] * len(own), [prompts[i] for i in own])
+        floor = noise([logits[i][:longest] for i in own], wide)
+        found[label(state)] = floor.joined(floors.get(label(state)))
+        if not longer:
+            floors.setdefault(label(state), floor)
     return Golden(
         probe,
         tails,

@@ -61,16 +61,18 @@ class Reach:
         if not self.batches:
             return "Reached: nothing."
         done = [f"batches of {_listed([str(size) for size in self.batches])}"]
-        left = [f"batches of more than {self.batches[-1]}"]
+        left: list[str] = []
+        larger = f"batches of more than {self.batches[-1]}"
         if self.vocabulary:
             decoded = f" and {self.decoded} decoded" if self.decoded else ""
             done.insert(0, f"prompts of up to {self.prompt} tokens{decoded}")
             done.append(f"{self.tokens:,} of {self.vocabulary:,} tokens of the vocabulary")
             if self.model is None or self.row < self.model:
                 most = f" of the model's {self.model:,}" if self.model else ""
-                left.insert(0, f"rows of more than {self.row}{most} tokens")
+                left.append(f"rows of more than {self.row}{most} tokens")
             if self.decoded:
-                left.insert(1, f"more than {self.decoded} decoded tokens")
+                left.append(f"more than {self.decoded} decoded tokens")
+            left.append(larger)
             if self.tokens < self.vocabulary:
                 share = 100 * (1 - self.tokens / self.vocabulary)
                 left.append(f"{share:.3g} % of the vocabulary")
@@ -79,6 +81,8 @@ class Reach:
                     f"prompts of more than {_LONG} tokens of {self.adapters - self.long} of "
                     f"{self.adapters} adapters"
                 )
+        else:
+            left.append(larger)
         if self.blends:
             done.append(f"the blend{'s' * (len(self.blends) > 1)} {_listed(self.blends)}")
         if self.others:

@@ -20,7 +20,9 @@ from lora_edge.cli import main
 from lora_edge.parity.compare import Verdict
 
 # ci/faults goes through all of them; here a fused and a portable one, and the worlds of the faults.
-_PASSING = [x for x in HEALTHY if not x.startswith("random")] + ["random gemma2", "random gpt_neox"]
+_PASSING = [x for x in HEALTHY if not x.startswith("random")] + [
+    "random gemma2", "random gpt_neox", "random granite"
+]  # fmt: skip
 
 # Against PyTorch, of the faults in adapter files, each third: ci/faults goes through all of them.
 _TRIALS = [

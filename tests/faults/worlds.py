@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import safetensors.numpy as st
+import tokenizers
 import transformers
 from adapters import make_adapter
 from encoders import make_encoder
@@ -101,7 +102,10 @@ def _three(base: Path, folder: Path) -> dict[str, Path]:
 
 def _portable(folder: Path) -> tuple[Path, dict[str, Path], dict[str, Any]]:
     base = _llama(folder)
-    (base / "tokenizer.json").write_text('{"version": "1.0"}', encoding="utf-8")
+    words = {f"w{index}": index for index in range(97)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(base / "tokenizer.json"))
     other = _llama(folder / "other", initializer_range=0.05)
     some = ["q_proj", "k_proj", "v_proj", "o_proj"]
     make_adapter(other, folder / "foreign", 7, r=4, lora_alpha=4, target_modules=some)
