@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import tokenizers
 from lora_edge.bundle import file_entries, load_bundle
 from lora_edge.errors import AdapterNotFoundError, BundleError, DataError
 from lora_edge.runtime import Runner
+from lora_edge.runtime.outputs import Outputs
 
 NEW = 260  # the id of the adapter's own token
 
@@ -164,3 +166,14 @@ def test_a_file_that_the_manifest_does_not_list_is_not_read(file: str, runner: R
     path.write_text("{}")
     with pytest.raises(BundleError, match=f"{file} is not in the manifest"):
         _ = [runner.tokenizer_of(name).templates for name in (None, "alpha", "beta")]
+
+
+def test_outputs_of_encoders_read_each_text_by_its_own(runner: Runner) -> None:
+    encoder: Any = SimpleNamespace(spec=SimpleNamespace(max_length=96))
+    outputs = Outputs(
+        runner.bundle, encoder, lambda state: runner.tokenizer_of(dict(state) or None)
+    )
+    text = "a<|im_end|>"
+    found = outputs.encode([text] * 3, states=[(("alpha", 1.0),), (), (("readout", 1.0),)])
+    assert [len(one.ids) for one in found] == [3, 12, 12]
+    assert [len(one.ids) for one in outputs.encode([text] * 2)] == [12, 12]
