@@ -28,15 +28,15 @@ from lora_edge.packing import with_heads, write_adapter_folder, write_none
 from lora_edge.peft_loading import BaseView
 from lora_edge.quantization import BITS, Precision, Quantization, measured, rounded_weights
 from lora_edge.runtime import installed
-from lora_edge.tasks import TEXT_GENERATION, Task
+from lora_edge.runtime.sentence import load_sentence_modules, sentence_files
+from lora_edge.tasks import EMBEDDING, TEXT_GENERATION, Task
 
 Progress = Callable[[str], None]
 Form = Literal["fused", "portable"]
 Backend = Literal["trace", "optimum"]
 
 _COPIED = (
-    "config.json", "generation_config.json", "preprocessor_config.json", "modules.json",
-    "1_Pooling/config.json", "sentence_bert_config.json",
+    "config.json", "generation_config.json", "preprocessor_config.json",
 )  # fmt: skip
 
 
@@ -94,6 +94,8 @@ def build(
     except ImportError as error:
         raise MissingDependencyError.of_export(error) from error
     task, merged = options.task, options.mode == "merged"
+    if task is not None and task.name == EMBEDDING:
+        load_sentence_modules(base.directory)  # what cannot be represented is refused here
     raw = stage / "capture"
     raw.mkdir()
     (stage / "onnx").mkdir()
@@ -283,10 +285,15 @@ def _base_head(base: Base, path: str) -> Head:
 
 
 def copy_files(base: Base, stage: Path) -> None:
-    """Copy the base's config files into a bundle; its tokenizer is :mod:`lora_edge.prompts`'."""
-    for name in _COPIED:
+    """Copy the base's config files into a bundle, and what its modules.json names.
+
+    Its tokenizer is :mod:`lora_edge.prompts`'.
+    """
+    for name in (*_COPIED, *sentence_files(base.directory)):
+        if name == "tokenizer_config.json":
+            continue
         if (base.directory / name).is_file():
-            (stage / name).parent.mkdir(exist_ok=True)
+            (stage / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(base.directory / name, stage / name)
 
 

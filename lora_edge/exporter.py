@@ -40,7 +40,7 @@ from lora_edge.kinds import KINDS
 from lora_edge.lora import Head, SiteChange
 from lora_edge.manifest import Manifest, Mode, Seq2SeqSpec
 from lora_edge.names import NONE_ADAPTER
-from lora_edge.packing import check_parts, with_heads, write_adapter_folder
+from lora_edge.packing import check_parts, with_heads, write_adapter_folder, write_sentence_modules
 from lora_edge.peft_loading import BaseView
 from lora_edge.prompts import own_folders, write_adapter_texts, write_base_text
 from lora_edge.quantization import Precision, rounded_weights
@@ -48,6 +48,7 @@ from lora_edge.runtime.adapter_file import read_adapter
 from lora_edge.runtime.changes import parse_changes
 from lora_edge.staging import staging
 from lora_edge.task_choice import chosen_task
+from lora_edge.tasks import EMBEDDING
 
 
 def export(
@@ -161,6 +162,9 @@ def export(
             write_base_text(model, stage, manifest, say)
             folders = own_folders(adapters or {}, local)
             manifest = write_adapter_texts(stage, manifest, folders, say)
+            if manifest.task == EMBEDDING:
+                for name, folder in folders.items():
+                    write_sentence_modules(stage, name, folder)
             staged = Bundle(stage, _note_conversions(stage, manifest, conversions))
             _prove(staged, model, say)
             _finish(stage)
@@ -251,6 +255,8 @@ def _add(
                 changes[adapter.name],
                 manifest.base["fingerprint"],
             )
+            if manifest.task == EMBEDDING:
+                write_sentence_modules(target.directory, adapter.name, folders[adapter.name])
             for file in folder.rglob("*"):
                 if file.is_file():
                     name = file.relative_to(target.directory).as_posix()

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from lora_edge.adapter import Adapter
-from lora_edge.errors import AdapterError
+from lora_edge.errors import AdapterError, UnsupportedAdapterError, UnsupportedModelError
 from lora_edge.kinds import alone, kind_of
 from lora_edge.lora import FloatArray, Head, SiteChange, zeros
 from lora_edge.manifest import AdapterEntry, SiteEntry
@@ -25,6 +25,12 @@ from lora_edge.peft_directory import (
     TRAINING_FILE,
 )
 from lora_edge.runtime.adapter_file import write_adapter
+from lora_edge.runtime.sentence import (
+    MODULES_FILE,
+    SENTENCE_FOLDER,
+    load_sentence_modules,
+    sentence_files,
+)
 
 Changes = Mapping[str, SiteChange]
 
@@ -101,6 +107,32 @@ def write_adapter_folder(
         invocation=adapter.invocation,
         labels=adapter.labels,
     )
+
+
+def write_sentence_modules(directory: Path, name: str, source: Path) -> None:
+    """Carry the sentence-transformers files of an adapter's folder where they say other things.
+
+    Args:
+        directory: a bundle of embeddings, which has the base's files.
+        name: the adapter.
+        source: its own folder.
+
+    Raises:
+        UnsupportedAdapterError: a module or a setting that cannot be represented; it is named.
+        BundleError: a file cannot be read.
+    """
+    if not (source / MODULES_FILE).is_file():
+        return
+    try:
+        own = load_sentence_modules(source, directory)
+    except UnsupportedModelError as error:
+        raise UnsupportedAdapterError(f"adapter {name} is refused: {error}", error.hint) from error
+    if own == load_sentence_modules(directory):
+        return
+    folder = directory / "adapters" / name / SENTENCE_FOLDER
+    for relative in sentence_files(source):
+        (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / relative, folder / relative)
 
 
 def graph_tensors(changes: Changes, sites: Mapping[str, SiteEntry]) -> dict[str, FloatArray]:

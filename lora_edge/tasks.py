@@ -17,10 +17,11 @@ from lora_edge.errors import BaseModelError
 from lora_edge.manifest import Output
 
 TEXT_GENERATION = "text-generation"
+EMBEDDING = "feature-extraction"
 TASKS: Mapping[str, str] = {
     "text-classification": "AutoModelForSequenceClassification",
     "token-classification": "AutoModelForTokenClassification",
-    "feature-extraction": "AutoModel",
+    EMBEDDING: "AutoModel",
     "image-classification": "AutoModelForImageClassification",
 }
 """Task -> the class of transformers that loads its model."""

@@ -16,6 +16,7 @@ from lora_edge.base import Base, resolve_base
 from lora_edge.bundle import Bundle, hash_file, load_bundle
 from lora_edge.errors import DataError
 from lora_edge.names import NONE_ADAPTER
+from lora_edge.parity.around import look_around
 from lora_edge.parity.asking import ask, silent
 from lora_edge.parity.checks import Broken, broken_by, compare, switching
 from lora_edge.parity.compare import Tolerance
@@ -185,6 +186,11 @@ def validate(
         runner = opening.runner(target, name, level)
         session = session_of(runner, level)
         sessions.append(session)
+        if index == 0:
+            around, answers = look_around(
+                runner, base, _sources(target, base, names, adapters or {}), say
+            )
+            cases += [dataclasses.replace(case, session=session.name) for case in around]
         asked: Iterable[Golden] = goldens
         if index == 0 and base is None:
             asked = goldens = [
@@ -211,7 +217,7 @@ def validate(
             own += part
             found.append(golden)
         goldens = found
-        if not any(case.status == "failed" for case in cases):
+        if not any(case.status == "failed" and case.figures for case in cases):
             wanted_repro = None if repro is None else Path(repro)
             own, left = explain(
                 runner, own, goldens, base, adapters or {}, wanted_repro, settings.tolerance, say
@@ -250,9 +256,18 @@ def validate(
         reach=reach_of(target, goldens),
     )
     if base is not None:
-        record(target, report, [golden for golden in goldens if golden.probe.kept], say)
+        record(target, report, [x for x in goldens if x.probe.kept], answers, say)
     journal.close()
     return report
+
+
+def _sources(
+    bundle: Bundle,
+    base: Base | None,
+    names: Sequence[str],
+    directories: Mapping[str, str | os.PathLike[str]],
+) -> Mapping[str, Path]:
+    return {} if base is None else sources_of(bundle, base, names, directories)
 
 
 def _compared(

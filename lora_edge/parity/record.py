@@ -10,12 +10,18 @@ from pathlib import Path
 
 from lora_edge.bundle import Bundle, file_entry
 from lora_edge.errors import BundleError
+from lora_edge.parity.around.asked import Answers
+from lora_edge.parity.around.golden import is_around, load_around, save_around
 from lora_edge.parity.golden import FOLDER, Golden, golden_stems, save_golden, stem_of
 from lora_edge.parity.report import Report
 
 
 def record(
-    bundle: Bundle, report: Report, goldens: Sequence[Golden], say: Callable[[str], None]
+    bundle: Bundle,
+    report: Report,
+    goldens: Sequence[Golden],
+    answers: Answers | None,
+    say: Callable[[str], None],
 ) -> None:
     """Mark what passed as proved and what did not as unproved, and record new goldens.
 
@@ -26,6 +32,8 @@ def record(
         bundle: what was validated.
         report: what was found, against PyTorch.
         goldens: reduced cases, to be recorded where all their adapters passed.
+        answers: what PyTorch's side gave around the graph, to be recorded where the bundle's gave
+            the same.
         say: called with a line where the bundle cannot be written.
 
     Raises:
@@ -42,17 +50,25 @@ def record(
         # The user's own are recorded when they are given.
         if not golden.probe.given and all(entries[name].proved for name in golden.probe.adapters)
     ]
-    if entries == dict(manifest.adapters) and {g.stem for g in ready} <= set(golden_stems(bundle)):
+    around = [case for case in report.cases if case.kind in {"around", "weights"}]
+    if answers is not None and any(case.status != "passed" for case in around):
+        answers = None
+    new = answers is not None and answers != load_around(bundle)
+    known = {g.stem for g in ready} <= set(golden_stems(bundle))
+    if entries == dict(manifest.adapters) and known and not new:
         return
     try:
         written = [save_golden(bundle.directory, golden) for golden in ready]
         written.append(_save_report(bundle.directory, report))
+        if answers is not None and new:
+            written.append(save_around(bundle.directory, answers))
         added = {name: file_entry(bundle.directory / name) for name in written}
         stems = {golden.stem for golden in ready}
         stale = {
             name
             for name in manifest.files
-            if name not in added and (stem_of(name) in stems or _is_report(name))
+            if name not in added
+            and (stem_of(name) in stems or _is_report(name) or (new and is_around(name)))
         }
         files = {name: entry for name, entry in manifest.files.items() if name not in stale}
         bundle.write_manifest(

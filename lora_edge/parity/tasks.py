@@ -33,6 +33,14 @@ def inputs_of(spec: EncoderSpec, row: Row) -> Inputs:
     return {name: arrays[name] for name in spec.inputs}
 
 
+def inputs_of_ids(spec: EncoderSpec, coded: Mapping[str, Sequence[int]]) -> Inputs:
+    """What a model reads of a tokenized text: ids, and types where it takes them."""
+    ids = list(coded["input_ids"])
+    types = coded.get("token_type_ids") or [0] * len(ids)
+    arrays = {"input_ids": ids, "attention_mask": [1] * len(ids), "token_type_ids": list(types)}
+    return {name: np.array(arrays[name], np.int64) for name in spec.inputs}
+
+
 def observe_task(runner: Runner, probe: Probe, binding: Binding) -> list[FloatArray]:
     """The bundle's outputs of each row, ``[positions, columns]``, run as one batch."""
     spec = runner.encoder.spec

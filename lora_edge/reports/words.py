@@ -10,7 +10,8 @@ from lora_edge.reports.load import Data
 Case = Mapping[str, Any]
 
 COLUMNS = (
-    "alone", "long prompts", "blend", "mixed rows", "switching", "your prompts", "task metric"
+    "alone", "long prompts", "blend", "mixed rows", "switching", "your prompts", "task metric",
+    "around", "weights",
 )  # fmt: skip
 """Adapter states, in the order in which they are shown."""
 
@@ -22,6 +23,8 @@ _KINDS = {
     "mixed": "mixed rows",
     "switch": "switching",
     "task": "task metric",
+    "around": "around",
+    "weights": "weights",
 }
 _PARTS = {
     ", given prompts": "your prompts",

@@ -11,9 +11,10 @@ from lora_edge.runtime.decoder import Decoder
 from lora_edge.runtime.decoding import Decoding
 from lora_edge.runtime.encoder import Encoder
 from lora_edge.runtime.image import ImageProcessor
-from lora_edge.runtime.pooling import Pooling, load_pooling
+from lora_edge.runtime.pooling import Pooling
 from lora_edge.runtime.providers import Provider
 from lora_edge.runtime.runner import Runner
+from lora_edge.runtime.sentence import SentenceModules, load_sentence_modules
 
 __all__ = [
     "Binding",
@@ -24,7 +25,8 @@ __all__ = [
     "Pooling",
     "Provider",
     "Runner",
-    "load_pooling",
+    "SentenceModules",
+    "load_sentence_modules",
     "read_adapter",
     "write_adapter",
 ]

@@ -6,7 +6,11 @@ to a grey level here and there. Knows nothing of sessions or models.
 
 from __future__ import annotations
 
+import math
 import os
+import struct
+import warnings
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,8 +30,42 @@ Picture = Any
 """A file's path, a ``PIL.Image.Image``, or ``[height, width, 3] uint8``."""
 
 PROCESSOR_FILE = "preprocessor_config.json"
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""What Pillow may take a file for: formats that need no other program and no plugin."""
+MAX_PIXELS = 50_000_000
+"""Of an image that is decoded: 150 MB as RGB."""
 
-_KINDS = frozenset({"ViT", "DeiT", "Beit", "Bit"})
+_LONGEST_SIDE = 8192
+# What Pillow raises for a damaged file depends on its format.
+_PILLOW_FAILURES = (
+    OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, AttributeError,
+    OverflowError, EOFError, ZeroDivisionError, MemoryError, RuntimeError, struct.error, zlib.error,
+)  # fmt: skip
+
+_HALF, _SQUARE = [0.5, 0.5, 0.5], {"height": 224, "width": 224}
+_STEPS = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255}
+# What a file of each kind means where it says nothing: transformers 5, image_processing_pil_*.py.
+_KINDS: Mapping[str, Mapping[str, Any]] = {
+    "ViT": {
+        **_STEPS, "resample": 2, "image_mean": _HALF, "image_std": _HALF, "size": _SQUARE,
+        "default_to_square": True,
+    },
+    "DeiT": {
+        **_STEPS, "resample": 3, "image_mean": _HALF, "image_std": _HALF,
+        "size": {"height": 256, "width": 256}, "crop_size": _SQUARE, "do_center_crop": True,
+        "default_to_square": True,
+    },
+    "Beit": {
+        **_STEPS, "resample": 3, "image_mean": _HALF, "image_std": _HALF, "size": _SQUARE,
+        "crop_size": _SQUARE, "do_center_crop": False, "default_to_square": True,
+    },
+    "Bit": {
+        **_STEPS, "resample": 3, "size": {"shortest_edge": 224}, "crop_size": _SQUARE,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "do_center_crop": True, "default_to_square": False,
+    },
+}  # fmt: skip
 _NEEDS: Mapping[str, tuple[str, ...]] = {
     "do_resize": ("size", "resample"),
     "do_center_crop": ("crop_size",),
@@ -42,7 +80,7 @@ _KNOWN = frozenset(
         "image_processor_type",
         "feature_extractor_type",
         "processor_class",
-        "default_to_square",  # of an int, which is refused where it could mean two things
+        "default_to_square",  # of an int
         "disable_grouping",  # of torchvision's backend
     }
 )
@@ -74,8 +112,7 @@ class ImageProcessor:
                 "images need Pillow, which is not installed",
                 "Install it with: pip install 'lora-edge[image]', or give pixel_values.",
             ) from error
-        _check(config)
-        self._config = config
+        self._config = _completed(config)
 
     @staticmethod
     def load(directory: Path) -> ImageProcessor:
@@ -130,7 +167,8 @@ class ImageProcessor:
         return found
 
 
-def _check(config: Mapping[str, Any]) -> None:
+def _completed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, with those of their kind where the file says nothing; checked."""
     name = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "")
     kind = name
     for ending in ("Fast", "Pil", "ImageProcessor", "FeatureExtractor"):
@@ -140,18 +178,23 @@ def _check(config: Mapping[str, Any]) -> None:
     for field, value in config.items():
         if field not in _KNOWN and value not in _NEUTRAL.get(field, (None,)):
             _refuse(f"its field {field} is {value!r}, which is not known")
+    found = {**_KINDS[kind], **{key: value for key, value in config.items() if key in _KNOWN}}
     for step, fields in _NEEDS.items():
         for field in fields:
-            if config.get(step) and config.get(field) is None:
+            if found.get(step) and found.get(field) is None:
                 _refuse(f"{step} is set without {field}")
     for field in ("size", "crop_size"):
-        value = config.get(field)
+        value = found.get(field)
         given = set()
         if isinstance(value, Mapping):
             given = {key for key, number in value.items() if number is not None}
-        square = isinstance(value, int) and (kind in {"ViT", "DeiT"} or field == "crop_size")
-        if value is not None and not square and given not in ({"height", "width"}, _SHORTEST):
+        known = isinstance(value, int) or given in ({"height", "width"}, _SHORTEST)
+        if value is not None and not known:
             _refuse(f"its field {field} is {value!r}, expected height and width, or shortest_edge")
+    if isinstance(found.get("size"), int) and not found["default_to_square"]:
+        found["size"] = {"shortest_edge": found["size"]}
+    _check_numbers(found)
+    return found
 
 
 _SHORTEST = {"shortest_edge"}
@@ -191,6 +234,40 @@ def _crop(pixels: NDArray[Any], height: int, width: int) -> NDArray[Any]:
     return pixels[:, top : top + height, left : left + width]
 
 
+def _check_numbers(config: Mapping[str, Any]) -> None:
+    """Numbers that no processor of transformers would have, or that end in NaN."""
+
+    def refuse_unless(fits: bool, field: str) -> None:
+        if not fits:
+            _refuse(f"its field {field} is {config[field]!r}")
+
+    for field in ("image_mean", "image_std"):
+        value = config.get(field)
+        numbers: list[Any] = list(value) if isinstance(value, list | tuple) else [value] * 3
+        if config.get("do_normalize"):
+            refuse_unless(len(numbers) == 3 and all(map(_is_finite, numbers)), field)
+            refuse_unless(field == "image_mean" or all(x > 0 for x in numbers), field)
+    if config.get("do_rescale"):
+        factor = config["rescale_factor"]
+        refuse_unless(_is_finite(factor) and factor > 0, "rescale_factor")
+    if config.get("do_resize"):
+        refuse_unless(config["resample"] in range(6), "resample")
+    for field in ("size", "crop_size"):
+        value = config.get(field)
+        sides = list(value.values()) if isinstance(value, Mapping) else [value]
+        given = [side for side in sides if side is not None]
+        whole = all(isinstance(x, int) and not isinstance(x, bool) for x in given)
+        refuse_unless(whole and all(0 < x <= _LONGEST_SIDE for x in given), field)
+    for field, value in config.items():
+        if field.startswith("do_"):
+            refuse_unless(value in (None, True, False), field)
+
+
+def _is_finite(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value)
+
+
 def _open(image: Picture) -> Any:
     import PIL.Image
     import PIL.ImageOps
@@ -203,11 +280,39 @@ def _open(image: Picture) -> Any:
             )
         return PIL.Image.fromarray(image)
     what = os.fspath(image) if isinstance(image, str | os.PathLike) else type(image).__name__
+    if isinstance(image, PIL.Image.Image):
+        return _upright(image, what)
+    if not isinstance(image, str | os.PathLike):
+        raise DataError(
+            f"an image is {what}, expected a file, a PIL image or an array",
+            "Give a path, a PIL.Image.Image, or [height, width, 3] uint8.",
+        )
     try:
-        if isinstance(image, PIL.Image.Image):
-            return PIL.ImageOps.exif_transpose(image).convert("RGB")
-        with PIL.Image.open(image) as opened:
-            return PIL.ImageOps.exif_transpose(opened).convert("RGB")
-    # What Pillow raises for a damaged file depends on its format.
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        raise DataError(f"{what} is no image: {error}", "Give a PNG or JPEG file.") from error
+        with warnings.catch_warnings():
+            # Pillow warns of large images; the limit here is lower.
+            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
+            opened = PIL.Image.open(image, formats=FORMATS)
+    except (*_PILLOW_FAILURES, PIL.Image.DecompressionBombError) as error:
+        raise DataError(
+            f"{what} is no image that can be read: {error}",
+            f"Give one of these formats: {', '.join(FORMATS)}.",
+        ) from error
+    with opened:
+        return _upright(opened, what)
+
+
+def _upright(image: Any, what: str) -> Any:
+    """The picture turned by its EXIF data, in RGB; nothing is decoded of one that is too large."""
+    import PIL.ImageOps
+
+    if image.width * image.height > MAX_PIXELS:
+        raise DataError(
+            f"{what} has {image.width} x {image.height} pixels, expected {MAX_PIXELS:,} at most",
+            "Make it smaller before it is given to the model, which sees a small square of it.",
+        )
+    try:
+        return PIL.ImageOps.exif_transpose(image).convert("RGB")
+    except _PILLOW_FAILURES as error:
+        raise DataError(
+            f"{what} is no image that can be read: {error}", "Save it again as PNG or JPEG."
+        ) from error

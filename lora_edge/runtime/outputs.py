@@ -21,7 +21,13 @@ from lora_edge.runtime.binding import Binding, State
 from lora_edge.runtime.encoder import Encoder
 from lora_edge.runtime.finite import finite
 from lora_edge.runtime.image import PROCESSOR_FILE, ImageProcessor, Picture
-from lora_edge.runtime.pooling import POOLING_FILES, Pooling, load_pooling
+from lora_edge.runtime.sentence import (
+    MODULES_FILE,
+    SENTENCE_FOLDER,
+    SentenceModules,
+    load_sentence_modules,
+    sentence_files,
+)
 from lora_edge.runtime.tokenizer import Encoded, Tokenizer
 
 TextInput = str | tuple[str, str]
@@ -74,6 +80,7 @@ class Outputs:
         self._bundle = bundle
         self._encoder = encoder
         self._tokenizer = tokenizer
+        self._sentences: dict[str, SentenceModules] = {}
 
     @cached_property
     def processor(self) -> ImageProcessor:
@@ -82,10 +89,41 @@ class Outputs:
         return ImageProcessor.load(self._bundle.directory)
 
     @cached_property
-    def pooling(self) -> Pooling:
-        """How hidden states become an embedding; raises as :func:`load_pooling`."""
-        self._verified(POOLING_FILES)
-        return load_pooling(self._bundle.directory)
+    def sentence(self) -> SentenceModules:
+        """How texts become embeddings; raises as :func:`load_sentence_modules`."""
+        return self._load_sentence("")
+
+    def sentence_of(self, state: State) -> SentenceModules:
+        """The same of a row's adapters, which may bring modules of their own.
+
+        Raises:
+            DataError: the adapters of a blend do not agree.
+        """
+        manifest = self._bundle.manifest
+        names = [name for name, _ in state]
+        if manifest.mode == "merged":
+            names = list(manifest.adapters)
+        found = [self._sentence_of_adapter(name) for name in names] or [self.sentence]
+        if any(each != found[0] for each in found):
+            raise DataError(
+                f"the adapters {', '.join(name for name, _ in state)} make embeddings in unlike "
+                "ways and cannot be blended",
+                "Use one of them at a time.",
+            )
+        return found[0]
+
+    def _sentence_of_adapter(self, name: str) -> SentenceModules:
+        if name not in self._sentences:
+            folder = f"adapters/{name}/{SENTENCE_FOLDER}"
+            own = f"{folder}/{MODULES_FILE}" in self._bundle.manifest.files
+            self._sentences[name] = self._load_sentence(folder) if own else self.sentence
+        return self._sentences[name]
+
+    def _load_sentence(self, folder: str) -> SentenceModules:
+        directory = self._bundle.directory / folder
+        prefix = f"{folder}/" if folder else ""
+        self._verified([prefix + name for name in sentence_files(directory)])
+        return load_sentence_modules(directory, self._bundle.directory)
 
     @cached_property
     def _multi_label(self) -> bool:
@@ -99,8 +137,14 @@ class Outputs:
         texts: Sequence[TextInput],
         max_length: int | None = None,
         states: Sequence[State] | None = None,
+        lower_case: bool = False,
     ) -> list[Encoded]:
         """The tokens of texts, each by its own adapters' tokenizer; ``None``: by the base's.
+
+        Args:
+            texts: texts, or tuples of two.
+            max_length: cut them to this many tokens, the model's own limit at most.
+            lower_case: as :meth:`Tokenizer.encode_input` has it.
 
         Raises:
             DataError: a text that is none.
@@ -115,7 +159,7 @@ class Outputs:
                     "Give texts, or pixel_values for a model of images.",
                 )
             tokenizer = self._tokenizer(state)
-            found.append(tokenizer.encode_input(pair[0], pair[1], max_length=limit))
+            found.append(tokenizer.encode_input(*pair, max_length=limit, lower_case=lower_case))
         return found
 
     def rows(self, rows: Sequence[Sequence[int]], types: Any, binding: Binding) -> list[FloatArray]:
@@ -207,14 +251,53 @@ class Outputs:
         self,
         texts: Sequence[TextInput],
         binding: Binding,
-        states: Sequence[State] | None = None,
+        states: Sequence[State],
+        prompt: str | None = None,
+        prompt_name: str | None = None,
     ) -> FloatArray:
-        """``[batch, hidden] float32``, pooled as the model's files say."""
-        coded = self.encode(texts, self.pooling.max_length, states)
+        """``[batch, hidden] float32``, pooled as the files of the model, or of each adapter, say.
+
+        Args:
+            texts: texts, or tuples of two.
+            binding: the adapters of the rows.
+            states: the same by name.
+            prompt: what is put in front of each text; ``None``: the prompt of ``prompt_name``.
+            prompt_name: ``None``: the files' default.
+
+        Raises:
+            OptionError: there is no such prompt.
+            DataError: rows of adapters whose embeddings are of unlike sizes.
+        """
+        sentences = [self.sentence_of(state) for state in states]
+        leads = [x.prompt(prompt_name) if prompt is None else prompt for x in sentences]
+        led = [_led(lead, text) for lead, text in zip(leads, texts, strict=True)]
+        coded = [
+            self.encode([text], sentence.max_length, [state], sentence.lower_case)[0]
+            for text, sentence, state in zip(led, sentences, states, strict=True)
+        ]
         rows = [x.ids for x in coded]
         feeds = self._encoder.feeds(rows, [x.type_ids for x in coded])
         hidden = self._encoder.run(feeds, binding)
-        return finite(self.pooling(hidden, feeds["attention_mask"]))
+        found = []
+        for index, (sentence, lead, state) in enumerate(zip(sentences, leads, states, strict=True)):
+            own = slice(index, index + 1)
+            length = self._prompt_length(sentence, lead, state)
+            found.append(sentence.pooling(hidden[own], feeds["attention_mask"][own], length)[0])
+        sizes = sorted({len(vector) for vector in found})
+        if len(sizes) > 1:
+            raise DataError(
+                f"the adapters of the rows give embeddings of {sizes} numbers",
+                "Embed the texts of each adapter in a call of their own.",
+            )
+        return finite(np.stack(found))
+
+    def _prompt_length(self, sentence: SentenceModules, prompt: str, state: State) -> int:
+        """Tokens of a prompt alone, without the special one that ends it."""
+        if not prompt or sentence.pooling.include_prompt:
+            return 0
+        (coded,) = self.encode([prompt], sentence.max_length, [state], sentence.lower_case)
+        special = coded.ids[-1:] and coded.ids[-1] in self._tokenizer(state).special_ids
+        return len(coded.ids) - bool(special)
 
     def _labels(self, rows: Sequence[FloatArray], states: Sequence[State]) -> list[list[Label]]:
         found = []
@@ -253,6 +336,13 @@ class Outputs:
         for name in names:
             if name in self._bundle.manifest.files:
                 self._bundle.verify(name)
+
+
+def _led(prompt: str, text: TextInput) -> TextInput:
+    """A text with a prompt in front of it; what is no text is refused where it is tokenized."""
+    if not prompt or not isinstance(text, str | tuple):
+        return text
+    return prompt + text if isinstance(text, str) else (prompt + text[0], *text[1:])
 
 
 def _logistic(logits: FloatArray) -> FloatArray:

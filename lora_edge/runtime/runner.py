@@ -393,25 +393,40 @@ class Runner:
             return self.outputs.label_tokens(inputs, binding, states)
         return self.outputs.classify_texts(inputs, binding, states)
 
-    def embed(self, texts: Sequence[TextInput], adapter: AdapterArgument = None) -> FloatArray:
+    def embed(
+        self,
+        texts: Sequence[TextInput],
+        adapter: AdapterArgument = None,
+        *,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+    ) -> FloatArray:
         """Sentence embeddings, pooled as the model's sentence-transformers files say (else mean).
 
         Args:
             texts: texts, or tuples of two texts.
             adapter: see the class.
+            prompt: put in front of each text; ``None``: of ``prompt_name``, else the files'
+                default; ``""``: none.
+            prompt_name: name of one of the files' prompts, e.g. ``query``.
 
         Returns:
-            ``[batch, hidden] float32``.
+            ``[batch, hidden] float32``; ``modes * hidden`` where the files name several ways of
+            pooling.
 
         Raises:
+            OptionError: there is no such prompt, or both are given.
             As :meth:`classify`.
         """
         if self.encoder.spec.output != "last_hidden_state":
             raise _wrong_task(self.bundle, "gives no embeddings", "Use classify() or logits().")
         if len(opt.listed("texts", texts)) == 0:
             raise DataError("there is nothing to embed", "Give at least one text.")
+        if prompt is not None and prompt_name is not None:
+            raise OptionError("prompt and prompt_name are both given", "Give one of them.")
         binding = self.binding(adapter, len(texts))
-        return self.outputs.embed(texts, binding, self._active.states(adapter, len(texts)))
+        states = self._active.states(adapter, len(texts))
+        return self.outputs.embed(texts, binding, states, prompt, prompt_name)
 
     def generate(
         self,

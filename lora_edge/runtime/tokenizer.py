@@ -7,6 +7,7 @@ The export has seen to it that these files say what transformers makes of the mo
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -138,8 +139,31 @@ class Tokenizer:
         with _encoding((text,)):
             return list(self._tokenizer.encode(text, add_special_tokens=special_tokens).ids)
 
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the special tokens."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return frozenset(index for index, token in added.items() if token.special)
+
+    @cached_property
+    def _lowered(self) -> tokenizers.Tokenizer:
+        """The tokenizer with letters lowered first, as sentence-transformers does it."""
+        found = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        steps = json.loads(found.to_str())["normalizer"] or {}
+        kinds = [step.get("type") for step in (steps, *steps.get("normalizers", ()))]
+        if "Lowercase" not in kinds:
+            own = found.normalizer
+            lower = tokenizers.normalizers.Lowercase()
+            found.normalizer = tokenizers.normalizers.Sequence([lower, *([own] if own else [])])
+        return found
+
     def encode_input(
-        self, text: str, pair: str | None = None, *, max_length: int | None = None
+        self,
+        text: str,
+        pair: str | None = None,
+        *,
+        max_length: int | None = None,
+        lower_case: bool = False,
     ) -> Encoded:
         """What an encoder reads of a text, or of two.
 
@@ -148,17 +172,20 @@ class Tokenizer:
             pair: a second text, which the tokenizer puts behind it; an empty one is none.
             max_length: cut the texts (the longer one first) to this many tokens, special ones
                 included; ``None``: never.
+            lower_case: lower the letters first, whatever the tokenizer itself does; special tokens
+                in the text stay.
 
         Raises:
             DataError: as :meth:`encode`; or ``max_length`` leaves no room for the special tokens.
         """
+        tokenizer = self._lowered if lower_case else self._tokenizer
         with _encoding((text,) if pair is None else (text, pair)):
             if max_length is not None:
-                self._tokenizer.enable_truncation(max_length, direction=self._truncation_side)
+                tokenizer.enable_truncation(max_length, direction=self._truncation_side)
             try:
-                coded = self._tokenizer.encode(text, pair or None)
+                coded = tokenizer.encode(text, pair or None)
             finally:
-                self._tokenizer.no_truncation()
+                tokenizer.no_truncation()
         return Encoded(list(coded.ids), list(coded.type_ids), list(coded.offsets))
 
     def decode(self, ids: Sequence[int]) -> str:

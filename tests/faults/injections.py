@@ -231,6 +231,14 @@ def weight(pattern: str, change: Callable[[np.ndarray], np.ndarray]) -> Injectio
 def constant(pattern: str, change: Callable[[np.ndarray], np.ndarray]) -> Injection:
     """Change the constants made by nodes whose names match."""
 
+    return of_graph(constants(pattern, change))
+
+
+def constants(
+    pattern: str, change: Callable[[np.ndarray], np.ndarray]
+) -> Callable[[onnx.ModelProto], None]:
+    """The same, of a graph."""
+
     def edit(model: onnx.ModelProto) -> None:
         nodes = [
             x for x in model.graph.node if x.op_type == "Constant" and re.search(pattern, x.name)
@@ -241,7 +249,7 @@ def constant(pattern: str, change: Callable[[np.ndarray], np.ndarray]) -> Inject
             old = numpy_helper.to_array(value.t)
             value.t.CopyFrom(numpy_helper.from_array(change(old).astype(old.dtype)))
 
-    return of_graph(edit)
+    return edit
 
 
 def mask_of_ones(model: onnx.ModelProto) -> None:
@@ -664,5 +672,141 @@ def file_of(adapter: str, other: str) -> Callable[[dict[str, Any]], None]:
 
     def edit(manifest: dict[str, Any]) -> None:
         manifest["adapters"][adapter]["file"] = manifest["adapters"][other]["file"]
+
+    return edit
+
+
+# What lies around the graph.
+
+
+def of_json(relative: str, edit: Callable[[Any], Any]) -> Injection:
+    """Rewrite a JSON file of the bundle; what ``edit`` returns, if anything, takes its place."""
+
+    def inject(directory: Path) -> None:
+        path = directory / relative
+        data = json.loads(path.read_text(encoding="utf-8"))
+        changed = edit(data)
+        text = json.dumps(data if changed is None else changed)
+        path.write_text(text, encoding="utf-8")
+
+    return inject
+
+
+def of_text(relative: str, old: str, new: str) -> Injection:
+    """Put other words into a text file."""
+
+    def inject(directory: Path) -> None:
+        path = directory / relative
+        text = path.read_text(encoding="utf-8")
+        assert old in text, text
+        path.write_text(text.replace(old, new), encoding="utf-8")
+
+    return inject
+
+
+def letters_exchanged(tokenizer: dict[str, Any]) -> None:
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["q"], vocabulary["z"] = vocabulary["z"], vocabulary["q"]
+
+
+def nothing_put_around(tokenizer: dict[str, Any]) -> None:
+    tokenizer["post_processor"] = None
+
+
+def labels_reversed(adapter: str) -> Callable[[dict[str, Any]], None]:
+    def edit(manifest: dict[str, Any]) -> None:
+        manifest["adapters"][adapter]["labels"].reverse()
+
+    return edit
+
+
+def config_labels_exchanged(config: dict[str, Any]) -> None:
+    names = config["id2label"]
+    names["0"], names["1"] = names["1"], names["0"]
+
+
+def field_of(field: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    """Another value for a field; dots lead into objects."""
+
+    def edit(data: dict[str, Any]) -> None:
+        *way, last = field.split(".")
+        for part in way:
+            data = data[part]
+        assert data[last] != value
+        data[last] = value
+
+    return edit
+
+
+def unread_row(directory: Path) -> None:
+    """Another value in a row of the embedding whose token no golden case holds."""
+    from lora_edge.parity.golden import recorded
+
+    read = {
+        token
+        for golden in recorded(load_bundle(directory))
+        for row in (*golden.probe.rows, *golden.tails)
+        for token in row
+    }
+    path = directory / "onnx" / "model.onnx"
+    model = onnx.load(path)
+    (table,) = [x for x in model.graph.initializer if x.name == "model.embed_tokens.weight"]
+    values = numpy_helper.to_array(table).copy()
+    row = max(set(range(len(values))) - read)
+    values[row, 3] += 0.01
+    table.CopyFrom(numpy_helper.from_array(values, table.name))
+    onnx.save(model, path)
+
+
+def far_positions(first: int) -> Callable[[np.ndarray], np.ndarray]:
+    """The rotary table is another one from a position on."""
+
+    def change(table: np.ndarray) -> np.ndarray:
+        changed = table.copy()
+        changed[first:] = table[first - 1]
+        return changed
+
+    return change
+
+
+def base_graph(edit: Callable[[onnx.ModelProto], None]) -> Injection:
+    """Rewrite the graph without branches, which pinned sessions run on."""
+
+    def inject(directory: Path) -> None:
+        path = directory / "onnx" / "base.onnx"
+        model = onnx.load(path)
+        edit(model)
+        onnx.save(model, path)
+
+    return inject
+
+
+def tables(change: Callable[[np.ndarray], np.ndarray], rows: int) -> Callable[[Any], None]:
+    """Change every float constant of so many rows."""
+
+    def edit(model: onnx.ModelProto) -> None:
+        held = [x for x in model.graph.initializer if x.dims[:1] == [rows]]
+        held += [
+            node.attribute[0].t
+            for node in model.graph.node
+            if node.op_type == "Constant" and node.attribute[0].t.dims[:1] == [rows]
+        ]
+        found = [x for x in held if x.data_type == onnx.TensorProto.FLOAT]
+        assert found
+        for tensor in found:
+            values = change(numpy_helper.to_array(tensor))
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+
+    return edit
+
+
+def one_number(pattern: str) -> Callable[[onnx.ModelProto], None]:
+    """One number of an initializer is another one."""
+
+    def edit(model: onnx.ModelProto) -> None:
+        tensor = next(x for x in model.graph.initializer if re.search(pattern, x.name))
+        values = numpy_helper.to_array(tensor).copy()
+        values[-1, -1] += np.float32(1e-3)
+        tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
 
     return edit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -175,6 +176,50 @@ def _heads(folder: Path) -> tuple[Path, dict[str, Path], dict[str, Any]]:
     return base, adapters, {}
 
 
+_MODELS = Path(__file__).parents[2] / "models"
+
+
+def _texts(folder: Path) -> tuple[Path, dict[str, Path], dict[str, Any]]:
+    """A base with a tokenizer and a chat template."""
+    base = _llama(folder, vocab_size=264, eos_token_id=258, bos_token_id=257)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(_MODELS / "tiny-llama" / name, base / name)
+    targets = ["q_proj", "v_proj"]
+    return base, {"plain": make_adapter(base, folder / "plain", 1, r=4, target_modules=targets)}, {}
+
+
+def _tables(folder: Path) -> tuple[Path, dict[str, Path], dict[str, Any]]:
+    """A base of many positions, in the form that keeps tables of them."""
+    base = _llama(folder, max_position_embeddings=2048, num_hidden_layers=1, head_dim=16)
+    targets = ["q_proj", "v_proj"]
+    return base, {"plain": make_adapter(base, folder / "plain", 1, r=4, target_modules=targets)}, {}
+
+
+def _sentences(folder: Path) -> tuple[Path, dict[str, Path], dict[str, Any]]:
+    """An embedding model as sentence-transformers writes it, its pooling in a folder of its own."""
+    base = Path(shutil.copytree(_MODELS / "tiny-bert", folder / "base"))
+    kinds = {"Transformer": "", "Pooling": "pooling", "Normalize": "2_Normalize"}
+    modules = [
+        {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.{kind}"}
+        for index, (kind, path) in enumerate(kinds.items())
+    ]
+    (base / "pooling").mkdir()
+    prompts = {"prompts": {"query": "river "}, "default_prompt_name": "query"}
+    for name, data in (
+        ("modules.json", modules),
+        ("pooling/config.json", {"pooling_mode": "mean", "embedding_dimension": 128}),
+        ("config_sentence_transformers.json", prompts),
+    ):
+        (base / name).write_text(json.dumps(data), encoding="utf-8")
+    return base, {}, {"task": "feature-extraction"}
+
+
+def _pictures(folder: Path) -> tuple[Path, dict[str, Path], dict[str, Any]]:
+    base = make_encoder("vit", "image-classification", folder / "base")
+    transformers.ViTImageProcessor(size={"height": 24, "width": 24}).save_pretrained(base)
+    return base, {}, {}
+
+
 def _merged(folder: Path) -> tuple[Path, dict[str, Path], dict[str, Any]]:
     """A base whose weights are on a grid, and an adapter whose changes are below its step."""
     base = _llama(folder)
@@ -251,6 +296,10 @@ _WORLDS: dict[str, Maker] = {
     "merged": _merged,
     "far": _far,
     "experts": _experts,
+    "texts": _texts,
+    "tables": _tables,
+    "sentences": _sentences,
+    "pictures": _pictures,
     **{
         f"random {family}": _random(family, seed, **options)
         for seed, (family, options) in enumerate(_RANDOM.items())

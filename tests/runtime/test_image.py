@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import struct
+import tracemalloc
+import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +98,19 @@ def test_files_arrays_and_modes(tmp_path: Path) -> None:
         ({"data_format": "channels_last"}, "field data_format is 'channels_last'"),
         ({"size": {"longest_edge": 30}}, "expected height and width, or shortest_edge"),
         ({"size": {"shortest_edge": 3, "longest_edge": 30}}, "expected height and width"),
-        ({"image_processor_type": "BitImageProcessor", "size": 30}, "its field size is 30"),
+        ({"size": [18, 22]}, "its field size is"),
+        ({"image_std": 0}, "its field image_std is 0"),
+        ({"image_std": [0.5, 0.0, 0.5]}, "its field image_std is"),
+        ({"image_std": [0.5, 0.5]}, "its field image_std is"),
+        ({"image_mean": [0.5, "x", 0.5]}, "its field image_mean is"),
+        ({"image_mean": [0.5, float("nan"), 0.5]}, "its field image_mean is"),
+        ({"rescale_factor": 0}, "its field rescale_factor is 0"),
+        ({"rescale_factor": "1"}, "its field rescale_factor is '1'"),
+        ({"resample": 9}, "its field resample is 9"),
+        ({"size": {"height": 0, "width": 4}}, "its field size is"),
+        ({"size": {"height": 2.5, "width": 4}}, "its field size is"),
+        ({"size": {"height": 10**6, "width": 10**6}}, "its field size is"),
+        ({"do_resize": "yes"}, "its field do_resize is 'yes'"),
         ({"resample": None}, "do_resize is set without resample"),
         ({"do_center_crop": True}, "do_center_crop is set without crop_size"),
     ],
@@ -121,6 +138,87 @@ def test_old_files_with_a_single_size_are_read() -> None:
     wanted = _theirs("vit", {"size": {"height": 20, "width": 20}})(_picture(30, 41))
     found = ImageProcessor(old)([_picture(30, 41)])
     np.testing.assert_array_equal(found, np.asarray(wanted["pixel_values"]))
+
+
+@pytest.mark.parametrize("name", ["vit", "deit", "bit"])
+def test_what_a_file_leaves_out_is_as_in_transformers(name: str) -> None:
+    """Files of years ago name neither do_rescale nor its factor."""
+    kind = {"vit": "ViT", "deit": "DeiT", "bit": "Bit"}[name]
+    for settings in ({}, {"size": 30}, {"do_normalize": False}):
+        wanted = np.asarray(_theirs(name, settings)(_picture(30, 41))["pixel_values"])
+        process = ImageProcessor({"feature_extractor_type": f"{kind}FeatureExtractor", **settings})
+        np.testing.assert_array_equal(process([_picture(30, 41)]), wanted)
+
+
+def _saved(form: str) -> bytes:
+    buffer = io.BytesIO()
+    picture = _picture(8, 8)
+    (picture if form != "ICO" else picture.convert("RGBA")).save(buffer, form)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM"])
+def test_formats_that_are_read(form: str, tmp_path: Path) -> None:
+    process = ImageProcessor(_theirs("vit", VIT).to_dict())
+    (tmp_path / "x").write_bytes(_saved(form))
+    assert process([tmp_path / "x"]).shape == (1, 3, 18, 22)
+
+
+@pytest.mark.parametrize("form", ["EPS", "PDF", "DDS", "ICO", "AVIF", "PCX", "TGA"])
+def test_formats_that_are_not(form: str, tmp_path: Path) -> None:
+    """EPS would be handed to another program."""
+    process = ImageProcessor(_theirs("vit", VIT).to_dict())
+    (tmp_path / "x.png").write_bytes(_saved(form))
+    with pytest.raises(DataError, match=r"x\.png is no image") as caught:
+        process([tmp_path / "x.png"])
+    assert "PNG" in caught.value.hint
+
+
+def test_a_small_file_of_many_pixels_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    process = ImageProcessor(_theirs("vit", VIT).to_dict())
+    side = 13_300
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)),
+        (b"IDAT", zlib.compress(bytes(side * (side // 8 + 2)))),
+        (b"IEND", b""),
+    ]
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks
+    )
+    (tmp_path / "bomb.png").write_bytes(data)
+    assert len(data) < 60_000
+    tracemalloc.start()
+    with pytest.raises(DataError, match=r"bomb\.png has 13300 x 13300 pixels, expected 50,000,000"):
+        process([tmp_path / "bomb.png"])
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM"])
+def test_damaged_images_are_read_or_refused(form: str, tmp_path: Path) -> None:
+    process = ImageProcessor(_theirs("vit", VIT).to_dict())
+    whole = _saved(form)
+    random = np.random.default_rng(0)
+    refused = 0
+    for _ in range(60):
+        data = bytearray(whole)
+        for place in random.integers(0, len(data), random.integers(1, 5)):
+            data[place] = random.integers(256)
+        (tmp_path / "x").write_bytes(bytes(data[: random.integers(1, len(data) + 1)]))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's own, of what it repairs
+            try:
+                assert np.isfinite(process([tmp_path / "x"])).all()
+            except DataError:
+                refused += 1
+    assert refused > 10
+
+
+@pytest.mark.parametrize("image", [None, 3, b"png", [[1]]])
+def test_what_is_no_picture_is_refused(image: Any) -> None:
+    with pytest.raises(DataError, match="expected a file"):
+        ImageProcessor(_theirs("vit", VIT).to_dict())([image])
 
 
 def test_what_is_no_image_is_refused(tmp_path: Path) -> None:

@@ -1,16 +1,13 @@
-"""Pooling: each way against a loop, sentence-transformers' files, and what is refused."""
+"""Pooling: each way against a loop."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from lora_edge.errors import BundleError, UnsupportedModelError
-from lora_edge.runtime.pooling import Pooling, load_pooling
+from lora_edge.runtime.pooling import MODES, Pooling
 
 HIDDEN = np.random.default_rng(0).standard_normal((3, 5, 4)).astype(np.float32)
 LENGTHS = (5, 2, 1)
@@ -21,75 +18,47 @@ WAYS = {
     "cls": lambda row: row[0],
     "max": lambda row: row.max(0),
     "lasttoken": lambda row: row[-1],
+    "mean_sqrt_len_tokens": lambda row: row.sum(0) / len(row) ** 0.5,
+    "weightedmean": lambda row: np.average(row, 0, np.arange(1, len(row) + 1)),
 }
+
+
+def _found(mode: Any, **settings: Any) -> Any:
+    return Pooling((mode,), **settings)(HIDDEN, MASK)
+
+
+def test_every_way_is_tried() -> None:
+    assert set(WAYS) == set(MODES)
 
 
 @pytest.mark.parametrize("mode", WAYS)
 def test_each_way_sees_the_rows_own_tokens_only(mode: Any) -> None:
     wanted = np.stack([WAYS[mode](row) for row in ROWS])
-    found = Pooling(mode)(HIDDEN, MASK)
+    found = _found(mode)
     assert (found.shape, found.dtype) == ((3, 4), np.float32)
     np.testing.assert_allclose(found, wanted, atol=1e-6)
-    others = [np.abs(found - Pooling(other)(HIDDEN, MASK)).max() for other in set(WAYS) - {mode}]  # type: ignore[arg-type]
+    others = [np.abs(found - _found(other)).max() for other in set(WAYS) - {mode}]
     assert min(others) > 0.1
-    normal = Pooling(mode, normalize=True)(HIDDEN, MASK)
+    normal = _found(mode, normalize=True)
     np.testing.assert_allclose(np.linalg.norm(normal, axis=1), 1, atol=1e-6)
     np.testing.assert_allclose(
         normal, wanted / np.linalg.norm(wanted, axis=1, keepdims=True), atol=1e-6
     )
 
 
-def _write(folder: Path, name: str, content: Any) -> None:
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content), encoding="utf-8")
+def test_several_ways_stand_side_by_side_in_their_order() -> None:
+    both = Pooling(("max", "cls"))(HIDDEN, MASK)
+    np.testing.assert_array_equal(both, np.hstack([_found("max"), _found("cls")]))
 
 
-def _modules(*kinds: str) -> list[dict[str, Any]]:
-    return [
-        {"idx": i, "name": str(i), "path": f"{i}_{kind}", "type": f"sentence_transformers.x.{kind}"}
-        for i, kind in enumerate(kinds)
-    ]
+@pytest.mark.parametrize("mode", sorted(set(WAYS) - {"weightedmean"}))
+def test_a_prompt_that_does_not_count(mode: Any) -> None:
+    found = Pooling((mode,), include_prompt=False)(HIDDEN[:2], MASK[:2], 1)
+    wanted = np.stack([WAYS[mode](row[1:]) for row in ROWS[:2]])
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    np.testing.assert_array_equal(Pooling((mode,))(HIDDEN, MASK, 1), _found(mode))
 
 
-def test_a_folder_without_files_means_the_mean(tmp_path: Path) -> None:
-    assert load_pooling(tmp_path) == Pooling("mean", normalize=False, max_length=None)
-
-
-def test_the_files_of_sentence_transformers_are_read(tmp_path: Path) -> None:
-    config = {"word_embedding_dimension": 4, "pooling_mode_cls_token": True}
-    _write(tmp_path, "1_Pooling/config.json", {**config, "pooling_mode_mean_tokens": False})
-    assert load_pooling(tmp_path) == Pooling("cls")
-    _write(tmp_path, "modules.json", _modules("Transformer", "Pooling", "Normalize"))
-    _write(tmp_path, "sentence_bert_config.json", {"max_seq_length": 33, "do_lower_case": False})
-    assert load_pooling(tmp_path) == Pooling("cls", normalize=True, max_length=33)
-    _write(tmp_path, "1_Pooling/config.json", {"pooling_mode": "lasttoken"})
-    assert load_pooling(tmp_path).mode == "lasttoken"
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"pooling_mode_mean_sqrt_len_tokens": True}, "by pooling_mode_mean_sqrt_len_tokens"),
-        ({"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}, "mean_tokens, pool"),
-        ({"pooling_mode_cls_token": False}, "by nothing"),
-        ({"pooling_mode": "weightedmean"}, "by weightedmean"),
-        ({"pooling_mode_mean_tokens": True, "include_prompt": False}, "include_prompt is false"),
-    ],
-)
-def test_other_ways_are_refused(tmp_path: Path, config: dict[str, Any], message: str) -> None:
-    _write(tmp_path, "1_Pooling/config.json", config)
-    with pytest.raises(UnsupportedModelError, match=message):
-        load_pooling(tmp_path)
-
-
-def test_other_modules_and_damaged_files_are_refused(tmp_path: Path) -> None:
-    _write(tmp_path, "modules.json", _modules("Transformer", "Pooling", "Dense"))
-    with pytest.raises(UnsupportedModelError, match="'Dense' is not known"):
-        load_pooling(tmp_path)
-    (tmp_path / "modules.json").write_text("[")
-    with pytest.raises(BundleError, match="is not JSON"):
-        load_pooling(tmp_path)
-    _write(tmp_path, "modules.json", {"0": "Transformer"})
-    with pytest.raises(BundleError, match="is not a JSON list"):
-        load_pooling(tmp_path)
+def test_the_weights_of_a_weighted_mean_begin_at_the_prompt() -> None:
+    found = Pooling(("weightedmean",), include_prompt=False)(HIDDEN[:1], MASK[:1], 2)
+    np.testing.assert_allclose(found[0], np.average(ROWS[0][2:], 0, [3, 4, 5]), atol=1e-6)

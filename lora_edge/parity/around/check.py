@@ -1,0 +1,106 @@
+"""One case for each thing that lies around the graph, and for what lies in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from lora_edge.base import Base
+from lora_edge.parity.around import asked
+from lora_edge.parity.around.adapters import compare_tensors
+from lora_edge.parity.around.files import compare_files, first_difference
+from lora_edge.parity.around.golden import load_around
+from lora_edge.parity.report import Case, CaseKind
+from lora_edge.runtime import Runner
+
+_WEIGHTS = "weights"
+# How far numbers may be apart: of embeddings, float noise; of pixels, against goldens, a grey level
+# by which releases of Pillow may differ.
+_CLOSE: Mapping[str, float] = {asked.EMBEDDINGS: 3e-4, asked.IMAGES: 1e-5}
+_GREY_LEVEL = 0.03
+
+
+def look_around(
+    runner: Runner,
+    base: Base | None,
+    sources: Mapping[str, Path],
+    say: Callable[[str], None],
+) -> tuple[list[Case], asked.Answers | None]:
+    """Compare all that a person gets beside logits, and the weights themselves.
+
+    Args:
+        runner: of the bundle.
+        base: its base, for PyTorch's answers; ``None``: those that the bundle keeps.
+        sources: adapter -> PEFT directory, of :func:`~lora_edge.parity.live.sources_of`; unused
+            without a base.
+        say: called with a line for each part.
+
+    Returns:
+        The cases, and PyTorch's answers, to be kept where all of them are the bundle's too.
+
+    Raises:
+        BaseModelError: transformers cannot read the base's files.
+    """
+    if base is None:
+        kept = load_around(runner.bundle)
+        if kept is None:
+            return [], None
+        say("comparing what lies around the graph with the goldens")
+        return list(_answered(runner, kept, goldens=True)), None
+    from lora_edge.parity.around.expected import DATED, expected_answers
+    from lora_edge.parity.around.reference import Parameters
+    from lora_edge.parity.around.weights import compare_weights
+
+    say("comparing what lies around the graph with transformers")
+    cases = [_case(f"file {name}", said) for name, said in compare_files(runner.bundle, base)]
+    parameters = Parameters(base, runner.bundle.manifest.task)
+    wanted = expected_answers(runner, base, sources, parameters)
+    cases += _answered(runner, wanted, goldens=False)
+    say("comparing every weight with the checkpoint")
+    manifest = runner.bundle.manifest
+    said = "; ".join(compare_weights(runner.bundle, base, sources, parameters))
+    who = tuple(sources) if manifest.mode == "merged" else ()
+    cases.append(_case(_WEIGHTS, said, who, kind="weights"))
+    if manifest.mode == "switchable":
+        for name, directory in sources.items():
+            said = compare_tensors(runner.bundle, name, directory, parameters.value)
+            cases.append(_case(f"file of {name}", said, (name,), kind="weights"))
+    wanted[asked.GRAPH_FILES] = asked.graph_files(runner)
+    for aspect in [x for x in wanted if x.partition(asked.OF)[0] == asked.CHAT]:
+        own = runner.tokenizer_of(aspect.partition(asked.OF)[2] or None)
+        if DATED in "".join(own.templates.values()):
+            del wanted[aspect]  # another text tomorrow
+    return cases, wanted
+
+
+def _answered(runner: Runner, wanted: asked.Answers, *, goldens: bool) -> Iterator[Case]:
+    found = asked.answers(runner, wanted)
+    for aspect, expected in wanted.items():
+        close = _CLOSE.get(aspect, 0.0)
+        if goldens and aspect == asked.IMAGES:
+            close = _GREY_LEVEL
+        said = first_difference(aspect, found[aspect], expected, close)
+        if aspect == asked.GRAPH_FILES:
+            yield _of_graph_files(found[aspect], expected)
+        else:
+            yield _case(aspect, said)
+
+
+def _of_graph_files(found: Mapping[str, str], wanted: Mapping[str, str]) -> Case:
+    odd = sorted(
+        name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)
+    )
+    if not odd:
+        return _case(asked.GRAPH_FILES, "", kind="weights")
+    reason = (
+        f"{asked.GRAPH_FILES}: {', '.join(odd)} {'are' if len(odd) > 1 else 'is'} not what was "
+        "compared with PyTorch, weight by weight; validate with --reference BASE"
+    )
+    return Case(asked.GRAPH_FILES, (), "unproved", reason, kind="weights")
+
+
+def _case(
+    name: str, said: str, adapters: tuple[str, ...] = (), *, kind: CaseKind = "around"
+) -> Case:
+    reason = said if not said or said.startswith(name) else f"{name}: {said}"
+    return Case(name, adapters, "failed" if said else "passed", reason, kind=kind)

@@ -1,0 +1,81 @@
+"""The bundle's copies of the base's files, value by value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lora_edge.base import Base
+from lora_edge.bundle import Bundle
+from lora_edge.errors import BaseModelError, BundleError
+from lora_edge.files.json import read_json
+from lora_edge.runtime.image import PROCESSOR_FILE
+from lora_edge.runtime.sentence import sentence_files
+
+_COPIED = ("config.json", "generation_config.json", PROCESSOR_FILE)
+_HINT = "Copy it again."
+# What other programs keep in config.json, and nothing here reads.
+_FOREIGN = ("transformers.js_config",)
+
+
+def compare_files(bundle: Bundle, base: Base) -> Iterator[tuple[str, str]]:
+    """Every file that is copied as it is, and what it says otherwise than the base's."""
+    folder = bundle.directory
+    names = (*_COPIED, *sentence_files(base.directory), *sentence_files(folder))
+    for name in dict.fromkeys(names):
+        if name == "tokenizer_config.json":  # what it means is compared with the tokenizer
+            continue
+        theirs, own = base.directory / name, folder / name
+        if not theirs.is_file() and not own.is_file():
+            continue
+        if not own.is_file() or not theirs.is_file():
+            where = "the base alone has" if theirs.is_file() else "the base has no"
+            yield name, f"{where} {name}"
+            continue
+        found, wanted = _read(own, BundleError), _read(theirs, BaseModelError)
+        for field in _FOREIGN:
+            for data in (found, wanted):
+                if isinstance(data, dict):
+                    data.pop(field, None)
+        yield name, first_difference(name, found, wanted)
+
+
+def first_difference(what: str, found: Any, wanted: Any, close: float = 0.0) -> str:
+    """Where two JSON values differ first, with both; empty: nowhere.
+
+    Args:
+        what: what they are, for people.
+        found: one value.
+        wanted: the other.
+        close: how far two floats may be apart, relative to the larger of 1 and ``wanted``.
+    """
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in sorted(found.keys() | wanted.keys(), key=str):
+            if key not in found or key not in wanted:
+                has = f"has {found[key]!r}" if key in found else "lacks it"
+                said = f"{wanted[key]!r}" if key in wanted else "nothing"
+                return f"{what}: {key} {has}, expected {said}"[:400]
+            if inner := first_difference(f"{what}: {key}", found[key], wanted[key], close):
+                return inner
+        return ""
+    if isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted):
+        for index, (one, other) in enumerate(zip(found, wanted, strict=True)):
+            if inner := first_difference(f"{what}[{index}]", one, other, close):
+                return inner
+        return ""
+    if isinstance(found, float) and isinstance(wanted, float):
+        if abs(found - wanted) <= close * max(1.0, abs(wanted)):
+            return ""
+    elif found == wanted and isinstance(found, bool) == isinstance(wanted, bool):
+        return ""
+    return f"{what} is {_short(found)}, expected {_short(wanted)}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:120]}…"
+
+
+def _read(path: Path, error: type[BundleError] | type[BaseModelError]) -> Any:
+    return read_json(path, error, _HINT, nonfinite=True)

@@ -1,0 +1,274 @@
+"""Every weight of a bundle's graphs against the checkpoint: no probe need reach it.
+
+Names first: a graph of our own capture calls its weights by parameter path. What has another name
+is looked up by its content, whole or turned. Weights of few bits are rounded again, merged ones
+merged again. One tensor is in memory at a time, beside the checkpoint's own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_edge.adapter import load_adapter
+from lora_edge.base import Base
+from lora_edge.bundle import BASE_GRAPH_FILE, DECODER_FILE, ENCODER_FILE, GRAPH_FILE, Bundle
+from lora_edge.capture import Layers, built_layers
+from lora_edge.effects import ParameterChange, parameter_changes
+from lora_edge.graph.contents import Content, contents
+from lora_edge.manifest import GraphSpec, SiteEntry
+from lora_edge.parity.around.reference import Parameters
+from lora_edge.quantization import quantize
+from lora_edge.tasks import TEXT_GENERATION, Task
+
+GRAPHS = (GRAPH_FILE, BASE_GRAPH_FILE, ENCODER_FILE, DECODER_FILE)
+
+_NAMED = 3  # tensors that a reason names
+_FEW = 4  # a constant of fewer numbers is used everywhere, so that every probe reaches it
+_LIKE = 0.9  # cosine from which a constant is meant to be another
+_CHUNK = 1 << 22  # numbers compared at a time
+_COMPUTED = 1e-5  # of the largest value: what is computed again, not copied
+_PARTS = ("codes", "scales", "zeros")
+
+Array = NDArray[Any]
+
+
+def compare_weights(
+    bundle: Bundle, base: Base, sources: Mapping[str, Path], parameters: Parameters
+) -> Iterator[str]:
+    """Compare all graphs of a bundle with its base's checkpoint.
+
+    Args:
+        bundle: the bundle.
+        base: its base.
+        sources: adapter -> PEFT directory, needed of a merged bundle.
+        parameters: the checkpoint, as transformers loads it.
+
+    Yields:
+        For each graph file, in which something differs, a sentence.
+    """
+    expected = _Expected(bundle, base, sources, parameters)
+    seen: dict[object, str] = {}
+    for relative in GRAPHS:
+        path = bundle.directory / relative
+        if not path.is_file():
+            continue
+        found: list[str] = []
+        for content in contents(path):
+            key = (content.name, content.place, content.shape)
+            if content.place and key in seen:
+                said = seen[key]
+            else:
+                said = expected.judge(content)
+                seen[key] = said
+            if said:
+                found.append(said)
+        if found:
+            more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+            yield f"{relative}: {', '.join(found[:_NAMED])}{more}"
+
+
+@dataclass
+class _Expected:
+    """What the tensors of a bundle's graphs should be."""
+
+    bundle: Bundle
+    base: Base
+    sources: Mapping[str, Path]
+    parameters: Parameters
+
+    @cached_property
+    def _computed(self) -> list[tuple[str, Array]]:
+        graph = self.bundle.manifest.graph
+        positions = graph.max_length if isinstance(graph, GraphSpec) else 1
+        return list(self.parameters.computed(positions))
+
+    @cached_property
+    def _layers(self) -> Mapping[str, SiteEntry]:
+        manifest = self.bundle.manifest
+        return {**manifest.uncovered, **manifest.sites} or self._built.modules
+
+    @cached_property
+    def _built(self) -> Layers:
+        name = self.bundle.manifest.task
+        return built_layers(self.base, None if name == TEXT_GENERATION else Task(name))
+
+    @cached_property
+    def _changes(self) -> Mapping[str, ParameterChange]:
+        """What a merged adapter makes of parameters."""
+        if self.bundle.manifest.mode != "merged":
+            return {}
+        ((name, directory),) = self.sources.items()
+        built = self._built
+        return parameter_changes(
+            load_adapter(directory, name), built.modules, built.tied, built.parameter_modules
+        )
+
+    @cached_property
+    def _digests(self) -> Mapping[bytes, str]:
+        """Every parameter by the hash of its content, as it is and turned."""
+        found = {}
+        for name in self.parameters.names:
+            value = self._value(name)
+            if value is not None and value.size >= _FEW:
+                for form in _turned(value):
+                    found[_digest(form)] = name
+        return found
+
+    def judge(self, content: Content) -> str:
+        """What is wrong with a tensor; empty: nothing, or it is none that can be compared."""
+        if int(np.prod(content.shape)) < _FEW:
+            return ""
+        name, part = content.name, ""
+        for suffix in _PARTS:
+            if name.endswith(f".weight.{suffix}"):
+                name, part = name.removesuffix(f".{suffix}"), suffix
+        values = content.values()
+        name = name if self.parameters.value(name) is not None else name.removesuffix(".merged")
+        if part:
+            return self._judge_codes(name, part, values)
+        expected = self._value(name)
+        if expected is not None and sorted(expected.shape) == sorted(values.shape):
+            computed = name in self._changes
+            return _difference(name, values, _turned(expected), computed=computed)
+        if values.dtype.kind != "f":
+            return ""
+        return self._judge_unnamed(content.name, values)
+
+    def _judge_codes(self, name: str, part: str, values: Array) -> str:
+        """Codes, scales or zero points of a weight of few bits, computed again."""
+        quantization = self.bundle.manifest.quantization
+        weight = self.parameters.value(name)
+        if quantization is None or weight is None:
+            return f"{name} is quantized, and the manifest or the checkpoint does not have it so"
+        matrix = weight.T if self._layers[name.removesuffix(".weight")].transposed else weight
+        blocks = quantize(matrix.astype(np.float32), quantization.bits, quantization.block_size)
+        packed: tuple[Array, ...] = blocks.packed()
+        expected = packed[_PARTS.index(part)]
+        return _difference(f"{name} ({part})", values, [expected], computed=False)
+
+    def _judge_unnamed(self, name: str, values: Array) -> str:
+        """A tensor that no parameter has the name of: found by its content."""
+        flat = values.reshape(-1)
+        if (flat == flat[0]).all():
+            return ""
+        alike: tuple[str, float, Array] = ("", 0.0, values)
+        for what, computed in self._computed:
+            if computed.shape != values.shape:
+                continue
+            if not _difference(what, values, [computed], computed=True):
+                return ""
+            likeness = max(_cosine(values, computed), _LIKE * _shared(values, computed))
+            if likeness > alike[1]:
+                alike = (what, likeness, computed)
+        if _digest(values) in self._digests:
+            return ""
+        for parameter in self.parameters.names:
+            expected = self._value(parameter)
+            if expected is None or sorted(expected.shape) != sorted(values.shape):
+                continue
+            if (expected == expected.reshape(-1)[0]).all():
+                continue  # of ones, say: too many constants are like it
+            for form in _turned(expected):
+                if form.shape == values.shape and (cosine := _cosine(values, form)) > alike[1]:
+                    alike = (parameter, cosine, form)
+        if alike[1] < _LIKE:
+            return ""  # a constant of the graph's own, such as a mask
+        return _difference(f"{name}, which is {alike[0]},", values, [alike[2]], computed=True)
+
+    def _value(self, name: str) -> Array | None:
+        """A parameter as the graph should have it: rounded, merged."""
+        value = self.parameters.value(name)
+        manifest = self.bundle.manifest
+        path = name.removesuffix(".weight")
+        if value is None and name in self._changes:  # a bias that the base does not have
+            return self._changes[name](None).astype(np.float32)
+        if value is None or value.dtype.kind != "f":
+            return value
+        transposed = path in self._layers and self._layers[path].transposed
+        turned: Callable[[Array], Array] = (lambda x: x.T) if transposed else (lambda x: x)
+        if manifest.quantization is not None and path in manifest.quantization.layers:
+            value = turned(manifest.quantization.rounded(turned(value).astype(np.float32)))
+        if name in self._changes:
+            wide = value.astype(np.float64)
+            linear = value.ndim == 2 and transposed
+            changed = self._changes[name](wide.T if linear else wide)
+            value = (changed.T if linear else changed).astype(np.float32)
+        return value
+
+
+def _turned(value: Array) -> list[Array]:
+    forms = [value]
+    if value.ndim == 2:
+        forms.append(value.T)
+    if value.ndim == 3:
+        forms.append(value.transpose(0, 2, 1))
+    return forms
+
+
+def _digest(value: Array) -> bytes:
+    data = np.ascontiguousarray(value, np.float32)
+    return hashlib.blake2b(data.view(np.uint8).reshape(-1).data, digest_size=16).digest()
+
+
+def _cosine(one: Array, other: Array) -> float:
+    a, b = (x.astype(np.float32).reshape(-1) for x in (one, other))
+    size = float(np.linalg.norm(a)) * float(np.linalg.norm(b))
+    return abs(float(a @ b)) / size if size else 0.0
+
+
+def _shared(one: Array, other: Array) -> bool:
+    """Whether a tenth of two tables' numbers are the same, zeros and ones apart."""
+    telling = (other != 0) & (np.abs(other) != 1)
+    same = np.isclose(one, other, rtol=0, atol=_COMPUTED) & telling
+    return bool(telling.any() and same.sum() >= telling.sum() / 10)
+
+
+def _difference(what: str, values: Array, forms: list[Array], *, computed: bool) -> str:
+    """How a tensor differs from what it should be, in any of these forms; empty: not at all."""
+    said = ""
+    fewest = None
+    for expected in forms:
+        if expected.shape != values.shape:
+            continue
+        wanted = expected.astype(values.dtype)
+        count, row, worst = _odd_rows(values, wanted, computed=computed)
+        if not count:
+            return ""
+        if fewest is None or count < fewest:
+            fewest = count
+            rows = len(values)
+            said = (
+                f"{what} differs from the checkpoint's in {count} of {rows} rows, first in row "
+                f"{row} (by {worst:.2g} at most)"
+            )
+    return said or f"{what} has the shape {values.shape}"
+
+
+def _odd_rows(values: Array, wanted: Array, *, computed: bool) -> tuple[int, int, float]:
+    """Number of rows that differ, the first of them, and the largest difference."""
+    size = max(1, values[0].size)
+    step = max(1, _CHUNK // size)
+    allowed = 0.0
+    if computed and values.dtype.kind == "f":
+        allowed = _COMPUTED * float(np.abs(wanted).max())
+    count, first, worst = 0, -1, 0.0
+    for start in range(0, len(values), step):
+        own, theirs = values[start : start + step], wanted[start : start + step]
+        if np.array_equal(own, theirs):
+            continue
+        apart = np.abs(own.astype(np.float64) - theirs.astype(np.float64)).reshape(len(own), -1)
+        largest = np.where(np.isnan(apart), np.inf, apart).max(1)
+        odd = np.flatnonzero(largest > allowed)
+        if len(odd):
+            count += len(odd)
+            first = start + int(odd[0]) if first < 0 else first
+            worst = max(worst, float(largest.max()))
+    return count, first, worst
