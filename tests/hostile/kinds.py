@@ -146,13 +146,13 @@ def _text(folder: Path) -> None:
 
 def _pooling(folder: Path) -> None:
     import numpy as np
+    from lora_edge.runtime.sentence import load_sentence_modules
 
-    from lora_edge.runtime.pooling import load_pooling
-
-    pooling = load_pooling(folder)
+    modules = load_sentence_modules(folder)
     hidden = np.ones((2, 3, 8), np.float32)
-    found = pooling(hidden, np.array([[1, 1, 1], [1, 0, 0]], np.int64))
+    found = modules.pooling(hidden, np.array([[1, 1, 1], [1, 0, 0]], np.int64))
     assert np.isfinite(found).all(), "an embedding that is not finite was accepted"
+    assert modules.max_length is None or modules.max_length > 0, "a length was accepted"
 
 
 def _image(folder: Path) -> None:
@@ -333,7 +333,12 @@ KINDS: dict[str, Kind] = {
     "chat-template": Kind("text", ("chat_template.jinja",), mutate.of_template, _text),
     "pooling": Kind(
         "pooling",
-        ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json"),
+        (
+            "modules.json",
+            "1_Pooling/config.json",
+            "sentence_bert_config.json",
+            "config_sentence_transformers.json",
+        ),
         mutate.of_json,
         _pooling,
     ),

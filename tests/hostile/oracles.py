@@ -14,6 +14,7 @@ Schema = dict[str, Any]
 
 TEXT: Schema = {"type": "string"}
 BOOL: Schema = {"type": "boolean"}
+SHA: Schema = {"type": "string", "pattern": r"^[0-9a-f]{64}\Z"}
 NAME: Schema = {
     "type": "string",
     "pattern": r"^(?!/)(?!.*(^|/)\.{0,2}(/|$))[^\\:\x00-\x1f]+\Z",
@@ -115,7 +116,7 @@ MANIFEST = record(
     },
     {
         "files": {
-            **mapped(record({"sha256": {"pattern": "^[0-9a-f]{64}$"}, "bytes": whole()})),
+            **mapped(record({"sha256": SHA, "bytes": whole()}, {"sample": maybe(SHA)})),
             "propertyNames": NAME,
         },
         "uncovered": mapped(SITE),

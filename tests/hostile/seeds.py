@@ -166,6 +166,9 @@ def _pooling(folder: Path) -> None:
     (folder / "sentence_bert_config.json").write_text(
         json.dumps({"max_seq_length": 32, "do_lower_case": False})
     )
+    (folder / "config_sentence_transformers.json").write_text(
+        json.dumps({"prompts": {"query": "query: "}, "default_prompt_name": None})
+    )
 
 
 def _images(folder: Path) -> None:
