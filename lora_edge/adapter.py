@@ -32,6 +32,7 @@ from lora_edge.adapter_parts import (
     token_rows,
 )
 from lora_edge.errors import AdapterError, UnsupportedAdapterError
+from lora_edge.files.portable import unportable
 from lora_edge.manifest import SiteEntry
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.options import path as checked_path
@@ -192,7 +193,7 @@ def check_name(name: str) -> str:
     Raises:
         AdapterError: it is reserved, or has characters that a folder name should not have.
     """
-    if name in {NONE_ADAPTER, "base"}:  # what the state without adapters is called
+    if name.casefold() in {NONE_ADAPTER, "base"}:  # what the state without adapters is called
         raise AdapterError(
             f"the adapter name {name!r} is reserved for the base", "Choose another name."
         )
@@ -200,6 +201,12 @@ def check_name(name: str) -> str:
         raise AdapterError(
             f"{name!r} cannot name an adapter",
             "Use 1 to 64 letters, digits, '.', '_' or '-', beginning with a letter or digit.",
+        )
+    reason = unportable(name)
+    if reason:
+        raise AdapterError(
+            f"{name!r} cannot name an adapter: it {reason}",
+            "Choose another name, so that the bundle can be copied everywhere.",
         )
     return name
 

@@ -25,8 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "experts": {"errors"},
     "quantization": {"files"},
     "manifest": {"errors", "files", "names", "quantization"},
-    "staging": {"errors", "manifest"},
-    "bundle": {"errors", "files", "manifest", "options", "staging"},
+    "bundle": {"errors", "files", "manifest", "options"},
     "base": {"errors", "files", "options"},
     "mlx": {"errors", "files", "names"},
     "adapter_source": {"errors", "files", "mlx"},
@@ -101,7 +100,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "task_choice": {"adapter", "base", "errors", "refusals", "tasks"},
     "card": {"manifest", "tasks"},
-    "convert": {"peft_directory", "base", "errors", "factorize", "peft_types", "staging"},
+    "convert": {"peft_directory", "base", "errors", "factorize", "files", "peft_types"},
     "factorize": {
         "peft_directory",
         "peft_targets",
@@ -134,7 +133,6 @@ ALLOWED: dict[str, set[str]] = {
         "quantization",
         "quiet",
         "runtime",
-        "staging",
         "tasks",
     },
     "packing": {

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from lora_edge import options as opt
 from lora_edge.base import resolve_base
-from lora_edge.bundle import staging
 from lora_edge.errors import AdapterError, MissingDependencyError
+from lora_edge.files.transaction import staging
 from lora_edge.quiet import quiet
 from lora_edge.refusals import Mode, Refusal
 from lora_edge.training.data import DataFile
