@@ -42,6 +42,7 @@ ALLOWED: dict[str, set[str]] = {
         "options",
         "adapter_parts",
         "errors",
+        "files",
         "manifest",
         "names",
         "peft_directory",
@@ -135,6 +136,7 @@ ALLOWED: dict[str, set[str]] = {
         "runtime",
         "tasks",
     },
+    "removal": {"bundle", "errors", "files", "manifest", "names", "parity"},
     "packing": {
         "adapter",
         "errors",
@@ -146,7 +148,7 @@ ALLOWED: dict[str, set[str]] = {
         "runtime",
     },
     "reports": {"errors", "files"},
-    "pytest_plugin": {"errors", "parity", "reports"},
+    "pytest_plugin": {"errors", "files", "parity", "reports"},
     "training": {
         "options",
         "base",
@@ -226,7 +228,7 @@ def test_heavy_imports_stay_where_they_belong() -> None:
     ["import lora_edge", "from lora_edge.cli import main; main(['--help'])"]
     + [
         f"from lora_edge.cli import main; main(['{verb}', '--help'])"
-        for verb in ("train", "export", "add", "run", "validate", "golden", "inspect")
+        for verb in ("train", "export", "add", "remove", "run", "validate", "golden", "inspect")
     ],
 )
 def test_help_and_import_need_no_torch_and_switch_telemetry_off(code: str) -> None:

@@ -37,6 +37,7 @@ from lora_edge.files.disk import (
 )
 from lora_edge.files.lock import Lock
 from lora_edge.files.owner import Owner
+from lora_edge.files.schema import INSIDE
 
 LOCK_NAME = ".lora_edge.lock"
 """The lock of a folder, in it."""
@@ -157,6 +158,8 @@ def _resolved(output: Path) -> Path:
     """Where the folder will be: behind links, and with a name."""
     try:
         target = Path(os.path.realpath(output))
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            target.lstat()  # raises where the system takes no such name
         if os.path.lexists(target) and not target.is_dir():
             if target.is_symlink():  # a circle of links
                 raise BundleError(f"{output} is a link to itself", "Choose another folder.")
@@ -433,11 +436,13 @@ def _settle(folder: Path, plan: Any) -> None:
         path = folder / name
         # Not through a link that leads out.
         inside = _is_inside(name) and path.parent.resolve().is_relative_to(folder.resolve())
-        if inside and os.path.lexists(path) and os.lstat(path).st_ino == number:
+        if not inside:
+            continue
+        if os.path.lexists(path) and os.lstat(path).st_ino == number:
             remove(path)
-            for parent in itertools.takewhile(lambda x: x != folder, path.parents if whole else ()):
-                with contextlib.suppress(OSError):
-                    parent.rmdir()
+        for parent in itertools.takewhile(lambda x: x != folder, path.parents if whole else ()):
+            with contextlib.suppress(OSError):
+                parent.rmdir()
     for name in reversed([] if whole else list(filter(_is_inside, folders))):
         with contextlib.suppress(OSError):
             (folder / name).rmdir()
@@ -445,10 +450,7 @@ def _settle(folder: Path, plan: Any) -> None:
 
 def _is_inside(name: object) -> bool:
     """Whether a name from a file is a path below its folder."""
-    if not isinstance(name, str) or not name or "\\" in name or "\0" in name:
-        return False
-    path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts and bool(path.parts)
+    return isinstance(name, str) and INSIDE.holds(name)
 
 
 # --- a file --------------------------------------------------------------------------------------
