@@ -124,7 +124,12 @@ class Lock:
             if record and not self._is_over(record, known=locked is True):
                 return record
             self._file, self._record = file, self._own()
-            self._write(record | self._record)  # what was noted stays until something else is
+            try:
+                self._write(record | self._record)  # what was noted stays until something else is
+            except OSError:
+                file = -1
+                self.release()
+                raise
             if locked is None and _read(file).get("token") != self._record["token"]:
                 return record  # another process was faster
             self.left, file = record, -1
@@ -164,7 +169,8 @@ class Lock:
         # Over the old record in one call: at no time is there none.
         text = json.dumps(record).encode().ljust(os.fstat(self._file).st_size)
         os.lseek(self._file, 0, os.SEEK_SET)
-        os.write(self._file, text)
+        if os.write(self._file, text) != len(text):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def _beat(self) -> None:
         while not self._stop.wait(_BEAT):

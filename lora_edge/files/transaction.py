@@ -128,18 +128,11 @@ def staging(output: Path, *, marker: str, force: bool = False) -> Iterator[Path]
         with _filling(output, target, marker) as stage:
             yield stage
         return
-    made = _with_parents(output, target.parent)
-    try:
-        with contextlib.ExitStack() as stack:
-            stage = _stage(stack, target.parent, target.name)
-            yield stage
-            sync_tree(stage)
-            _publish(output, stage, target, marker, force=force)
-        made = []
-    finally:
-        for folder in made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+    with parents(target.parent), contextlib.ExitStack() as stack:
+        stage = _stage(stack, target.parent, target.name)
+        yield stage
+        sync_tree(stage)
+        _publish(output, stage, target, marker, force=force)
 
 
 def check_free(output: Path, *, marker: str, force: bool = False) -> None:
@@ -217,14 +210,20 @@ def _current() -> Path:
         return Path(os.sep)
 
 
-def _with_parents(output: Path, parent: Path) -> list[Path]:
-    """Make a folder with those above it; those that were made, the deepest first."""
-    missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+@contextlib.contextmanager
+def parents(folder: Path) -> Iterator[None]:
+    """Make a folder and those above it; what of them is empty at the end goes again."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
-        parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _unwritable(output.parent, error) from error
-    return missing
+        raise _unwritable(folder, error) from error
+    try:
+        yield
+    finally:
+        for place in missing:
+            with contextlib.suppress(OSError):
+                place.rmdir()
 
 
 def _unwritable(folder: Path, error: OSError) -> BundleError:
@@ -352,10 +351,10 @@ class Writing:
         new = prepared / f"{head}.new"
         new.write_bytes(text)
         sync_tree(prepared)
-        parents = {parent for name in placed for parent in PurePosixPath(name).parents}
+        above = {parent for name in placed for parent in PurePosixPath(name).parents}
         folders = [
             str(parent)
-            for parent in sorted(parents - {PurePosixPath()}, key=lambda x: len(x.parts))
+            for parent in sorted(above - {PurePosixPath()}, key=lambda x: len(x.parts))
             if not (self._folder / parent).exists()
         ]
         plan = {

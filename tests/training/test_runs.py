@@ -28,9 +28,9 @@ from lora_edge.errors import (
 from lora_edge.training import Settings, plan, train
 from lora_edge.training.batches import collate
 from lora_edge.training.callbacks import Progress, read_metrics
+from lora_edge.training.checkpoints import latest_checkpoint
 from lora_edge.training.data import read_data
 from lora_edge.training.head import target_logits
-from lora_edge.training.loop import latest_checkpoint
 from lora_edge.training.model import load_model, load_tokenizer
 from lora_edge.training.record import read_recipe
 from lora_edge.training.tokens import tokenize
