@@ -358,10 +358,7 @@ def again(verb: Verb, folder: Path, world: World, before: str) -> None:
         raise BrokenError("it succeeded, and the old is there")
     left = [name for name in stray(folder) if not (done and name == f"{OUT}.run")]
     if left:
-        # A refusal came before anything was cleared up; any change does that.
-        clean = done and all(name.startswith(f".{OUT}.") or ".lora_edge." in name for name in left)
-        if not clean:
-            raise BrokenError(f"left behind: {left}")
+        raise BrokenError(f"left behind: {left}")
 
 
 # --- kills ---------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from lora_edge.errors import (
     ParityError,
 )
 from lora_edge.files.portable import check_apart
-from lora_edge.files.transaction import preparing, staging
+from lora_edge.files.transaction import preparing, recover, staging
 from lora_edge.fit import (
     check_base_of,
     check_copies,
@@ -198,6 +198,7 @@ def add(
     """
     adapters = opt.paths("adapters", adapters)
     target = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
+    recover(target.directory)
     manifest = target.manifest
     if manifest.mode != "switchable":
         raise BundleError(

@@ -10,7 +10,7 @@ from pathlib import Path
 from lora_edge.bundle import Bundle, load_bundle
 from lora_edge.errors import BundleError, OptionError
 from lora_edge.files.json import read_object
-from lora_edge.files.transaction import preparing
+from lora_edge.files.transaction import preparing, recover
 from lora_edge.manifest import Manifest
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.parity.golden import is_report, load_golden, stem_of
@@ -46,6 +46,7 @@ def remove(
             f"names is {names!r}, expected one or several names", "Give a list of names."
         )
     target = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
+    recover(target.directory)
     chosen = frozenset(names)
     gone: list[str] = []
 

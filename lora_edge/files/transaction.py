@@ -170,7 +170,7 @@ def _refuse(output: Path, target: Path, marker: str, *, force: bool) -> None:
     """Refuse, before the work, what cannot be published at its end."""
     if not target.is_dir():
         return
-    _recover(target)
+    recover(target)
     found = _entries(target)
     if not found:
         return
@@ -414,12 +414,13 @@ def _lock(folder: Path) -> Lock:
     return Lock(folder / LOCK_NAME, str(folder))
 
 
-def _recover(folder: Path) -> None:
-    """End what processes of this machine that died had begun in a folder."""
+def recover(folder: Path) -> None:
+    """End what processes that died had begun in a folder, where it is known and may be done."""
     clear(folder, _OWN)
     if os.path.lexists(folder / LOCK_NAME):
-        with writing(folder):
-            pass
+        lock = _lock(folder)
+        with contextlib.suppress(BundleError, OSError), lock.held():
+            _settle(folder, lock.left.get("plan"))
 
 
 def _settle(folder: Path, plan: Any) -> None:

@@ -10,7 +10,7 @@ from functools import partial
 from lora_edge.base import Base, resolve_base
 from lora_edge.bundle import Bundle, file_entry, load_bundle
 from lora_edge.errors import BundleError, DataError, ParityError
-from lora_edge.files.transaction import preparing
+from lora_edge.files.transaction import preparing, recover
 from lora_edge.manifest import Manifest
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.parity.asking import ask, longest_prompt, silent, tokens_of
@@ -109,6 +109,7 @@ def add_goldens(
         BundleError: as ``validate``.
     """
     target = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
+    recover(target.directory)
     target.verify_all()
     named = target.manifest.base["name_or_path"] if reference is None else reference
     base = named if isinstance(named, Base) else resolve_base(named)

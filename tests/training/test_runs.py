@@ -125,8 +125,27 @@ def test_after_a_hard_kill_the_latest_whole_checkpoint_is_used(
     assert steps == list(range(2, 201, 2))
 
 
+def test_a_damaged_checkpoint_is_passed_over_and_that_is_said(
+    base: Path, words: Path, tmp_path: Path
+) -> None:
+    settings = Settings(**RUN, save_every=3)
+    whole = train(base, words, tmp_path / "whole", settings=settings)
+    target, run = tmp_path / "cut", tmp_path / "cut.run"
+    with pytest.raises(InterruptedRunError):
+        train(base, words, target, settings=settings, progress=killer(7))
+    assert {path.name for path in run.glob("checkpoint-*")} == {"checkpoint-6", "checkpoint-8"}
+    damaged = run / "checkpoint-8" / "optimizer.pt"
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    notes: list[str] = []
+    train(base, words, target, settings=settings, resume=True, notify=notes.append)
+    assert notes[0].startswith("checkpoint-8 is passed over: optimizer.pt is damaged (")
+    assert f"going on from {run / 'checkpoint-6'}" in notes
+    assert result(whole)["adapter_sha256"] == result(target)["adapter_sha256"]
+    assert not run.exists()
+
+
 def test_nothing_to_resume_is_said(base: Path, words: Path, tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="has no checkpoint to go on from"):
+    with pytest.raises(BundleError, match="has no whole checkpoint to go on from"):
         train(base, words, tmp_path / "a", settings=Settings(**RUN), resume=True)
 
 
