@@ -198,13 +198,11 @@ class World:
         maker.join()
         if maker.exitcode:
             raise BrokenError("the base cannot be made")
-        two = self.given("a", "b")
-        self._bundle("two", "export", str(self.base), *two, "-o", OUT)
-        self._bundle("three", "export", str(self.base), *self.given("a", "b", "c"), "-o", OUT)
-        added = self._copy("two", root / "unproved")
-        self._done("add", OUT, *self.given("c"), folder=added)
-        shutil.move(added / OUT, root / "start" / "unproved")
-        export = ("export", str(self.base), *two, "-o", OUT)
+        three = self.given("a", "b", "c")
+        self._bundle("three", None, "export", str(self.base), *three, "-o", OUT)
+        self._bundle("two", "three", "remove", OUT, "c")
+        self._bundle("unproved", "two", "add", OUT, *self.given("c"))
+        export = ("export", str(self.base), *self.given("a", "b"), "-o", OUT)
         train = ["train", str(self.base), str(self.data), "--max-steps", "6", "--save-every", "2"]
         train += ["--batch-size", "2", "--rank", "2", "--device", "cpu", "-o", OUT]
         ab, abc = _holds("a", "b", proved=True), _holds("a", "b", "c")
@@ -264,16 +262,12 @@ class World:
     def given(self, *names: str) -> tuple[str, ...]:
         return tuple(x for name in names for x in ("-a", f"{name}={self.root / name}"))
 
-    def _bundle(self, name: str, *arguments: str) -> None:
-        folder = self.root / f"making-{name}"
-        folder.mkdir()
-        self._done(*arguments, folder=folder)
-        shutil.move(folder / OUT, self.root / "start" / name)
-
-    def _done(self, *arguments: str, folder: Path) -> None:
+    def _bundle(self, name: str, begin: str | None, *arguments: str) -> None:
+        folder = self._copy(begin, self.root / f"making-{name}")
         run = start(arguments, folder)()
         if run.code:
             raise BrokenError(f"{' '.join(arguments)}: {run.said}")
+        shutil.move(folder / OUT, self.root / "start" / name)
 
     def _copy(self, name: str | None, folder: Path) -> Path:
         """A folder with what a verb begins with, and with files of others beside it."""
