@@ -17,6 +17,7 @@ import pytest
 
 import lora_edge
 from lora_edge import BundleError, ParityError
+from lora_edge.parity import engine
 from lora_edge.parity.golden import recorded
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -117,19 +118,20 @@ def test_of_two_adds_of_one_name_the_second_is_refused_and_the_first_stays(
 
 
 def test_what_is_added_and_removed_during_a_validation_stays_so(
-    copy: Path, base: Path, others: dict[str, Path]
+    copy: Path, base: Path, others: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The validation records what it saw, and neither loses the one nor revives the other."""
     lora_edge.add(copy, {"proved": others["mirror"]})
     said: list[str] = []
+    record = engine.record
 
-    def change(line: str) -> None:
-        said.append(line)
-        if len(said) == 1:
-            lora_edge.add(copy, {"late": others["echo"]})
-            lora_edge.remove(copy, ["shout"])
+    def change_and_record(*arguments: Any) -> None:
+        lora_edge.add(copy, {"late": others["echo"]})
+        lora_edge.remove(copy, ["shout"])
+        record(*arguments)
 
-    report = lora_edge.validate(copy, base, steps=1, progress=change)
+    monkeypatch.setattr(engine, "record", change_and_record)
+    report = lora_edge.validate(copy, base, steps=1, progress=said.append)
     assert report.passed, report.table()
     assert _whole(copy) == {"echo", "mirror", "proved", "late"}
     entries = lora_edge.load_bundle(copy).manifest.adapters
