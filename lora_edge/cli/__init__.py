@@ -80,7 +80,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
 def _run(arguments: Sequence[str] | None, restore: bool) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     # What a verb is called for is done though nobody reads along; `run` has nothing else to do.
-    with unheard(stdout=given[:1] != ["run"]):
+    with unheard(goes_on=given[:1] != ["run"]):
         return _code(given, restore)
 
 
@@ -97,10 +97,6 @@ def _code(arguments: Sequence[str], restore: bool) -> int:
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted; nothing was left behind", err=True)
         return 130
-    except BrokenPipeError:
-        # The reader of stdout has gone (| head): not an error of ours.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except LoraEdgeError as error:
         _complain(str(error), error.hint)
         return error.exit_code

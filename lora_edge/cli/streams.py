@@ -11,18 +11,28 @@ import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
 
+import click
+
 
 @contextlib.contextmanager
-def unheard(*, stdout: bool = True) -> Iterator[None]:
+def unheard(*, goes_on: bool = True) -> Iterator[None]:
     """In the block, what nobody reads any more is dropped, and the work goes on to its verdict.
 
+    Click would end the process with exit code 1, which is "parity failed" here.
+
     Args:
-        stdout: for stdout too; else a ``BrokenPipeError`` of it is raised, as Python does.
+        goes_on: also when stdout's reader has gone; else the command ends, with exit code 0.
     """
-    names = ["stderr", "stdout"] if stdout else ["stderr"]
     # A stream that was closed from the start is None.
-    before: dict[str, TextIO] = {x: getattr(sys, x) for x in names if getattr(sys, x) is not None}
-    inside = {name: _Unheard(stream) for name, stream in before.items()}
+    names = [name for name in ("stderr", "stdout") if getattr(sys, name) is not None]
+    before: dict[str, TextIO] = {name: getattr(sys, name) for name in names}
+    inside = {
+        # What was to be said on stderr is not worth the verdict, whatever is wrong with it.
+        name: _Unheard(before[name], OSError)
+        if name == "stderr"
+        else _Unheard(before[name], BrokenPipeError, goes_on=goes_on)
+        for name in names
+    }
     try:
         for name, stream in inside.items():
             setattr(sys, name, stream)
@@ -30,32 +40,37 @@ def unheard(*, stdout: bool = True) -> Iterator[None]:
     finally:
         for name, stream in inside.items():
             setattr(sys, name, before[name])
-            stream.flush()
+            with contextlib.suppress(click.exceptions.Exit):
+                stream.flush()
 
 
 class _Unheard:
     """A text stream that goes to nowhere once its reader has gone."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, gone: type[OSError], *, goes_on: bool = True) -> None:
         self._stream = stream
+        self._gone = gone
+        self._goes_on = goes_on
 
     def write(self, text: str) -> int:
         try:
             return self._stream.write(text)
-        except BrokenPipeError:
+        except self._gone:
             self._drop()
             return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
-        except BrokenPipeError:
+        except self._gone:
             self._drop()
 
     def _drop(self) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)
+        if not self._goes_on:
+            raise click.exceptions.Exit(0)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -260,10 +260,11 @@ def test_an_export_that_is_not_proved_leaves_nothing(
 def test_test_data_that_cannot_be_written_leave_nothing(
     cli: Cli, copy: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "file").write_text("mine")
-    taken = cli("golden", copy, "--reference", base, "--onnx-test-data", tmp_path / "file")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    taken = cli("golden", copy, "--reference", base, "--onnx-test-data", tmp_path / "full")
     assert (taken.code, taken.out) == (2, "")
-    assert "is no folder" in taken.err
+    assert "is not empty" in taken.err
     assert "data set" not in taken.err
 
     def full(*_: Any) -> None:
@@ -273,7 +274,7 @@ def test_test_data_that_cannot_be_written_leave_nothing(
     result = cli("golden", copy, "--reference", base, "--onnx-test-data", tmp_path / "data")
     assert result.code == 2
     assert "No space left" in result.err
-    assert _names(tmp_path) == {"bundle", "file"}
+    assert _names(tmp_path) == {"bundle", "full"}
 
 
 # --- nobody reads (C7) ---------------------------------------------------------------------------
