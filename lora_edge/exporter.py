@@ -268,7 +268,8 @@ def _add(
         def edit(now: Manifest) -> Manifest:
             """Add what is new to what the bundle holds by then."""
             target.check_graph(now)
-            new = {x.name: told.adapters[x.name] for x in loaded if _is_new(x, now)}
+            # One that was there already, and has gone since, is not half-added.
+            new = {x: told.adapters[x] for x in entries if _is_new(adapters[x], now)}
             return _with_adapters(now, new, stage)
 
         return target.change(stage, edit)

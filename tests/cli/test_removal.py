@@ -37,7 +37,7 @@ def test_an_adapter_goes_with_all_cases_that_it_is_in(copy: Path) -> None:
     assert all(path.read_bytes() == before[path] for path in same)
     assert lora_edge.validate(copy, depth="quick").passed
     with pytest.raises(AdapterNotFoundError, match="'mirror'"):
-        lora_edge.Runner(copy).logits([[1, 2]], "mirror")
+        lora_edge.Runner(copy).generate(["x"], adapter="mirror", max_new_tokens=1)
 
 
 def test_cases_of_what_is_left_are_recorded_again_with_the_reference(

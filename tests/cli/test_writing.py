@@ -148,16 +148,15 @@ def test_a_bundle_that_is_replaced_during_an_add_is_left(
     copy: Path, others: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lora_edge import exporter
-    from lora_edge.files.transaction import staging
 
     write = exporter.write_adapter_folder
 
     def replace_it(*arguments: Any) -> Any:
-        with staging(copy, marker="lora_edge.json", force=True) as stage:
-            shutil.copytree(copy, stage, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
-            data = json.loads((stage / "lora_edge.json").read_text())
-            data["base"]["name_or_path"] = "another/base"
-            (stage / "lora_edge.json").write_text(json.dumps(data))
+        old = copy.rename(copy.with_name("old"))
+        shutil.copytree(old, copy, ignore=shutil.ignore_patterns(".*"))
+        data = json.loads((copy / "lora_edge.json").read_text())
+        data["base"]["name_or_path"] = "another/base"
+        (copy / "lora_edge.json").write_text(json.dumps(data))
         return write(*arguments)
 
     monkeypatch.setattr(exporter, "write_adapter_folder", replace_it)
