@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from lora_edge import options as opt
 from lora_edge.bundle import Bundle, load_bundle
 from lora_edge.errors import BundleError, OptionError
 from lora_edge.files.json import read_object
@@ -41,13 +42,15 @@ def remove(
         OptionError: no name is given, or ``none``, which stands for the base.
         BundleError: the bundle is merged, damaged, or was replaced meanwhile.
     """
-    if isinstance(names, str) or not names:
+    opt.called("progress", progress)
+    given = names if isinstance(names, (list, tuple)) else ()
+    if not given or not all(isinstance(name, str) for name in given):
         raise OptionError(
             f"names is {names!r}, expected one or several names", "Give a list of names."
         )
     target = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
     recover(target.directory)
-    chosen = frozenset(names)
+    chosen = frozenset(given)
     gone: list[str] = []
 
     def edit(now: Manifest) -> Manifest:

@@ -136,7 +136,7 @@ ALLOWED: dict[str, set[str]] = {
         "runtime",
         "tasks",
     },
-    "removal": {"bundle", "errors", "files", "manifest", "names", "parity"},
+    "removal": {"bundle", "errors", "files", "manifest", "names", "options", "parity"},
     "packing": {
         "adapter",
         "errors",
