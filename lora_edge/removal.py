@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from lora_edge.files.json import read_object
 from lora_edge.files.transaction import preparing, recover
 from lora_edge.manifest import Manifest
 from lora_edge.names import NONE_ADAPTER
+from lora_edge.parity.around.golden import is_around
 from lora_edge.parity.golden import is_report, load_golden, stem_of
 
 
@@ -96,6 +98,9 @@ def _is_about(bundle: Bundle, file: str, names: frozenset[str]) -> bool:
     path: Path = bundle.directory / file
     if stem_of(file) is not None:
         return bool(names & set(load_golden(path).probe.adapters))
+    if is_around(file):
+        text = path.read_text(encoding="utf-8")
+        return any(json.dumps(name) in text for name in names)
     if is_report(file):
         hint = "Copy the bundle again, or export it again."
         return bool(names & set(read_object(path, BundleError, hint).get("adapters", ())))
