@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from lora_edge.bundle import Bundle, load_bundle
     from lora_edge.exporter import add, export
     from lora_edge.parity import Report, validate
+    from lora_edge.removal import remove
     from lora_edge.runtime import Runner
     from lora_edge.training import train
 
@@ -51,6 +52,7 @@ _LAZY = {
     "export": "lora_edge.exporter",
     "load_adapter": "lora_edge.adapter",
     "load_bundle": "lora_edge.bundle",
+    "remove": "lora_edge.removal",
     "train": "lora_edge.training",
     "validate": "lora_edge.parity",
 }
@@ -81,6 +83,7 @@ __all__ = [
     "export",
     "load_adapter",
     "load_bundle",
+    "remove",
     "train",
     "validate",
 ]

@@ -32,6 +32,7 @@ from lora_edge.adapter_parts import (
     token_rows,
 )
 from lora_edge.errors import AdapterError, UnsupportedAdapterError
+from lora_edge.files.portable import unportable
 from lora_edge.manifest import SiteEntry
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.options import path as checked_path
@@ -192,7 +193,7 @@ def check_name(name: str) -> str:
     Raises:
         AdapterError: it is reserved, or has characters that a folder name should not have.
     """
-    if name in {NONE_ADAPTER, "base"}:  # what the state without adapters is called
+    if name.casefold() in {NONE_ADAPTER, "base"}:  # what the state without adapters is called
         raise AdapterError(
             f"the adapter name {name!r} is reserved for the base", "Choose another name."
         )
@@ -200,6 +201,12 @@ def check_name(name: str) -> str:
         raise AdapterError(
             f"{name!r} cannot name an adapter",
             "Use 1 to 64 letters, digits, '.', '_' or '-', beginning with a letter or digit.",
+        )
+    reason = unportable(name)
+    if reason:
+        raise AdapterError(
+            f"{name!r} cannot name an adapter: it {reason}",
+            "Choose another name, so that the bundle can be copied everywhere.",
         )
     return name
 
@@ -260,12 +267,15 @@ def load_adapter(path: str | os.PathLike[str], name: str | None = None) -> Adapt
     )
 
 
-def examine(path: str | os.PathLike[str], name: str) -> tuple[Adapter | None, list[Refusal]]:
+def examine(
+    path: str | os.PathLike[str], name: str, *, trained: bool = True
+) -> tuple[Adapter | None, list[Refusal]]:
     """Read a PEFT directory as far as it goes, and list everything that is refused.
 
     Args:
         path: as for :func:`load_adapter`.
         name: what to call the adapter.
+        trained: refuse one that has no effect, as one has before its training.
 
     Returns:
         The adapter, ``None`` where both modes refuse it; and every reason for which a mode would
@@ -281,7 +291,8 @@ def examine(path: str | os.PathLike[str], name: str) -> tuple[Adapter | None, li
     adapter: Adapter | None = None
     try:
         adapter = load_adapter(directory, name)
-        adapter.check_effect()
+        if trained:
+            adapter.check_effect()
     except AdapterError as error:
         found.append(Refusal(str(error), error.hint))
     return adapter, found

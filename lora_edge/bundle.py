@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -23,6 +24,7 @@ from lora_edge.errors import AdapterNotFoundError, BundleError
 from lora_edge.files.json import read_bytes
 from lora_edge.files.paths import path_inside
 from lora_edge.files.sample import SMALL, sample_file
+from lora_edge.files.transaction import is_hidden, write_atomically, writing
 from lora_edge.manifest import (
     MANIFEST_NAME,
     AdapterEntry,
@@ -34,9 +36,8 @@ from lora_edge.manifest import (
     SiteEntry,
 )
 from lora_edge.options import path as checked_path
-from lora_edge.staging import staging, write_atomically
 
-# The manifest's types and staging can be had here too.
+# The manifest's types can be had here too.
 __all__ = [
     "BASE_GRAPH_FILE",
     "DATA_FILE",
@@ -56,7 +57,6 @@ __all__ = [
     "file_entry",
     "hash_file",
     "load_bundle",
-    "staging",
 ]
 
 GRAPH_FILE = "onnx/model.onnx"
@@ -162,11 +162,64 @@ class Bundle:
             self.verify(relative)
 
     def write_manifest(self, manifest: Manifest) -> Bundle:
-        """Replace the manifest atomically and return the bundle that it describes."""
-        text = manifest.to_json()
-        Manifest.from_json(text)  # nothing is published that could not be read
-        write_atomically(self.directory / MANIFEST_NAME, text)
+        """Replace the manifest atomically and return the bundle that it describes.
+
+        For a folder that nobody else knows of; a published bundle is changed by :meth:`change`.
+        """
+        write_atomically(self.directory / MANIFEST_NAME, _readable(manifest))
         return Bundle(self.directory, manifest)
+
+    def change(self, prepared: Path, edit: Callable[[Manifest], Manifest]) -> Bundle:
+        """Change the bundle in one step, whoever else has changed it since it was opened.
+
+        Args:
+            prepared: a folder of :func:`~lora_edge.files.transaction.preparing`, with the files
+                that are new.
+            edit: the manifest as it is now, read under the bundle's lock -> the new one. Files
+                that only the new one names are put in place, those that only the old one names go.
+
+        Raises:
+            BundleError: another process holds the bundle, or has replaced it.
+        """
+        with writing(self.directory) as lock:
+            now = load_bundle(self.directory).manifest
+            made = edit(now)
+            if not prepared.is_dir():
+                raise self.replaced()
+            lock.commit(
+                prepared,
+                sorted(made.files.keys() - now.files.keys()),
+                MANIFEST_NAME,
+                _readable(made).encode(),
+                sorted(now.files.keys() - made.files.keys()),
+            )
+        return Bundle(self.directory, made)
+
+    def replaced(self) -> BundleError:
+        """The error of a change that was prepared for a bundle that is there no more."""
+        return BundleError(
+            f"{self.directory} was replaced by another bundle meanwhile; nothing was changed",
+            "Call the command again, for the bundle that is there now.",
+        )
+
+    def check_graph(self, now: Manifest) -> None:
+        """Check that a manifest that was read again is of the same graph and weights.
+
+        Raises:
+            BundleError: it is not: the bundle was replaced.
+        """
+        then = self.manifest
+        facts = ("mode", "task", "base", "graph", "sites", "uncovered", "tied", "quantization")
+        changed = any(getattr(then, name) != getattr(now, name) for name in facts)
+        graphs = [{k: v for k, v in x.files.items() if k.startswith("onnx/")} for x in (then, now)]
+        if changed or graphs[0] != graphs[1]:
+            raise self.replaced()
+
+
+def _readable(manifest: Manifest) -> str:
+    text = manifest.to_json()
+    Manifest.from_json(text)  # nothing is published that could not be read
+    return text
 
 
 def load_bundle(directory: str | os.PathLike[str]) -> Bundle:
@@ -219,5 +272,7 @@ def file_entries(directory: Path) -> dict[str, FileEntry]:
     return {
         path.relative_to(directory).as_posix(): file_entry(path)
         for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name != MANIFEST_NAME
+        if path.is_file()
+        and path.name != MANIFEST_NAME
+        and not any(map(is_hidden, path.relative_to(directory).parts))
     }

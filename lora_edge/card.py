@@ -57,7 +57,7 @@ def bundle_card(manifest: Manifest) -> str:
     lines += [
         "",
         "The figures of the last check against PyTorch are in `parity/`; `lora-edge inspect .` "
-        "shows what is proved now, adapters that were added since included.",
+        "shows what the bundle holds and what is proved now, after `add` and `remove` too.",
         "",
         "```sh",
         *(f"lora-edge run . -a {example} {option}" for option in _OPTION.get(task, ())),

@@ -16,9 +16,9 @@ from typing import Any
 
 from lora_edge.base import Base, resolve_base
 from lora_edge.errors import AdapterError, MissingDependencyError, UnsupportedAdapterError
+from lora_edge.files.transaction import staging
 from lora_edge.peft_directory import CONFIG_FILE, read_config, tensor_file
 from lora_edge.peft_types import CONVERTIBLE, MERGE_FIRST, type_refusal
-from lora_edge.staging import staging
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
@@ -18,7 +17,7 @@ from lora_edge.adapter_source import peft_directories
 from lora_edge.base import Base, resolve_base
 from lora_edge.building import Options, Progress, build, check_precision, sign
 from lora_edge.building_seq2seq import build_seq2seq
-from lora_edge.bundle import Bundle, file_entry, load_bundle
+from lora_edge.bundle import Bundle, file_entries, load_bundle
 from lora_edge.card import bundle_card
 from lora_edge.convert import Conversion, converting
 from lora_edge.effects import site_changes
@@ -28,6 +27,8 @@ from lora_edge.errors import (
     BundleError,
     ParityError,
 )
+from lora_edge.files.portable import check_apart
+from lora_edge.files.transaction import preparing, recover, staging
 from lora_edge.fit import (
     check_base_of,
     check_copies,
@@ -38,7 +39,7 @@ from lora_edge.fit import (
 )
 from lora_edge.kinds import KINDS
 from lora_edge.lora import Head, SiteChange
-from lora_edge.manifest import Manifest, Mode, Seq2SeqSpec
+from lora_edge.manifest import MANIFEST_NAME, AdapterEntry, Manifest, Mode, Seq2SeqSpec
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.packing import check_parts, with_heads, write_adapter_folder, write_sentence_modules
 from lora_edge.peft_loading import BaseView
@@ -46,7 +47,6 @@ from lora_edge.prompts import own_folders, write_adapter_texts, write_base_text
 from lora_edge.quantization import Precision, rounded_weights
 from lora_edge.runtime.adapter_file import read_adapter
 from lora_edge.runtime.changes import parse_changes
-from lora_edge.staging import staging
 from lora_edge.task_choice import chosen_task
 from lora_edge.tasks import EMBEDDING
 
@@ -146,12 +146,13 @@ def export(
             )
         fingerprint = model.fingerprint()  # reads every weight: one that is cut off is named here
         for adapter in loaded:
+            check_apart(adapter.name, paths, AdapterError)
             adapter.check_mode(mode)
             adapter.check_effect()
             check_base_of(adapter, fingerprint, model.name_or_path)
             if notice := other_base(adapter, model):
                 say(f"{adapter.name}: {notice}")
-        with staging(Path(output), force=force) as stage:
+        with staging(Path(output), marker=MANIFEST_NAME, force=force) as stage:
             wanted = chosen_task(model, loaded, task, mode)
             options = Options(mode, form, backend, sites, tuple(kinds), wanted, precision)
             check_precision(options)
@@ -179,6 +180,7 @@ def add(
     """Add adapters to a switchable bundle; its graph and weights are not touched.
 
     Needs no PyTorch. The adapters are *unproved* until ``validate`` has compared them with PyTorch.
+    One that the bundle has already under that name, from the same files, stays as it is.
 
     Args:
         bundle: the bundle or its folder.
@@ -192,10 +194,11 @@ def add(
     Raises:
         AdapterError: an adapter is refused, has a name that is taken, or changes a layer that the
             graph has no branch for.
-        BundleError: the bundle is merged, or damaged.
+        BundleError: the bundle is merged, damaged, or was replaced meanwhile.
     """
     adapters = opt.paths("adapters", adapters)
     target = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
+    recover(target.directory)
     manifest = target.manifest
     if manifest.mode != "switchable":
         raise BundleError(
@@ -221,10 +224,9 @@ def _add(
     changes: dict[str, Mapping[str, SiteChange]] = {}
     loaded = [adapter.settled(layers) for adapter in adapters.values()]
     for adapter in loaded:
-        if adapter.name in manifest.adapters:
-            raise AdapterError(
-                f"the bundle already has an adapter {adapter.name!r}", "Choose another name."
-            )
+        check_apart(adapter.name, adapters, AdapterError)
+        if not _is_new(adapter, manifest):
+            continue
         adapter.check_mode("switchable")
         check_base_of(adapter, manifest.base["fingerprint"], manifest.base["name_or_path"])
         if isinstance(manifest.graph, Seq2SeqSpec):
@@ -242,31 +244,64 @@ def _add(
                 f"adapter {adapter.name} brings no task head {headless[0]}, nor has the base one",
                 "Save the adapter with modules_to_save, so that its head is saved along.",
             )
-    entries, files = dict(manifest.adapters), dict(manifest.files)
-    written: list[Path] = []
-    try:
-        for adapter in loaded:
-            folder = target.directory / "adapters" / adapter.name
-            written.append(folder)
-            entries[adapter.name] = write_adapter_folder(
-                target.directory,
+    if not changes:
+        return target
+    with preparing(target.directory) as stage:
+        entries = {
+            adapter.name: write_adapter_folder(
+                stage,
                 adapter,
                 manifest.sites,
                 changes[adapter.name],
                 manifest.base["fingerprint"],
             )
-            if manifest.task == EMBEDDING:
-                write_sentence_modules(target.directory, adapter.name, folders[adapter.name])
-            for file in folder.rglob("*"):
-                if file.is_file():
-                    name = file.relative_to(target.directory).as_posix()
-                    files[name] = file_entry(file)
-        added = dataclasses.replace(manifest, adapters=entries, files=files)
-        return target.write_manifest(write_adapter_texts(target.directory, added, folders, _silent))
-    except BaseException:
-        for folder in written:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
+            for adapter in loaded
+            if adapter.name in changes
+        }
+        if manifest.task == EMBEDDING:
+            for name in entries:
+                write_sentence_modules(target.directory, name, folders[name], output=stage)
+        whole = dataclasses.replace(manifest, adapters={**manifest.adapters, **entries})
+        own_texts = {name: folder for name, folder in folders.items() if name in entries}
+        told = write_adapter_texts(target.directory, whole, own_texts, _silent, output=stage)
+
+        def edit(now: Manifest) -> Manifest:
+            """Add what is new to what the bundle holds by then."""
+            target.check_graph(now)
+            # One that was there already, and has gone since, is not half-added.
+            new = {x: told.adapters[x] for x in entries if _is_new(adapters[x], now)}
+            return _with_adapters(now, new, stage)
+
+        return target.change(stage, edit)
+
+
+def _is_new(adapter: Adapter, manifest: Manifest) -> bool:
+    """Whether a bundle lacks an adapter; it may have it, from the same files, already."""
+    known = manifest.adapters.get(adapter.name)
+    if known is None:
+        check_apart(adapter.name, manifest.adapters, AdapterError)
+        return True
+    if known.digest != adapter.digest:
+        raise AdapterError(
+            f"the bundle already has an adapter {adapter.name!r}, from other files",
+            "Choose another name, or remove that one first: lora-edge remove BUNDLE NAME",
+        )
+    return False
+
+
+def _with_adapters(
+    manifest: Manifest, entries: Mapping[str, AdapterEntry], stage: Path
+) -> Manifest:
+    files = {
+        name: entry
+        for name, entry in file_entries(stage).items()
+        if any(name.startswith(f"adapters/{adapter}/") for adapter in entries)
+    }
+    return dataclasses.replace(
+        manifest,
+        adapters={**manifest.adapters, **entries},
+        files={**manifest.files, **files},
+    )
 
 
 def _base_heads(bundle: Bundle) -> dict[str, Head]:

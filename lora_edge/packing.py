@@ -109,13 +109,16 @@ def write_adapter_folder(
     )
 
 
-def write_sentence_modules(directory: Path, name: str, source: Path) -> None:
+def write_sentence_modules(
+    directory: Path, name: str, source: Path, *, output: Path | None = None
+) -> None:
     """Carry the sentence-transformers files of an adapter's folder where they say other things.
 
     Args:
         directory: a bundle of embeddings, which has the base's files.
         name: the adapter.
         source: its own folder.
+        output: where the files go; ``None``: into the bundle.
 
     Raises:
         UnsupportedAdapterError: a module or a setting that cannot be represented; it is named.
@@ -129,7 +132,7 @@ def write_sentence_modules(directory: Path, name: str, source: Path) -> None:
         raise UnsupportedAdapterError(f"adapter {name} is refused: {error}", error.hint) from error
     if own == load_sentence_modules(directory):
         return
-    folder = directory / "adapters" / name / SENTENCE_FOLDER
+    folder = (output or directory) / "adapters" / name / SENTENCE_FOLDER
     for relative in sentence_files(source):
         (folder / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / relative, folder / relative)

@@ -89,7 +89,12 @@ def write_base_text(base: Base, stage: Path, manifest: Manifest, say: Say) -> No
 
 
 def write_adapter_texts(
-    directory: Path, manifest: Manifest, folders: Mapping[str, Path], say: Say
+    directory: Path,
+    manifest: Manifest,
+    folders: Mapping[str, Path],
+    say: Say,
+    *,
+    output: Path | None = None,
 ) -> Manifest:
     """Carry what adapters' folders bring of their own, where it differs from the base's.
 
@@ -98,6 +103,7 @@ def write_adapter_texts(
         manifest: its manifest.
         folders: name -> PEFT directory.
         say: told of what is carried.
+        output: where the new files of a switchable bundle go; ``None``: into it.
 
     Returns:
         The manifest with what each adapter brings, and the hashes of the new files.
@@ -108,16 +114,17 @@ def write_adapter_texts(
             whether they mean the same, is not installed.
     """
     entries, files = dict(manifest.adapters), dict(manifest.files)
+    written = directory if output is None else output
     for name, folder in folders.items():
         merged = manifest.mode == "merged"
-        target = directory if merged else directory / text_folder(name)
+        target = directory if merged else written / text_folder(name)
         aspects = _carry(name, folder, directory, target, manifest, say)
         if not aspects:
             continue
         entries[name] = dataclasses.replace(entries[name], text=aspects)
         if not merged:
             found = (x for x in target.rglob("*") if x.is_file())
-            files |= {x.relative_to(directory).as_posix(): file_entry(x) for x in sorted(found)}
+            files |= {x.relative_to(written).as_posix(): file_entry(x) for x in sorted(found)}
         say(f"{name} brings its own {aspect_names(aspects)}, used where it is used")
     return dataclasses.replace(manifest, adapters=entries, files=files)
 

@@ -169,6 +169,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     worker = getattr(session.config, "workerinput", {"workerid": "gw0"})["workerid"]
     if file is None or worker != "gw0":
         return
+    from lora_edge.files.transaction import write_atomically
     from lora_edge.reports import html
 
     for number, data in enumerate(session.config.stash[_REPORTS].values(), 1):
@@ -176,4 +177,4 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         if number > 1:
             path = path.with_name(f"{path.stem}-{number}{path.suffix}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(html(data), encoding="utf-8")
+        write_atomically(path, html(data))

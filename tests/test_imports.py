@@ -25,8 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "experts": {"errors"},
     "quantization": {"files"},
     "manifest": {"errors", "files", "names", "quantization"},
-    "staging": {"errors", "manifest"},
-    "bundle": {"errors", "files", "manifest", "options", "staging"},
+    "bundle": {"errors", "files", "manifest", "options"},
     "base": {"errors", "files", "options"},
     "mlx": {"errors", "files", "names"},
     "adapter_source": {"errors", "files", "mlx"},
@@ -43,6 +42,7 @@ ALLOWED: dict[str, set[str]] = {
         "options",
         "adapter_parts",
         "errors",
+        "files",
         "manifest",
         "names",
         "peft_directory",
@@ -101,7 +101,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "task_choice": {"adapter", "base", "errors", "refusals", "tasks"},
     "card": {"manifest", "tasks"},
-    "convert": {"peft_directory", "base", "errors", "factorize", "peft_types", "staging"},
+    "convert": {"peft_directory", "base", "errors", "factorize", "files", "peft_types"},
     "factorize": {
         "peft_directory",
         "peft_targets",
@@ -134,9 +134,9 @@ ALLOWED: dict[str, set[str]] = {
         "quantization",
         "quiet",
         "runtime",
-        "staging",
         "tasks",
     },
+    "removal": {"bundle", "errors", "files", "manifest", "names", "options", "parity"},
     "packing": {
         "adapter",
         "errors",
@@ -148,7 +148,7 @@ ALLOWED: dict[str, set[str]] = {
         "runtime",
     },
     "reports": {"errors", "files"},
-    "pytest_plugin": {"errors", "parity", "reports"},
+    "pytest_plugin": {"errors", "files", "parity", "reports"},
     "training": {
         "options",
         "base",
@@ -228,7 +228,7 @@ def test_heavy_imports_stay_where_they_belong() -> None:
     ["import lora_edge", "from lora_edge.cli import main; main(['--help'])"]
     + [
         f"from lora_edge.cli import main; main(['{verb}', '--help'])"
-        for verb in ("train", "export", "add", "run", "validate", "golden", "inspect")
+        for verb in ("train", "export", "add", "remove", "run", "validate", "golden", "inspect")
     ],
 )
 def test_help_and_import_need_no_torch_and_switch_telemetry_off(code: str) -> None:

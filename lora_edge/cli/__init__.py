@@ -18,12 +18,14 @@ from types import FrameType
 import click
 
 from lora_edge import __version__
+from lora_edge.cli.streams import unheard
 from lora_edge.errors import LoraEdgeError
 
 _VERBS = {
     "train": "Train a LoRA adapter on texts, chats, labels or images.",
     "export": "Export a base model and adapters to one ONNX bundle.",
     "add": "Add adapters to an existing bundle.",
+    "remove": "Remove adapters from a bundle.",
     "run": "Generate text, or label texts and images, with a bundle.",
     "validate": "Check a bundle against PyTorch, or against its own golden cases.",
     "golden": "Keep your own prompts in a bundle as golden cases.",
@@ -76,6 +78,13 @@ def _terminate(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
 
 
 def _run(arguments: Sequence[str] | None, restore: bool) -> int:
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # What a verb is called for is done though nobody reads along; `run` has nothing else to do.
+    with unheard(goes_on=given[:1] != ["run"]):
+        return _code(given, restore)
+
+
+def _code(arguments: Sequence[str], restore: bool) -> int:
     try:
         if restore:
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -88,10 +97,6 @@ def _run(arguments: Sequence[str] | None, restore: bool) -> int:
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted; nothing was left behind", err=True)
         return 130
-    except BrokenPipeError:
-        # The reader of stdout has gone (| head): not an error of ours.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except LoraEdgeError as error:
         _complain(str(error), error.hint)
         return error.exit_code

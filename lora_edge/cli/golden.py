@@ -48,12 +48,16 @@ def command(
 
     --onnx-test-data writes the same kind of proof for other tools, outside of BUNDLE.
     """
+    from lora_edge.files.transaction import check_free
     from lora_edge.parity import add_goldens
     from lora_edge.parity.backend_data import write_onnx_test_data
     from lora_edge.parity.examples import read_prompts
 
     if prompts is None and onnx_test_data is None:
         raise click.UsageError("give --prompts, --onnx-test-data or both")
+
+    if onnx_test_data is not None:
+        check_free(onnx_test_data, marker="model.onnx")
 
     def say(line: str) -> None:
         click.echo(line, err=True)

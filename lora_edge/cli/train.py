@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lora_edge.cli.progress import Bar, Lines
-from lora_edge.errors import BundleError
 from lora_edge.training.presets import PRESETS
 from lora_edge.training.settings import (
     BASE_FORMATS,
@@ -237,11 +236,12 @@ def command(
         return
     if output is None:
         raise click.UsageError("give the adapter's folder with -o")
-    if bundle is not None and bundle.exists() and any(bundle.iterdir()) and not force:
-        raise BundleError(
-            f"{bundle} exists and is not empty",
-            "Choose another folder for --export, or pass --force to replace it.",
-        )
+    if bundle is not None:
+        from lora_edge.files.transaction import check_free
+        from lora_edge.manifest import MANIFEST_NAME
+
+        check_free(bundle, marker=MANIFEST_NAME, force=force)
+        _bundle_name(output)
     changed = bool(given or preset)
     _run(base, data, evaluation, output, settings, known, changed, resume=resume, force=force)
     if _first_process():
@@ -329,14 +329,12 @@ def _print_plan(base: str, data: Path, evaluation: Path | None, settings: Settin
 
 def _export(base: str, adapter: Path, bundle: Path, mode: str, *, force: bool) -> None:
     from lora_edge.exporter import export
-    from lora_edge.names import NONE_ADAPTER
     from lora_edge.peft_directory import read_training
 
     kind = read_training(adapter).get("data", {}).get("kind")
-    name = re.sub(r"[^A-Za-z0-9_-]", "-", adapter.resolve().name)
     export(
         base,
-        {"adapter" if name == NONE_ADAPTER else name: adapter},
+        {_bundle_name(adapter): adapter},
         mode="merged" if mode == "merged" else "switchable",
         output=bundle,
         task="image-classification" if kind == "image" else None,
@@ -344,6 +342,19 @@ def _export(base: str, adapter: Path, bundle: Path, mode: str, *, force: bool) -
         progress=lambda line: click.echo(line, err=True),
     )
     click.echo(f"exported to {bundle}, which passed its check", err=True)
+
+
+def _bundle_name(adapter: Path) -> str:
+    """What the adapter is called in the bundle: as its folder, as far as that is possible.
+
+    Raises:
+        AdapterError: it is not.
+    """
+    from lora_edge.adapter import check_name
+    from lora_edge.names import NONE_ADAPTER
+
+    name = re.sub(r"[^A-Za-z0-9_-]", "-", adapter.resolve().name)
+    return check_name("adapter" if name == NONE_ADAPTER else name)
 
 
 def _first_process() -> bool:

@@ -134,6 +134,7 @@ def command(
     Exit code 0: passed. 1: an adapter differs from PyTorch, has no effect, is unproved, or is worse
     than the --baseline.
     """
+    from lora_edge.files.transaction import write_atomically
     from lora_edge.parity import validate
     from lora_edge.parity.examples import read_examples, read_prompts
     from lora_edge.reports import compare, html, junit, load_report, markdown
@@ -170,17 +171,17 @@ def command(
     )
     found = report.to_data()
     worse = [] if earlier is None else compare(found, earlier)
-    click.echo(report.table(), nl=False)
-    for each in worse:
-        click.echo(f"worse: {each.text}")
     if json_file is not None:
-        json_file.write_text(report.to_json(), encoding="utf-8")
+        write_atomically(json_file, report.to_json())
     if html_file is not None:
-        html_file.write_text(html(found, worse), encoding="utf-8")
+        write_atomically(html_file, html(found, worse))
     if junit_file is not None:
-        junit_file.write_text(junit(found, worse), encoding="utf-8")
+        write_atomically(junit_file, junit(found, worse))
     if markdown_file is not None:
         with markdown_file.open("a", encoding="utf-8") as summary:
             summary.write(markdown(found, worse))
+    click.echo(report.table(), nl=False)
+    for each in worse:
+        click.echo(f"worse: {each.text}")
     if not report.passed or worse:
         context.exit(1)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from lora_edge.base import Base, resolve_base
 from lora_edge.bundle import GRAPH_FILE, Bundle, load_bundle
 from lora_edge.errors import DataError, MissingDependencyError
+from lora_edge.files.transaction import check_free, staging
 from lora_edge.manifest import GraphSpec
 from lora_edge.names import LOGITS_POSITIONS, past_name, present_name
 from lora_edge.parity.asking import tokens_of
@@ -25,9 +26,9 @@ from lora_edge.parity.reference import Reference
 from lora_edge.parity.rerun import rerun
 from lora_edge.parity.states import Probe
 from lora_edge.runtime import Runner
-from lora_edge.staging import staging
 
 _PARTS: tuple[Literal["key", "value"], ...] = ("key", "value")
+_MARKER = "model.onnx"
 _TOKENS = 32  # of a prompt, at most
 
 
@@ -62,6 +63,7 @@ def write_onnx_test_data(
         from lora_edge.graph.backend_data import DataSet, write_test_data
     except ImportError as error:
         raise MissingDependencyError.of_export(error) from error
+    check_free(Path(output), marker=_MARKER)
     target = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
     if not isinstance(target.manifest.graph, GraphSpec):
         raise DataError(
@@ -94,7 +96,7 @@ def write_onnx_test_data(
             progress(f"data set {len(sets)}: {probe.name}, {len(row)} tokens")
         sets.append(DataSet(*_tensors(runner, model, probe)))
         names.append(probe.name)
-    with staging(Path(output)) as stage:
+    with staging(Path(output), marker=_MARKER) as stage:
         write_test_data(stage, target.directory / GRAPH_FILE, sets)
     return names
 

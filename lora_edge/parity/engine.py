@@ -15,6 +15,7 @@ from lora_edge import options as opt
 from lora_edge.base import Base, resolve_base
 from lora_edge.bundle import Bundle, hash_file, load_bundle
 from lora_edge.errors import DataError
+from lora_edge.files.transaction import recover
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.parity.around import look_around
 from lora_edge.parity.asking import ask, silent
@@ -158,6 +159,8 @@ def validate(
     opt.called("progress", progress)
     say = progress or silent
     target = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
+    if reference is not None:  # what is proved will be recorded
+        recover(target.directory)
     target.verify_all()
     if examples and reference is None:
         raise DataError(

@@ -6,17 +6,19 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 
 from lora_edge.base import Base, resolve_base
 from lora_edge.bundle import Bundle, file_entry, load_bundle
 from lora_edge.errors import BundleError, DataError, ParityError
+from lora_edge.files.transaction import preparing, recover
+from lora_edge.manifest import Manifest
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.parity.asking import ask, longest_prompt, silent, tokens_of
 from lora_edge.parity.checks import compare
 from lora_edge.parity.compare import Tolerance
 from lora_edge.parity.examples import Prompt
-from lora_edge.parity.golden import recorded, reduce, save_golden
+from lora_edge.parity.golden import recorded, reduce, save_golden, stem_of
+from lora_edge.parity.record import is_same_adapter
 from lora_edge.parity.states import BASE, Kind, Probe, Row, only
 from lora_edge.runtime import Runner
 from lora_edge.tasks import TEXT_GENERATION
@@ -107,6 +109,7 @@ def add_goldens(
         BundleError: as ``validate``.
     """
     target = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
+    recover(target.directory)
     target.verify_all()
     named = target.manifest.base["name_or_path"] if reference is None else reference
     base = named if isinstance(named, Base) else resolve_base(named)
@@ -125,19 +128,31 @@ def add_goldens(
                     case.reason, "Nothing was recorded. Name the adapter that a prompt is for."
                 )
         goldens.append(reduce(golden, len(probes)))
-    written: list[Path] = []
     try:
-        files = dict(target.manifest.files)
-        for golden in goldens:
-            name = save_golden(target.directory, golden)
-            path = target.directory / name
-            written.append(path)
-            files[name] = file_entry(path)
-        return target.write_manifest(dataclasses.replace(target.manifest, files=files))
+        with preparing(target.directory) as stage:
+            files = {
+                name: file_entry(stage / name) for name in map(partial(save_golden, stage), goldens)
+            }
+
+            def edit(now: Manifest) -> Manifest:
+                target.check_graph(now)
+                stems = {golden.stem for golden in goldens}
+                if stems & {stem_of(name) for name in now.files.keys() - target.manifest.files}:
+                    raise _overtaken("other prompts were recorded")
+                for name in {name for golden in goldens for name in golden.probe.adapters}:
+                    if not is_same_adapter(target.manifest, now, name):
+                        raise _overtaken(f"the adapter {name} was removed or replaced")
+                return dataclasses.replace(now, files={**now.files, **files})
+
+            return target.change(stage, edit)
     except OSError as error:
-        for path in written:
-            path.unlink(missing_ok=True)
         raise BundleError(
             f"the golden cases cannot be written to {target.directory}: {error.strerror}",
             "Make the folder writable, and check the disk space.",
         ) from error
+
+
+def _overtaken(what: str) -> BundleError:
+    return BundleError(
+        f"{what} by another process meanwhile; nothing was recorded", "Call the command again."
+    )

@@ -86,6 +86,11 @@ def stem_of(relative: str) -> str | None:
     return path.stem.rpartition("-")[0]
 
 
+def is_report(relative: str) -> bool:
+    """Whether a path in a bundle is that of the report that it carries."""
+    return relative.startswith(f"{FOLDER}/report-")
+
+
 def reduce(golden: Golden, probes: int, *, seed: int = 0) -> Golden:
     """Keep the best tokens and a seeded subset of the vocabulary at every position.
 

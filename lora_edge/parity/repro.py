@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_edge.bundle import GRAPH_FILE, staging
+from lora_edge.bundle import GRAPH_FILE
 from lora_edge.errors import BundleError
+from lora_edge.files.transaction import staging
 from lora_edge.lora import FloatArray
 from lora_edge.parity.compare import Floor, Tolerance
 from lora_edge.parity.failure import kept, place_of

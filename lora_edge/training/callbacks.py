@@ -23,8 +23,9 @@ from transformers import TrainerCallback
 from lora_edge.errors import AdapterError, DataError
 from lora_edge.files.json import parse_object, read_lines
 from lora_edge.files.schema import decode
+from lora_edge.files.transaction import write_atomically
+from lora_edge.training.record import METRICS_NAME
 
-METRICS_NAME = "metrics.jsonl"
 _HINT = "Remove the file; it is for people."
 
 # What transformers calls them -> what the file calls them.
@@ -83,7 +84,7 @@ class Reporter(TrainerCallback):
         if self._file is not None and self._first_step:
             # What an interrupted run reported after its last checkpoint comes again.
             rows = [row for row in read_metrics(self._file) if row["step"] <= self._first_step]
-            self._file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+            write_atomically(self._file, "".join(json.dumps(row) + "\n" for row in rows))
 
     def on_log(
         self,

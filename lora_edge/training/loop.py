@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,8 +27,10 @@ from transformers.integrations import TensorBoardCallback
 from lora_edge.errors import InterruptedRunError
 from lora_edge.training.batches import collate, size_of
 from lora_edge.training.callbacks import Progress, Reporter, Stopper, diverged
+from lora_edge.training.checkpoints import latest_checkpoint
 from lora_edge.training.devices import processes
 from lora_edge.training.head import TargetHead
+from lora_edge.training.record import TENSORBOARD_NAME
 from lora_edge.training.settings import Settings
 from lora_edge.training.target_trainer import TargetTrainer
 from lora_edge.training.tokens import PackedExample, Tokenized, TokenizedExample
@@ -37,7 +38,6 @@ from lora_edge.training.tokens import PackedExample, Tokenized, TokenizedExample
 _REPORTS = 100  # how often a whole run reports
 _SAVES = 10
 _LEAST_SAVE = 50  # steps
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -83,16 +83,6 @@ def steps_of(count: int, settings: Settings) -> int:
     if settings.max_steps is not None:
         return settings.max_steps
     return max(1, math.ceil(settings.epochs * steps_per_epoch(count, settings)))
-
-
-def latest_checkpoint(run: Path) -> Path | None:
-    """The checkpoint of the most steps in a run's folder that was written whole."""
-    found = {
-        int(match[1]): path
-        for path in run.glob("checkpoint-*")
-        if (match := _CHECKPOINT.fullmatch(path.name)) and (path / "trainer_state.json").is_file()
-    }
-    return found[max(found)] if found else None
 
 
 def fit(
@@ -228,7 +218,6 @@ def _arguments(
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=save_every,
-        save_total_limit=2,
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -251,7 +240,7 @@ def _tensorboard(run: Path) -> Any:
         return None
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(run / "tensorboard"))
+    return SummaryWriter(str(run / TENSORBOARD_NAME))
 
 
 def _generates(examples: Sequence[Tokenized]) -> bool:

@@ -18,12 +18,15 @@ from lora_edge.base import resolve_base
 from lora_edge.errors import AdapterError, DataError
 from lora_edge.files.json import read_object
 from lora_edge.files.schema import decode
+from lora_edge.files.transaction import write_atomically
 from lora_edge.training.images import read_source
 from lora_edge.training.settings import Settings
 
 RECORD_NAME = "training.json"
 RECORD_VERSION = 2
 PLOT_NAME = "loss.png"
+METRICS_NAME = "metrics.jsonl"
+TENSORBOARD_NAME = "tensorboard"  # a folder
 
 _LIBRARIES = ("lora-edge", "torch", "transformers", "peft", "accelerate")
 
@@ -147,7 +150,7 @@ def versions() -> dict[str, str]:
 def write_json(file: Path, record: Mapping[str, Any]) -> None:
     """Write a record for people to read too."""
     text = json.dumps(record, indent=2, ensure_ascii=False)
-    file.write_text(text + "\n", encoding="utf-8")
+    write_atomically(file, text + "\n")
 
 
 def file_sha256(file: Path) -> str:

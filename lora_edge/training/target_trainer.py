@@ -15,6 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 from lora_edge.training.batches import LengthGroups, size_of
 from lora_edge.training.callbacks import Reporter, diverged
+from lora_edge.training.checkpoints import rotate, seal
 from lora_edge.training.head import TargetHead, predicting, target_logits
 from lora_edge.training.settings import Settings
 from lora_edge.training.sharding import shard_on_cpu, sharded
@@ -44,11 +45,15 @@ class TargetTrainer(Trainer):
         shard_on_cpu(self)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
         if sharded():
             # Else processes may differ on whether the best checkpoint is there, and wait for ever.
-            folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
             folder.mkdir(parents=True, exist_ok=True)
         super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process writes files of its own
+        if self.args.should_save:
+            seal(folder)
+            rotate(folder, self.state.best_model_checkpoint)  # after, not before as Trainer does
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         if not self._settings.group_by_length:

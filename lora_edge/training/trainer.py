@@ -14,21 +14,23 @@ from typing import TYPE_CHECKING, Any
 
 from lora_edge import options as opt
 from lora_edge.base import resolve_base
-from lora_edge.bundle import staging
 from lora_edge.errors import AdapterError, MissingDependencyError
+from lora_edge.files.transaction import check_free, staging
 from lora_edge.quiet import quiet
 from lora_edge.refusals import Mode, Refusal
 from lora_edge.training.data import DataFile
 from lora_edge.training.images import read_source
 from lora_edge.training.record import (
+    METRICS_NAME,
     PLOT_NAME,
     RECORD_NAME,
+    TENSORBOARD_NAME,
     card,
     file_sha256,
     plot,
     write_json,
 )
-from lora_edge.training.runs import closing, header_of, open_run
+from lora_edge.training.runs import header_of, running
 from lora_edge.training.settings import Settings
 
 if TYPE_CHECKING:
@@ -121,7 +123,9 @@ def train(
     opt.flag("force", force)
     opt.called("progress", progress)
     opt.called("notify", notify)
-    run = target.parent / f"{target.name}.run"
+    plain = target.name not in {"", ".."} and not target.is_symlink()
+    place = target if plain else Path(os.path.realpath(target))
+    run = place.parent / f"{place.name}.run"
     device = _check_environment(chosen)
     from lora_edge.training.devices import memory_errors, process
     from lora_edge.training.loop import fit, steps_of
@@ -129,12 +133,18 @@ def train(
 
     main = process() == 0
     tell = notify if notify is not None and main else lambda _: None
-    with _staged(target, force, main=main) as stage, _one_process_group():
+    if main:
+        check_free(target, marker=CONFIG_NAME, force=force)
+    with _one_process_group():
         source, judged = _read(data, evaluation)
         found = resolve_base(base)
         header = header_of(found, source, judged, chosen)
-        checkpoint = open_run(run, header, resume=resume, force=force, main=main)
-        with quiet(only=()), closing(run, main=main), memory_errors(chosen):
+        with (
+            running(run, header, resume=resume, force=force, main=main, notify=tell) as checkpoint,
+            _staged(target, force, main=main) as stage,
+            quiet(only=()),
+            memory_errors(chosen),
+        ):
             from lora_edge.training.prepare import (
                 base_refusal,
                 export_modes,
@@ -170,8 +180,6 @@ def train(
             weights = whole_weights(prepared.model)
             if main:
                 _write(stage, run, header, prepared, outcome, chosen, start, weights, tell)
-    if main:
-        shutil.rmtree(run, ignore_errors=True)
     return target
 
 
@@ -310,7 +318,7 @@ def _write(
     weights: dict[str, Any] | None,
     notify: Notify,
 ) -> None:
-    from lora_edge.training.callbacks import METRICS_NAME, read_metrics
+    from lora_edge.training.callbacks import read_metrics
     from lora_edge.training.lora import save_adapter
 
     save_adapter(prepared.model, stage, settings, start, weights)
@@ -321,8 +329,8 @@ def _write(
     (stage / "README.md").write_text(card(record), encoding="utf-8")
     if (run / METRICS_NAME).is_file():
         shutil.copy(run / METRICS_NAME, stage / METRICS_NAME)
-    if (run / "tensorboard").is_dir():
-        shutil.copytree(run / "tensorboard", stage / "tensorboard")
+    if (run / TENSORBOARD_NAME).is_dir():
+        shutil.copytree(run / TENSORBOARD_NAME, stage / TENSORBOARD_NAME)
     if not plot(read_metrics(stage / METRICS_NAME), stage / PLOT_NAME):
         notify("no loss.png: it needs matplotlib (pip install 'lora-edge[train]')")
 

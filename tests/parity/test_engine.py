@@ -90,7 +90,7 @@ def test_an_interrupted_record_leaves_the_bundle_whole(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("lora_edge.bundle.os.replace", full)
+        patch.setattr("lora_edge.files.transaction.os.replace", full)
         with pytest.raises(BundleError, match="No space left"):
             validate(bundle, base)
     load_bundle(bundle).verify_all()

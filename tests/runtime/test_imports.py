@@ -30,7 +30,6 @@ def test_the_runtime_needs_no_training_or_export_packages() -> None:
         "lora",
         "manifest",
         "quantization",
-        "staging",
         "bundle",
         "runtime",
     }

@@ -28,9 +28,9 @@ from lora_edge.errors import (
 from lora_edge.training import Settings, plan, train
 from lora_edge.training.batches import collate
 from lora_edge.training.callbacks import Progress, read_metrics
+from lora_edge.training.checkpoints import latest_checkpoint
 from lora_edge.training.data import read_data
 from lora_edge.training.head import target_logits
-from lora_edge.training.loop import latest_checkpoint
 from lora_edge.training.model import load_model, load_tokenizer
 from lora_edge.training.record import read_recipe
 from lora_edge.training.tokens import tokenize
@@ -125,8 +125,27 @@ def test_after_a_hard_kill_the_latest_whole_checkpoint_is_used(
     assert steps == list(range(2, 201, 2))
 
 
+def test_a_damaged_checkpoint_is_passed_over_and_that_is_said(
+    base: Path, words: Path, tmp_path: Path
+) -> None:
+    settings = Settings(**RUN, save_every=3)
+    whole = train(base, words, tmp_path / "whole", settings=settings)
+    target, run = tmp_path / "cut", tmp_path / "cut.run"
+    with pytest.raises(InterruptedRunError):
+        train(base, words, target, settings=settings, progress=killer(7))
+    assert {path.name for path in run.glob("checkpoint-*")} == {"checkpoint-6", "checkpoint-8"}
+    damaged = run / "checkpoint-8" / "optimizer.pt"
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    notes: list[str] = []
+    train(base, words, target, settings=settings, resume=True, notify=notes.append)
+    assert notes[0].startswith("checkpoint-8 is passed over: optimizer.pt is damaged (")
+    assert f"going on from {run / 'checkpoint-6'}" in notes
+    assert result(whole)["adapter_sha256"] == result(target)["adapter_sha256"]
+    assert not run.exists()
+
+
 def test_nothing_to_resume_is_said(base: Path, words: Path, tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="has no checkpoint to go on from"):
+    with pytest.raises(BundleError, match="has no whole checkpoint to go on from"):
         train(base, words, tmp_path / "a", settings=Settings(**RUN), resume=True)
 
 
