@@ -73,7 +73,7 @@ class Fit:
         """The layers of the model, ``None`` where it cannot be built here."""
         try:
             # Sized as the adapter's own head, which is what it is compared with.
-            self._task = chosen_task(self._base, [self._adapter], asked, "merged")
+            self._task = chosen_task(self._base, [self._adapter], asked, "merged", self._warn)
             built = built_layers(self._base, self._task)
         except MissingDependencyError:
             return None
@@ -81,8 +81,11 @@ class Fit:
             self._against.append(Refusal(str(error), error.hint))
             return None
         if built.refused is not None:
-            self.warnings += (f"the trace backend refuses the base: {built.refused}",)
+            self._warn(f"the trace backend refuses the base: {built.refused}")
         return built
+
+    def _warn(self, line: str) -> None:
+        self.warnings += (line,)
 
     @cached_property
     def heads(self) -> frozenset[str]:

@@ -151,7 +151,7 @@ def export(
             if notice := other_base(adapter, model):
                 say(f"{adapter.name}: {notice}")
         with staging(Path(output), force=force) as stage:
-            wanted = chosen_task(model, loaded, task, mode)
+            wanted = chosen_task(model, loaded, task, mode, say)
             options = Options(mode, form, backend, sites, tuple(kinds), wanted, precision)
             check_precision(options)
             if wanted is not None and wanted.seq2seq:

@@ -84,6 +84,19 @@ class Task:
         """Whether a parameter belongs to the head."""
         return not set(self.heads).isdisjoint(key.split("."))
 
+    def label_layer(self, model: Any) -> str:
+        """Module path of the linear layer that makes the labels; empty where there is none.
+
+        Args:
+            model: transformers' model; its weights are not read.
+        """
+        if self.output != "logits" or self.seq2seq:
+            return ""
+        count = getattr(model.config, "num_labels", None)
+        # A head is declared behind the layers that it reads.
+        modules = reversed(list(model.named_modules()))
+        return next((p for p, x in modules if getattr(x, "out_features", None) == count), "")
+
     @property
     def labels(self) -> dict[str, int]:
         """The arguments of ``AutoConfig.from_pretrained`` that size the head."""

@@ -99,7 +99,8 @@ ALLOWED: dict[str, set[str]] = {
         "peft_directory",
         "runtime",
     },
-    "task_choice": {"adapter", "base", "errors", "refusals", "tasks"},
+    "prompts": {"base", "bundle", "capture", "errors", "manifest", "runtime"},
+    "task_choice": {"adapter", "base", "capture", "errors", "refusals", "tasks"},
     "card": {"manifest", "tasks"},
     "convert": {"peft_directory", "base", "errors", "factorize", "peft_types", "staging"},
     "factorize": {

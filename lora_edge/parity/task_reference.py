@@ -59,6 +59,11 @@ class TaskReference:
         self._wide = False
 
     @property
+    def label_layer(self) -> str:
+        """Module path of the layer that makes the labels; empty where there is none."""
+        return self.task.label_layer(self._models[BASE])
+
+    @property
     def parameters(self) -> int:
         """Number of the base model's parameters."""
         return sum(int(parameter.numel()) for parameter in self._models[BASE].parameters())
