@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from datetime import date
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -43,13 +44,60 @@ def main() -> int:
         known[_name(cell)] = row
         with options.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"cell": _name(cell), **row}) + "\n")
-        print(f"{row['seconds']:5.1f} s  {_name(cell)}: {row['verdict']}: {row['reason']}"[:300], flush=True)
+        print(
+            f"{row['seconds']:5.1f} s  {_name(cell)}: {row['verdict']}: {row['reason']}"[:300],
+            flush=True,
+        )
     rows = {cell: known[_name(cell)] for cell in cells() if _name(cell) in known}
     print(Counter(row["verdict"] for row in rows.values()))
     if options.write:
         options.write.write_text(page(rows), encoding="utf-8")
     bad = [cell for cell, row in rows.items() if row["verdict"] == "fault"]
     return int(bool(bad) or len(rows) < len(cells()))
+
+
+_TITLES: dict[str, str] = {
+    "right": "Right: exported, and proved against PyTorch",
+    "refused": "Refused by name",
+    "not made": "Not tried: the tiny model or its adapter could not be made here",
+    "fault": "Faults",
+}
+
+
+def page(rows: dict[Cell, dict[str, Any]]) -> str:
+    """The table in Markdown, by verdict and task."""
+    names = ("lora-edge", "torch", "transformers", "peft", "onnxruntime")
+    versions = ", ".join(f"{name} {version(name)}" for name in names)
+    counts = Counter(row["verdict"] for row in rows.values())
+    lines = [
+        "# Architectures",
+        "",
+        "Every architecture that transformers has for these tasks was made small and random, got",
+        "a LoRA on all its linear layers (on its convolutions where it has none), and was exported",
+        "as a switchable bundle. An export is published only if it equals PyTorch. Made by",
+        f"`ci/sweep`, {date.today()}, with {versions}.",
+        "",
+        f"{len(rows)} of {len(cells())} cells were run: "
+        + ", ".join(f"{counts[verdict]} {verdict}" for verdict in _TITLES)
+        + ".",
+        "",
+    ]
+    for verdict, title in _TITLES.items():
+        lines += [f"## {title}", ""]
+        own = [(cell, row) for cell, row in rows.items() if row["verdict"] == verdict]
+        if verdict == "right":
+            for task in dict.fromkeys(cell.task for cell, _ in own):
+                types = ", ".join(f"`{cell.model_type}`" for cell, _ in own if cell.task == task)
+                lines += [f"- **{task}**: {types}"]
+        elif own:
+            lines += ["| architecture | task | reason |", "|---|---|---|"]
+            for cell, row in own:
+                reason = row["reason"].replace("|", "\\|")[:240]
+                lines.append(f"| `{cell.model_type}` | {cell.task} | {reason} |")
+        else:
+            lines.append("None.")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def _name(cell: Cell) -> str:

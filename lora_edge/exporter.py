@@ -9,6 +9,7 @@ import dataclasses
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -44,10 +45,12 @@ from lora_edge.packing import check_parts, with_heads, write_adapter_folder
 from lora_edge.peft_loading import BaseView
 from lora_edge.prompts import own_folders, write_adapter_texts, write_base_text
 from lora_edge.quantization import Precision, rounded_weights
+from lora_edge.renaming import fitted, fitted_to
 from lora_edge.runtime.adapter_file import read_adapter
 from lora_edge.runtime.changes import parse_changes
 from lora_edge.staging import staging
 from lora_edge.task_choice import chosen_task
+from lora_edge.tasks import TEXT_GENERATION, Task
 
 
 def export(
@@ -150,8 +153,9 @@ def export(
             check_base_of(adapter, fingerprint, model.name_or_path)
             if notice := other_base(adapter, model):
                 say(f"{adapter.name}: {notice}")
-        with staging(Path(output), force=force) as stage:
+        with staging(Path(output), force=force) as stage, ExitStack() as stack:
             wanted = chosen_task(model, loaded, task, mode, say)
+            loaded = stack.enter_context(fitted(loaded, model, wanted, say))
             options = Options(mode, form, backend, sites, tuple(kinds), wanted, precision)
             check_precision(options)
             if wanted is not None and wanted.seq2seq:
@@ -198,9 +202,14 @@ def add(
             f"{target.directory} is a merged bundle and takes no further adapters",
             "Export a switchable one with: lora-edge export BASE --mode switchable",
         )
+    layers = {**manifest.uncovered, **manifest.sites}
+    task = None if manifest.task == TEXT_GENERATION else Task(manifest.task)
+    kind = manifest.base["model_type"]
     with peft_directories(adapters) as paths:
-        loaded = {name: load_adapter(path, name) for name, path in paths.items()}
-        return _add(target, loaded, base, own_folders(adapters, paths))
+        loaded = [load_adapter(path, name) for name, path in paths.items()]
+        with fitted_to(loaded, layers, kind, task, _silent) as fitting:
+            own = {adapter.name: adapter for adapter in fitting}
+            return _add(target, own, base, own_folders(adapters, paths))
 
 
 def _add(

@@ -30,7 +30,7 @@ from lora_edge.errors import LoraEdgeError
 from lora_edge.tasks import SEQ2SEQ, TASKS, TEXT_GENERATION
 
 Verdict = Literal["right", "refused", "fault", "not made"]
-MOST_PARAMETERS = 20_000_000
+MOST_PARAMETERS = 30_000_000
 _LONGEST = 700  # characters of a refusal
 _INTERNAL = re.compile(r"lora_edge_[0-9a-f]{8,}|fault of lora-edge|unexpected \w+Error|Traceback")
 
@@ -50,19 +50,21 @@ class Outcome:
     reason: str
 
 
+_MAPPINGS: dict[str, tuple[str, ...]] = {
+    TEXT_GENERATION: ("CAUSAL_LM",),
+    "text-classification": ("SEQUENCE_CLASSIFICATION",),
+    "token-classification": ("TOKEN_CLASSIFICATION",),
+    "feature-extraction": ("TEXT_ENCODING", "MASKED_LM", "IMAGE"),
+    "image-classification": ("IMAGE_CLASSIFICATION",),
+    "text2text-generation": ("SEQ_TO_SEQ_CAUSAL_LM",),
+    "automatic-speech-recognition": ("SPEECH_SEQ_2_SEQ",),
+}
+
+
 def cells() -> list[Cell]:
     """Every causal, text-encoding and vision architecture of transformers, and encoder-decoders."""
-    mappings = {
-        TEXT_GENERATION: ["CAUSAL_LM"],
-        "text-classification": ["SEQUENCE_CLASSIFICATION"],
-        "token-classification": ["TOKEN_CLASSIFICATION"],
-        "feature-extraction": ["TEXT_ENCODING", "MASKED_LM", "IMAGE"],
-        "image-classification": ["IMAGE_CLASSIFICATION"],
-        "text2text-generation": ["SEQ_TO_SEQ_CAUSAL_LM"],
-        "automatic-speech-recognition": ["SPEECH_SEQ_2_SEQ"],
-    }
     found = []
-    for task, names in mappings.items():
+    for task, names in _MAPPINGS.items():
         types = {x for name in names for x in _mapping(name)}
         found += [Cell(model_type, task) for model_type in sorted(types)]
     return found
@@ -150,9 +152,33 @@ _VOCABULARIES = ("vocab_size", "n_vocab", "n_words", "n_token", "entity_vocab_si
                  "vocab_size_per_layer_input", "decoder_vocab_size")  # fmt: skip
 
 # What the names of the fields do not tell.
-_OWN: dict[str, dict[str, Any]] = {}
-# Of what the defaults cannot be built at all.
-_WITHOUT: dict[str, tuple[str, ...]] = {}
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16}
+_NO_SHARED_CACHE = {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0}
+_OWN: dict[str, dict[str, Any]] = {
+    "bamba": _MAMBA,
+    "granitemoehybrid": _MAMBA,
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
+    "dots3_note": {"num_key_value_heads": 4},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma4_assistant": _NO_SHARED_CACHE,
+    "gemma4_unified_assistant": _NO_SHARED_CACHE,
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "qwen4_exp_text": {"token_budget": 8, "compress_ratio": 4},
+    "reformer": {"is_decoder": True},
+    "zaya": {"num_experts_per_tok": 1},
+    "esm": {"vocab_size": 33},
+    "esmc": {"num_key_value_heads": 4},
+    "bit": {"num_groups": 4},
+    "cvt": {"depth": [1, 2, 3]},
+    "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.2},
+    "perceiver": {"d_latents": 64, "num_latents": 16},
+    # Of stages, each half as large as the one before.
+    **{name: {"patch_size": 4} for name in ("convnext", "convnextv2")},
+    **{name: {"image_size": 64, "patch_size": 2} for name in ("mobilevit", "mobilevitv2")},
+}
+_WITHOUT: dict[str, tuple[str, ...]] = {"cohere_compass_text": ("rope_parameters",)}
 
 
 def tiny_config(model_type: str) -> Any:
@@ -177,27 +203,41 @@ _CONSTANT = frozenset(
 )  # fmt: skip
 
 
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+_BACKBONE = ("out_features", "out_indices", "stage_names")
+
+
 def _shrunk(default: Mapping[str, Any]) -> dict[str, Any]:
-    found = {k: _small(k, v) for k, v in default.items() if k not in _CONSTANT}
+    fields = {k: v for k, v in default.items() if k not in (*_CONSTANT, *_BACKBONE)}
+    found = {k: _small(k, v) for k, v in fields.items()}
     if "pad_token_id" in default and default["pad_token_id"] is None:
         found["pad_token_id"] = 0
-    kinds = default.get("layer_types") or default.get("layers_block_type")
-    if isinstance(kinds, list) and kinds:
-        own = list(dict.fromkeys(kinds))
-        own += [own[-1]] * (2 - len(own))
-        field = "layer_types" if default.get("layer_types") else "layers_block_type"
-        found[field] = own
-        for name in ("num_hidden_layers", "num_layers", "n_layer"):
-            if name in default:
-                found[name] = len(own)
+    layers = next((default[x] for x in _LAYERS if _is_int(default.get(x))), 0)
+    by_layer = {
+        k: v for k, v in fields.items() if isinstance(v, list) and layers and len(v) == layers
+    }
+    kinds = next((by_layer[k] for k in ("layer_types", "layers_block_type") if k in by_layer), [])
+    chosen = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
+    chosen += list(range(max(chosen, default=-1) + 1, layers))[: max(0, 2 - len(chosen))]
+    chosen = sorted(chosen)
+    for name, values in by_layer.items():
+        found[name] = [_small(name, values[index]) for index in chosen]
+    for name, value in fields.items():
+        if isinstance(value, dict) and value and all(str(k).isdigit() for k in value):
+            found[name] = {k: v for k, v in found[name].items() if int(k) < len(chosen)}
+    if layers:
+        found |= {name: len(chosen) for name in _LAYERS if name in default}
     return found
 
 
 def _small(name: str, value: Any) -> Any:
     if isinstance(value, dict):
-        return _shrunk(value) | ({"model_type": value["model_type"]} if "model_type" in value else {})
+        own = {"model_type": value["model_type"]} if "model_type" in value else {}
+        return _shrunk(value) | own
     if isinstance(value, list) and value and all(_is_int(x) for x in value):
         return _small_list(name, value)
+    if value is None and name in ("head_dim", "num_key_value_heads"):
+        return _SIZES[name]
     if not _is_int(value):
         return value
     if name in _VOCABULARIES:
@@ -236,6 +276,11 @@ def make(cell: Cell, folder: Path) -> tuple[Path, Path]:
     loader = {TEXT_GENERATION: "AutoModelForCausalLM", **TASKS, **SEQ2SEQ}[cell.task]
     auto = getattr(transformers, loader)
     config = tiny_config(cell.model_type)
+    classes: Mapping[str, Any] = modeling_auto.MODEL_MAPPING_NAMES
+    if cell.task != "feature-extraction":
+        classes = _mapping(_MAPPINGS[cell.task][0])
+    if isinstance(classes.get(cell.model_type), tuple):  # transformers asks which of them
+        config.architectures = [classes[cell.model_type][0]]
     with torch.device("meta"):
         size = sum(x.numel() for x in auto.from_config(copy.deepcopy(config)).parameters())
     if size > MOST_PARAMETERS:
@@ -248,9 +293,15 @@ def make(cell: Cell, folder: Path) -> tuple[Path, Path]:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     base, adapter = folder / "base", folder / "adapter"
     model.save_pretrained(base)
+    if not getattr(config, "image_size", None) and model.main_input_name == "pixel_values":
+        size = {"height": 64, "width": 64}
+        (base / "preprocessor_config.json").write_text(json.dumps({"size": size}))
     settings: dict[str, Any] = {"target_modules": "all-linear"}
     if cell.task in ("text-classification", "token-classification"):
-        settings["exclude_modules"] = ["classifier", "score"]  # which PEFT saves whole
+        # Which PEFT saves whole.
+        settings["exclude_modules"] = ["classifier", "score", "pre_classifier"]
+    if re.search("mamba|falcon_h1|nemotron_h", cell.model_type):
+        settings["exclude_modules"] = ["out_proj"]  # as PEFT demands
     if not any(type(x).__name__ in ("Linear", "Conv1D") for x in model.modules()):
         settings = {"target_modules": [p for p, x in model.named_modules() if _plain_conv(x)]}
     lora = LoraConfig(
@@ -297,8 +348,8 @@ def judged(error: LoraEdgeError, noise: str, cell: Cell, folder: Path) -> Outcom
         wrong.append("it names what is internal, or calls itself a fault")
     if len(noise) > 1000:
         wrong.append(f"{len(noise)} characters were printed")
-    if not {cell.model_type, classes[0]} & set(re.findall(r"[\w-]+", said)):
-        wrong.append("it does not name the architecture")
+    if not any(x in said for x in (cell.model_type, classes[0], "/base", "adapter")):
+        wrong.append("it names neither the architecture nor the adapter")
     verdict: Verdict = "fault" if wrong else "refused"
     return Outcome(verdict, _line("; ".join(wrong) + ": " + said if wrong else said))
 

@@ -28,6 +28,7 @@ from lora_edge.capture.load import (
     tied_pair,
 )
 from lora_edge.errors import UnsupportedModelError
+from lora_edge.quiet import quiet
 from lora_edge.tasks import Task
 
 
@@ -35,7 +36,7 @@ def layers_of(base: Base, task: Task | None) -> Layers:
     """Build a base without its weights; see :func:`lora_edge.capture.built_layers`."""
     seq2seq = task is not None and task.seq2seq
     refuse_unloadable(base.config, seq2seq=seq2seq)
-    with loading(base, task, None):
+    with loading(base, task, None), quiet():
         config = read_config(base, task)
         model: Any = empty_model(config, task)
     if task is not None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import io
-import json
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +30,8 @@ from lora_edge.capture.trace import (
     name_weights,
 )
 from lora_edge.capture.weights import attach, placeholders
-from lora_edge.errors import CaptureError, UnsupportedModelError
+from lora_edge.errors import BaseModelError, CaptureError, UnsupportedModelError
+from lora_edge.files.json import read_object
 from lora_edge.manifest import EncoderSpec, SiteEntry
 from lora_edge.quiet import quiet
 from lora_edge.tasks import Task
@@ -266,11 +266,10 @@ def _image(model: Any, base: Base) -> tuple[int, int, int]:
 def _preprocessed(base: Base) -> Any:
     """The size that ``preprocessor_config.json`` cuts or scales images to; ``None``: not said."""
     file = base.directory / "preprocessor_config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    if not file.is_file():
         return None
-    for field in ("crop_size", "size") if isinstance(config, dict) else ():
+    config = read_object(file, BaseModelError, "Download it again.", nonfinite=True)
+    for field in ("crop_size", "size"):
         size = config.get(field)
         if field == "crop_size" and not config.get("do_center_crop", True):
             continue

@@ -223,7 +223,7 @@ def _load(base: Base, task: Task) -> Any:
                 f"Check the folder with {loader}.from_pretrained.",
             ) from error
     missing = sorted(loading["missing_keys"]) + [str(x[0]) for x in loading["mismatched_keys"]]
-    made_up = task.complete(model, missing)
+    made_up = task.complete(model, missing, pooler=True)
     if made_up:
         raise BaseModelError(
             f"{base.name_or_path} lacks {len(made_up)} weights: {', '.join(made_up[:3])}",
