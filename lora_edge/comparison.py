@@ -29,6 +29,7 @@ from lora_edge.fit import (
     check_linear,
     check_loads,
     check_modules,
+    hint_of_copy,
     other_base,
     same_copy,
 )
@@ -133,7 +134,7 @@ class Fit:
                     Refusal(
                         f"it was saved with {path}, which differs from the base's and would "
                         "replace it for every adapter",
-                        "Train with modules_to_save, or save with save_embedding_layers=False.",
+                        hint_of_copy(self._adapter, self._value, path, self._tied),
                     )
                 )
         try:

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from lora_edge.adapter import Adapter, load_adapter
-from lora_edge.adapter_parts import is_saved_module
 from lora_edge.base import Base
 from lora_edge.capture import built_layers
 from lora_edge.errors import UnsupportedAdapterError
 from lora_edge.files.safetensors import rename_tensors
+from lora_edge.names import PEFT_PREFIX, parse_peft_key
 from lora_edge.peft_directory import (
     CONFIG_FILE,
     ORIGINAL_CONFIG_FILE,
@@ -32,6 +32,7 @@ from lora_edge.peft_directory import (
     TRAINING_FILE,
     tensor_file,
 )
+from lora_edge.peft_targets import Targets
 from lora_edge.tasks import Task
 
 Rules = tuple[tuple[str, str], ...]
@@ -120,7 +121,7 @@ def without_unread(
                 "Is it for another task (--task), or another part of the model?",
             )
         say(f"{adapter.name}: {len(found)} modules are left out ({first} …): {reason}")
-    return _kept(adapter, lambda path: path not in pooler | senses)
+    return _without(adapter, pooler | senses) if pooler or senses else adapter
 
 
 def new_names(adapter: Adapter, modules: Collection[str], model_type: str) -> dict[str, str]:
@@ -196,14 +197,12 @@ def _may_be_renamed(adapter: Adapter, model_type: str) -> bool:
 
 
 def renamed(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
-    """An adapter with its modules' new names, in memory only."""
-    return replace(
+    """An adapter with its modules' new names, in memory only; its config names whole paths."""
+    changed = replace(
         adapter,
         modules={
-            path: replace(module, path=path)
-            for path, module in (
-                (names.get(old, old), module) for old, module in adapter.modules.items()
-            )
+            names.get(old, old): replace(module, path=names.get(old, old))
+            for old, module in adapter.modules.items()
         },
         saved={_parameter(x, names): value for x, value in adapter.saved.items()},
         tokens={
@@ -212,6 +211,33 @@ def renamed(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
         },
         base_copies={_parameter(x, names): value for x, value in adapter.base_copies.items()},
     )
+    owners = _owners(adapter)
+    keys = (_renamed_key(key, names, owners) for key in adapter.keys)
+    return replace(
+        changed,
+        config=_config(adapter, changed, names),
+        keys=tuple(key for key in keys if key is not None),
+    )
+
+
+def _config(adapter: Adapter, changed: Adapter, names: Mapping[str, str]) -> dict[str, Any]:
+    """PEFT's config of an adapter with other names, and only with the modules that are kept."""
+    config: dict[str, Any] = dict(adapter.config)
+    config["target_modules"] = sorted(changed.modules)
+    for field in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+        config[field] = None
+    modules = changed.modules.items()
+    ranks = {path: x.rank for path, x in modules if x.rank != config.get("r", 8)}
+    alphas = {path: x.alpha for path, x in modules if x.alpha != config.get("lora_alpha", 8)}
+    config["rank_pattern"] = {re.escape(path): rank for path, rank in ranks.items()}
+    config["alpha_pattern"] = {re.escape(path): alpha for path, alpha in alphas.items()}
+    whole = Targets(config)
+    saved = {path.rpartition(".")[0] for path in adapter.saved}
+    saved = {path for path in saved if whole.saves(path)}
+    moved = {names.get(path, path) for path in saved}
+    if not all(map(whole.saves, moved)):
+        config["modules_to_save"] = sorted(moved)
+    return config
 
 
 def saved_renamed(adapter: Adapter, names: Mapping[str, str], folder: Path) -> Adapter:
@@ -221,7 +247,7 @@ def saved_renamed(adapter: Adapter, names: Mapping[str, str], folder: Path) -> A
 
     Args:
         adapter: the adapter.
-        names: of :func:`new_names`, or empty to save it without what ``adapter`` leaves out.
+        names: of :func:`new_names`.
         folder: where; made here.
 
     Raises:
@@ -232,27 +258,8 @@ def saved_renamed(adapter: Adapter, names: Mapping[str, str], folder: Path) -> A
             f"adapter {adapter.name} is refused: its target_parameters have names of another model",
             "Train it on the base that is exported.",
         )
-    changed = renamed(adapter, names)
-    config: dict[str, Any] = dict(adapter.config)
-    config["target_modules"] = sorted(changed.modules)
-    for field in ("exclude_modules", "layers_to_transform", "layers_pattern"):
-        config[field] = None
-    for field, default, values in (
-        ("rank_pattern", config.get("r", 8), {k: x.rank for k, x in changed.modules.items()}),
-        (
-            "alpha_pattern",
-            config.get("lora_alpha", 8),
-            {k: x.alpha for k, x in changed.modules.items()},
-        ),
-    ):
-        config[field] = {re.escape(k): v for k, v in values.items() if v != default}
-    saved = {path.rpartition(".")[0] for path in changed.saved}
-    whole = list(config.get("modules_to_save") or ())
-    lost = {x for x in adapter.saved if is_saved_module(x.rpartition(".")[0], whole)}
-    moved = {_parameter(x, names).rpartition(".")[0] for x in lost}
-    if not all(is_saved_module(path, whole) for path in moved & saved):
-        config["modules_to_save"] = sorted(moved)
     folder.mkdir(parents=True)
+    config = renamed(adapter, names).config
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2), encoding="utf-8")
     kept = _owners(adapter)
     rename_tensors(
@@ -268,12 +275,14 @@ def saved_renamed(adapter: Adapter, names: Mapping[str, str], folder: Path) -> A
 
 def _renamed_key(key: str, names: Mapping[str, str], kept: Collection[str]) -> str | None:
     """The new name of a tensor; ``None`` where its module is not kept."""
-    prefix = "base_model.model."
-    own = key.removeprefix(prefix)
+    own = key.removeprefix(PEFT_PREFIX)
     owner = max((x for x in kept if own.startswith(f"{x}.")), key=len, default=None)
-    if owner is None:
-        return None
-    return f"{prefix}{names.get(owner, owner)}{own[len(owner) :]}"
+    parsed = parse_peft_key(key)
+    if owner is None and parsed is not None and parsed.part in ("saved", "idle"):
+        # Of a module below one that is saved whole, PEFT's wrapper is in the middle of the name.
+        module = parsed.path.rpartition(".")[0]
+        return key if module in kept and module not in names else None
+    return None if owner is None else f"{PEFT_PREFIX}{names.get(owner, owner)}{own[len(owner) :]}"
 
 
 def _owners(adapter: Adapter) -> set[str]:
@@ -282,15 +291,19 @@ def _owners(adapter: Adapter) -> set[str]:
     return {*adapter.modules, *adapter.tokens, *adapter.stacked, *paths}
 
 
-def _kept(adapter: Adapter, keep: Callable[[str], bool]) -> Adapter:
-    def of_owner(values: Mapping[str, Any]) -> dict[str, Any]:
-        return {path: x for path, x in values.items() if keep(path.rpartition(".")[0])}
+def _without(adapter: Adapter, dropped: Collection[str]) -> Adapter:
+    """An adapter without some of its modules."""
 
+    def of_owner(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {path: x for path, x in values.items() if path.rpartition(".")[0] not in dropped}
+
+    kept = _owners(adapter) - set(dropped)
     return replace(
         adapter,
-        modules={path: x for path, x in adapter.modules.items() if keep(path)},
+        modules={path: x for path, x in adapter.modules.items() if path not in dropped},
         saved=of_owner(adapter.saved),
         base_copies=of_owner(adapter.base_copies),
+        keys=tuple(x for x in adapter.keys if _renamed_key(x, {}, kept) is not None),
     )
 
 

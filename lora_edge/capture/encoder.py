@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import io
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from lora_edge.base import Base
 from lora_edge.capture.attention import MASKED, RegisteredAttention, explicit_attention
 from lora_edge.capture.load import load_model, max_length, model_layers, noted_activations, refusing
-from lora_edge.capture.swaps import constant_views, plain_exporter, swapped_linears
+from lora_edge.capture.swaps import constant_views, plain_exporter, replaced, swapped_linears
 from lora_edge.capture.trace import (
     OPSET,
     TRACE_WARNINGS,
@@ -181,7 +182,7 @@ def trace_encoder(
         spec = _spec(model, task, base)
         modules = model_layers(model)
         traced = _Traced(model, swap, spec, task)
-        with refusing(model, swap):
+        with refusing(model, swap, images=bool(spec.image)), _as_untraced(spec):
             # What is refused is refused before it is traced.
             with noted_activations(model, modules, _BATCH if spec.image else None):
                 traced(*_example(spec).values())
@@ -201,6 +202,13 @@ def trace_encoder(
     if head:
         modules[head] = replace(modules[head], kind="head")
     return path, spec, modules, head
+
+
+@contextmanager
+def _as_untraced(spec: EncoderSpec) -> Iterator[None]:
+    """Images have one size, so that no position need be interpolated, as models do in a trace."""
+    with replaced(torch.jit, "is_tracing", lambda: False) if spec.image else nullcontext():
+        yield
 
 
 def _spec(model: Any, task: Task, base: Base) -> EncoderSpec:

@@ -35,19 +35,22 @@ _TRACE_FAILURES = (
 
 
 @contextmanager
-def refusing(model: nn.Module, swap: RegisteredAttention) -> Iterator[None]:
+def refusing(
+    model: nn.Module, swap: RegisteredAttention, *, images: bool = False
+) -> Iterator[None]:
     """What a model's own code or the exporter raises on a trace, as a refusal by name.
 
     Args:
         model: the model that is run or traced inside the block.
         swap: the attention that it was given.
+        images: it may compute its attention in another way.
     """
     try:
         yield
     except _TRACE_FAILURES as error:
         config: Any = model.config
         said = " ".join(str(error).split())[:300] or type(error).__name__
-        if swap.name in said or (swap.calls == 0 and not isinstance(error, NotImplementedError)):
+        if swap.name in said or (swap.calls == 0 and not images):
             reason = "they do not use the common attention interface"
         else:
             reason = f"{type(model).__name__} cannot be traced: {type(error).__name__}: {said}"
