@@ -100,7 +100,6 @@ ALLOWED: dict[str, set[str]] = {
         "peft_directory",
         "runtime",
     },
-    "prompts": {"base", "bundle", "capture", "errors", "manifest", "runtime"},
     "renaming": {
         "adapter",
         "adapter_parts",
