@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,14 +123,14 @@ class Adapter:
         """Rank per module path."""
         return {path: module.rank for path, module in self.modules.items()}
 
-    def head_labels(self, in_head: Callable[[str], bool]) -> int | None:
-        """Number of outputs of the task head that it brings; ``None`` without one.
+    def head_labels(self, layer: str) -> int | None:
+        """Number of labels of the task head that it brings; ``None`` without one.
 
         Args:
-            in_head: whether a parameter path belongs to the head.
+            layer: module path of the layer that makes the labels.
         """
-        weights = [x for path, x in self.saved.items() if in_head(path) and x.ndim == 2]
-        return len(weights[-1]) if weights else None
+        weight = self.saved.get(f"{layer}.weight")
+        return None if weight is None or weight.ndim != 2 else len(weight)
 
     def settled(self, modules: Mapping[str, SiteEntry]) -> Adapter:
         """The adapter with its pairs on whole weights of linear layers among its modules.

@@ -18,10 +18,12 @@ from numpy.typing import NDArray
 from lora_edge.errors import BaseModelError
 from lora_edge.files.hub import is_hub_id, snapshot
 from lora_edge.files.json import read_object
+from lora_edge.files.paths import path_inside
 from lora_edge.files.safetensors import TensorRecord, read_bytes, read_float32, read_header
 from lora_edge.files.schema import decode
 from lora_edge.options import path as checked_path
 
+_SINGLE_FILE, _INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 _WEIGHT_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 
 
@@ -109,8 +111,33 @@ class Base:
         return _fingerprint(self._files())
 
     def _files(self) -> tuple[_File, ...]:
-        files = sorted(self.directory.glob("*.safetensors"))
+        files = _weight_files(self.directory)
         return tuple(_File(file, file.stat().st_mtime_ns) for file in files)
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The files that transformers takes the weights from: one, or those that an index names.
+
+    Others beside them (``consolidated.safetensors``) are no part of the base.
+
+    Raises:
+        BaseModelError: the index is damaged, or names a file that is not there.
+    """
+    single, index = directory / _SINGLE_FILE, directory / _INDEX_FILE
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        return sorted(directory.glob("*.safetensors"))
+    hint = "Download the whole checkpoint again."
+    shards = read_object(index, BaseModelError, hint).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(x, str) for x in shards.values()):
+        raise BaseModelError(f"{index}: weight_map is no table of tensors and their files", hint)
+    names = sorted(set(shards.values()))
+    files = [path_inside(directory, x, f"{index}: a file", BaseModelError, hint) for x in names]
+    for file in files:
+        if not file.is_file():
+            raise BaseModelError(f"{index} names {file.name}, which is not there", hint)
+    return files
 
 
 def resolve_base(name_or_path: str | os.PathLike[str]) -> Base:
@@ -141,7 +168,7 @@ def resolve_base(name_or_path: str | os.PathLike[str]) -> Base:
         )
     config = read_object(config_file, BaseModelError, "Download it again.", nonfinite=True)
     decode(_Config, config, str(config_file), BaseModelError, "Download it again.")
-    if not any(directory.glob("*.safetensors")):
+    if not _weight_files(directory):
         raise BaseModelError(
             f"{name} has no safetensors weights",
             "Convert the checkpoint: load it with transformers and save_pretrained() it again.",

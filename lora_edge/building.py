@@ -195,7 +195,7 @@ def build(
     for adapter in adapters:
         own = None if merged else given[adapter.name]
         entry = write_adapter_folder(stage, adapter, covered, own, fingerprint)
-        count = None if task is None else adapter.head_labels(task.in_head)
+        count = None if task is None else adapter.head_labels(captured.head)
         if not entry.labels and (count is None or count == len(base_labels)):
             entry = dataclasses.replace(entry, labels=base_labels)
         entries[adapter.name] = entry

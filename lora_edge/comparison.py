@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any, Literal
 
@@ -29,12 +29,14 @@ from lora_edge.fit import (
     check_linear,
     check_loads,
     check_modules,
+    hint_of_copy,
     other_base,
     same_copy,
 )
 from lora_edge.manifest import SiteEntry, SiteKind
 from lora_edge.peft_loading import BaseView
 from lora_edge.refusals import Refusal
+from lora_edge.renaming import new_names, renamed, without_unread
 from lora_edge.task_choice import chosen_task
 from lora_edge.tasks import Task
 
@@ -48,6 +50,7 @@ class Fit:
     Attributes:
         compared: as :class:`Inspection` has it.
         warnings: what is worth a look in the base.
+        names: module path of the adapter -> the base's, where they differ.
     """
 
     def __init__(self, adapter: Adapter, base: Base, task: str | None) -> None:
@@ -56,6 +59,7 @@ class Fit:
         self._task: Task | None = None
         self._against: list[Refusal] = []
         self.warnings: tuple[str, ...] = ()
+        self.names: Mapping[str, str] = {}
         built = self._built(task)
         self.compared: Literal["model", "names"] = "names" if built is None else "model"
         if built is None:
@@ -64,16 +68,32 @@ class Fit:
         self._layers, self._tied, self._stacks = built.modules, built.tied, built.parameter_modules
         notice = other_base(adapter, base)
         self.warnings += (notice,) if notice else ()
+        if self.compared == "model":
+            self._fit_names(adapter)
         self._view = BaseView(built.modules, built.tied, built.output, self.compared == "model")
-        self._adapter = adapter.settled(self._layers)
+        self._adapter = self._adapter.settled(self._layers)
         self._misfits = dict(self._found_misfits())
         self._changes = parameter_changes(self._fitting(), self._layers, self._tied, self._stacks)
+
+    def _fit_names(self, adapter: Adapter) -> None:
+        """Give the adapter the model's names, as an export does."""
+        try:
+            adapter = without_unread(adapter, self._layers, self._task, self._warn)
+        except AdapterError as error:
+            self._against.append(Refusal(str(error), error.hint))
+            return
+        names = new_names(adapter, self._layers, self._base.model_type)
+        if names:
+            old, new = next(iter(names.items()))
+            self._warn(f"{len(names)} modules are renamed: {old} is {new} today")
+        self._adapter = renamed(adapter, names)
+        self.names = names
 
     def _built(self, asked: str | None) -> Layers | None:
         """The layers of the model, ``None`` where it cannot be built here."""
         try:
             # Sized as the adapter's own head, which is what it is compared with.
-            self._task = chosen_task(self._base, [self._adapter], asked, "merged")
+            self._task = chosen_task(self._base, [self._adapter], asked, "merged", self._warn)
             built = built_layers(self._base, self._task)
         except MissingDependencyError:
             return None
@@ -81,8 +101,11 @@ class Fit:
             self._against.append(Refusal(str(error), error.hint))
             return None
         if built.refused is not None:
-            self.warnings += (f"the trace backend refuses the base: {built.refused}",)
+            self._warn(f"the trace backend refuses the base: {built.refused}")
         return built
+
+    def _warn(self, line: str) -> None:
+        self.warnings += (line,)
 
     @cached_property
     def heads(self) -> frozenset[str]:
@@ -111,7 +134,7 @@ class Fit:
                     Refusal(
                         f"it was saved with {path}, which differs from the base's and would "
                         "replace it for every adapter",
-                        "Train with modules_to_save, or save with save_embedding_layers=False.",
+                        hint_of_copy(self._adapter, self._value, path, self._tied),
                     )
                 )
         try:
@@ -122,6 +145,7 @@ class Fit:
 
     def change(self, path: str) -> float | None:
         """‖new − W‖ / ‖W‖ of a parameter; ``None`` where the base has none, or it does not fit."""
+        path = self._named(path)
         change = self._changes.get(path)
         if change is None:
             return None
@@ -140,10 +164,16 @@ class Fit:
 
     def same(self, path: str) -> bool:
         """Whether a copy of the base is the base's."""
-        return same_copy(self._adapter, self._value, path, self._tied)
+        return same_copy(self._adapter, self._value, self._named(path), self._tied)
+
+    def _named(self, path: str) -> str:
+        """The base's name of a parameter that the adapter names."""
+        owner, _, own = path.rpartition(".")
+        return f"{self.names.get(owner, owner)}.{own}"
 
     def reached(self, path: str) -> str:
         """The output layer that trained rows of an embedding reach, or an empty string."""
+        path = self.names.get(path, path)
         if self._tied and self._tied[0] == path and self._tied[1] not in self._adapter.tokens:
             return self._tied[1]
         return ""

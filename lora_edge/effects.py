@@ -107,11 +107,15 @@ class _SiteChanges:
     def found(self) -> dict[str, SiteChange]:
         refuse_single_experts(self._adapter, self._modules)
         for path, module in self._adapter.modules.items():
-            self._low_rank(path, module)
+            if path not in self._modules or self._modules[path].kind != "head":
+                self._low_rank(path, module)
         for path, tokens in self._adapter.tokens.items():
             self._token_rows(path, tokens)
         for path, value in self._adapter.saved.items():
             self._replace(path, value)
+        for path, entry in self._modules.items():
+            if entry.kind == "head":
+                self._replace_head(path)
         paths = {*self._factors, *self._heads, *(path for path, _ in self._vectors)}
         return {path: self._change(path) for path in sorted(paths)}
 
@@ -153,7 +157,6 @@ class _SiteChanges:
         path, _, own = parameter.rpartition(".")
         entry = self._modules[path]
         if entry.kind == "head":
-            self._replace_head(path, own)
             return
         base = self._base(parameter)
         if base is None and own == "weight":
@@ -171,20 +174,26 @@ class _SiteChanges:
                 matrix = dense_kernel(change, entry.in_features).reshape(entry.out_features, -1)
             self._factors.setdefault(path, []).append((full_rank(matrix), 1.0))
 
-    def _replace_head(self, path: str, own: str) -> None:
-        weight = self._adapter.saved.get(f"{path}.weight")
+    def _replace_head(self, path: str) -> None:
+        """A head that the adapter brings, or changes by a low-rank pair or a bias."""
+        saved, module = self._adapter.saved, self._adapter.modules.get(path)
+        weight, bias = saved.get(f"{path}.weight"), saved.get(f"{path}.bias")
+        if weight is None and bias is None and module is None:
+            return
         if weight is None:
-            raise AdapterError(
-                f"adapter {self._adapter.name} replaces {path}.{own} and not {path}.weight",
-                "Save the adapter again with modules_to_save.",
-            )
+            own = self._matrix(path)
+            weight = (own if module is None else _Adapted(module)(own)).astype(np.float32)
         if weight.shape[1] != self._modules[path].in_features:
             raise AdapterError(
                 f"adapter {self._adapter.name}: its head {path} is {weight.shape}, expected "
                 f"[labels, {self._modules[path].in_features}]",
                 f"The adapter is for another base: {self._adapter.base_model}",
             )
-        c = self._adapter.saved.get(f"{path}.bias", np.zeros(len(weight), np.float32))
+        if bias is None and f"{path}.weight" not in saved and self._modules[path].bias:
+            bias = self._value(f"{path}.bias").astype(np.float32)
+        c = np.zeros(len(weight), np.float32) if bias is None else bias
+        if module is not None and module.bias is not None:
+            c = (c + module.scaling * module.bias.astype(np.float64)).astype(np.float32)
         self._heads[path] = Head(np.ascontiguousarray(weight.T), c)
 
     def _add_bias(self, path: str, change: WideArray) -> None:

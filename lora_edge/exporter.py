@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -45,10 +46,11 @@ from lora_edge.packing import check_parts, with_heads, write_adapter_folder, wri
 from lora_edge.peft_loading import BaseView
 from lora_edge.prompts import own_folders, write_adapter_texts, write_base_text
 from lora_edge.quantization import Precision, rounded_weights
+from lora_edge.renaming import fitted, fitted_to
 from lora_edge.runtime.adapter_file import read_adapter
 from lora_edge.runtime.changes import parse_changes
 from lora_edge.task_choice import chosen_task
-from lora_edge.tasks import EMBEDDING
+from lora_edge.tasks import EMBEDDING, TEXT_GENERATION, Task
 
 
 def export(
@@ -152,8 +154,10 @@ def export(
             check_base_of(adapter, fingerprint, model.name_or_path)
             if notice := other_base(adapter, model):
                 say(f"{adapter.name}: {notice}")
-        with staging(Path(output), marker=MANIFEST_NAME, force=force) as stage:
-            wanted = chosen_task(model, loaded, task, mode)
+        where = Path(output)
+        with staging(where, marker=MANIFEST_NAME, force=force) as stage, ExitStack() as stack:
+            wanted = chosen_task(model, loaded, task, mode, say)
+            loaded = stack.enter_context(fitted(loaded, model, wanted, say))
             options = Options(mode, form, backend, sites, tuple(kinds), wanted, precision)
             check_precision(options)
             if wanted is not None and wanted.seq2seq:
@@ -205,9 +209,14 @@ def add(
             f"{target.directory} is a merged bundle and takes no further adapters",
             "Export a switchable one with: lora-edge export BASE --mode switchable",
         )
+    layers = {**manifest.uncovered, **manifest.sites}
+    task = None if manifest.task == TEXT_GENERATION else Task(manifest.task)
+    kind = manifest.base["model_type"]
     with peft_directories(adapters) as paths:
-        loaded = {name: load_adapter(path, name) for name, path in paths.items()}
-        return _add(target, loaded, base, own_folders(adapters, paths))
+        loaded = [load_adapter(path, name) for name, path in paths.items()]
+        with fitted_to(loaded, layers, kind, task, _silent) as fitting:
+            own = {adapter.name: adapter for adapter in fitting}
+            return _add(target, own, base, own_folders(adapters, paths))
 
 
 def _add(

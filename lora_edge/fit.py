@@ -24,6 +24,10 @@ Weights = Callable[[str], "NDArray[np.floating] | None"]
 """Parameter path -> the base's value in the checkpoint's layout; ``None`` where it has none."""
 
 _ONE_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
+# What has a row for each token: embeddings and output layers, by the names of the usual families.
+_VOCABULARY = re.compile(
+    r"(^|\.)(embed_tokens|tok_embeddings|word_embeddings|wte|embed_in|embed_out|shared|lm_head)$"
+)
 _NO_BIAS = ("bias", "embedding")
 
 
@@ -86,7 +90,7 @@ def check_modules(
                 f"adapter {adapter.name}: {path} is a {module.kind} layer [{wanted[0]} -> "
                 f"{wanted[1]}], {where} has a {entry.kind} layer "
                 f"[{entry.in_features} -> {entry.out_features}]",
-                f"The adapter is for another base: {adapter.base_model}",
+                _hint_of_sizes(adapter, path, wanted, (entry.in_features, entry.out_features)),
             )
     for path, tokens in adapter.tokens.items():
         entry = _entry(adapter, modules, path, where)
@@ -97,7 +101,9 @@ def check_modules(
             raise AdapterError(
                 f"adapter {adapter.name}: {path} has trained rows {tokens.rows.shape} up to token "
                 f"{max(tokens.indices)}, {where} has [{vocab}, {size}] there",
-                f"The adapter is for another base: {adapter.base_model}",
+                _hint_of_sizes(
+                    adapter, path, (max(tokens.indices) + 1, tokens.rows.shape[1]), (vocab, size)
+                ),
             )
     for path in adapter.saved:
         module_path, _, own = path.rpartition(".")
@@ -108,12 +114,17 @@ def check_modules(
                 f"weight or bias of a linear, embedding, convolution or norm layer of {where}",
                 f"If the adapter is for this base, and not for another: {MERGE_FIRST}",
             )
+        if layer.refusal and layer.kind != "conv":
+            raise UnsupportedAdapterError(
+                f"adapter {adapter.name} is refused in both modes: {module_path} {layer.refusal}",
+                "Leave the layer out of modules_to_save.",
+            )
         expected = _shape_of(layer, own)
         if expected is not None and adapter.saved[path].shape != expected:
             raise AdapterError(
                 f"adapter {adapter.name} replaces {path} by {adapter.saved[path].shape}, {where} "
                 f"has {expected} there",
-                f"The adapter is for another base: {adapter.base_model}",
+                _hint_of_sizes(adapter, module_path, adapter.saved[path].shape, expected),
             )
 
 
@@ -140,6 +151,27 @@ def check_loads(adapter: Adapter, base: BaseView) -> None:
                 f"{base.tied[0]}, though its config says ensure_weight_tying",
                 "Save the adapter again with PEFT.",
             )
+
+
+def _hint_of_sizes(
+    adapter: Adapter, path: str, theirs: tuple[int, ...], ours: tuple[int, ...]
+) -> str:
+    """What to do where a layer's sizes are not the base's.
+
+    Args:
+        adapter: the adapter.
+        path: module path.
+        theirs: its sizes, in the adapter.
+        ours: in the base.
+    """
+    differing = [pair for pair in zip(theirs, ours, strict=False) if pair[0] != pair[1]]
+    if len(theirs) == len(ours) and len(differing) == 1 and _VOCABULARY.search(path):
+        return (
+            f"The vocabulary was resized: the adapter's has {differing[0][0]} tokens, the base's "
+            f"{differing[0][1]}. Save the resized base that it was trained on "
+            "(model.resize_token_embeddings, then save_pretrained) and give that one."
+        )
+    return f"The adapter is for another base: {adapter.base_model}"
 
 
 def _shape_of(layer: SiteEntry, own: str) -> tuple[int, ...] | None:
@@ -233,8 +265,18 @@ def check_copies(adapter: Adapter, weights: Weights | None, tied: tuple[str, ...
             raise UnsupportedAdapterError(
                 f"adapter {adapter.name} is refused in both modes: it was saved with {path}, which "
                 "differs from the base's and would replace it for every adapter",
-                "Train with modules_to_save, or save with save_embedding_layers=False.",
+                hint_of_copy(adapter, weights, path, tied),
             )
+
+
+def hint_of_copy(
+    adapter: Adapter, weights: Weights | None, path: str, tied: tuple[str, ...]
+) -> str:
+    """What to do where a copy of the base's parameter that was saved along is not the base's."""
+    value, copy = base_value(adapter, weights, path, tied), adapter.base_copies[path]
+    if value is not None and value.shape != copy.shape:
+        return _hint_of_sizes(adapter, path.rpartition(".")[0], copy.shape, value.shape)
+    return "Train with modules_to_save, or save with save_embedding_layers=False."
 
 
 def same_copy(adapter: Adapter, weights: Weights | None, path: str, tied: tuple[str, ...]) -> bool:

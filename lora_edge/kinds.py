@@ -51,6 +51,7 @@ def alone(adapter: Adapter, modules: Mapping[str, SiteEntry]) -> str:
     if adapter.invocation:
         return "an activated LoRA works on its own tokens only"
     heads = [path for path, entry in modules.items() if entry.kind == "head"]
-    if any(path.rpartition(".")[0] in heads for path in adapter.saved):
+    owners = {path.rpartition(".")[0] for path in adapter.saved}
+    if not {*owners, *adapter.modules}.isdisjoint(heads):
         return "its task head replaces the base's"
     return ""

@@ -85,25 +85,45 @@ class Task:
         """Whether a parameter belongs to the head."""
         return not set(self.heads).isdisjoint(key.split("."))
 
+    def label_layer(self, model: Any) -> str:
+        """Module path of the linear layer that makes the labels; empty where there is none.
+
+        Args:
+            model: transformers' model; its weights are not read.
+        """
+        if self.output != "logits" or self.seq2seq:
+            return ""
+        count = getattr(model.config, "num_labels", None)
+        # A head is declared behind the layers that it reads.
+        modules = reversed(list(model.named_modules()))
+        return next((p for p, x in modules if getattr(x, "out_features", None) == count), "")
+
     @property
     def labels(self) -> dict[str, int]:
         """The arguments of ``AutoConfig.from_pretrained`` that size the head."""
         return {} if self.num_labels is None else {"num_labels": self.num_labels}
 
-    def complete(self, model: Any, missing: Sequence[str]) -> list[str]:
+    def complete(self, model: Any, missing: Sequence[str], *, pooler: bool = False) -> list[str]:
         """Give a model the head that its checkpoint lacks, and drop a pooler that nobody reads.
 
         Args:
             model: transformers' model, freshly loaded; changed in place.
             missing: parameters that the checkpoint does not have in the model's shape.
+            pooler: keep the pooler, which PEFT may load an adapter onto; what the checkpoint lacks
+                of it is made up.
 
         Returns:
             Those of ``missing`` that are not the head's.
         """
+        made_up = list(filter(self.in_head, missing))
         if self.name == "feature-extraction" and getattr(model, "pooler", None) is not None:
-            model.pooler = None
-            missing = [key for key in missing if not key.startswith("pooler.")]
-        for key in filter(self.in_head, missing):
+            unread = [key for key in missing if key.startswith("pooler.")]
+            missing = [key for key in missing if key not in unread]
+            if pooler:
+                made_up += unread
+            else:
+                model.pooler = None
+        for key in made_up:
             values = model.get_parameter(key).data
             values.copy_(values.new_tensor(fresh_head(key, tuple(values.shape))))
         return [key for key in missing if not self.in_head(key)]

@@ -201,3 +201,39 @@ def test_a_truncated_checkpoint_is_named(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(BaseModelError, match=r"model-0\.safetensors is not a whole .* is cut off"):
         resolve_base(directory).fingerprint()
+
+
+def test_an_index_decides_which_files_are_the_bases(tmp_path: Path) -> None:
+    """``consolidated.safetensors`` lies beside many published models."""
+    clean = resolve_base(_make(tmp_path / "clean"))
+    base = _make(tmp_path / "base")
+    weights = {"metadata": {}, "weight_map": dict.fromkeys(TENSORS, "model-0.safetensors")}
+    (base / "model.safetensors.index.json").write_text(json.dumps(weights))
+    save_file({"other.weight": np.ones((2, 3), np.float32)}, base / "consolidated.safetensors")
+    found = resolve_base(base)
+    assert found.keys() == clean.keys()
+    assert found.fingerprint() == clean.fingerprint()
+
+
+def test_a_single_file_decides_too(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    save_file(TENSORS, base / "model.safetensors")
+    before = resolve_base(base).fingerprint()
+    save_file({"model.norm.weight": np.ones(4, np.float32)}, base / "consolidated.safetensors")
+    assert resolve_base(base).fingerprint() == before
+    norm = TENSORS["model.norm.weight"].astype(np.float32)
+    np.testing.assert_array_equal(resolve_base(base).weight("model.norm.weight"), norm)
+
+
+@pytest.mark.parametrize(
+    "weight_map", [["x"], {"x": 1}, {"x": "model-7.safetensors"}, {"x": "../model-0.safetensors"}]
+)
+def test_a_damaged_index_is_refused(weight_map: object, tmp_path: Path) -> None:
+    base = _make(tmp_path / "base")
+    index = {"weight_map": weight_map}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(BaseModelError, match="index") as caught:
+        resolve_base(base)
+    assert caught.value.hint

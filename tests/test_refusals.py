@@ -24,9 +24,10 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lora_edge.adapter import load_adapter
+from lora_edge.adapter_parts import LowRank, TokenRows
 from lora_edge.cli import main
 from lora_edge.errors import AdapterError, UnsupportedAdapterError
-from lora_edge.fit import check_modules
+from lora_edge.fit import check_copies, check_modules
 from lora_edge.manifest import SiteEntry
 from lora_edge.peft_types import MERGE_FIRST
 from lora_edge.refusals import MODES, Mode
@@ -399,3 +400,45 @@ def test_peft_merges_what_the_hint_says_it_merges(field: str, tiny: Path, tmp_pa
         merged = adapted.merge_and_unload()(ids).logits
     torch.testing.assert_close(merged, unmerged, atol=1e-4, rtol=0)
     assert (unmerged - before).abs().max() > 0.1
+
+
+def _resized(part: str) -> dict[str, Any]:
+    """Parts of an adapter for a vocabulary of 14 tokens; the base's has 11."""
+    rows = np.ones((14, 8), np.float32)
+    if part == "tokens":
+        return {
+            "tokens": {"model.embed_tokens": TokenRows("model.embed_tokens", (3, 13), rows[:2])}
+        }
+    if part == "saved":
+        return {"saved": {"model.embed_tokens.weight": rows}}
+    if part == "head":
+        return {"saved": {"lm_head.weight": rows}}
+    if part == "copy":
+        return {"base_copies": {"lm_head.weight": rows}}
+    pair = {"alpha": 2.0, "scaling": 1.0}
+    if part == "pair on the head":
+        own = LowRank("lm_head", "linear", np.ones((2, 8)), np.ones((14, 2)), **pair)
+    else:
+        own = LowRank("model.embed_tokens", "embedding", np.ones((2, 14)), np.ones((8, 2)), **pair)
+    return {"modules": {own.path: own}}
+
+
+@pytest.mark.parametrize("part", ["tokens", "saved", "head", "copy", "pair", "pair on the head"])
+def test_a_resized_vocabulary_is_called_that(part: str) -> None:
+    fields = ("modules", "saved", "tokens", "stacked", "base_copies")
+    empty: dict[str, Any] = {field: {} for field in fields}
+    adapter = dataclasses.replace(load_adapter(SHOUT), **(empty | _resized(part)))
+    layers = {
+        "model.embed_tokens": SiteEntry(11, 8, kind="embedding"),
+        "lm_head": SiteEntry(8, 11),
+    }
+
+    def check() -> None:
+        check_modules(adapter, layers, "the base")
+        check_copies(adapter, lambda _: np.zeros((11, 8), np.float32), ())
+
+    with pytest.raises(AdapterError) as caught:
+        check()
+    assert all(
+        x in caught.value.hint for x in ("vocabulary was resized", "14", "11", "resized base")
+    )

@@ -74,6 +74,7 @@ class Layers:
         parameter_modules: as :class:`BaseGraph` has them.
         refused: why the trace backend refuses the base, if that can be told without its weights.
         output: module path of the output layer of a text generator; empty: none.
+        head: module path of the layer that makes a task's labels; empty: none.
     """
 
     modules: Mapping[str, SiteEntry]
@@ -81,6 +82,7 @@ class Layers:
     parameter_modules: Mapping[str, ParameterModule]
     refused: LoraEdgeError | None
     output: str = ""
+    head: str = ""
 
 
 def built_layers(base: Base, task: Task | None) -> Layers:

@@ -218,6 +218,9 @@ class RegisteredAttention:
     ``([batch, seq, heads, head_dim], None)``.
     """
 
+    calls: int
+    """How often the function ran in this pass."""
+
     def __init__(self, model_type: str) -> None:
         self.name = f"lora_edge_{uuid.uuid4().hex[:12]}"
         self._model_type = model_type
@@ -275,12 +278,14 @@ class AttentionSwap(RegisteredAttention):
         super().__init__(model_type)
         self.attention: Attention = Survey()
         self.facts: dict[int, LayerFacts] = {}
-        self._calls: list[int] = []
+        self._layers: list[int] = []
+        self.calls = 0
 
     def begin(self, attention: Attention) -> None:
         """Start a forward pass."""
         self.attention = attention
-        self._calls = []
+        self._layers = []
+        self.calls = 0
 
     def check_calls(self, layers: int) -> None:
         """Check that the pass that just ended called the function once for each layer.
@@ -288,17 +293,12 @@ class AttentionSwap(RegisteredAttention):
         Raises:
             CaptureError: it did not.
         """
-        if sorted(self._calls) != list(range(layers)):
+        if sorted(self._layers) != list(range(layers)):
             raise CaptureError(
-                f"{self._model_type}: the attention function ran for layers {self._calls}, not "
+                f"{self._model_type}: the attention function ran for layers {self._layers}, not "
                 f"once for each of 0 to {layers - 1}",
                 "This architecture computes attention in its own way; try --backend optimum.",
             )
-
-    @property
-    def calls(self) -> int:
-        """How often the function ran in this pass."""
-        return len(self._calls)
 
     def __call__(
         self,
@@ -319,7 +319,8 @@ class AttentionSwap(RegisteredAttention):
         if is_causal is False or getattr(module, "is_causal", True) is False:
             self._refuse(f"{type(module).__name__} attends in both directions")
         facts = self._facts(query, key, value, scaling, sliding_window, softcap, kwargs)
-        self._calls.append(layer)
+        self._layers.append(layer)
+        self.calls += 1
         if isinstance(self.attention, Survey):
             self.facts[layer] = facts
         return self.attention.attend(layer, self.facts[layer], query, key, value), None

@@ -19,7 +19,6 @@ from lora_edge.capture.experts import parameter_modules, refuse_loops
 from lora_edge.capture.families import refuse_unloadable, refuse_untraceable
 from lora_edge.capture.load import (
     empty_model,
-    head_path,
     load_model,
     loading,
     model_layers,
@@ -29,6 +28,7 @@ from lora_edge.capture.load import (
     tied_pair,
 )
 from lora_edge.errors import UnsupportedModelError
+from lora_edge.quiet import quiet
 from lora_edge.tasks import Task
 
 
@@ -36,16 +36,17 @@ def layers_of(base: Base, task: Task | None) -> Layers:
     """Build a base without its weights; see :func:`lora_edge.capture.built_layers`."""
     seq2seq = task is not None and task.seq2seq
     refuse_unloadable(base.config, seq2seq=seq2seq)
-    with loading(base, task, None):
+    with loading(base, task, None), quiet():
         config = read_config(base, task)
         model: Any = empty_model(config, task)
     if task is not None:
         task.complete(model, ())  # drops what nobody reads
     modules = model_layers(model)
     tied: tuple[str, ...] = ()
+    head = ""
     if task is None or seq2seq:
         tied = tied_pair(model)
-    elif head := head_path(modules, task):
+    elif head := task.label_layer(model):
         modules[head] = replace(modules[head], kind="head")
     refused: UnsupportedModelError | None = None
     try:
@@ -57,7 +58,7 @@ def layers_of(base: Base, task: Task | None) -> Layers:
         refused = error
     layer = model.get_output_embeddings() if task is None or seq2seq else None
     output = "" if layer is None else path_of(model, layer)
-    return Layers(modules, tied, parameter_modules(model), refused, output)
+    return Layers(modules, tied, parameter_modules(model), refused, output, head)
 
 
 def weights_of(base: Base, task: Task | None) -> Callable[[str], NDArray[np.floating] | None]:

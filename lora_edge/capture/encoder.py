@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import inspect
 import io
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,19 @@ from torch import Tensor, nn
 
 from lora_edge.base import Base
 from lora_edge.capture.attention import MASKED, RegisteredAttention, explicit_attention
-from lora_edge.capture.families import OPTIMUM
-from lora_edge.capture.load import head_path, load_model, max_length, model_layers, noted_ranks
-from lora_edge.capture.swaps import constant_views, swapped_linears
-from lora_edge.capture.trace import OPSET, TRACE_WARNINGS, check_inputs, name_nodes, name_weights
+from lora_edge.capture.load import load_model, max_length, model_layers, noted_activations, refusing
+from lora_edge.capture.swaps import constant_views, plain_exporter, replaced, swapped_linears
+from lora_edge.capture.trace import (
+    OPSET,
+    TRACE_WARNINGS,
+    add_buffers,
+    check_inputs,
+    name_nodes,
+    name_weights,
+)
 from lora_edge.capture.weights import attach, placeholders
-from lora_edge.errors import CaptureError, UnsupportedModelError
+from lora_edge.errors import BaseModelError, CaptureError, UnsupportedModelError
+from lora_edge.files.json import read_object
 from lora_edge.manifest import EncoderSpec, SiteEntry
 from lora_edge.quiet import quiet
 from lora_edge.tasks import Task
@@ -40,33 +47,46 @@ class MaskedAttention(RegisteredAttention):
     """Attention without a cache, causal or in both directions, as each layer asks for it.
 
     Counts its calls: a layer that computes its attention elsewhere would be traced with a mask that
-    nobody made.
+    nobody made. Images have no mask, so there a model may compute its attention as it likes.
     """
 
     def __init__(self, model_type: str) -> None:
         super().__init__(model_type)
         self._mask: Tensor | None = None
         self._made: dict[tuple[bool, int], Tensor] = {}
-        self._calls: list[nn.Module] = []
+        self._modules: list[nn.Module] = []
+        self.calls = 0
 
     def begin(self, attention_mask: Tensor | None) -> None:
         """Start a forward pass; ``attention_mask``: ``[batch, seq]``, ``None`` for images."""
         self._mask = attention_mask
         self._made = {}
-        self._calls = []
+        self._modules = []
+        self.calls = 0
 
-    def check_calls(self, layers: int) -> None:
-        """Check that the pass that just ended called the function once for each layer.
+    def check_calls(self, config: Any) -> None:
+        """Check that the pass over texts that just ended called the function once for each layer.
+
+        Args:
+            config: the model's.
 
         Raises:
             UnsupportedModelError: it did not.
         """
-        if not self._calls:
+        if not self._modules:
             self._refuse("they do not use the common attention interface")
-        if len(set(map(id, self._calls))) < len(self._calls):
+        layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+        if self.calls != layers:
+            self._refuse(f"the attention function ran {self.calls} times in {layers} layers")
+
+    def check_shared(self) -> None:
+        """Check that no layer ran twice in the pass that just ended.
+
+        Raises:
+            UnsupportedModelError: one did.
+        """
+        if len(set(map(id, self._modules))) < len(self._modules):
             self._refuse("its layers share their weights, so that a site would be several nodes")
-        if len(self._calls) != layers:
-            self._refuse(f"the attention function ran {len(self._calls)} times in {layers} layers")
 
     def __call__(
         self,
@@ -88,7 +108,8 @@ class MaskedAttention(RegisteredAttention):
         if causal is None:
             self._refuse(f"{type(module).__name__} does not say whether it is causal")
         facts = self._facts(query, key, value, scaling, sliding_window, softcap, kwargs)
-        self._calls.append(module)
+        self._modules.append(module)
+        self.calls += 1
         mask = self._additive(bool(causal), facts.window)
         return explicit_attention(facts, mask, query, key, value), None
 
@@ -113,18 +134,30 @@ class MaskedAttention(RegisteredAttention):
 class _Traced(nn.Module):
     """The function that becomes the graph."""
 
-    def __init__(self, model: nn.Module, swap: MaskedAttention, spec: EncoderSpec) -> None:
+    def __init__(
+        self, model: nn.Module, swap: MaskedAttention, spec: EncoderSpec, task: Task
+    ) -> None:
         super().__init__()
         self.model = model
         self._swap = swap
         self._spec = spec
+        self._by_token = task.name == "token-classification"
 
     def forward(self, *tensors: Tensor) -> Tensor:
         feeds = dict(zip(self._spec.inputs, tensors, strict=True))
         self._swap.begin(feeds.get("attention_mask"))
         config: Any = self.model.config
         found: Tensor = getattr(self.model(**feeds), self._spec.output)
-        self._swap.check_calls(config.get_text_config().num_hidden_layers)
+        wanted = 3 if self._spec.output == "last_hidden_state" or self._by_token else 2
+        if found.ndim != wanted:
+            raise UnsupportedModelError(
+                f"{config.model_type} models are refused: their {self._spec.output} is "
+                f"{list(found.shape)}, expected {wanted} dimensions",
+                "Use a task that gives a vector for each row or token.",
+            )
+        self._swap.check_shared()
+        if not self._spec.image:
+            self._swap.check_calls(config)
         return found
 
 
@@ -148,18 +181,12 @@ def trace_encoder(
         model.config.use_cache = False
         spec = _spec(model, task, base)
         modules = model_layers(model)
-        traced = _Traced(model, swap, spec)
-        try:
-            with noted_ranks(model, modules):
-                traced(*_example(spec).values())  # what is refused is refused before it is traced
-        except KeyError as error:  # a table of its own, which lacks the registered function
-            if error.args != (swap.name,):
-                raise
-            raise UnsupportedModelError(
-                f"{base.model_type} models are refused: they have no common attention interface",
-                OPTIMUM,
-            ) from error
-        graph = _export(traced, spec, task, directory)
+        traced = _Traced(model, swap, spec, task)
+        with refusing(model, swap, images=bool(spec.image)), _as_untraced(spec):
+            # What is refused is refused before it is traced.
+            with noted_activations(model, modules, _BATCH if spec.image else None):
+                traced(*_example(spec).values())
+            graph = _export(traced, spec, task, directory)
     nodes = {node.name for node in graph.graph.node}
     linears = [path for path, layer in modules.items() if layer.kind == "linear"]
     lost = sorted(set(linears) - nodes)
@@ -171,10 +198,17 @@ def trace_encoder(
         )
     path = directory / "model.onnx"
     onnx.save(graph, path)
-    head = head_path(modules, task)
+    head = task.label_layer(model)
     if head:
         modules[head] = replace(modules[head], kind="head")
     return path, spec, modules, head
+
+
+@contextmanager
+def _as_untraced(spec: EncoderSpec) -> Iterator[None]:
+    """Images have one size, so that no position need be interpolated, as models do in a trace."""
+    with replaced(torch.jit, "is_tracing", lambda: False) if spec.image else nullcontext():
+        yield
 
 
 def _spec(model: Any, task: Task, base: Base) -> EncoderSpec:
@@ -187,7 +221,7 @@ def _spec(model: Any, task: Task, base: Base) -> EncoderSpec:
             vocab_size=0,
             max_length=0,
             pad_token_id=0,
-            image=(int(model.config.num_channels), *_image_size(model.config)),
+            image=_image(model, base),
         )
     config = model.config.get_text_config()
     inputs = ["input_ids", "attention_mask"]
@@ -218,10 +252,40 @@ def _is_pooled_at_the_end(model: nn.Module, task: Task) -> bool:
     return task.name == "text-classification" and hasattr(model, "score")
 
 
-def _image_size(config: Any) -> tuple[int, int]:
-    size = config.image_size
-    height, width = size if isinstance(size, Iterable) else (size, size)
-    return int(height), int(width)
+def _image(model: Any, base: Base) -> tuple[int, int, int]:
+    """Channels, height and width of the images: the config's, else the preprocessor's.
+
+    Raises:
+        UnsupportedModelError: neither says.
+    """
+    config = model.config
+    size = getattr(config, "image_size", None) or _preprocessed(base)
+    height, width = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
+    channels = getattr(config, "num_channels", 3)
+    if not all(isinstance(x, int) and x > 0 for x in (channels, height, width)):
+        raise UnsupportedModelError(
+            f"{config.model_type} models are refused: the size of the images is not said: "
+            f"image_size is {size!r}, num_channels is {channels!r}",
+            "Put a preprocessor_config.json with crop_size or size beside the base's config.json.",
+        )
+    return channels, height, width
+
+
+def _preprocessed(base: Base) -> Any:
+    """The size that ``preprocessor_config.json`` cuts or scales images to; ``None``: not said."""
+    file = base.directory / "preprocessor_config.json"
+    if not file.is_file():
+        return None
+    config = read_object(file, BaseModelError, "Download it again.", nonfinite=True)
+    for field in ("crop_size", "size"):
+        size = config.get(field)
+        if field == "crop_size" and not config.get("do_center_crop", True):
+            continue
+        if isinstance(size, dict):
+            size = (size.get("height"), size.get("width")) if "height" in size else None
+        if size:
+            return size
+    return None
 
 
 def _positions(model: nn.Module) -> int:
@@ -230,7 +294,8 @@ def _positions(model: nn.Module) -> int:
     for path, module in model.named_modules():
         if (
             path.endswith("position_embeddings")
-            and getattr(module, "padding_idx", None) is not None
+            and isinstance(module, nn.Embedding)
+            and module.padding_idx is not None
         ):
             return int(module.num_embeddings) - int(module.padding_idx) - 1
     return max_length(config.get_text_config())
@@ -257,6 +322,7 @@ def _export(traced: _Traced, spec: EncoderSpec, task: Task, directory: Path) -> 
         weights = stack.enter_context(placeholders(traced.model))
         stack.enter_context(swapped_linears(traced.model))
         stack.enter_context(constant_views(_BATCH, None if spec.image else _SEQ))
+        stack.enter_context(plain_exporter())
         stack.enter_context(quiet(TRACE_WARNINGS))
         torch.onnx.export(
             traced,
@@ -272,8 +338,9 @@ def _export(traced: _Traced, spec: EncoderSpec, task: Task, directory: Path) -> 
         )
     graph = onnx.load_from_string(buffer.getvalue())
     name_weights(graph)
+    add_buffers(traced.model, graph, weights)
     missing = attach(graph, weights, directory / "model.onnx_data")
     missing = [name for name in missing if name.rpartition(".")[2] not in _TRAINING_ONLY]
-    check_inputs(graph, set(example), missing, weights)
+    check_inputs(traced.model, graph, set(example), missing, weights)
     name_nodes(graph)
     return graph

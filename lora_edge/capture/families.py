@@ -65,6 +65,8 @@ def refuse_untraceable(config: Mapping[str, Any]) -> None:
 
 def experts_field(config: Mapping[str, Any]) -> str | None:
     """``name is value`` of the field that says that a model has experts, if one does."""
+    if config.get("is_moe") is False:  # Doge's layers have experts only if it says so
+        return None
     for field in _EXPERT_FIELDS:
         value = config.get(field)
         if isinstance(value, int) and value > 1:

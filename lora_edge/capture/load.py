@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_edge.base import Base
+from lora_edge.capture.attention import RegisteredAttention
 from lora_edge.capture.experts import refuse_loops
 from lora_edge.capture.families import (
     OPTIMUM,
@@ -25,6 +26,38 @@ from lora_edge.errors import BaseModelError, UnsupportedModelError
 from lora_edge.manifest import SiteEntry
 from lora_edge.quiet import quiet
 from lora_edge.tasks import Task
+
+# What models and the exporter raise where a trace is not what they were written for.
+_TRACE_FAILURES = (
+    RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError,
+    NotImplementedError, ArithmeticError, ImportError,
+)  # fmt: skip
+
+
+@contextmanager
+def refusing(
+    model: nn.Module, swap: RegisteredAttention, *, images: bool = False
+) -> Iterator[None]:
+    """What a model's own code or the exporter raises on a trace, as a refusal by name.
+
+    Args:
+        model: the model that is run or traced inside the block.
+        swap: the attention that it was given.
+        images: it may compute its attention in another way.
+    """
+    try:
+        yield
+    except _TRACE_FAILURES as error:
+        config: Any = model.config
+        said = " ".join(str(error).split())[:300] or type(error).__name__
+        if swap.name in said or (swap.calls == 0 and not images):
+            reason = "they do not use the common attention interface"
+        else:
+            reason = f"{type(model).__name__} cannot be traced: {type(error).__name__}: {said}"
+        raise UnsupportedModelError(
+            f"{config.model_type} models are refused: {reason}",
+            OPTIMUM + " LORA_EDGE_DEBUG=1 shows where it failed.",
+        ) from error
 
 
 def load_model(base: Base, attention: str | None, task: Task | None = None) -> Any:
@@ -182,22 +215,39 @@ def model_layers(model: nn.Module) -> dict[str, SiteEntry]:
 
 
 @contextmanager
-def noted_ranks(model: nn.Module, modules: dict[str, SiteEntry]) -> Iterator[None]:
-    """Note how many dimensions the inputs of norms and linear layers have in the block."""
+def noted_activations(
+    model: nn.Module, modules: dict[str, SiteEntry], images: int | None = None
+) -> Iterator[None]:
+    """Note the activations that layers work on in the block: how many dimensions they have.
+
+    A layer whose activations do not begin with the batch of images (it works on windows of all of
+    them) takes no branch, because a branch chooses by row; it is noted as refused.
+
+    Args:
+        model: the model.
+        modules: module path -> layer; changed in place.
+        images: how many images the pass is of; ``None`` for texts.
+    """
     with ExitStack() as stack:
         for path, entry in list(modules.items()):
-            if entry.kind not in ("norm", "linear"):
-                continue
             least = 3 if entry.kind == "linear" else 2  # see swapped_linears
 
             def note(
-                _: nn.Module, args: tuple[Tensor, ...], path: str = path, least: int = least
+                _: nn.Module, args: tuple[Any, ...], path: str = path, least: int = least
             ) -> None:
-                modules[path] = replace(modules[path], rank=max(args[0].ndim, least))
+                if not args or not isinstance(args[0], Tensor):
+                    return
+                if modules[path].kind in ("norm", "linear"):
+                    modules[path] = replace(modules[path], rank=max(args[0].ndim, least))
+                if images is not None and images != int(args[0].shape[0]):
+                    modules[path] = replace(modules[path], refusal=_NO_ROWS)
 
             module = model.get_submodule(path)
             stack.callback(module.register_forward_pre_hook(note).remove)
         yield
+
+
+_NO_ROWS = "works on windows of all images together, where a branch cannot tell them apart"
 
 
 def tied_pair(model: Any) -> tuple[str, ...]:
@@ -206,12 +256,6 @@ def tied_pair(model: Any) -> tuple[str, ...]:
     if head is None or embedding is None or head.weight is not embedding.weight:
         return ()
     return path_of(model, embedding), path_of(model, head)
-
-
-def head_path(modules: Mapping[str, SiteEntry], task: Task) -> str:
-    """Module path of the last linear layer of the task's head; empty where there is none."""
-    linears = [path for path, layer in modules.items() if layer.kind == "linear"]
-    return next((path for path in reversed(linears) if task.in_head(path)), "")
 
 
 def path_of(model: nn.Module, wanted: nn.Module) -> str:

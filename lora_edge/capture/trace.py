@@ -7,8 +7,8 @@ for each RMSNorm, logits at chosen positions only. *portable*: standard operator
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,14 +32,16 @@ from lora_edge.capture.load import (
     load_model,
     max_length,
     model_layers,
-    noted_ranks,
+    noted_activations,
     path_of,
+    refusing,
     tied_pair,
 )
 from lora_edge.capture.operators import TakePositions
 from lora_edge.capture.swaps import (
     RotarySwap,
     constant_views,
+    plain_exporter,
     swapped_linears,
     swapped_norms,
 )
@@ -62,10 +64,6 @@ TRACE_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
 # Sizes that no model has, so that a traced size is known for what it is.
 _BATCH, _SEQ, _PAST = 3, 5, 7
 _PREFIX = "model."
-# What models and the exporter raise where a trace is not what they were written for.
-_TRACE_FAILURES = (
-    RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError,
-)  # fmt: skip
 
 
 class _Traced(nn.Module):
@@ -143,7 +141,7 @@ def trace(
         modules = model_layers(model)
         longest = max_length(model.config)
         rotary = RotarySwap(model, longest) if form == "fused" else None
-        with noted_ranks(model, modules), _refusing(model):
+        with noted_activations(model, modules), refusing(model, swap):
             facts = _survey(model, swap, rotary, base.model_type)
         tied = tied_pair(model)
         head = path_of(model, model.get_output_embeddings())
@@ -243,8 +241,9 @@ def _export(
             stack.enter_context(swapped_norms(model))
             stack.enter_context(rotary.applied())
         stack.enter_context(constant_views(_BATCH, _SEQ))
+        stack.enter_context(plain_exporter())
         stack.enter_context(quiet(TRACE_WARNINGS))
-        stack.enter_context(_refusing(model))
+        stack.enter_context(refusing(model, swap))
         torch.onnx.export(
             traced,
             tuple(example.values()),
@@ -261,24 +260,11 @@ def _export(
     graph = onnx.load_from_string(buffer.getvalue())
     name_weights(graph)
     lower_choices(graph)
-    _add_buffers(model, graph, weights)
+    add_buffers(model, graph, weights)
     missing = attach(graph, weights, directory / "model.onnx_data")
-    check_inputs(graph, set(example), missing, weights)
+    check_inputs(model, graph, set(example), missing, weights)
     name_nodes(graph)
     return graph, flattened
-
-
-@contextmanager
-def _refusing(model: nn.Module) -> Iterator[None]:
-    """What the model's own code or the exporter raises on a trace, as a refusal by name."""
-    try:
-        yield
-    except _TRACE_FAILURES as error:
-        said = " ".join(str(error).split())[:300] or repr(error)
-        raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be traced: {said}",
-            OPTIMUM + " LORA_EDGE_DEBUG=1 shows where it failed.",
-        ) from error
 
 
 def name_weights(graph: onnx.ModelProto) -> None:
@@ -293,7 +279,7 @@ def name_weights(graph: onnx.ModelProto) -> None:
                 node.input[index] = name.removeprefix(_PREFIX)
 
 
-def _add_buffers(model: nn.Module, graph: onnx.ModelProto, weights: dict[str, Weight]) -> None:
+def add_buffers(model: nn.Module, graph: onnx.ModelProto, weights: dict[str, Weight]) -> None:
     """Count the buffers that the graph reads (a router's correction of scores) as weights."""
     buffers = dict(model.named_buffers())
     for value in graph.graph.input:
@@ -302,20 +288,31 @@ def _add_buffers(model: nn.Module, graph: onnx.ModelProto, weights: dict[str, We
 
 
 def check_inputs(
-    graph: onnx.ModelProto, expected: set[str], missing: list[str], weights: dict[str, Weight]
+    model: nn.Module,
+    graph: onnx.ModelProto,
+    expected: set[str],
+    missing: list[str],
+    weights: Mapping[str, Weight],
 ) -> None:
     """Check that every weight is in the graph, and every input is one that was asked for.
 
     Raises:
-        CaptureError: names what is missing or too much.
+        UnsupportedModelError: the model does not read some of its weights; names them.
+        CaptureError: there are inputs that nobody asked for.
     """
+    kind = type(model).__name__
+    if missing:
+        raise UnsupportedModelError(
+            f"{kind} models are refused: {len(missing)} of {len(weights)} weights take no part in "
+            f"a pass ({', '.join(missing[:3])}), so that an adapter on them could not be exported",
+            "Use a class of model that reads them all, or save the model without them.",
+        )
     strange = [value.name for value in graph.graph.input if value.name not in expected]
-    if strange or missing:
+    if strange:
         raise CaptureError(
-            f"the trace lost {len(missing)} of {len(weights)} weights "
-            f"({', '.join(missing[:3]) or 'none'}) and has {len(strange)} inputs that nobody asked "
-            f"for ({', '.join(strange[:3]) or 'none'})",
-            "This is a fault of lora-edge; please report it with the model's config.json.",
+            f"{kind} models are refused: their trace has {len(strange)} inputs that nobody asked "
+            f"for ({', '.join(strange[:3])})",
+            OPTIMUM,
         )
 
 

@@ -1,4 +1,4 @@
-"""Reading safetensors files with numpy alone, bfloat16 included.
+"""Reading safetensors files, and renaming their tensors, with numpy alone, bfloat16 included.
 
 The safetensors package cannot give numpy a bfloat16 tensor, nor a tensor's raw bytes without
 loading the whole file; the format is a JSON header and a block of bytes, so the reader is short.
@@ -8,9 +8,10 @@ Source: https://github.com/huggingface/safetensors, "Format" and ``safetensors/s
 
 from __future__ import annotations
 
+import json
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -168,3 +169,36 @@ def read_bytes(record: TensorRecord) -> Iterator[bytes]:
         while left > 0 and (chunk := stream.read(min(left, 1 << 20))):
             yield chunk
             left -= len(chunk)
+
+
+def rename_tensors(source: Path, target: Path, name: Callable[[str], str | None]) -> None:
+    """Copy a safetensors file with other names, its tensors byte by byte.
+
+    Args:
+        source: a file that :func:`read_header` takes.
+        target: written.
+        name: old name -> new name, or ``None`` for a tensor that is left out.
+    """
+    records = read_header(source, LoraEdgeError, "Copy the file again.")
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    kept: list[TensorRecord] = []
+    place = 0
+    for old, record in sorted(records.items(), key=lambda item: item[1].begin):
+        new = name(old)
+        if new is None:
+            continue
+        size = record.end - record.begin
+        header[new] = {
+            "dtype": record.dtype,
+            "shape": list(record.shape),
+            "data_offsets": [place, place + size],
+        }
+        kept.append(record)
+        place += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with target.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for record in kept:
+            for chunk in read_bytes(record):
+                stream.write(chunk)

@@ -7,6 +7,7 @@ continuation by several tokens at once.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -117,14 +118,15 @@ def check_base(
     }
 
 
-def _running(cases: Iterator[_Observed], base: Base) -> Iterator[_Observed]:
-    """The cases, and what ONNX Runtime raises where it cannot load or run a capture.
+@contextlib.contextmanager
+def running(base: Base) -> Iterator[None]:
+    """What ONNX Runtime raises in the block where it cannot load or run a capture.
 
     Raises:
         CaptureError: names the architecture.
     """
     try:
-        yield from cases
+        yield
     except (RuntimeError, BundleError) as error:
         said = " ".join(str(error).split())[:300]
         raise CaptureError(
@@ -132,6 +134,16 @@ def _running(cases: Iterator[_Observed], base: Base) -> Iterator[_Observed]:
             f"{said}",
             "Try the other form or backend, and report the model; this capture is not used.",
         ) from error
+
+
+def _running(cases: Iterator[_Observed], base: Base) -> Iterator[_Observed]:
+    """The cases of a generator that runs a capture, with :func:`running`'s errors."""
+    while True:
+        with running(base):
+            case = next(cases, None)
+        if case is None:
+            return
+        yield case
 
 
 def shortest_window(config: Mapping[str, Any]) -> int | None:

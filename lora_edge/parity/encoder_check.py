@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from lora_edge.base import Base
 from lora_edge.errors import CaptureError
 from lora_edge.manifest import EncoderSpec
-from lora_edge.parity.base_check import Captured, shortest_window
+from lora_edge.parity.base_check import Captured, running, shortest_window
 from lora_edge.parity.compare import Tolerance, noise
 from lora_edge.parity.states import prompts
 from lora_edge.parity.task_reference import Row, TaskReference
@@ -66,11 +66,13 @@ def check_encoder(
             f"(floor {floor.rms:.1e}), so that a comparison proves nothing",
             "Are its weights trained?",
         )
-    encoder = Encoder(graph.path, spec)
+    with running(base):
+        encoder = Encoder(graph.path, spec)
     cases: dict[str, dict[str, float]] = {}
     for name, first, last in _cases(spec, len(rows)):
         batch = _batch(encoder, [*rows, longer][first:last])
-        got = encoder.run(batch)
+        with running(base):
+            got = encoder.run(batch)
         error = 0.0
         for row, output in zip(expected[first:last], got, strict=True):
             own = output[: len(row)] if row.ndim == 2 else output

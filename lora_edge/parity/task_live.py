@@ -73,7 +73,7 @@ def task_reference_of(base: Base, task_name: str, sources: Mapping[str, Path]) -
     task = Task(task_name, heads=(*Task(task_name).heads, *heads))
     reference = TaskReference(base, task)
     for name, directory in sources.items():
-        reference.attach(name, directory, adapters[name].head_labels(task.in_head))
+        reference.attach(name, directory, adapters[name].head_labels(reference.label_layer))
     return reference
 
 

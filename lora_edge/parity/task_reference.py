@@ -59,6 +59,11 @@ class TaskReference:
         self._wide = False
 
     @property
+    def label_layer(self) -> str:
+        """Module path of the layer that makes the labels; empty where there is none."""
+        return self.task.label_layer(self._models[BASE])
+
+    @property
     def parameters(self) -> int:
         """Number of the base model's parameters."""
         return sum(int(parameter.numel()) for parameter in self._models[BASE].parameters())
@@ -218,7 +223,7 @@ def _load(base: Base, task: Task) -> Any:
                 f"Check the folder with {loader}.from_pretrained.",
             ) from error
     missing = sorted(loading["missing_keys"]) + [str(x[0]) for x in loading["mismatched_keys"]]
-    made_up = task.complete(model, missing)
+    made_up = task.complete(model, missing, pooler=True)
     if made_up:
         raise BaseModelError(
             f"{base.name_or_path} lacks {len(made_up)} weights: {', '.join(made_up[:3])}",
