@@ -260,12 +260,15 @@ def load_adapter(path: str | os.PathLike[str], name: str | None = None) -> Adapt
     )
 
 
-def examine(path: str | os.PathLike[str], name: str) -> tuple[Adapter | None, list[Refusal]]:
+def examine(
+    path: str | os.PathLike[str], name: str, *, trained: bool = True
+) -> tuple[Adapter | None, list[Refusal]]:
     """Read a PEFT directory as far as it goes, and list everything that is refused.
 
     Args:
         path: as for :func:`load_adapter`.
         name: what to call the adapter.
+        trained: one that has no effect is refused; training asks before it has begun.
 
     Returns:
         The adapter, ``None`` where both modes refuse it; and every reason for which a mode would
@@ -281,7 +284,8 @@ def examine(path: str | os.PathLike[str], name: str) -> tuple[Adapter | None, li
     adapter: Adapter | None = None
     try:
         adapter = load_adapter(directory, name)
-        adapter.check_effect()
+        if trained:
+            adapter.check_effect()
     except AdapterError as error:
         found.append(Refusal(str(error), error.hint))
     return adapter, found

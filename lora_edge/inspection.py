@@ -257,7 +257,7 @@ def _inspected(directory: Path, shown: str, base: Base | None, task: str | None)
 def mode_refusals(
     path: str | os.PathLike[str], base: Base, task: str | None = None
 ) -> Mapping[Mode, tuple[Refusal, ...]]:
-    """The reasons for which each mode refuses an adapter for a base, without reading its weights.
+    """The reasons for which each mode refuses an adapter for a base, whether trained or not yet.
 
     Args:
         path, base, task: as :func:`inspect_adapter`.
@@ -266,7 +266,7 @@ def mode_refusals(
         AdapterError: the folder has no readable config.
         BaseModelError: the base cannot be read.
     """
-    adapter, refusals = examine(Path(path), "adapter")
+    adapter, refusals = examine(Path(path), "adapter", trained=False)
     if adapter is not None:
         refusals += Fit(adapter, base, task).refusals()
     return _by_mode(refusals)
