@@ -275,7 +275,7 @@ def examine(
     Args:
         path: as for :func:`load_adapter`.
         name: what to call the adapter.
-        trained: refuse one that has no effect, as one has before its training.
+        trained: one that has no effect is refused; training asks before it has begun.
 
     Returns:
         The adapter, ``None`` where both modes refuse it; and every reason for which a mode would

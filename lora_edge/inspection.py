@@ -257,7 +257,7 @@ def _inspected(directory: Path, shown: str, base: Base | None, task: str | None)
 def mode_refusals(
     path: str | os.PathLike[str], base: Base, task: str | None = None
 ) -> Mapping[Mode, tuple[Refusal, ...]]:
-    """The reasons for which each mode would refuse an adapter for a base once it is trained.
+    """The reasons for which each mode refuses an adapter for a base, whether trained or not yet.
 
     Args:
         path, base, task: as :func:`inspect_adapter`.

@@ -241,9 +241,9 @@ def test_records_of_shipped_adapters_are_read() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{}", "is not the record of a training run: KeyError 'base'"),
-        ("[]", "is not the record"),
-        ("{", "is not the record"),
+        ("{}", "is not the record of a training run: base is missing"),
+        ("[]", "is not a JSON object"),
+        ("{", "is not JSON"),
     ],
 )
 def test_a_file_that_is_no_record_is_refused(tmp_path: Path, text: str, message: str) -> None:
