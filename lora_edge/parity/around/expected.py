@@ -128,7 +128,9 @@ def _lengths(runner: Runner, base: Base, parameters: Parameters) -> dict[str, in
     image = isinstance(graph, EncoderSpec) and graph.image
     found: dict[str, int] = {}
     if isinstance(graph, GraphSpec | EncoderSpec) and not image:
-        found |= {"vocab_size": parameters.vocab_size, "max_length": parameters.positions}
+        found["vocab_size"] = parameters.vocab_size
+        if parameters.positions is not None:
+            found["max_length"] = parameters.positions
     if isinstance(graph, EncoderSpec) and not image:
         text = base.config.get("text_config", base.config)
         found["pad_token_id"] = int(text.get("pad_token_id") or parameters.pad_token_id)

@@ -70,13 +70,17 @@ class Parameters:
         return int(self._model.config.get_text_config().pad_token_id or 0)
 
     @property
-    def positions(self) -> int:
-        """The longest sequence; a RoBERTa's table begins behind the padding's position."""
+    def positions(self) -> int | None:
+        """The longest sequence; a RoBERTa's table begins behind the padding's position.
+
+        ``None`` where the config does not say.
+        """
         for path, module in self._model.named_modules():
             padding = getattr(module, "padding_idx", None)
             if path.endswith("position_embeddings") and padding is not None:
                 return int(module.num_embeddings) - int(padding) - 1
-        return int(self._model.config.get_text_config().max_position_embeddings)
+        found = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        return found if isinstance(found, int) else None
 
     def value(self, name: str) -> Array | None:
         """A parameter or buffer, float32 where it is a float; ``None``: there is none."""
