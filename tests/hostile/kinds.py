@@ -146,6 +146,7 @@ def _text(folder: Path) -> None:
 
 def _pooling(folder: Path) -> None:
     import numpy as np
+
     from lora_edge.runtime.sentence import load_sentence_modules
 
     modules = load_sentence_modules(folder)
