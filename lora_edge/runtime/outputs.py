@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lora_edge.bundle import Bundle
-from lora_edge.errors import DataError
+from lora_edge.errors import BundleError, DataError
 from lora_edge.files.json import read_object
 from lora_edge.lora import FloatArray
 from lora_edge.names import NONE_ADAPTER
