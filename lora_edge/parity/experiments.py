@@ -131,6 +131,8 @@ class Experiments:
         if len(names) > 1:
             for name in names:
                 yield f"it does what {name} alone does", self._in(only(name))
+            ones = tuple((name, 1.0) for name in names)
+            yield "its weights are ignored: it does what all at weight 1 do", self._in(ones)
             if len(names) > 2:
                 for name, _ in self.state:
                     rest = tuple(part for part in self.state if part[0] != name)
@@ -138,15 +140,13 @@ class Experiments:
             plain = tuple((name, abs(weight)) for name, weight in self.state)
             if plain != self.state:
                 yield f"signs are ignored: it does what {label(plain)} does", self._in(plain)
-            ones = tuple((name, 1.0) for name in names)
-            yield "its weights are ignored: it does what all at weight 1 do", self._in(ones)
             turned = tuple(zip(names, [w for _, w in reversed(self.state)], strict=True))
             yield "its weights are exchanged", self._in(turned)
         elif self.state and self.state[0][1] != 1.0:
+            yield "its weight is ignored: it does what weight 1 does", self._in(only(names[0]))
             if self.state[0][1] < 0:
                 plain = ((names[0], -self.state[0][1]),)
                 yield f"its sign is ignored: it does what {label(plain)} does", self._in(plain)
-            yield "its weight is ignored: it does what weight 1 does", self._in(only(names[0]))
         for name in self.others:
             if name not in names:
                 yield f"it does what {name} does", self._in(only(name))

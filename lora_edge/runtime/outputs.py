@@ -5,7 +5,6 @@ Knows a bundle's files and its session; knows nothing of how adapters are bound.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -14,7 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lora_edge.bundle import Bundle
-from lora_edge.errors import DataError
+from lora_edge.errors import BundleError, DataError
+from lora_edge.files.json import read_object
 from lora_edge.lora import FloatArray
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.runtime.binding import Binding, State
@@ -129,7 +129,9 @@ class Outputs:
     def _multi_label(self) -> bool:
         self._verified(("config.json",))
         path = self._bundle.directory / "config.json"
-        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if not path.is_file():
+            return False
+        config = read_object(path, BundleError, "Copy the bundle again.", nonfinite=True)
         return bool(config.get("problem_type") == "multi_label_classification")
 
     def encode(
