@@ -58,7 +58,7 @@ def expected_answers(
         if task == TEXT_GENERATION:
             found[asked.DEFAULTS] = defaults
     elif Task(task).output == "logits":
-        found[asked.LABELS] = _labels(runner, base, sources)
+        found[asked.LABELS] = _labels(runner, base, sources, parameters)
     if asked.has_tokenizer(runner):
         tokenizers = dict(_tokenizers(runner, base, sources))
         for name, tokenizer in tokenizers.items():
@@ -137,7 +137,9 @@ def _lengths(runner: Runner, base: Base, parameters: Parameters) -> dict[str, in
     return found
 
 
-def _labels(runner: Runner, base: Base, sources: Mapping[str, Path]) -> dict[str, Any]:
+def _labels(
+    runner: Runner, base: Base, sources: Mapping[str, Path], parameters: Parameters
+) -> dict[str, Any]:
     """The names of each adapter's labels; of one that names none, the base's or none."""
     manifest = runner.bundle.manifest
     task = Task(manifest.task)
@@ -151,7 +153,7 @@ def _labels(runner: Runner, base: Base, sources: Mapping[str, Path]) -> dict[str
         if adapter.labels:
             found[name] = list(adapter.labels)
         elif given:
-            count = adapter.head_labels(task.in_head)
+            count = adapter.head_labels(parameters.label_layer)
             found[name] = named if count in (None, len(named)) else []
     in_file = every if "id2label" in base.config else []
     return {"manifest": found, "config.json": in_file}

@@ -34,7 +34,7 @@ class Parameters:
         import torch
         import transformers
 
-        task = None if task_name == TEXT_GENERATION else Task(task_name)
+        self._task = task = None if task_name == TEXT_GENERATION else Task(task_name)
         loader = "AutoModelForCausalLM" if task is None else task.loader
         with quiet():
             try:
@@ -58,6 +58,11 @@ class Parameters:
     def names(self) -> tuple[str, ...]:
         """Names of all parameters."""
         return tuple(sorted(self._parameters))
+
+    @property
+    def label_layer(self) -> str:
+        """Module path of the layer that makes the labels; empty where there is none."""
+        return "" if self._task is None else self._task.label_layer(self._model)
 
     @property
     def vocab_size(self) -> int:
