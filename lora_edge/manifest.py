@@ -360,8 +360,9 @@ class Manifest:
 
     def _check(self, what: str) -> None:
         """Check what one field says of another."""
-        if "fingerprint" not in self.base:
-            raise BundleError(f"{what}: base.fingerprint is missing", _HINT)
+        for name in ("fingerprint", "model_type", "name_or_path"):
+            if name not in self.base:
+                raise BundleError(f"{what}: base.{name} is missing", _HINT)
         for key, entry in self.adapters.items():
             if entry.name != key:
                 raise BundleError(

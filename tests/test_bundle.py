@@ -93,6 +93,7 @@ def test_the_tasks_are_those_that_there_are() -> None:
         (_set("graph/form", None), "graph.form is None"),
         (_set("graph", []), r"graph is \[\]"),
         (_set("base", {}), "base.fingerprint is missing"),
+        (_set("base", {"fingerprint": "f", "model_type": "m"}), "base.name_or_path is missing"),
         (_set("base/fingerprint", 3), "base.fingerprint is 3"),
         (_set("kinds", "lora"), "kinds is 'lora'"),
         (_set("sites", [SITE]), "sites is"),

@@ -243,8 +243,7 @@ def _prompts(directory: Path) -> tuple[dict[str, str], str]:
     prompts = config.get("prompts") or {}
     default = config.get("default_prompt_name")
     texts = isinstance(prompts, dict) and all(isinstance(x, str) for x in prompts.values())
-    named = default is None or (isinstance(default, str) and default in prompts)
-    if not (texts and named):
+    if not texts or not (default is None or (isinstance(default, str) and default in prompts)):
         raise BundleError(f"{path}: the prompts are {prompts!r}, the default is {default!r}", _COPY)
     return dict(prompts), prompts[default] if default else ""
 

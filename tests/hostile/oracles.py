@@ -88,7 +88,7 @@ MANIFEST = record(
             },
             {"head": TEXT},
         ),
-        "base": {**mapped(TEXT), "required": ["fingerprint"]},
+        "base": {**mapped(TEXT), "required": ["fingerprint", "model_type", "name_or_path"]},
         "kinds": listed(TEXT),
         "sites": mapped(SITE),
         "adapters": mapped(

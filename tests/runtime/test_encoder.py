@@ -262,7 +262,7 @@ def test_the_manifest_keeps_the_facts(spec: EncoderSpec) -> None:
         task="image-classification" if spec.image else "text-classification",
         precision="fp32",
         graph=spec,
-        base={"fingerprint": "f"},
+        base={"fingerprint": "f", "model_type": "m", "name_or_path": "n"},
         kinds=(),
         sites=SITES,
         adapters={},

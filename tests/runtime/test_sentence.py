@@ -185,7 +185,12 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="is not a JSON list"):
         load_sentence_modules(tmp_path)
     _folder(tmp_path, {"pooling_mode": "mean"})
-    for prompts in ({"prompts": ["a"]}, {"default_prompt_name": "a"}, {"default_prompt_name": []}):
+    for prompts in (
+        {"prompts": ["a"]},
+        {"default_prompt_name": "a"},
+        {"default_prompt_name": []},
+        {"prompts": 3, "default_prompt_name": "a"},
+    ):
         _write(tmp_path, "config_sentence_transformers.json", prompts)
         with pytest.raises(BundleError, match="the prompts are"):
             load_sentence_modules(tmp_path)
