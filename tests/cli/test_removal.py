@@ -20,6 +20,9 @@ def copy(bundle: Path, tmp_path: Path) -> Path:
 
 def test_an_adapter_goes_with_all_cases_that_it_is_in(copy: Path) -> None:
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    held = recorded(lora_edge.load_bundle(copy))
+    gone = sorted(golden.stem for golden in held if "mirror" in golden.probe.adapters)
+    assert {"adapter-mirror", "blend", "mixed"} <= set(gone) < {golden.stem for golden in held}
     said: list[str] = []
     result = lora_edge.remove(copy, ["mirror"], progress=said.append)
     assert set(result.manifest.adapters) == {"none", "echo", "shout"}
@@ -29,9 +32,9 @@ def test_an_adapter_goes_with_all_cases_that_it_is_in(copy: Path) -> None:
     files = {path.relative_to(copy).as_posix() for path in copy.rglob("*") if path.is_file()}
     assert files == {*after.manifest.files, "lora_edge.json"}
     assert not (copy / "adapters" / "mirror").exists()
-    kinds = [golden.probe.kind for golden in recorded(after)]
-    assert kinds == ["base", "adapter", "adapter"]  # the blend and the mixed batch had it
-    assert said[0] == "golden cases that went along: adapter-mirror, blend, mixed"
+    left = {golden.stem for golden in recorded(after)}
+    assert left == {golden.stem for golden in held} - set(gone)
+    assert said[0] == f"golden cases that went along: {', '.join(gone)}"
     assert not [name for name in files if name.startswith("parity/report-")]
     same = {path for path in before if path.is_file() and path.name != "lora_edge.json"}
     assert all(path.read_bytes() == before[path] for path in same)
@@ -47,8 +50,7 @@ def test_cases_of_what_is_left_are_recorded_again_with_the_reference(
     assert lora_edge.validate(copy, base, steps=1).passed
     after = lora_edge.load_bundle(copy)
     after.verify_all()
-    kinds = [golden.probe.kind for golden in recorded(after)]
-    assert kinds == ["base", "adapter", "adapter", "blend", "mixed"]
+    assert {golden.probe.kind for golden in recorded(after)} >= {"adapter", "blend", "mixed"}
     assert len([name for name in after.manifest.files if name.startswith("parity/report-")]) == 1
 
 
