@@ -64,7 +64,8 @@ def _is_inside(path: str) -> bool:
         not PurePosixPath(path).is_absolute()
         and "\\" not in path
         and ":" not in path
-        and all(part not in ("", ".", "..") for part in parts)
+        and all(part not in ("", ".", "..") and len(part.encode()) < 256 for part in parts)
+        and len(path) < 1024
         and path.isprintable()
     )
 

@@ -89,7 +89,7 @@ def test_names_what_does_not_fit(changes: dict[str, Any], words: str) -> None:
 @pytest.mark.parametrize(
     "path",
     ["/a", "../a", "a/../b", "a/./b", "a//b", "a/", "", ".", "C:a", "C:/a", "a\\b", "\\\\h\\s",
-     "a\0b", "a\nb"],
+     "a\0b", "a\nb", "x" * 256, "é" * 128, "x/" * 600 + "x"],
 )  # fmt: skip
 def test_refuses_paths_that_lead_out(path: str) -> None:
     with pytest.raises(DataError, match=r"file is .*, expected a relative path"):

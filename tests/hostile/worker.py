@@ -13,6 +13,7 @@ import resource
 import shutil
 import signal
 import sys
+import tempfile
 import traceback
 import warnings
 from pathlib import Path
@@ -57,7 +58,12 @@ class Guard:
         else:
             return
         for path in paths:
-            full = os.path.realpath(os.fsdecode(path))
+            below = arguments[-1]  # shutil.rmtree names what is in a folder that it has open
+            if event in ("os.remove", "os.rmdir") and isinstance(below, int) and below >= 0:
+                folder = os.readlink(f"/proc/self/fd/{below}")
+            else:
+                folder = os.getcwd()
+            full = os.path.realpath(os.path.join(folder, os.fsdecode(path)))
             if not full.startswith(self.folder) and full != os.devnull:
                 self.found.append(f"{event} {full}")
 
@@ -92,6 +98,7 @@ def prepared(case: str, seed: int, home: Path) -> tuple[kinds.Kind, Path, str]:
 
 def outcome(kind: kinds.Kind, folder: Path, guard: Guard) -> dict[str, Any]:
     """How the reading of a folder ended."""
+    tempfile.tempdir = str(folder)
     limits()
     guard.folder, guard.found = str(folder.resolve()), []
     fault = error = ""
