@@ -8,7 +8,7 @@ merged again. One tensor is in memory at a time, beside the checkpoint's own.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +35,7 @@ _FEW = 4  # a constant of fewer numbers is used everywhere, so that every probe 
 _LIKE = 0.9  # cosine from which a constant is meant to be another
 _CHUNK = 1 << 22  # numbers compared at a time
 _COMPUTED = 1e-5  # of the largest value: what is computed again, not copied
+_COPY = ".merged"
 _PARTS = ("codes", "scales", "zeros")
 
 Array = NDArray[Any]
@@ -61,12 +62,14 @@ def compare_weights(
         if not path.is_file():
             continue
         found: list[str] = []
-        for content in contents(path):
+        held = list(contents(path))
+        copied = {x.name.removesuffix(_COPY) for x in held if x.name.endswith(_COPY)}
+        for content in held:
             key = (content.name, content.place, content.shape)
             if content.place and key in seen:
                 said = seen[key]
             else:
-                said = expected.judge(content)
+                said = expected.judge(content, copied)
                 seen[key] = said
             if said:
                 found.append(said)
@@ -122,8 +125,14 @@ class _Expected:
                     found[_digest(form)] = name
         return found
 
-    def judge(self, content: Content) -> str:
-        """What is wrong with a tensor; empty: nothing, or it is none that can be compared."""
+    def judge(self, content: Content, copied: Set[str]) -> str:
+        """What is wrong with a tensor; empty: nothing, or it is none that can be compared.
+
+        Args:
+            content: the tensor.
+            copied: parameters of which the graph has a merged copy, beside the base's own for
+                whoever shares it.
+        """
         if int(np.prod(content.shape)) < _FEW:
             return ""
         name, part = content.name, ""
@@ -131,12 +140,13 @@ class _Expected:
             if name.endswith(f".weight.{suffix}"):
                 name, part = name.removesuffix(f".{suffix}"), suffix
         values = content.values()
-        name = name if self.parameters.value(name) is not None else name.removesuffix(".merged")
+        name = name if self.parameters.value(name) is not None else name.removesuffix(_COPY)
         if part:
             return self._judge_codes(name, part, values)
-        expected = self._value(name)
+        shared = content.name in copied
+        expected = self._value(name, merged=not shared)
         if expected is not None and sorted(expected.shape) == sorted(values.shape):
-            computed = name in self._changes
+            computed = name in self._changes and not shared
             return _difference(name, values, _turned(expected), computed=computed)
         if values.dtype.kind != "f":
             return ""
@@ -183,8 +193,8 @@ class _Expected:
             return ""  # a constant of the graph's own, such as a mask
         return _difference(f"{name}, which is {alike[0]},", values, [alike[2]], computed=True)
 
-    def _value(self, name: str) -> Array | None:
-        """A parameter as the graph should have it: rounded, merged."""
+    def _value(self, name: str, *, merged: bool = True) -> Array | None:
+        """A parameter as the graph should have it: rounded and, if wanted, merged."""
         value = self.parameters.value(name)
         manifest = self.bundle.manifest
         path = name.removesuffix(".weight")
@@ -196,7 +206,7 @@ class _Expected:
         turned: Callable[[Array], Array] = (lambda x: x.T) if transposed else (lambda x: x)
         if manifest.quantization is not None and path in manifest.quantization.layers:
             value = turned(manifest.quantization.rounded(turned(value).astype(np.float32)))
-        if name in self._changes:
+        if merged and name in self._changes:
             wide = value.astype(np.float64)
             linear = value.ndim == 2 and transposed
             changed = self._changes[name](wide.T if linear else wide)
