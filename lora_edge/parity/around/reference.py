@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from lora_edge.base import Base
 from lora_edge.errors import BaseModelError
 from lora_edge.quiet import quiet
-from lora_edge.tasks import TEXT_GENERATION, Task
+from lora_edge.tasks import TEXT_GENERATION, Task, fresh_head
 
 Array = NDArray[Any]
 
@@ -39,14 +39,21 @@ class Parameters:
         with quiet():
             try:
                 config = transformers.AutoConfig.from_pretrained(base.directory)
-                self._model = getattr(transformers, loader).from_pretrained(
-                    base.directory, config=config, dtype="auto", attn_implementation="eager"
+                self._model, loading = getattr(transformers, loader).from_pretrained(
+                    base.directory,
+                    config=config,
+                    dtype="auto",
+                    attn_implementation="eager",
+                    output_loading_info=True,
                 )
             except Exception as error:  # transformers' loaders raise whatever their parts raise
                 raise BaseModelError(
                     f"transformers cannot load {base.name_or_path}: {error}",
                     f"Check the folder with {loader}.from_pretrained.",
                 ) from error
+        for key in loading["missing_keys"]:  # of a head that adapters bring; as a capture makes it
+            values = dict(self._model.named_parameters(remove_duplicate=False))[key].data
+            values.copy_(values.new_tensor(fresh_head(key, tuple(values.shape))))
         self._torch = torch
         self._tensors = {
             **dict(self._model.named_buffers(remove_duplicate=False)),
