@@ -156,6 +156,7 @@ ALLOWED: dict[str, set[str]] = {
         "peft_targets",
         "quantization",
         "quiet",
+        "renaming",
         "runtime",
         "tasks",
     },

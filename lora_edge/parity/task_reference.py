@@ -177,7 +177,9 @@ class TaskReference:
         feeds = {name: self._torch.from_numpy(array)[None] for name, array in row.items()}
         for key, value in feeds.items():
             feeds[key] = value.to(dtype) if value.is_floating_point() else value
-        output: NDArray[np.floating] = getattr(model(**feeds), self.task.output)[0].numpy()
+        # PEFT's own forward gives some models arguments that they do not take (CLIP's text model).
+        called = model.base_model if hasattr(model, "peft_config") else model
+        output: NDArray[np.floating] = getattr(called(**feeds), self.task.output)[0].numpy()
         return output
 
     @contextlib.contextmanager

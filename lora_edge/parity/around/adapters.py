@@ -16,7 +16,9 @@ from lora_edge.manifest import SiteEntry
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.packing import graph_tensors, with_heads
 from lora_edge.quantization import rounded_weights
+from lora_edge.renaming import without_unread
 from lora_edge.runtime.adapter_file import read_adapter
+from lora_edge.tasks import TEXT_GENERATION, Task
 
 _SAME = 1e-5  # of a tensor's largest value
 _NAMED = 3
@@ -36,7 +38,9 @@ def compare_tensors(bundle: Bundle, name: str, directory: Path, weights: Weights
     manifest = bundle.manifest
     layers: Mapping[str, SiteEntry] = {**manifest.uncovered, **manifest.sites}
     rounded = rounded_weights(weights, manifest.quantization, layers)
-    adapter = load_adapter(directory, name)
+    task = None if manifest.task == TEXT_GENERATION else Task(manifest.task)
+    adapter = without_unread(load_adapter(directory, name), layers, task, lambda _: None)
+    adapter = adapter.settled(layers)
     changes = site_changes(adapter, layers, rounded, manifest.tied)
     wanted = graph_tensors(with_heads(changes, _base_heads(bundle, weights)), manifest.sites)
     own = read_adapter(bundle.directory / bundle.adapter(name).file)
