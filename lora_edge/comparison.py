@@ -86,7 +86,8 @@ class Fit:
         if names:
             old, new = next(iter(names.items()))
             self._warn(f"{len(names)} modules are renamed: {old} is {new} today")
-        self._adapter = renamed(adapter, names)
+        # A renamed config names whole paths, so that a module without tensors would not be missed.
+        self._adapter = renamed(adapter, names) if names else adapter
         self.names = names
 
     def _built(self, asked: str | None) -> Layers | None:

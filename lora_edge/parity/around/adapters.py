@@ -15,6 +15,7 @@ from lora_edge.lora import Head
 from lora_edge.manifest import SiteEntry
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.packing import graph_tensors, with_heads
+from lora_edge.parity.asking import silent
 from lora_edge.quantization import rounded_weights
 from lora_edge.renaming import without_unread
 from lora_edge.runtime.adapter_file import read_adapter
@@ -39,7 +40,7 @@ def compare_tensors(bundle: Bundle, name: str, directory: Path, weights: Weights
     layers: Mapping[str, SiteEntry] = {**manifest.uncovered, **manifest.sites}
     rounded = rounded_weights(weights, manifest.quantization, layers)
     task = None if manifest.task == TEXT_GENERATION else Task(manifest.task)
-    adapter = without_unread(load_adapter(directory, name), layers, task, lambda _: None)
+    adapter = without_unread(load_adapter(directory, name), layers, task, silent)
     adapter = adapter.settled(layers)
     changes = site_changes(adapter, layers, rounded, manifest.tied)
     wanted = graph_tensors(with_heads(changes, _base_heads(bundle, weights)), manifest.sites)

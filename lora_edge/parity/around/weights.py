@@ -25,7 +25,9 @@ from lora_edge.effects import ParameterChange, parameter_changes
 from lora_edge.graph.contents import Content, contents
 from lora_edge.manifest import GraphSpec, SiteEntry
 from lora_edge.parity.around.reference import Parameters
+from lora_edge.parity.asking import silent
 from lora_edge.quantization import quantize
+from lora_edge.renaming import without_unread
 from lora_edge.tasks import TEXT_GENERATION, Task
 
 GRAPHS = (GRAPH_FILE, BASE_GRAPH_FILE, ENCODER_FILE, DECODER_FILE)
@@ -110,8 +112,11 @@ class _Expected:
             return {}
         ((name, directory),) = self.sources.items()
         built = self._built
+        wanted = self.bundle.manifest.task
+        task = None if wanted == TEXT_GENERATION else Task(wanted)
+        adapter = without_unread(load_adapter(directory, name), built.modules, task, silent)
         return parameter_changes(
-            load_adapter(directory, name), built.modules, built.tied, built.parameter_modules
+            adapter.settled(built.modules), built.modules, built.tied, built.parameter_modules
         )
 
     @cached_property
@@ -143,7 +148,10 @@ class _Expected:
         name = name if self.parameters.value(name) is not None else name.removesuffix(_COPY)
         if part:
             return self._judge_codes(name, part, values)
-        shared = content.name in copied
+        tied = {f"{path}.weight" for path in self.bundle.manifest.tied}
+        # Where the adapter changes all that share a weight, nobody reads the base's.
+        whole = content.name in tied and tied <= set(self._changes)
+        shared = content.name in copied and not whole
         expected = self._value(name, merged=not shared)
         if expected is not None and sorted(expected.shape) == sorted(values.shape):
             computed = name in self._changes and not shared
