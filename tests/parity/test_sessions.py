@@ -43,7 +43,8 @@ def test_full_runs_every_level_and_every_pair(bundle: Path, base: Base) -> None:
         assert report.passed, report.table()
         assert [session.optimization for session in report.sessions] == LEVELS
         by_session = {name: [] for name in (session.name for session in report.sessions)}
-        for case in report.cases:
+        # What lies around the graph is no affair of the sessions.
+        for case in (x for x in report.cases if x.kind not in {"around", "weights"}):
             by_session[case.session].append((case.name, case.kind))
         first, *others = by_session.values()
         assert all(names == first for names in others)
@@ -108,7 +109,7 @@ def test_one_that_was_cut_off_goes_on(
                     bundle, reference, resume=folder, progress=lines.append, **options
                 )
     assert len(compared) == 2 * 12  # every probe once in each session
-    assert not any("in PyTorch" in line for line in lines)
+    assert not [line for line in lines if "in PyTorch" in line]
     assert _data(resumed) == _data(whole)
     assert not folder.exists()
 
@@ -167,7 +168,7 @@ def test_the_report_says_what_ran_on_what(bundle: Path, base: Base) -> None:
     assert {"torch", "peft", "transformers", "onnxruntime"} <= set(data["versions"])
     assert data["command"].startswith(f"lora-edge validate {bundle} --reference ")
     assert "--steps 2 --seed 3" in data["command"]
-    assert {case["kind"] for case in data["cases"]} == {
+    assert {case["kind"] for case in data["cases"]} - {"around", "weights"} == {
         "base",
         "adapter",
         "blend",

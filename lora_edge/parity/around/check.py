@@ -45,18 +45,18 @@ def look_around(
         kept = load_around(runner.bundle)
         if kept is None:
             return [], None
-        say("comparing what lies around the graph with the goldens")
+        say("checking what lies around the graph against the goldens")
         return list(_answered(runner, kept, goldens=True)), None
     from lora_edge.parity.around.expected import DATED, expected_answers
     from lora_edge.parity.around.reference import Parameters
     from lora_edge.parity.around.weights import compare_weights
 
-    say("comparing what lies around the graph with transformers")
+    say("checking what lies around the graph against transformers")
     cases = [_case(f"file {name}", said) for name, said in compare_files(runner.bundle, base)]
     parameters = Parameters(base, runner.bundle.manifest.task)
     wanted = expected_answers(runner, base, sources, parameters)
     cases += _answered(runner, wanted, goldens=False)
-    say("comparing every weight with the checkpoint")
+    say("checking every weight against the checkpoint")
     manifest = runner.bundle.manifest
     said = "; ".join(compare_weights(runner.bundle, base, sources, parameters))
     who = tuple(sources) if manifest.mode == "merged" else ()
