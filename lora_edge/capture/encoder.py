@@ -224,6 +224,13 @@ def _spec(model: Any, task: Task, base: Base) -> EncoderSpec:
             image=_image(model, base),
         )
     config = model.config.get_text_config()
+    lacking = [x for x in ("vocab_size", "pad_token_id") if not hasattr(config, x)]
+    if lacking:  # CANINE reads characters, Perceiver bytes
+        raise UnsupportedModelError(
+            f"{base.name_or_path} is a {type(model).__name__}, whose config has no {lacking[0]}: it "
+            "reads no tokens of a vocabulary",
+            "Export a model that reads the ids of a tokenizer.",
+        )
     inputs = ["input_ids", "attention_mask"]
     if (getattr(config, "type_vocab_size", None) or 0) > 1 and _takes(model, "token_type_ids"):
         inputs.append("token_type_ids")

@@ -30,6 +30,7 @@ INTERFACE = "do not use the common attention interface"
         (Cell("longformer", TEXTS), "refused", f"longformer models .* {INTERFACE}"),
         (Cell("squeezebert", TEXTS), "refused", f"squeezebert models .* {INTERFACE}"),
         (Cell("doge", TEXTS), "refused", f"doge models .* {INTERFACE}"),
+        (Cell("canine", TEXTS), "refused", "config has no vocab_size"),
         (Cell("bart", TEXT), "refused", "BartForCausalLM .*weights take no part"),
         (Cell("mamba", TEXT), "refused", "mamba models .* recurrent state"),
     ],
