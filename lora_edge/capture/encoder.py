@@ -227,8 +227,8 @@ def _spec(model: Any, task: Task, base: Base) -> EncoderSpec:
     lacking = [x for x in ("vocab_size", "pad_token_id") if not hasattr(config, x)]
     if lacking:  # CANINE reads characters, Perceiver bytes
         raise UnsupportedModelError(
-            f"{base.name_or_path} is a {type(model).__name__}, whose config has no {lacking[0]}: it "
-            "reads no tokens of a vocabulary",
+            f"{base.name_or_path} is a {type(model).__name__}, whose config has no {lacking[0]}: "
+            "it reads no tokens of a vocabulary",
             "Export a model that reads the ids of a tokenizer.",
         )
     inputs = ["input_ids", "attention_mask"]
