@@ -178,7 +178,8 @@ class TaskReference:
         for key, value in feeds.items():
             feeds[key] = value.to(dtype) if value.is_floating_point() else value
         # PEFT's own forward gives some models arguments that they do not take (CLIP's text model).
-        called = model.base_model if hasattr(model, "peft_config") else model
+        wrapped = type(model).__module__.startswith("peft.") and not self.task.seq2seq
+        called = model.base_model if wrapped else model
         output: NDArray[np.floating] = getattr(called(**feeds), self.task.output)[0].numpy()
         return output
 

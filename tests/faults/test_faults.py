@@ -148,7 +148,7 @@ def test_a_merged_bundle_has_controls(
 ) -> None:
     base, bundle = worlds.world("merged")
     reference = base if source == "reference" else None
-    (case,) = [x for x in lora_edge.validate(bundle, reference).cases if x.figures]
+    case = next(x for x in lora_edge.validate(bundle, reference).cases if x.figures)
     assert case.status == "passed"
     assert case.controls is not None
     assert case.controls == pytest.approx({"absent": 1, "expected to do the opposite": 2}, rel=1e-3)
@@ -157,7 +157,7 @@ def test_a_merged_bundle_has_controls(
         return Verdict("passed")
 
     monkeypatch.setattr("lora_edge.parity.checks.judge", blind)
-    (case,) = [x for x in lora_edge.validate(bundle).cases if x.figures]
+    case = next(x for x in lora_edge.validate(bundle).cases if x.figures)
     assert case.status == "unproved"
     assert "absent or expected to do the opposite" in case.reason
 
