@@ -197,8 +197,8 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_an_export_pools_as_the_named_folder_says(tmp_path: Path) -> None:
-    pytest.importorskip("peft", reason="exports with it, which is not installed")
     """The values of sentence-transformers 6.2.0 on the same folder, at two places."""
+    pytest.importorskip("peft", reason="exports with it, which is not installed")
     base = Path(shutil.copytree(MODELS / "tiny-bert", tmp_path / "base"))
     config = {"pooling_mode": ["max", "cls", "weightedmean"], "include_prompt": False}
     _folder(base, config, "Normalize", path="pooling")
@@ -234,8 +234,8 @@ def test_an_export_refuses_a_module_that_it_cannot_represent(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("mode", ["switchable", "merged"])
 def test_an_adapter_brings_modules_of_its_own(mode: Any, tmp_path: Path) -> None:
-    pytest.importorskip("peft", reason="exports with it, which is not installed")
     """As sentence-transformers saves a model with an adapter; each row has its own pooling."""
+    pytest.importorskip("peft", reason="exports with it, which is not installed")
     base = _folder(Path(shutil.copytree(MODELS / "tiny-bert", tmp_path / "base")), MEAN)
     other = _folder(_adapter(base, tmp_path / "other", 1), {"pooling_mode": "cls"}, "Normalize")
     same = _folder(_adapter(base, tmp_path / "same", 2), MEAN)
