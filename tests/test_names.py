@@ -82,7 +82,6 @@ def test_other_inputs_are_no_adapter_inputs(name: str) -> None:
         "base_model.model.q.lora_A",
         "base_model.model.q.lora_A.default.weight.old",
         "base_model.model.q.lora_C.weight",
-        "base_model.model.q.modules_to_save.default.weight",
         "lora_A.weight",
         "weight",
     ],

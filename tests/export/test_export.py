@@ -138,9 +138,9 @@ def test_adapter_without_effect_is_not_published(
     shutil.copytree(adapters["plain"], dead)
     file = dead / "adapter_model.safetensors"
     save_file({k: v * ("lora_B" not in k) for k, v in load_file(file).items()}, file)
-    with pytest.raises(lora_edge.ParityError, match=r"dead.*no effect") as caught:
+    with pytest.raises(lora_edge.AdapterError, match=r"dead.*no effect") as caught:
         lora_edge.export(base, {"dead": dead}, output=tmp_path / "out")
-    assert caught.value.exit_code == 1
+    assert caught.value.exit_code == 2  # refused before the export begins
     assert {path.name for path in tmp_path.iterdir()} == {"dead"}
 
 

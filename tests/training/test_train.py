@@ -219,7 +219,7 @@ def test_refused_bases(base: Path, data: Path, tmp_path: Path) -> None:
 
     broken = shutil.copytree(base, tmp_path / "broken")
     (broken / "tokenizer.json").unlink()
-    refused(broken, "has no tokenizer")
+    refused(broken, "reads no tokenizer")
     shutil.copy(base / "tokenizer.json", broken)
     tensors = load_file(broken / "model.safetensors")
     from safetensors.torch import save_file
