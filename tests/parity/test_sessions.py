@@ -93,7 +93,7 @@ def test_one_that_was_cut_off_goes_on(
 
     folder = tmp_path / "finished"
     # Cut off in the first session, then in the second, then not any more.
-    for limit in (3, 8, 99):
+    for limit in (3, 16, 99):
         with monkeypatch.context() as patch:
             patch.setattr(
                 "lora_edge.parity.engine.compare",
@@ -132,7 +132,7 @@ def test_what_was_finished_of_something_else_is_not_used(bundle: Path, tmp_path:
     parts.write_text(parts.read_text()[:-40])
     lines.clear()
     assert validate(bundle, resume=folder, progress=lines.append).passed
-    assert sum(line.startswith("comparing") and "around" not in line for line in lines) == 9
+    assert sum(line.startswith("comparing") and "around" not in line for line in lines) == 5
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "letter.txt").write_text("mine")
     with pytest.raises(DataError, match="holds no validation"):
@@ -208,7 +208,7 @@ def test_another_first_session_is_compared_with_whole_logits(
 
 def test_arguments_that_cannot_be_meant(bundle: Path) -> None:
     for options in ({"depth": "fulll"}, {"steps": 0}, {"seed": -1}):
-        with pytest.raises(OptionError):
+        with pytest.raises((DataError, OptionError)):
             validate(bundle, **options)  # type: ignore[arg-type]
     report = validate(bundle, provider=["cpu", "CPUExecutionProvider"], steps=1)
     assert len(report.sessions) == 1
