@@ -50,10 +50,12 @@ def refusing(
     except _TRACE_FAILURES as error:
         config: Any = model.config
         said = " ".join(str(error).split())[:300] or type(error).__name__
-        if swap.name in said or (swap.calls == 0 and not images):
+        if swap.name in said:
             reason = "they do not use the common attention interface"
         else:
             reason = f"{type(model).__name__} cannot be traced: {type(error).__name__}: {said}"
+            if swap.calls == 0 and not images:
+                reason += " (before it came to the common attention interface)"
         raise UnsupportedModelError(
             f"{config.model_type} models are refused: {reason}",
             OPTIMUM + " LORA_EDGE_DEBUG=1 shows where it failed.",

@@ -73,7 +73,10 @@ def test_family_equals_pytorch_or_is_refused(family: str, name: str, tmp_path: P
         ("deberta-v2", "text-classification", {}, "attention interface"),
         ("mpnet", "feature-extraction", {}, "attention interface"),
         ("albert", "token-classification", {}, "share their weights|attention interface"),
-        ("swin", "image-classification", {"image_size": 48}, "mask of its own|interface"),
+        pytest.param(
+            *("swin", "image-classification", {"image_size": 48}, "mask of its own"),
+            marks=pytest.mark.skipif(OLD, reason="transformers 4's Swin is traced as it is"),
+        ),
         ("bloom", "text-classification", {}, "alibi"),
         ("gpt2", "text-classification", {"pad_token_id": None}, "has no pad_token_id"),
         ("mixtral", "text-classification", {"num_local_experts": 4}, "mixtures of experts"),

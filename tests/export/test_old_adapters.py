@@ -94,7 +94,11 @@ ROWS: dict[str, Row] = {
     "v0.11-dora": Row(PEFT_09, _attention(0, 1), magnitude="lora_magnitude_vector.weight"),
     "v0.4-conv1d": Row(
         PEFT_04 | {"fan_in_fan_out": True, "target_modules": ["c_attn", "c_proj"]},
-        ("transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_proj"),
+        tuple(
+            f"transformer.h.{x}.{part}"
+            for x in (0, 1)
+            for part in ("attn.c_attn", "attn.c_proj", "mlp.c_proj")
+        ),
     ),
 }
 

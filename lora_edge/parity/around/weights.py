@@ -124,7 +124,7 @@ class _Expected:
         """Every parameter by the hash of its content, as it is and turned."""
         found = {}
         for name in self.parameters.names:
-            value = self._value(name)
+            value = self._value(name, name)
             if value is not None and value.size >= _FEW:
                 for form in _turned(value):
                     found[_digest(form)] = name
@@ -149,13 +149,20 @@ class _Expected:
         if part:
             return self._judge_codes(name, part, values)
         tied = {f"{path}.weight" for path in self.bundle.manifest.tied}
-        # Where the adapter changes all that share a weight, nobody reads the base's.
+        # Where the adapter changes all that share a weight, nobody reads the base's: one of them
+        # has it in place, the others have copies.
         whole = content.name in tied and tied <= set(self._changes)
         shared = content.name in copied and not whole
-        expected = self._value(name, merged=not shared)
-        if expected is not None and sorted(expected.shape) == sorted(values.shape):
+        changes = [""] if shared else sorted(tied) if whole else [name]
+        forms = [
+            form
+            for change in changes
+            if (expected := self._value(name, change)) is not None
+            for form in _turned(expected)
+        ]
+        if forms and sorted(forms[0].shape) == sorted(values.shape):
             computed = name in self._changes and not shared
-            return _difference(name, values, _turned(expected), computed=computed)
+            return _difference(name, values, forms, computed=computed)
         if values.dtype.kind != "f":
             return ""
         return self._judge_unnamed(content.name, values)
@@ -189,7 +196,7 @@ class _Expected:
         if _digest(values) in self._digests:
             return ""
         for parameter in self.parameters.names:
-            expected = self._value(parameter)
+            expected = self._value(parameter, parameter)
             if expected is None or sorted(expected.shape) != sorted(values.shape):
                 continue
             if (expected == expected.reshape(-1)[0]).all():
@@ -201,8 +208,8 @@ class _Expected:
             return ""  # a constant of the graph's own, such as a mask
         return _difference(f"{name}, which is {alike[0]},", values, [alike[2]], computed=True)
 
-    def _value(self, name: str, *, merged: bool = True) -> Array | None:
-        """A parameter as the graph should have it: rounded and, if wanted, merged."""
+    def _value(self, name: str, change: str) -> Array | None:
+        """A parameter as the graph should have it: rounded and, as that one is changed, merged."""
         value = self.parameters.value(name)
         manifest = self.bundle.manifest
         path = name.removesuffix(".weight")
@@ -214,10 +221,10 @@ class _Expected:
         turned: Callable[[Array], Array] = (lambda x: x.T) if transposed else (lambda x: x)
         if manifest.quantization is not None and path in manifest.quantization.layers:
             value = turned(manifest.quantization.rounded(turned(value).astype(np.float32)))
-        if merged and name in self._changes:
+        if change in self._changes:
             wide = value.astype(np.float64)
             linear = value.ndim == 2 and transposed
-            changed = self._changes[name](wide.T if linear else wide)
+            changed = self._changes[change](wide.T if linear else wide)
             value = (changed.T if linear else changed).astype(np.float32)
         return value
 
