@@ -35,13 +35,13 @@ from typing import IO, Any
 import lora_edge
 import lora_edge.capture
 import lora_edge.cli
-import lora_edge.exporter
+import lora_edge.exporting.export
 import lora_edge.graph
 import lora_edge.parity.reference
 import lora_edge.training.loop
 import lora_edge.training.prepare
-from lora_edge.bundle import load_bundle
-from lora_edge.parity.golden import is_report
+from lora_edge.bundle.bundle import load_bundle
+from lora_edge.parity.record.golden import is_report
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
 BEGIN, END = "<!-- crash: made by ci/crash -->", "<!-- crash: end -->"

@@ -13,11 +13,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "faults"))
-from fault_table import DAMAGES, FAULTS, SOURCES, STEPS, Damage, Fault, Outcome, outcome
-from worlds import HEALTHY, Worlds
-
 import lora_edge
+from tests.faults.fault_table import (
+    DAMAGES,
+    FAULTS,
+    SOURCES,
+    STEPS,
+    Damage,
+    Fault,
+    Outcome,
+    outcome,
+)
+from tests.faults.worlds import HEALTHY, Worlds
 
 BEGIN, END = "<!-- faults: made by ci/faults -->", "<!-- faults: end -->"
 

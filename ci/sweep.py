@@ -23,8 +23,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from architectures import Cell, Outcome, cells, outcome
+from tests.support.architectures import Cell, Outcome, cells, outcome
 
 _SECONDS, _WALL_SECONDS, _BYTES = 240, 1200, 12 << 30  # of the processor, of the clock
 

@@ -33,26 +33,26 @@ from lora_edge.errors import (
 )
 
 if TYPE_CHECKING:
-    from lora_edge.adapter import Adapter, load_adapter
-    from lora_edge.bundle import Bundle, load_bundle
-    from lora_edge.exporter import add, export
+    from lora_edge.adapter.load import Adapter, load_adapter
+    from lora_edge.bundle.bundle import Bundle, load_bundle
+    from lora_edge.exporting.export import add, export
+    from lora_edge.exporting.remove import remove
     from lora_edge.parity import Report, validate
-    from lora_edge.removal import remove
     from lora_edge.runtime import Runner
     from lora_edge.training import train
 
 __version__ = "0.1.0"
 
 _LAZY = {
-    "Adapter": "lora_edge.adapter",
-    "Bundle": "lora_edge.bundle",
+    "Adapter": "lora_edge.adapter.load",
+    "Bundle": "lora_edge.bundle.bundle",
     "Report": "lora_edge.parity",
     "Runner": "lora_edge.runtime",
-    "add": "lora_edge.exporter",
-    "export": "lora_edge.exporter",
-    "load_adapter": "lora_edge.adapter",
-    "load_bundle": "lora_edge.bundle",
-    "remove": "lora_edge.removal",
+    "add": "lora_edge.exporting.export",
+    "export": "lora_edge.exporting.export",
+    "load_adapter": "lora_edge.adapter.load",
+    "load_bundle": "lora_edge.bundle.bundle",
+    "remove": "lora_edge.exporting.remove",
     "train": "lora_edge.training",
     "validate": "lora_edge.parity",
 }

@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "ci" / "benchmarks"))
+from tests.support.paths import ROOT
+
+sys.path.insert(0, str(ROOT / "ci" / "benchmarks"))
 import decode
 from contestants import (
     AGAIN,

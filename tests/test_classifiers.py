@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from lora_edge.base import resolve_base
+from lora_edge.base.checkpoint import resolve_base
 from lora_edge.capture import capture_task
 from lora_edge.parity.encoder_check import check_encoder
 from lora_edge.parity.task_reference import TaskReference
-from lora_edge.runtime.tokenizer import Tokenizer
-from lora_edge.tasks import Task
+from lora_edge.runtime.text.tokenizer import Tokenizer
+from lora_edge.tasks.task import Task
+from tests.support.paths import MODELS
 
-MODELS = Path(__file__).resolve().parents[1] / "models"
 BASE = MODELS / "tiny-bert"
 LABELS = {"claims": ["false", "true"], "letters": ["copy", "other", "reverse", "upper"]}
 

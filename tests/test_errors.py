@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ast
-from pathlib import Path
 
 from lora_edge import errors
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[1] / "lora_edge"
+ROOT = ROOT / "lora_edge"
 NAMES = {name for name in vars(errors) if name.endswith("Error")}
 
 

@@ -9,193 +9,41 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1] / "lora_edge"
+from tests.support.paths import ROOT
+
+PACKAGE = ROOT / "lora_edge"
+# Bottom to top; each folder sees those that are named, and itself.
+_BELOW_FIT = {"files", "maths", "tasks", "base", "adapter"}
+_BELOW_BUNDLE = {*_BELOW_FIT, "fit"}
+_BELOW_RUN = {*_BELOW_BUNDLE, "bundle"}
 ALLOWED: dict[str, set[str]] = {
-    "errors": set(),
-    "files": {"errors"},
-    "options": {"errors"},
-    "names": set(),
-    "quiet": set(),
-    "lora": {"names"},
-    "peft_types": set(),
-    "refusals": {"peft_types"},
-    "peft_directory": {"errors", "files", "names", "peft_types"},
-    "peft_targets": {"errors", "files"},
-    "peft_loading": {"errors", "manifest", "names", "peft_targets"},
-    "experts": {"errors"},
-    "quantization": {"files"},
-    "manifest": {"errors", "files", "names", "quantization"},
-    "bundle": {"errors", "files", "manifest", "options"},
-    "base": {"errors", "files", "options"},
-    "mlx": {"errors", "files", "names"},
-    "adapter_source": {"errors", "files", "mlx"},
-    "adapter_parts": {
-        "errors",
-        "experts",
-        "lora",
-        "names",
-        "peft_directory",
-        "peft_targets",
-        "peft_types",
-    },
-    "adapter": {
-        "options",
-        "adapter_parts",
-        "errors",
-        "files",
-        "manifest",
-        "names",
-        "peft_directory",
-        "peft_loading",
-        "peft_targets",
-        "peft_types",
-        "refusals",
-    },
-    "kinds": {"adapter", "manifest", "names"},
-    "fit": {"adapter", "base", "errors", "experts", "manifest", "peft_loading", "peft_types"},
-    "effects": {
-        "adapter",
-        "adapter_parts",
-        "errors",
-        "experts",
-        "fit",
-        "lora",
-        "manifest",
-    },
-    "comparison": {
-        "adapter",
-        "base",
-        "capture",
-        "effects",
-        "errors",
-        "fit",
-        "manifest",
-        "peft_loading",
-        "refusals",
-        "renaming",
-        "task_choice",
-        "tasks",
-    },
-    "inspection": {
-        "adapter",
-        "adapter_parts",
-        "adapter_source",
-        "base",
-        "comparison",
-        "errors",
-        "kinds",
-        "manifest",
-        "names",
-        "peft_directory",
-        "refusals",
-    },
-    "prompts": {
-        "base",
-        "bundle",
-        "capture",
-        "errors",
-        "files",
-        "manifest",
-        "names",
-        "peft_directory",
-        "runtime",
-    },
-    "renaming": {
-        "adapter",
-        "adapter_parts",
-        "base",
-        "capture",
-        "errors",
-        "files",
-        "names",
-        "peft_directory",
-        "peft_targets",
-        "tasks",
-    },
-    "task_choice": {"adapter", "base", "capture", "errors", "refusals", "tasks"},
-    "card": {"manifest", "tasks"},
-    "convert": {"peft_directory", "base", "errors", "factorize", "files", "peft_types"},
-    "factorize": {
-        "peft_directory",
-        "peft_targets",
-        "base",
-        "capture",
-        "errors",
-        "peft_types",
-    },
-    "tasks": {"errors", "manifest"},
-    "capture": {
-        "base",
-        "bundle",
-        "errors",
-        "experts",
-        "files",
-        "manifest",
-        "names",
-        "quiet",
-        "tasks",
-    },
-    "graph": {"errors", "lora", "names", "quantization"},
-    "runtime": {"bundle", "errors", "files", "lora", "manifest", "names", "options"},
-    "parity": {
-        "options",
-        "adapter",
-        "base",
-        "bundle",
-        "capture",
-        "effects",
-        "errors",
-        "files",
-        "graph",
-        "kinds",
-        "lora",
-        "manifest",
-        "names",
-        "packing",
-        "peft_directory",
-        "peft_targets",
-        "quantization",
-        "quiet",
-        "renaming",
-        "runtime",
-        "tasks",
-    },
-    "removal": {"bundle", "errors", "files", "manifest", "names", "options", "parity"},
-    "packing": {
-        "adapter",
-        "errors",
-        "kinds",
-        "lora",
-        "manifest",
-        "names",
-        "peft_directory",
-        "runtime",
-    },
-    "reports": {"errors", "files"},
-    "pytest_plugin": {"errors", "files", "parity", "reports"},
-    "training": {
-        "options",
-        "base",
-        "bundle",
-        "capture",
-        "errors",
-        "files",
-        "inspection",
-        "peft_directory",
-        "peft_targets",
-        "quiet",
-        "refusals",
-        "runtime",
-        "tasks",
-    },
+    "files": set(),
+    "maths": {"files"},
+    "tasks": {"maths"},
+    "base": {"files", "maths", "tasks"},
+    "adapter": {"files", "maths", "base"},
+    "fit": _BELOW_FIT,
+    "bundle": _BELOW_BUNDLE,
+    "capture": _BELOW_RUN,
+    "graph": _BELOW_RUN,
+    "runtime": _BELOW_RUN,
+    "parity": {*_BELOW_RUN, "capture", "graph", "runtime"},
+    "exporting": {*_BELOW_RUN, "capture", "graph", "runtime", "parity"},
+    "training": {*_BELOW_RUN, "capture", "graph", "runtime", "parity", "exporting"},
+    "reports": {"files"},
+    "cli": {*_BELOW_RUN, "runtime", "parity", "exporting", "training", "reports"},
 }
+# At the root, for every folder: what they import in turn.
+SHARED: dict[str, set[str]] = {"errors": set(), "names": set(), "types": {"errors"}}
+FACE = {"__init__", "__main__", "pytest_plugin"}
 TORCH = {"torch", "transformers", "peft", "accelerate", "optimum"}
-TORCH_FILES = {"quiet.py", "reference.py", "task_reference.py"}
+TORCH_FILES = {"quiet.py", "reference.py", "task_reference.py", "factorize.py"}
 ONNX = {"onnx", "onnx_ir", "onnxscript"}
 
 
 def _is_module(name: str) -> bool:
-    return (ROOT / f"{name}.py").is_file() or (ROOT / name).is_dir()
+    path = ROOT / name.replace(".", "/")
+    return path.with_suffix(".py").is_file() or path.is_dir()
 
 
 def _imports(file: Path) -> set[str]:
@@ -207,41 +55,68 @@ def _imports(file: Path) -> set[str]:
             assert node.level == 0, f"{file}: relative import"
             found.add(str(node.module))
             if node.module == "lora_edge":
-                found |= {f"lora_edge.{x.name}" for x in node.names if _is_module(x.name)}
+                found |= {
+                    f"lora_edge.{x.name}" for x in node.names if _is_module(f"lora_edge.{x.name}")
+                }
     return found
 
 
-def _files(part: str) -> list[Path]:
-    folder = ROOT / part
-    return sorted(folder.rglob("*.py")) if folder.is_dir() else [ROOT / f"{part}.py"]
+def _files(folder: str) -> list[Path]:
+    return sorted((PACKAGE / folder).rglob("*.py"))
 
 
-@pytest.mark.parametrize("part", ALLOWED)
-def test_imports_point_one_way(part: str) -> None:
-    own = {name for file in _files(part) for name in _imports(file) if "lora_edge." in name}
-    assert {name.split(".")[1] for name in own} - {part} <= ALLOWED[part]
+def _dotted(file: Path) -> str:
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts).removesuffix(".__init__")
 
 
-def test_every_part_has_a_rule() -> None:
-    parts = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or path.is_dir()}
-    top = {
-        "__init__",
-        "__main__",
-        "__pycache__",
-        "building",
-        "building_seq2seq",
-        "cli",
-        "exporter",
-        "start",
-    }
-    assert parts - top == set(ALLOWED)
+def _top_imports(file: Path) -> set[str]:
+    """What is imported when the module is, with the modules that names are taken from."""
+    found: set[str] = set()
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            for name in node.names:
+                whole = f"{node.module}.{name.name}"
+                found.add(whole if _is_module(whole) else str(node.module))
+    return found
+
+
+@pytest.mark.parametrize("folder", ALLOWED)
+def test_imports_point_one_way(folder: str) -> None:
+    own = {name for file in _files(folder) for name in _imports(file) if "lora_edge." in name}
+    seen = {name.split(".")[1] for name in own} - {folder, *SHARED}
+    assert seen <= ALLOWED[folder]
+    for name in seen:
+        assert folder not in ALLOWED[name]
+
+
+def test_the_root_has_the_public_face_and_what_all_share() -> None:
+    modules = {path.stem for path in PACKAGE.glob("*.py")}
+    folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
+    assert modules == {*FACE, *SHARED}
+    assert folders == set(ALLOWED)
+    for name, allowed in SHARED.items():
+        own = {x.split(".")[1] for x in _imports(PACKAGE / f"{name}.py") if "lora_edge." in x}
+        assert own <= allowed
+
+
+def test_no_modules_import_each_other() -> None:
+    """Not even inside a folder, where an import is at the top."""
+    modules = {_dotted(file): file for file in PACKAGE.rglob("*.py")}
+    after = {name: _top_imports(file) & set(modules) for name, file in modules.items()}
+    while ready := [name for name, needs in after.items() if not needs & set(after)]:
+        for name in ready:
+            del after[name]
+    assert not after, after
 
 
 def test_heavy_imports_stay_where_they_belong() -> None:
-    for file in ROOT.rglob("*.py"):
-        part = file.relative_to(ROOT).parts[0]
+    for file in PACKAGE.rglob("*.py"):
+        part = file.relative_to(PACKAGE).parts[0]
         heavy = {name.split(".")[0] for name in _imports(file)}
-        if part not in {"capture", "training", "factorize.py"} and file.name not in TORCH_FILES:
+        if part not in {"capture", "training", "base"} and file.name not in TORCH_FILES:
             assert not heavy & TORCH, file
         if part not in {"capture", "graph"}:
             assert not heavy & ONNX, file

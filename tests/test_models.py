@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lora_edge.adapter import load_adapter
-from lora_edge.base import resolve_base
+from lora_edge.adapter.load import load_adapter
+from lora_edge.base.checkpoint import resolve_base
+from tests.support.paths import MODELS
 
-MODELS = Path(__file__).resolve().parents[1] / "models"
 ADAPTERS = ("mirror", "shout", "echo")
 SHIPPED = ("tiny-llama", "tiny-bert", "adapters", "classifiers", "data")
 LIMIT = 20_000_000

@@ -104,7 +104,7 @@ def test_names_of_the_graph() -> None:
 
 @pytest.mark.parametrize("name", ["none", "base"])
 def test_what_names_no_adapter_at_all_names_no_adapter(name: str) -> None:
-    from lora_edge.adapter import check_name
+    from lora_edge.adapter.load import check_name
     from lora_edge.errors import AdapterError
 
     with pytest.raises(AdapterError, match="reserved"):

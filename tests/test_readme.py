@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-from families import REFUSED, SUPPORTED
+from tests.support.families import REFUSED, SUPPORTED
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 _spec = importlib.util.spec_from_file_location("ci_families", ROOT / "ci" / "families.py")
 assert _spec is not None
 assert _spec.loader is not None

@@ -13,10 +13,10 @@ from peft import PeftModel
 from prepare import Graphs
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from lora_edge.adapter import load_adapter
-from lora_edge.lora import SiteChange
-from lora_edge.manifest import GraphSpec, SiteEntry
-from lora_edge.runtime.binding import Binding
+from lora_edge.adapter.load import load_adapter
+from lora_edge.bundle.manifest import GraphSpec, SiteEntry
+from lora_edge.maths.lora import SiteChange
+from lora_edge.runtime.adapters.binding import Binding
 from lora_edge.runtime.decoder import Decoder
 from lora_edge.runtime.pinned import merged_values
 from lora_edge.runtime.session import Fixed

@@ -20,12 +20,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from lora_edge import graph as passes
-from lora_edge.adapter import load_adapter
-from lora_edge.base import resolve_base
-from lora_edge.building import with_weights
+from lora_edge.adapter.load import load_adapter
+from lora_edge.base.checkpoint import resolve_base
+from lora_edge.bundle.manifest import GraphSpec, SiteEntry
 from lora_edge.capture import capture
-from lora_edge.effects import parameter_changes
-from lora_edge.manifest import GraphSpec, SiteEntry
+from lora_edge.exporting.build import with_weights
+from lora_edge.fit.changes import parameter_changes
 
 # peft 0.21 asks transformers 5 for a name that is about to go.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)

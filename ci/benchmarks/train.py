@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from decode import Ratio, verdict
 
-from lora_edge.base import resolve_base
+from lora_edge.base.checkpoint import resolve_base
 from lora_edge.training import Settings, train
 from lora_edge.training.callbacks import Progress
 from lora_edge.training.data import read_data

@@ -6,26 +6,21 @@ Knows PyTorch and transformers; knows nothing of adapters, graph passes or runti
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Generic, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
-from lora_edge.base import Base
-from lora_edge.errors import LoraEdgeError, MissingDependencyError
-from lora_edge.experts import ParameterModule
-from lora_edge.manifest import EncoderSpec, GraphSpec, Seq2SeqSpec, SiteEntry, Spec
-from lora_edge.tasks import Task
+from lora_edge.base.checkpoint import Base
+from lora_edge.base.layer import Layer
+from lora_edge.bundle.manifest import EncoderSpec, GraphSpec, Seq2SeqSpec, Spec
+from lora_edge.errors import MissingDependencyError
+from lora_edge.maths.experts import ParameterModule
+from lora_edge.tasks.task import Task
 
 __all__ = [
     "BaseGraph",
-    "Layers",
-    "built_layers",
-    "built_weights",
     "capture",
     "capture_seq2seq",
     "capture_task",
@@ -55,68 +50,13 @@ class BaseGraph(Generic[Spec]):
 
     path: Path
     spec: Spec
-    modules: Mapping[str, SiteEntry]
+    modules: Mapping[str, Layer]
     tied: tuple[str, ...]
     head: str
     parameter_modules: Mapping[str, ParameterModule]
     model_type: str
     versions: Mapping[str, str]
     seconds: float
-
-
-@dataclass(frozen=True)
-class Layers:
-    """What an adapter may change of a base, as transformers builds it.
-
-    Attributes:
-        modules: module path -> sizes and kind of a layer.
-        tied: module paths of the embedding and of the head that shares its weight, or ().
-        parameter_modules: as :class:`BaseGraph` has them.
-        refused: why the trace backend refuses the base, if that can be told without its weights.
-        output: module path of the output layer of a text generator; empty: none.
-        head: module path of the layer that makes a task's labels; empty: none.
-    """
-
-    modules: Mapping[str, SiteEntry]
-    tied: tuple[str, ...]
-    parameter_modules: Mapping[str, ParameterModule]
-    refused: LoraEdgeError | None
-    output: str = ""
-    head: str = ""
-
-
-def built_layers(base: Base, task: Task | None) -> Layers:
-    """The layers of a base, without reading its weights.
-
-    Args:
-        base: the model.
-        task: what it is to do; ``None`` for text generation.
-
-    Raises:
-        MissingDependencyError: the extra ``export`` is not installed.
-        UnsupportedModelError: no backend takes the model.
-        BaseModelError: transformers cannot build it.
-    """
-    try:
-        from lora_edge.capture.built import layers_of
-    except ImportError as error:
-        raise MissingDependencyError.of_export(error) from error
-    return layers_of(base, task)
-
-
-def built_weights(base: Base, task: Task | None) -> Callable[[str], NDArray[np.floating] | None]:
-    """Parameter path of the built model -> its value; ``None`` where the base has none.
-
-    Reads the whole model, which takes its size in float32.
-
-    Raises:
-        MissingDependencyError, UnsupportedModelError, BaseModelError: as :func:`built_layers`.
-    """
-    try:
-        from lora_edge.capture.built import weights_of
-    except ImportError as error:
-        raise MissingDependencyError.of_export(error) from error
-    return weights_of(base, task)
 
 
 def capture(
@@ -203,7 +143,7 @@ def _base_graph(
     base: Base,
     path: Path,
     spec: Spec,
-    modules: Mapping[str, SiteEntry],
+    modules: Mapping[str, Layer],
     packages: Sequence[str],
     started: float,
     tied: tuple[str, ...] = (),

@@ -18,9 +18,13 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from lora_edge.base import Base
+from lora_edge.base.checkpoint import Base
+from lora_edge.base.layer import Layer
+from lora_edge.base.model import load_model, model_layers
+from lora_edge.base.quiet import quiet
+from lora_edge.bundle.manifest import EncoderSpec
 from lora_edge.capture.attention import MASKED, RegisteredAttention, explicit_attention
-from lora_edge.capture.load import load_model, max_length, model_layers, noted_activations, refusing
+from lora_edge.capture.refusing import max_length, noted_activations, refusing
 from lora_edge.capture.swaps import constant_views, plain_exporter, replaced, swapped_linears
 from lora_edge.capture.trace import (
     OPSET,
@@ -33,9 +37,7 @@ from lora_edge.capture.trace import (
 from lora_edge.capture.weights import attach, placeholders
 from lora_edge.errors import BaseModelError, CaptureError, UnsupportedModelError
 from lora_edge.files.json import read_object
-from lora_edge.manifest import EncoderSpec, SiteEntry
-from lora_edge.quiet import quiet
-from lora_edge.tasks import Task
+from lora_edge.tasks.task import Task
 
 # Sizes that no model has, so that a traced size is known for what it is.
 _BATCH, _SEQ = 3, 5
@@ -163,7 +165,7 @@ class _Traced(nn.Module):
 
 def trace_encoder(
     base: Base, directory: Path, task: Task
-) -> tuple[Path, EncoderSpec, dict[str, SiteEntry], str]:
+) -> tuple[Path, EncoderSpec, dict[str, Layer], str]:
     """Trace a model into ``directory/model.onnx`` and ``directory/model.onnx_data``.
 
     Returns:

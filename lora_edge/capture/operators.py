@@ -86,7 +86,8 @@ class ReshapeLike(torch.autograd.Function):
 class Choose(torch.autograd.Function):
     """``few`` where ``index`` has at most ``limit`` elements, else ``many``; equal in value.
 
-    The node is not ONNX: :func:`lora_edge.capture.branches.lower_choices` turns it into an ``If``
+    The node is not ONNX: :func:`lora_edge.capture.conditional.lower_choices` turns it into an
+    ``If``
     whose branches hold all that only they need.
     """
 

@@ -17,18 +17,20 @@ from typing import Any
 import onnx
 import torch
 
-from lora_edge.base import Base
-from lora_edge.bundle import DECODER_FILE, ENCODER_FILE
-from lora_edge.capture.load import load_model, max_length, model_layers, path_of, tied_pair
+from lora_edge.base.checkpoint import Base
+from lora_edge.base.layer import Layer
+from lora_edge.base.model import load_model, model_layers, path_of, tied_pair
+from lora_edge.bundle.bundle import DECODER_FILE, ENCODER_FILE
+from lora_edge.bundle.manifest import GraphSpec, Seq2SeqSpec
+from lora_edge.capture.refusing import max_length
 from lora_edge.errors import (
     BaseModelError,
     CaptureError,
     MissingDependencyError,
     UnsupportedModelError,
 )
-from lora_edge.manifest import GraphSpec, Seq2SeqSpec, SiteEntry
 from lora_edge.names import past_name
-from lora_edge.tasks import Task
+from lora_edge.tasks.task import Task
 
 _TASK = "text-generation-with-past"
 _INLINE_BELOW = 1024  # bytes
@@ -36,7 +38,7 @@ _INLINE_BELOW = 1024  # bytes
 
 def export_with_optimum(
     base: Base, directory: Path
-) -> tuple[Path, GraphSpec, dict[str, SiteEntry], tuple[str, ...], str]:
+) -> tuple[Path, GraphSpec, dict[str, Layer], tuple[str, ...], str]:
     """Export a decoder into ``directory/model.onnx`` and ``directory/model.onnx_data``.
 
     Returns:
@@ -77,7 +79,7 @@ def export_with_optimum(
 
 def export_seq2seq(
     base: Base, directory: Path, task: Task
-) -> tuple[Path, Seq2SeqSpec, dict[str, SiteEntry], tuple[str, ...], str]:
+) -> tuple[Path, Seq2SeqSpec, dict[str, Layer], tuple[str, ...], str]:
     """Export an encoder and a decoder without a cache, each with its ``_data``, into a folder.
 
     Returns:

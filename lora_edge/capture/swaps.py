@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from lora_edge.base.linear import is_linear
 from lora_edge.capture.attention import RotaryUse
 from lora_edge.capture.operators import Linear, Reshape, RMSNorm, Rotary
 
@@ -49,18 +49,6 @@ def swapped_linears(model: nn.Module) -> Iterator[None]:
             if is_linear(module):
                 stack.enter_context(replaced(module, "forward", _linear_forward(module)))
         yield
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer: ``nn.Linear``, or GPT-2's ``Conv1D``.
-
-    A subclass that computes something else (Phi-3.5-MoE's router) is none, nor is the output
-    projection of an ``nn.MultiheadAttention``: only its weight is read.
-    """
-    if isinstance(module, nn.Linear):
-        plain = type(module).forward is nn.Linear.forward
-        return plain and not isinstance(module, NonDynamicallyQuantizableLinear)
-    return type(module).__name__ == "Conv1D"
 
 
 def _linear_forward(module: nn.Module) -> Callable[[Tensor], Tensor]:

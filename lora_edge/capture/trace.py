@@ -16,7 +16,13 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from lora_edge.base import Base
+from lora_edge.base.checkpoint import Base
+from lora_edge.base.experts import parameter_modules
+from lora_edge.base.families import OPTIMUM
+from lora_edge.base.layer import Layer
+from lora_edge.base.model import load_model, model_layers, path_of, tied_pair
+from lora_edge.base.quiet import quiet
+from lora_edge.bundle.manifest import GraphSpec
 from lora_edge.capture.attention import (
     AttentionSwap,
     Fused,
@@ -25,19 +31,10 @@ from lora_edge.capture.attention import (
     Survey,
     TraceCache,
 )
-from lora_edge.capture.branches import lower_choices
-from lora_edge.capture.experts import parameter_modules, swapped_experts
-from lora_edge.capture.families import OPTIMUM
-from lora_edge.capture.load import (
-    load_model,
-    max_length,
-    model_layers,
-    noted_activations,
-    path_of,
-    refusing,
-    tied_pair,
-)
+from lora_edge.capture.conditional import lower_choices
+from lora_edge.capture.experts import swapped_experts
 from lora_edge.capture.operators import TakePositions
+from lora_edge.capture.refusing import max_length, noted_activations, refusing
 from lora_edge.capture.swaps import (
     RotarySwap,
     constant_views,
@@ -47,10 +44,8 @@ from lora_edge.capture.swaps import (
 )
 from lora_edge.capture.weights import Weight, attach, placeholders
 from lora_edge.errors import CaptureError, UnsupportedModelError
-from lora_edge.experts import ParameterModule
-from lora_edge.manifest import GraphSpec, SiteEntry
+from lora_edge.maths.experts import ParameterModule
 from lora_edge.names import LOGITS_POSITIONS, past_name, present_name
-from lora_edge.quiet import quiet
 
 OPSET = 18
 # Said of every trace: the exporter is deprecated, sizes become constants.
@@ -122,7 +117,7 @@ def _forward(
 
 def trace(
     base: Base, directory: Path, form: Literal["fused", "portable"]
-) -> tuple[Path, GraphSpec, dict[str, SiteEntry], tuple[str, ...], str, dict[str, ParameterModule]]:
+) -> tuple[Path, GraphSpec, dict[str, Layer], tuple[str, ...], str, dict[str, ParameterModule]]:
     """Trace a decoder into ``directory/model.onnx`` and ``directory/model.onnx_data``.
 
     Returns:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lora_edge.capture.swaps import is_linear
+from lora_edge.base.linear import is_linear
 
 _ALIGNMENT = 4096  # bytes; a page, so that the runtime can map tensors
 _INLINE_BELOW = 1024  # bytes; shapes and other small constants stay in the graph

@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None, *, restore: bool = False) -> No
 
     Args:
         arguments: those of the command line; ``None``: the process's own.
-        restore: let Ctrl-C unwind the stack from now on (see :mod:`lora_edge.start`).
+        restore: let Ctrl-C unwind the stack from now on (see :mod:`lora_edge.__main__`).
     """
     # A polite kill must unwind the stack, so that half-written folders are removed.
     signal.signal(signal.SIGTERM, _terminate)

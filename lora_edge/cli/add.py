@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
+from lora_edge.bundle.manifest import aspect_names
 from lora_edge.cli.arguments import named_paths
-from lora_edge.manifest import aspect_names
 
 
 @click.command()
@@ -31,7 +31,7 @@ def command(bundle: str, adapters: tuple[str, ...], base: str | None) -> None:
     that needs another is refused, by name. They are unproved until `lora-edge validate BUNDLE
     --reference BASE` has seen them.
     """
-    from lora_edge.exporter import add
+    from lora_edge.exporting.export import add
 
     named = named_paths(adapters)
     result = add(bundle, named, base)

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from lora_edge.cli.arguments import conversion_rank, named_paths
-from lora_edge.tasks import SEQ2SEQ, TASKS, TEXT_GENERATION
+from lora_edge.tasks.task import SEQ2SEQ, TASKS, TEXT_GENERATION
 
 
 @click.command()
@@ -93,7 +93,7 @@ def command(adapters: tuple[str, ...], output: Path, **options: Any) -> None:
     exported exactly is refused by name, and nothing is written. An adapter that replaces a whole
     matrix (modules_to_save) costs that matrix in a switchable bundle; the export says how much.
     """
-    from lora_edge.exporter import export
+    from lora_edge.exporting.export import export
 
     started = time.monotonic()
     base = options.pop("base")

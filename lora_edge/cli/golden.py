@@ -51,7 +51,7 @@ def command(
     from lora_edge.files.transaction import check_free
     from lora_edge.parity import add_goldens
     from lora_edge.parity.backend_data import write_onnx_test_data
-    from lora_edge.parity.examples import read_prompts
+    from lora_edge.parity.plan.examples import read_prompts
 
     if prompts is None and onnx_test_data is None:
         raise click.UsageError("give --prompts, --onnx-test-data or both")

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_edge.bundle import load_bundle
+from lora_edge.bundle.bundle import load_bundle
+from lora_edge.bundle.manifest import MANIFEST_NAME, AdapterEntry, Manifest, aspect_names
 from lora_edge.errors import LoraEdgeError
 from lora_edge.files.hub import is_hub_id
-from lora_edge.manifest import MANIFEST_NAME, AdapterEntry, Manifest, aspect_names
-from lora_edge.tasks import SEQ2SEQ, TASKS, TEXT_GENERATION
+from lora_edge.tasks.task import SEQ2SEQ, TASKS, TEXT_GENERATION
 
 if TYPE_CHECKING:
-    from lora_edge.inspection import Inspection, ModuleFacts
+    from lora_edge.fit.inspect import Inspection, ModuleFacts
 
 _COLUMNS = 80
 _COMPARED = {
@@ -57,8 +57,8 @@ def command(path: Path, base: str | None, task: str | None, as_json: bool) -> No
         facts: dict[str, Any] = json.loads(manifest.to_json()) | {"bytes": size}
         lines = _bundle(path, manifest, size)
     elif path.exists() or is_hub_id(path):
-        from lora_edge.base import resolve_base
-        from lora_edge.inspection import inspect_adapter
+        from lora_edge.base.checkpoint import resolve_base
+        from lora_edge.fit.inspect import inspect_adapter
 
         found = inspect_adapter(path, resolve_base(base) if base is not None else None, task)
         facts = _facts(found)

@@ -14,7 +14,7 @@ def command(bundle: str, names: tuple[str, ...]) -> None:
     Golden cases in which they take part go too, blends and mixed batches included; `lora-edge
     validate BUNDLE --reference BASE` records those of the adapters that are left again.
     """
-    from lora_edge.removal import remove
+    from lora_edge.exporting.remove import remove
 
     result = remove(bundle, names, progress=lambda line: click.echo(line, err=True))
     click.echo(result.directory)

@@ -110,7 +110,7 @@ def command(
     if pair is not None and text is None:
         raise click.UsageError("--pair goes with --text")
     from lora_edge.runtime import Runner
-    from lora_edge.tasks import SPEECH, TEXT2TEXT, TEXT_GENERATION
+    from lora_edge.tasks.task import SPEECH, TEXT2TEXT, TEXT_GENERATION
 
     if settings["chat"]:
         settings["defaults"] = "model"
@@ -171,7 +171,7 @@ def _results(
     runner: Any, task: str, inputs: list[Any], chosen: Any, top: int | None, settings: Any
 ) -> list[tuple[dict[str, Any], str]]:
     """What each input gives: as JSON, and as lines for people."""
-    from lora_edge.tasks import TEXT2TEXT, TEXT_GENERATION
+    from lora_edge.tasks.task import TEXT2TEXT, TEXT_GENERATION
 
     if task in (TEXT_GENERATION, TEXT2TEXT):
         texts = runner.generate(inputs, chosen, **settings)

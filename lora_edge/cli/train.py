@@ -237,8 +237,8 @@ def command(
     if output is None:
         raise click.UsageError("give the adapter's folder with -o")
     if bundle is not None:
+        from lora_edge.bundle.manifest import MANIFEST_NAME
         from lora_edge.files.transaction import check_free
-        from lora_edge.manifest import MANIFEST_NAME
 
         check_free(bundle, marker=MANIFEST_NAME, force=force)
         _bundle_name(output)
@@ -328,8 +328,8 @@ def _print_plan(base: str, data: Path, evaluation: Path | None, settings: Settin
 
 
 def _export(base: str, adapter: Path, bundle: Path, mode: str, *, force: bool) -> None:
-    from lora_edge.exporter import export
-    from lora_edge.peft_directory import read_training
+    from lora_edge.adapter.directory import read_training
+    from lora_edge.exporting.export import export
 
     kind = read_training(adapter).get("data", {}).get("kind")
     export(
@@ -350,7 +350,7 @@ def _bundle_name(adapter: Path) -> str:
     Raises:
         AdapterError: it is not.
     """
-    from lora_edge.adapter import check_name
+    from lora_edge.adapter.load import check_name
     from lora_edge.names import NONE_ADAPTER
 
     name = re.sub(r"[^A-Za-z0-9_-]", "-", adapter.resolve().name)

@@ -18,7 +18,7 @@ from lora_edge.cli.arguments import (
 )
 
 if TYPE_CHECKING:
-    from lora_edge.parity.plan import Depth
+    from lora_edge.parity.plan.plan import Depth
 
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
@@ -136,7 +136,7 @@ def command(
     """
     from lora_edge.files.transaction import write_atomically
     from lora_edge.parity import validate
-    from lora_edge.parity.examples import read_examples, read_prompts
+    from lora_edge.parity.plan.examples import read_examples, read_prompts
     from lora_edge.reports import compare, html, junit, load_report, markdown
 
     if prompts is not None and reference is None:

@@ -9,10 +9,11 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from lora_edge.base.layer import Layer
 from lora_edge.errors import GraphError
 from lora_edge.graph.merge import WideArray, add_initializer, lazily
-from lora_edge.graph.sites import Layer, Multiplication, multiplications
-from lora_edge.quantization import Blocks, Quantization, quantize
+from lora_edge.graph.sites import Multiplication, multiplications
+from lora_edge.maths.quantization import Blocks, Quantization, quantize
 
 MATMUL_NBITS = "MatMulNBits"
 

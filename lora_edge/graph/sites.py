@@ -14,31 +14,15 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from lora_edge.base.layer import Layer
+from lora_edge.bundle.manifest import SiteEntry
 from lora_edge.errors import GraphError
-from lora_edge.names import Part
-
-
-class Layer(Protocol):
-    """What is asked of a layer: its kind, its sizes, and the inputs that it is to have."""
-
-    @property
-    def kind(self) -> str: ...
-    @property
-    def in_features(self) -> int: ...
-    @property
-    def out_features(self) -> int: ...
-    @property
-    def rank(self) -> int: ...
-    @property
-    def transposed(self) -> bool: ...
-    @property
-    def parts(self) -> tuple[Part, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -57,7 +41,7 @@ class Site:
     """
 
     path: str
-    layer: Layer
+    layer: SiteEntry
     node: ir.Node
     y: ir.Value
     start: int
@@ -115,7 +99,7 @@ Weights = Callable[[str], "NDArray[np.floating] | None"]
 
 
 def find_sites(
-    model: ir.Model, layers: Mapping[str, Layer], weights: Weights | None = None
+    model: ir.Model, layers: Mapping[str, SiteEntry], weights: Weights | None = None
 ) -> dict[str, Site]:
     """Find layers in a graph.
 
@@ -211,7 +195,7 @@ _OPERATORS = {"embedding": ("Gather",), "conv": ("Conv",)}
 NORMS = ("LayerNormalization", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
 
 
-def _find_by_weight(model: ir.Model, path: str, layer: Layer, weights: Weights | None) -> Site:
+def _find_by_weight(model: ir.Model, path: str, layer: SiteEntry, weights: Weights | None) -> Site:
     """The node that reads a layer's weight: of an embedding, a convolution or a norm."""
     weight = find_initializer(model, f"{path}.weight", weights)
     value = weight
@@ -248,7 +232,7 @@ def readers(weight: ir.Value) -> int:
 
 
 def _find_by_content(
-    path: str, shape: Layer, matrix: NDArray[np.floating] | None, lookup: _ContentIndex
+    path: str, shape: SiteEntry, matrix: NDArray[np.floating] | None, lookup: _ContentIndex
 ) -> Site:
     if matrix is None:
         raise GraphError(
@@ -279,7 +263,7 @@ def _find_by_content(
     return _site(path, shape, multiplication, start)
 
 
-def _site(path: str, layer: Layer, m: Multiplication, start: int) -> Site:
+def _site(path: str, layer: SiteEntry, m: Multiplication, start: int) -> Site:
     return Site(
         path=path,
         layer=layer,

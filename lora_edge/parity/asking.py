@@ -6,16 +6,16 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
-from lora_edge.base import Base
+from lora_edge.base.checkpoint import Base
+from lora_edge.bundle.manifest import GraphSpec, Seq2SeqSpec
 from lora_edge.errors import DataError
-from lora_edge.manifest import GraphSpec, Seq2SeqSpec
 from lora_edge.parity.checks import greedy
-from lora_edge.parity.conversation import chat_row
-from lora_edge.parity.golden import Golden
-from lora_edge.parity.plan import Depth
-from lora_edge.parity.states import Probe, Row
+from lora_edge.parity.plan.conversation import chat_row
+from lora_edge.parity.plan.plan import Depth
+from lora_edge.parity.plan.states import Probe, Row
+from lora_edge.parity.record.golden import Golden
 from lora_edge.runtime import Runner
-from lora_edge.tasks import TEXT_GENERATION
+from lora_edge.tasks.task import TEXT_GENERATION
 
 
 def ask(

@@ -13,18 +13,18 @@ from typing import Any, Literal
 
 from numpy.typing import NDArray
 
-from lora_edge.base import Base, resolve_base
-from lora_edge.bundle import GRAPH_FILE, Bundle, load_bundle
+from lora_edge.base.checkpoint import Base, resolve_base
+from lora_edge.bundle.bundle import GRAPH_FILE, Bundle, load_bundle
+from lora_edge.bundle.manifest import GraphSpec
 from lora_edge.errors import DataError, MissingDependencyError
 from lora_edge.files.transaction import check_free, staging
-from lora_edge.manifest import GraphSpec
 from lora_edge.names import LOGITS_POSITIONS, past_name, present_name
 from lora_edge.parity.asking import tokens_of
-from lora_edge.parity.golden import recorded
+from lora_edge.parity.explain.rerun import rerun
 from lora_edge.parity.live import reference_of, sources_of
+from lora_edge.parity.plan.states import Probe
+from lora_edge.parity.record.golden import recorded
 from lora_edge.parity.reference import Reference
-from lora_edge.parity.rerun import rerun
-from lora_edge.parity.states import Probe
 from lora_edge.runtime import Runner
 
 _PARTS: tuple[Literal["key", "value"], ...] = ("key", "value")

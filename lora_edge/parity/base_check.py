@@ -15,9 +15,9 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from lora_edge.base import Base
+from lora_edge.base.checkpoint import Base
+from lora_edge.bundle.manifest import EncoderSpec, GraphSpec, Seq2SeqSpec
 from lora_edge.errors import BundleError, CaptureError
-from lora_edge.manifest import EncoderSpec, GraphSpec, Seq2SeqSpec
 from lora_edge.parity.compare import (
     Expected,
     FloatArray,
@@ -28,8 +28,8 @@ from lora_edge.parity.compare import (
     measure,
     noise,
 )
+from lora_edge.parity.plan.states import BASE, Row, prompts
 from lora_edge.parity.reference import Reference
-from lora_edge.parity.states import BASE, Row, prompts
 from lora_edge.runtime.decoder import Decoder
 
 _Observed = tuple[str, list[int], list[FloatArray]]

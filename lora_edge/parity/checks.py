@@ -13,24 +13,24 @@ from typing import Any
 
 import numpy as np
 
+from lora_edge.bundle.manifest import EncoderSpec, GraphSpec
+from lora_edge.bundle.onnx_adapter import read_adapter
 from lora_edge.errors import BundleError
-from lora_edge.lora import FloatArray
-from lora_edge.manifest import EncoderSpec, GraphSpec
+from lora_edge.maths.lora import FloatArray
 from lora_edge.names import NONE_ADAPTER, SELECT, lora_input
 from lora_edge.parity.compare import Expected, Tolerance, expect, judge, limits, measure
-from lora_edge.parity.diagnosis import diagnose
 from lora_edge.parity.entries import contradiction
-from lora_edge.parity.experiments import Experiments
-from lora_edge.parity.failure import Failure, errors_of, within
-from lora_edge.parity.golden import Golden
+from lora_edge.parity.explain.diagnosis import diagnose
+from lora_edge.parity.explain.experiments import Experiments
+from lora_edge.parity.explain.failure import Failure, errors_of, within
+from lora_edge.parity.plan.states import Probe, Row, State, label, schedule
+from lora_edge.parity.record.golden import Golden
 from lora_edge.parity.report import Case
 from lora_edge.parity.seq2seq import greedy_answers, observe_seq2seq
-from lora_edge.parity.states import Probe, Row, State, label, schedule
 from lora_edge.parity.tasks import observe_task
 from lora_edge.runtime import Decoding, Runner
-from lora_edge.runtime.adapter_file import read_adapter
 from lora_edge.runtime.seq2seq import Seq2Seq
-from lora_edge.tasks import TEXT_GENERATION
+from lora_edge.tasks.task import TEXT_GENERATION
 
 _SWITCHED_STEPS = 8
 

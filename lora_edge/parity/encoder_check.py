@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_edge.base import Base
+from lora_edge.base.checkpoint import Base
+from lora_edge.bundle.manifest import EncoderSpec
 from lora_edge.errors import CaptureError
-from lora_edge.manifest import EncoderSpec
 from lora_edge.parity.base_check import Captured, running, shortest_window
 from lora_edge.parity.compare import Tolerance, noise
-from lora_edge.parity.states import prompts
+from lora_edge.parity.plan.states import prompts
 from lora_edge.parity.task_reference import Row, TaskReference
 from lora_edge.runtime.encoder import Encoder
-from lora_edge.tasks import Task
+from lora_edge.tasks.task import Task
 
 _LENGTHS = (11, 40, 3, 24, 17, 6, 31, 9)  # unequal; what is longer than the model is cut
 _IMAGES = 8

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from lora_edge import options as opt
-from lora_edge.base import Base, resolve_base
-from lora_edge.bundle import Bundle, hash_file, load_bundle
+from lora_edge import types as opt
+from lora_edge.base.checkpoint import Base, resolve_base
+from lora_edge.bundle.bundle import Bundle, hash_file, load_bundle
 from lora_edge.errors import DataError
 from lora_edge.files.transaction import recover
 from lora_edge.names import NONE_ADAPTER
@@ -22,7 +22,13 @@ from lora_edge.parity.asking import ask, silent
 from lora_edge.parity.checks import Broken, broken_by, compare, switching
 from lora_edge.parity.compare import Tolerance
 from lora_edge.parity.entries import check_entries
-from lora_edge.parity.environment import (
+from lora_edge.parity.evaluate.evaluate import check_examples, evaluate
+from lora_edge.parity.explain.explain import explain
+from lora_edge.parity.live import sources_of
+from lora_edge.parity.plan.examples import Example
+from lora_edge.parity.plan.plan import MIXED_ROWS, Depth
+from lora_edge.parity.plan.reach import reach_of
+from lora_edge.parity.record.environment import (
     Opening,
     combinations,
     machine,
@@ -30,15 +36,9 @@ from lora_edge.parity.environment import (
     session_of,
     versions,
 )
-from lora_edge.parity.evaluation import check_examples, evaluate
-from lora_edge.parity.examples import Example
-from lora_edge.parity.explain import explain
-from lora_edge.parity.golden import Golden, recorded, reduce, shortened
-from lora_edge.parity.journal import Journal
-from lora_edge.parity.live import sources_of
-from lora_edge.parity.plan import MIXED_ROWS, Depth
-from lora_edge.parity.reach import reach_of
-from lora_edge.parity.record import record
+from lora_edge.parity.record.golden import Golden, recorded, reduce, shortened
+from lora_edge.parity.record.journal import Journal
+from lora_edge.parity.record.record import record
 from lora_edge.parity.report import Case, Report, Session
 from lora_edge.runtime import Runner
 

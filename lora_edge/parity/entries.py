@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from lora_edge.adapter import load_adapter
-from lora_edge.bundle import Bundle
-from lora_edge.kinds import alone
+from lora_edge.adapter.load import load_adapter
+from lora_edge.bundle.bundle import Bundle
+from lora_edge.fit.kinds import alone
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.parity.report import Case
 

@@ -13,18 +13,18 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_edge.adapter import Adapter, load_adapter
-from lora_edge.base import Base
-from lora_edge.bundle import Bundle
+from lora_edge.adapter.load import Adapter, load_adapter
+from lora_edge.base.checkpoint import Base
+from lora_edge.bundle.bundle import Bundle
+from lora_edge.bundle.manifest import GraphSpec
 from lora_edge.errors import AdapterError, BundleError
-from lora_edge.manifest import GraphSpec
 from lora_edge.parity.base_check import shortest_window
 from lora_edge.parity.compare import FloatArray, Floor, expect, noise
-from lora_edge.parity.far import Shaped
-from lora_edge.parity.golden import Golden
-from lora_edge.parity.plan import Depth, plan
+from lora_edge.parity.plan.far import Shaped
+from lora_edge.parity.plan.plan import Depth, plan
+from lora_edge.parity.plan.states import BASE, Probe, Row, label
+from lora_edge.parity.record.golden import Golden
 from lora_edge.parity.reference import Reference
-from lora_edge.parity.states import BASE, Probe, Row, label
 
 _STEPS = 64
 _STEPS_OF_LARGE = 16

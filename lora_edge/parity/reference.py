@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_edge.base import Base
+from lora_edge.adapter.directory import CONFIG_FILE, TENSOR_FILE, read_config, tensor_keys
+from lora_edge.adapter.targets import check_patterns
+from lora_edge.base.checkpoint import Base
+from lora_edge.base.quiet import quiet
 from lora_edge.errors import AdapterError, BaseModelError, MissingDependencyError
+from lora_edge.maths.quantization import Quantization
 from lora_edge.names import canonical_peft_key
-from lora_edge.parity.states import State
-from lora_edge.peft_directory import CONFIG_FILE, TENSOR_FILE, read_config, tensor_keys
-from lora_edge.peft_targets import check_patterns
-from lora_edge.quantization import Quantization
-from lora_edge.quiet import quiet
+from lora_edge.parity.plan.states import State
 
 # Fields of an adapter that PEFT cannot hold beside another one in the same model, and the values at
 # which it can.

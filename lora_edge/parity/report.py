@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lora_edge.parity.compare import Figures, Limits, Status
-from lora_edge.parity.reach import Reach
+from lora_edge.parity.plan.reach import Reach
 
 SCHEMA_VERSION = 2
 Against = Literal["reference", "goldens"]

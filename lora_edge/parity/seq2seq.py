@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_edge.lora import FloatArray
-from lora_edge.manifest import Seq2SeqSpec
-from lora_edge.parity.states import Probe, Row
-from lora_edge.runtime.binding import Binding
+from lora_edge.bundle.manifest import Seq2SeqSpec
+from lora_edge.maths.lora import FloatArray
+from lora_edge.parity.plan.states import Probe, Row
+from lora_edge.runtime.adapters.binding import Binding
 from lora_edge.runtime.seq2seq import Seq2Seq, Sources
 
 LONGEST_BEGINNING = 6

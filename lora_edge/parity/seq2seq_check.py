@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from lora_edge.base import Base
+from lora_edge.base.checkpoint import Base
+from lora_edge.bundle.manifest import Seq2SeqSpec
 from lora_edge.errors import CaptureError
-from lora_edge.manifest import Seq2SeqSpec
 from lora_edge.parity.base_check import Captured
 from lora_edge.parity.compare import Tolerance, expect, judge, limits, measure, noise
+from lora_edge.parity.plan.states import prompts
 from lora_edge.parity.seq2seq import beginning, source, sources
-from lora_edge.parity.states import prompts
 from lora_edge.parity.task_reference import TaskReference
 from lora_edge.runtime.seq2seq import Seq2Seq
-from lora_edge.tasks import Task
+from lora_edge.tasks.task import Task
 
 _SOURCES = (11, 40, 3, 24)
 _TARGETS = (7, 1, 33, 12)

@@ -11,15 +11,15 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_edge.manifest import Seq2SeqSpec
+from lora_edge.bundle.manifest import Seq2SeqSpec
 from lora_edge.parity.compare import Floor, expect, noise
-from lora_edge.parity.golden import Golden
 from lora_edge.parity.live import LARGE, Question
-from lora_edge.parity.plan import plan
+from lora_edge.parity.plan.plan import plan
+from lora_edge.parity.plan.states import BASE, Probe, Row, State, label
+from lora_edge.parity.record.golden import Golden
 from lora_edge.parity.seq2seq import LONGEST_BEGINNING, beginning, source
-from lora_edge.parity.states import BASE, Probe, Row, State, label
 from lora_edge.parity.task_reference import TaskReference
-from lora_edge.tasks import Task
+from lora_edge.tasks.task import Task
 
 _STEPS = 16
 _NOISE = 1 << 30  # seeds of features are below it

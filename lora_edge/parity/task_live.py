@@ -11,19 +11,19 @@ from pathlib import Path
 
 import numpy as np
 
-from lora_edge.adapter import load_adapter
-from lora_edge.base import Base
-from lora_edge.bundle import Bundle
+from lora_edge.adapter.load import load_adapter
+from lora_edge.base.checkpoint import Base
+from lora_edge.bundle.bundle import Bundle
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.parity.base_check import shortest_window
 from lora_edge.parity.compare import Floor, expect, noise
-from lora_edge.parity.golden import Golden
 from lora_edge.parity.live import LARGE, Question, reach_of
-from lora_edge.parity.plan import plan
-from lora_edge.parity.states import Probe, label
+from lora_edge.parity.plan.plan import plan
+from lora_edge.parity.plan.states import Probe, label
+from lora_edge.parity.record.golden import Golden
 from lora_edge.parity.task_reference import TaskReference
 from lora_edge.parity.tasks import by_position, inputs_of
-from lora_edge.tasks import Task
+from lora_edge.tasks.task import Task
 
 _IMAGES = 8
 _PIXELS = 1 << 30  # seeds of pictures are below it

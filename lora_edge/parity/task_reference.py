@@ -16,8 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_edge.base import Base
+from lora_edge.adapter.directory import read_config
+from lora_edge.base.checkpoint import Base
+from lora_edge.base.quiet import quiet
 from lora_edge.errors import BaseModelError
+from lora_edge.parity.plan.states import BASE, State, state_of
 from lora_edge.parity.reference import (
     LOGITS,
     attached,
@@ -28,10 +31,7 @@ from lora_edge.parity.reference import (
     scaled,
     stands_apart,
 )
-from lora_edge.parity.states import BASE, State, state_of
-from lora_edge.peft_directory import read_config
-from lora_edge.quiet import quiet
-from lora_edge.tasks import Task
+from lora_edge.tasks.task import Task
 
 Row = Mapping[str, NDArray[Any]]
 """One row's inputs by name, without the batch's axis: ``[seq] int64``, or images or speech."""

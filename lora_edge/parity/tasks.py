@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_edge.lora import FloatArray
-from lora_edge.manifest import EncoderSpec
-from lora_edge.parity.states import Probe, Row
+from lora_edge.bundle.manifest import EncoderSpec
+from lora_edge.maths.lora import FloatArray
+from lora_edge.parity.plan.states import Probe, Row
 from lora_edge.runtime import Binding, Runner
 
 Inputs = Mapping[str, NDArray[Any]]

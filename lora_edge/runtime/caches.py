@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, final
 import numpy as np
 import onnxruntime as ort
 
-from lora_edge.lora import FloatArray
-from lora_edge.runtime.binding import Binding
+from lora_edge.maths.lora import FloatArray
+from lora_edge.runtime.adapters.binding import Binding
 from lora_edge.runtime.decoding import Chunk, Decoding, IntArray, Rows
 
 if TYPE_CHECKING:

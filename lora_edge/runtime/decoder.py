@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from lora_edge.bundle.manifest import GraphSpec
 from lora_edge.errors import BundleError, DataError
-from lora_edge.manifest import GraphSpec
 from lora_edge.names import LOGITS_POSITIONS, SELECT, parse_lora_input, past_name, present_name
-from lora_edge.runtime.binding import Binding
+from lora_edge.runtime.adapters.binding import Binding
 from lora_edge.runtime.caches import ConcatenatedCache, SharedCache
 from lora_edge.runtime.decoding import Decoding
 from lora_edge.runtime.session import ModelSession

@@ -18,9 +18,9 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from lora_edge.errors import DataError
-from lora_edge.lora import FloatArray
+from lora_edge.maths.lora import FloatArray
 from lora_edge.names import LOGITS_POSITIONS, lora_input
-from lora_edge.runtime.binding import Binding, Values
+from lora_edge.runtime.adapters.binding import Binding, Values
 
 if TYPE_CHECKING:
     from lora_edge.runtime.decoder import Decoder

@@ -14,9 +14,9 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from lora_edge.bundle.manifest import EncoderSpec
 from lora_edge.errors import DataError
-from lora_edge.manifest import EncoderSpec
-from lora_edge.runtime.binding import Binding
+from lora_edge.runtime.adapters.binding import Binding
 from lora_edge.runtime.session import ModelSession
 from lora_edge.runtime.sizes import Sizes
 

@@ -1,6 +1,6 @@
 """The generation loop: prompts in, new tokens out, one step of all rows at a time.
 
-Knows ids only; text and stop strings are :mod:`lora_edge.runtime.text`'s.
+Knows ids only; text and stop strings are :mod:`lora_edge.runtime.text.text`'s.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 
 from lora_edge.errors import DataError
-from lora_edge.runtime.binding import Binding
+from lora_edge.runtime.adapters.binding import Binding
 from lora_edge.runtime.decoder import Decoder
 from lora_edge.runtime.sampling import Sampling
 

@@ -15,12 +15,12 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from lora_edge.bundle import BASE_GRAPH_FILE, DATA_FILE, Bundle
+from lora_edge.bundle.bundle import BASE_GRAPH_FILE, DATA_FILE, Bundle
+from lora_edge.bundle.manifest import SiteEntry, WeightEntry
 from lora_edge.errors import BundleError, DataError
-from lora_edge.lora import Factors, SiteChange, delta
-from lora_edge.manifest import SiteEntry, WeightEntry
-from lora_edge.runtime.active import ActiveAdapters
-from lora_edge.runtime.binding import Binding, Changes, State, Values
+from lora_edge.maths.lora import Factors, SiteChange, delta
+from lora_edge.runtime.adapters.active import ActiveAdapters
+from lora_edge.runtime.adapters.binding import Binding, Changes, State, Values
 from lora_edge.runtime.decoder import Decoder
 from lora_edge.runtime.session import Fixed
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lora_edge.errors import DataError
-from lora_edge.options import listed, refused
+from lora_edge.types import listed, refused
 
 _AS_GIVEN = "Pass it as the tokenizer returned it."
 

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lora_edge import options as opt
-from lora_edge.bundle import (
+from lora_edge import types as opt
+from lora_edge.bundle.bundle import (
     DATA_FILE,
     DECODER_FILE,
     ENCODER_FILE,
@@ -20,26 +20,26 @@ from lora_edge.bundle import (
     Bundle,
     load_bundle,
 )
+from lora_edge.bundle.manifest import GraphSpec, Seq2SeqSpec
 from lora_edge.errors import BundleError, DataError, OptionError
-from lora_edge.lora import FloatArray
-from lora_edge.manifest import GraphSpec, Seq2SeqSpec
+from lora_edge.maths.lora import FloatArray
 from lora_edge.names import NONE_ADAPTER
-from lora_edge.runtime.active import ActiveAdapters, AdapterArgument, Choice
-from lora_edge.runtime.binding import Binding, State
-from lora_edge.runtime.completions import Prompt, as_list, encode, new_ids, pieces
+from lora_edge.runtime.adapters.active import ActiveAdapters, AdapterArgument, Choice
+from lora_edge.runtime.adapters.binding import Binding, State
 from lora_edge.runtime.decoder import Decoder
-from lora_edge.runtime.defaults import GenerationDefaults, choices
 from lora_edge.runtime.encoder import Encoder
 from lora_edge.runtime.finite import finite
 from lora_edge.runtime.generation import Generation
-from lora_edge.runtime.outputs import Label, Outputs, TextInput, TokenLabel
+from lora_edge.runtime.outputs.outputs import Label, Outputs, TextInput, TokenLabel
 from lora_edge.runtime.pinned import PinnedSessions
 from lora_edge.runtime.providers import LEVELS
 from lora_edge.runtime.rows import token_rows
 from lora_edge.runtime.sampling import Sampling
 from lora_edge.runtime.seq2seq import Seq2Seq
-from lora_edge.runtime.texts import Texts
-from lora_edge.runtime.tokenizer import Tokenizer
+from lora_edge.runtime.text.completions import Prompt, as_list, encode, new_ids, pieces
+from lora_edge.runtime.text.defaults import GenerationDefaults, choices
+from lora_edge.runtime.text.texts import Texts
+from lora_edge.runtime.text.tokenizer import Tokenizer
 
 
 class Runner:
@@ -54,7 +54,7 @@ class Runner:
     * ``{name: weight, ...}``: the weighted sum of the adapters' effects.
 
     Args:
-        bundle: the bundle's folder, or an open :class:`~lora_edge.bundle.Bundle`.
+        bundle: the bundle's folder, or an open :class:`~lora_edge.bundle.bundle.Bundle`.
         provider: execution provider, e.g. ``cpu`` or ``cuda``; strict: it runs, or an error says
             why not.
         threads: intra-op threads; None leaves it to ONNX Runtime (one per physical core).

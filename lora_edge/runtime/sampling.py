@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_edge.errors import DataError, OptionError
-from lora_edge.lora import FloatArray
-from lora_edge.options import number
+from lora_edge.maths.lora import FloatArray
 from lora_edge.runtime.finite import not_finite
+from lora_edge.types import number
 
 
 @dataclass(frozen=True)

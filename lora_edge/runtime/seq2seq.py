@@ -15,11 +15,11 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from lora_edge.bundle import DECODER_FILE, ENCODER_FILE
+from lora_edge.bundle.bundle import DECODER_FILE, ENCODER_FILE
+from lora_edge.bundle.manifest import Seq2SeqSpec
 from lora_edge.errors import DataError
-from lora_edge.lora import FloatArray
-from lora_edge.manifest import Seq2SeqSpec
-from lora_edge.runtime.binding import Binding
+from lora_edge.maths.lora import FloatArray
+from lora_edge.runtime.adapters.binding import Binding
 from lora_edge.runtime.finite import not_finite
 from lora_edge.runtime.rows import token_rows
 from lora_edge.runtime.session import ModelSession

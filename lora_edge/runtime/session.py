@@ -13,9 +13,9 @@ from typing import Any, Generic
 
 from numpy.typing import NDArray
 
+from lora_edge.bundle.manifest import SiteEntry, Spec
 from lora_edge.errors import BundleError, DataError
-from lora_edge.manifest import SiteEntry, Spec
-from lora_edge.runtime.binding import Binding, State, Tensors, check_adapter_inputs
+from lora_edge.runtime.adapters.binding import Binding, State, Tensors, check_adapter_inputs
 from lora_edge.runtime.providers import open_session, placement, resolve
 from lora_edge.runtime.sizes import Sizes, check_sizes, site_sizes
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_edge.bundle.manifest import SiteEntry
 from lora_edge.errors import BundleError
-from lora_edge.manifest import SiteEntry
 from lora_edge.names import STACKED_PARTS, lora_input
 
 Sizes = Mapping[str, Sequence[int | None]]

@@ -80,9 +80,9 @@ class Pixels:
 
         Raises:
             BundleError, UnsupportedModelError, MissingDependencyError: as
-                :class:`~lora_edge.runtime.image.ImageProcessor`.
+                :class:`~lora_edge.runtime.outputs.image.ImageProcessor`.
         """
-        from lora_edge.runtime.image import ImageProcessor
+        from lora_edge.runtime.outputs.image import ImageProcessor
 
         self._read = ImageProcessor.load(base)
 

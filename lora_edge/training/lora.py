@@ -13,10 +13,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from lora_edge.adapter.targets import check_patterns, fullmatch, pattern_key
 from lora_edge.errors import AdapterError
 from lora_edge.files.json import read_object
-from lora_edge.peft_targets import check_patterns, fullmatch, pattern_key
-from lora_edge.tasks import Task
+from lora_edge.tasks.task import Task
 from lora_edge.training.model import first_line, some
 from lora_edge.training.settings import ALL_LINEAR, CONVERTED_INITS, Settings
 

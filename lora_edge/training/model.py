@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from lora_edge.base import Base
-from lora_edge.capture.tokenizer import read_tokenizer
+from lora_edge.base.checkpoint import Base
+from lora_edge.base.tokenizer import read_tokenizer
 from lora_edge.errors import BaseModelError, UnsupportedModelError
-from lora_edge.tasks import Task
+from lora_edge.tasks.task import Task
 
 _NAMES_SHOWN = 8
 

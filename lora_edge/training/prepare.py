@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from lora_edge.base import Base
-from lora_edge.capture.families import refuse_unloadable, refuse_untraceable
+from lora_edge.adapter.refusals import Mode, Refusal
+from lora_edge.base.checkpoint import Base
+from lora_edge.base.families import refuse_unloadable, refuse_untraceable
 from lora_edge.errors import AdapterError, BaseModelError, DataError, UnsupportedModelError
-from lora_edge.inspection import mode_refusals
-from lora_edge.refusals import Mode, Refusal
-from lora_edge.tasks import TEXT_GENERATION, Task
+from lora_edge.fit.inspect import mode_refusals
+from lora_edge.tasks.task import TEXT_GENERATION, Task
 from lora_edge.training.batches import collate, size_of
 from lora_edge.training.data import ChatExample, DataFile, Example, LabelledExample, Row
 from lora_edge.training.devices import processes

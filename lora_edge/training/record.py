@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypedDict
 
-from lora_edge.base import resolve_base
+from lora_edge.base.checkpoint import resolve_base
 from lora_edge.errors import AdapterError, DataError
 from lora_edge.files.json import read_object
 from lora_edge.files.schema import decode

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_edge.base import Base
+from lora_edge.base.checkpoint import Base
 from lora_edge.errors import AdapterError, BundleError
 from lora_edge.files.disk import remove
 from lora_edge.files.lock import Lock

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from lora_edge import options as opt
+from lora_edge import types as opt
 from lora_edge.errors import AdapterError
 from lora_edge.files.schema import decode
 

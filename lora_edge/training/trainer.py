@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_edge import options as opt
-from lora_edge.base import resolve_base
+from lora_edge import types as opt
+from lora_edge.adapter.refusals import Mode, Refusal
+from lora_edge.base.checkpoint import resolve_base
+from lora_edge.base.quiet import quiet
 from lora_edge.errors import AdapterError, MissingDependencyError
 from lora_edge.files.transaction import check_free, staging
-from lora_edge.quiet import quiet
-from lora_edge.refusals import Mode, Refusal
 from lora_edge.training.data import DataFile
 from lora_edge.training.images import read_source
 from lora_edge.training.record import (

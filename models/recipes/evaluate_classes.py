@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoTokenizer
 
-from lora_edge.base import resolve_base
+from lora_edge.base.checkpoint import resolve_base
 from lora_edge.parity.task_reference import TaskReference
-from lora_edge.tasks import Task
+from lora_edge.tasks.task import Task
 
 MODELS = Path(__file__).resolve().parents[1]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,14 @@ import pytest
 import torch
 import transformers
 
-from lora_edge.base import resolve_base
+from lora_edge.base.checkpoint import resolve_base
+from lora_edge.bundle.manifest import EncoderSpec
 from lora_edge.capture import BaseGraph, capture_task
 from lora_edge.errors import BaseModelError, CaptureError, UnsupportedModelError
 from lora_edge.graph import check
-from lora_edge.manifest import EncoderSpec
 from lora_edge.parity.encoder_check import check_encoder
-from lora_edge.tasks import Task, fresh_head
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from encoders import IMAGE_FAMILIES, TEXT_FAMILIES, TEXT_TASKS, make_encoder
+from lora_edge.tasks.task import Task, fresh_head
+from tests.support.encoders import IMAGE_FAMILIES, TEXT_FAMILIES, TEXT_TASKS, make_encoder
 
 # transformers 4 gives these no attention interface.
 SINCE_5 = frozenset(

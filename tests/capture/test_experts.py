@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
@@ -16,15 +15,13 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lora_edge.base import resolve_base
+from lora_edge.base.checkpoint import resolve_base
 from lora_edge.capture import BaseGraph, capture, capture_task
 from lora_edge.errors import CaptureError, UnsupportedModelError
 from lora_edge.graph import check, fuse, load, save_graph
 from lora_edge.parity.base_check import check_base
-from lora_edge.tasks import Task
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from families import MOE, make_base
+from lora_edge.tasks.task import Task
+from tests.support.families import MOE, make_base
 
 Form = Literal["fused", "portable"]
 _FIVE = int(transformers.__version__.split(".")[0]) >= 5
@@ -248,7 +245,7 @@ class _Looped(torch.nn.Module):
 
 
 def test_experts_in_a_module_list_are_refused_whatever_the_config_says() -> None:
-    from lora_edge.capture.experts import refuse_loops
+    from lora_edge.base.experts import refuse_loops
 
     block = torch.nn.Module()
     block.mlp = _Looped()

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import onnx
 import pytest
 
-from lora_edge.base import resolve_base
+from lora_edge.base.checkpoint import resolve_base
 from lora_edge.capture import BaseGraph, capture
 from lora_edge.errors import CaptureError, UnsupportedModelError
 from lora_edge.graph import check, fuse, load, save_graph
 from lora_edge.parity.base_check import check_base
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from families import OTHER_ROTARIES, REFUSED, SUPPORTED, make_base
+from tests.support.families import OTHER_ROTARIES, REFUSED, SUPPORTED, make_base
 
 
 def _capture(directory: Path, form: str, folder: Path) -> BaseGraph:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,12 +14,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lora_edge.base import resolve_base
+from lora_edge.base.checkpoint import resolve_base
 from lora_edge.capture import BaseGraph, capture
 from lora_edge.capture.swaps import RotarySwap, swapped_norms
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from families import make_base
+from tests.support.families import make_base
 
 Form = Literal["fused", "portable"]
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.paths import ROOT
+
 _MAKE = """
 import sys
 from pathlib import Path
@@ -43,7 +45,7 @@ print(json.dumps({"imports": imports, "peak": peak(), "seconds": graph.seconds})
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_peak_is_within_three_times_the_model(tmp_path: Path) -> None:
     base = tmp_path / "base"
-    make = [sys.executable, "-W", "ignore", "-c", _MAKE, str(Path(__file__).parents[1]), str(base)]
+    make = [sys.executable, "-W", "ignore", "-c", _MAKE, str(ROOT), str(base)]
     subprocess.run(make, check=True, capture_output=True)
     size = (base / "model.safetensors").stat().st_size
     assert size > 180e6

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from pathlib import Path
 
 import onnx
 import pytest
 
-from lora_edge.base import resolve_base
+from lora_edge.base.checkpoint import resolve_base
 from lora_edge.capture import capture
 from lora_edge.errors import CaptureError, MissingDependencyError, UnsupportedModelError
 from lora_edge.parity.base_check import check_base
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from families import make_base
+from tests.support.families import make_base
 
 _INSTALLED = importlib.util.find_spec("optimum") is not None
 _needed = pytest.mark.skipif(not _INSTALLED, reason="needs lora-edge[optimum] (transformers 4.57)")

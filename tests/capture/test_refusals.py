@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,15 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_edge.base import resolve_base
+from lora_edge.base.checkpoint import resolve_base
+from lora_edge.base.families import refuse_unloadable, refuse_untraceable
 from lora_edge.capture import capture
 from lora_edge.capture.attention import AttentionSwap, Survey
-from lora_edge.capture.families import refuse_unloadable, refuse_untraceable
-from lora_edge.capture.load import max_length
+from lora_edge.capture.refusing import max_length
 from lora_edge.errors import BaseModelError, CaptureError, UnsupportedModelError
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from families import make_base
+from tests.support.families import make_base
 
 _NESTED = {"full_attention": {"rope_type": "dynamic"}, "sliding_attention": {"rope_type": None}}
 

@@ -12,9 +12,7 @@ import pytest
 
 import lora_edge
 from lora_edge.cli import main
-
-sys.path.insert(0, str(Path(__file__).parent))
-from commands import MODELS, Cli, Result
+from tests.support.commands import MODELS, Cli, Result
 
 
 @pytest.fixture

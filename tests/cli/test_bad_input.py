@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-sys.path.insert(0, str(Path(__file__).parent))
-from commands import Cli, Result
+from tests.support.commands import Cli, Result
 
 WEIGHTS = "adapter_model.safetensors"
 PROGRESS = ("capturing ", "checking the base graph ", "adding branches ", "validating every ")
@@ -240,8 +239,8 @@ def test_a_report_that_cannot_be_written(cli: Cli, bundle: Path, tmp_path: Path)
     [
         "shutil.copyfile",  # the tokenizer's files
         "lora_edge.files.transaction.os.replace",  # the first manifest
-        "lora_edge.parity.record.save_golden",  # after the check has passed
-        "lora_edge.exporter.bundle_card",  # the last file
+        "lora_edge.parity.record.record.save_golden",  # after the check has passed
+        "lora_edge.exporting.export.bundle_card",  # the last file
         "lora_edge.files.transaction.os.rename",  # publishing
     ],
 )

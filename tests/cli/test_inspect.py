@@ -19,16 +19,13 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import lora_edge
-from lora_edge.adapter import load_adapter
-from lora_edge.base import resolve_base
-from lora_edge.bundle import load_bundle
-from lora_edge.inspection import inspect_adapter
-from lora_edge.lora import full_rank
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parent))
-from commands import MODELS, Cli
-from kinds import ROWS, make_kind, make_kind_base
+from lora_edge.adapter.load import load_adapter
+from lora_edge.base.checkpoint import resolve_base
+from lora_edge.bundle.bundle import load_bundle
+from lora_edge.fit.inspect import inspect_adapter
+from lora_edge.maths.lora import full_rank
+from tests.support.commands import MODELS, Cli
+from tests.support.kinds import ROWS, make_kind, make_kind_base
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -138,8 +135,8 @@ def test_both_modes_are_told_for_every_kind(
 
 
 def make_kind_base_of_another_width(key: str, directory: Path) -> Path:
-    from families import make_base
-    from kinds import BASES
+    from tests.support.families import make_base
+    from tests.support.kinds import BASES
 
     family, changes = BASES[key]
     wide = {"hidden_size": 80} | ({"n_embd": 80} if family == "gpt2" else {})

@@ -14,14 +14,12 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import lora_edge
-from lora_edge.base import resolve_base
-from lora_edge.inspection import Inspection, inspect_adapter
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from adapters import make_adapter
-from encoders import make_encoder
-from families import make_base
-from kinds import ROWS, make_kind, make_kind_base
+from lora_edge.base.checkpoint import resolve_base
+from lora_edge.fit.inspect import Inspection, inspect_adapter
+from tests.support.adapters import make_adapter
+from tests.support.encoders import make_encoder
+from tests.support.families import make_base
+from tests.support.kinds import ROWS, make_kind, make_kind_base
 
 pytestmark = pytest.mark.skipif(
     transformers.__version__ < "5",

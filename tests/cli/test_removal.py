@@ -10,7 +10,7 @@ import pytest
 
 import lora_edge
 from lora_edge import AdapterNotFoundError, BundleError, OptionError
-from lora_edge.parity.golden import recorded
+from lora_edge.parity.record.golden import recorded
 
 
 @pytest.fixture

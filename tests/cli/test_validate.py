@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from commands import Cli
+
+from tests.support.commands import Cli
 
 
 def test_sessions_and_depth(cli: Cli, bundle: Path, tmp_path: Path) -> None:

@@ -6,16 +6,13 @@ import dataclasses
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
 import lora_edge
-from lora_edge.bundle import file_entry
-
-sys.path.insert(0, str(Path(__file__).parent))
-from commands import MODELS, Cli
+from lora_edge.bundle.bundle import file_entry
+from tests.support.commands import MODELS, Cli
 
 PROMPT = "Word: river Answer:"
 

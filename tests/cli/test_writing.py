@@ -18,10 +18,8 @@ import pytest
 import lora_edge
 from lora_edge import BundleError, ParityError
 from lora_edge.parity import engine
-from lora_edge.parity.golden import recorded
-
-sys.path.insert(0, str(Path(__file__).parent))
-from commands import Cli
+from lora_edge.parity.record.golden import recorded
+from tests.support.commands import Cli
 
 
 @pytest.fixture
@@ -83,7 +81,7 @@ def test_a_folder_that_appears_while_an_export_runs_is_left(base: Path, tmp_path
 def test_two_adds_at_once_keep_both(
     copy: Path, others: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lora_edge import exporter
+    from lora_edge.exporting import export as exporter
 
     write = exporter.write_adapter_folder
 
@@ -101,7 +99,7 @@ def test_two_adds_at_once_keep_both(
 def test_of_two_adds_of_one_name_the_second_is_refused_and_the_first_stays(
     copy: Path, others: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lora_edge import exporter
+    from lora_edge.exporting import export as exporter
 
     write = exporter.write_adapter_folder
 
@@ -147,7 +145,7 @@ def test_what_is_added_and_removed_during_a_validation_stays_so(
 def test_a_bundle_that_is_replaced_during_an_add_is_left(
     copy: Path, others: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lora_edge import exporter
+    from lora_edge.exporting import export as exporter
 
     write = exporter.write_adapter_folder
 
@@ -240,7 +238,7 @@ def test_train_with_export_sees_first_that_it_cannot_export(
 def test_an_export_that_is_not_proved_leaves_nothing(
     base: Path, adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lora_edge import exporter
+    from lora_edge.exporting import export as exporter
 
     def fail(staged: Any, *_: Any) -> None:
         assert _names(staged.directory) > {"onnx", "lora_edge.json"}

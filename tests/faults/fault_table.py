@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import injections as i
 import numpy as np
-from worlds import GRID, Worlds
 
 import lora_edge
 from lora_edge.parity.report import Case
+from tests.faults import injections as i
+from tests.faults.worlds import GRID, Worlds
 
 Source = Literal["reference", "goldens"]
 SOURCES: tuple[Source, ...] = ("reference", "goldens")

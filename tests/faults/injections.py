@@ -19,12 +19,12 @@ import safetensors.numpy as st
 from onnx import helper, numpy_helper
 
 import lora_edge
-from lora_edge.adapter import load_adapter
-from lora_edge.bundle import file_entries, load_bundle
+from lora_edge.adapter.load import load_adapter
+from lora_edge.bundle.bundle import file_entries, load_bundle
+from lora_edge.bundle.onnx_adapter import read_adapter, write_adapter
 from lora_edge.names import lora_input
-from lora_edge.runtime.active import ActiveAdapters
-from lora_edge.runtime.adapter_file import read_adapter, write_adapter
-from lora_edge.runtime.binding import Binding, Tensors, TokenGates
+from lora_edge.runtime.adapters.active import ActiveAdapters
+from lora_edge.runtime.adapters.binding import Binding, Tensors, TokenGates
 from lora_edge.runtime.caches import ConcatenatedCache, SharedCache
 from lora_edge.runtime.decoding import Decoding
 from lora_edge.runtime.encoder import Encoder
@@ -740,7 +740,7 @@ def field_of(field: str, value: Any) -> Callable[[dict[str, Any]], None]:
 
 def unread_row(directory: Path) -> None:
     """Another value in a row of the embedding whose token no golden case holds."""
-    from lora_edge.parity.golden import recorded
+    from lora_edge.parity.record.golden import recorded
 
     read = {
         token

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-import injections
-from fault_table import DAMAGES, FAULTS, SOURCES, STEPS, Damage, Fault, Source, outcome
-from worlds import HEALTHY, Worlds
-
 import lora_edge
-from lora_edge.bundle import load_bundle
+from lora_edge.bundle.bundle import load_bundle
 from lora_edge.cli import main
 from lora_edge.parity.compare import Verdict
+from tests.faults import injections
+from tests.faults.fault_table import DAMAGES, FAULTS, SOURCES, STEPS, Damage, Fault, Source, outcome
+from tests.faults.worlds import HEALTHY, Worlds
 
 # ci/faults goes through all of them; here a fused and a portable one, and the worlds of the faults.
 _PASSING = [x for x in HEALTHY if not x.startswith("random")] + [

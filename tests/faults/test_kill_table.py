@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from fault_table import FAULTS, Outcome
+from tests.faults.fault_table import FAULTS, Outcome
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 _spec = importlib.util.spec_from_file_location("ci_faults", ROOT / "ci" / "faults.py")
 assert _spec is not None
 assert _spec.loader is not None

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import safetensors.numpy as st
 import tokenizers
 import transformers
-from adapters import make_adapter
-from encoders import make_encoder
-from families import make_base
-from kinds import ROWS, make_kind
 from transformers.utils import logging
 
 import lora_edge
+from tests.support.adapters import make_adapter
+from tests.support.encoders import make_encoder
+from tests.support.families import make_base
+from tests.support.kinds import ROWS, make_kind
+from tests.support.paths import ROOT
 
 GRID = 1 / 32
 """Step of the weights of the base that is merged into, as if it had been quantized."""
@@ -176,7 +175,7 @@ def _heads(folder: Path) -> tuple[Path, dict[str, Path], dict[str, Any]]:
     return base, adapters, {}
 
 
-_MODELS = Path(__file__).parents[2] / "models"
+_MODELS = ROOT / "models"
 
 
 def _texts(folder: Path) -> tuple[Path, dict[str, Path], dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,8 +9,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from small_graphs import Array, Run
+from tests.support.small_graphs import Array, Run
 
 
 @pytest.fixture

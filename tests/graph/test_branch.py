@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from lora_edge.errors import GraphError
 from lora_edge.graph import branch, find_sites
-from lora_edge.lora import Factors, zeros
-
-sys.path.insert(0, str(Path(__file__).parent))
-from small_graphs import BATCH, SEQ, Run, Shape, Small, draw, factors, lora_feeds
+from lora_edge.maths.lora import Factors, zeros
+from tests.support.small_graphs import BATCH, SEQ, Run, Shape, Small, draw, factors, lora_feeds
 
 X = draw(BATCH, SEQ, 6, seed=42)
 

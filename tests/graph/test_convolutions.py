@@ -9,11 +9,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from custom import Custom, Switchable, error_and_effect, load, make_custom_adapter
 from torch import Tensor, nn
 
 import lora_edge
 from lora_edge.names import parse_lora_input
+from tests.support.custom_operators import (
+    Custom,
+    Switchable,
+    error_and_effect,
+    load,
+    make_custom_adapter,
+)
 
 # PyTorch says how it pads an even kernel unevenly.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even:UserWarning")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +11,10 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from lora_edge.base import resolve_base
+from lora_edge.base.checkpoint import resolve_base
 from lora_edge.capture import capture
 from lora_edge.graph import check, fuse, load, save_graph
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from families import make_base
+from tests.support.families import make_base
 
 _EPS = 1e-5
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -12,10 +10,8 @@ import pytest
 
 from lora_edge.errors import GraphError
 from lora_edge.graph import find_sites, merge
-from lora_edge.lora import Factors, delta
-
-sys.path.insert(0, str(Path(__file__).parent))
-from small_graphs import BATCH, SEQ, Run, Shape, Small, draw, factors
+from lora_edge.maths.lora import Factors, delta
+from tests.support.small_graphs import BATCH, SEQ, Run, Shape, Small, draw, factors
 
 X = draw(BATCH, SEQ, 6, seed=42)
 W = draw(6, 5, seed=1)

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from custom import Custom, error_and_effect, load, make_custom_adapter
-from peft_cases import MORE_CASES, PEFT_CASES, make_model, summary
 
 import lora_edge
 from lora_edge.names import parse_lora_input
+from tests.support.custom_operators import Custom, error_and_effect, load, make_custom_adapter
+from tests.support.paths import ROOT
+from tests.support.peft_cases import MORE_CASES, PEFT_CASES, make_model, summary
 
 CASES = {**PEFT_CASES, **MORE_CASES}
 LIMIT = 3e-6
@@ -64,7 +65,7 @@ def _run(custom: Custom, path: Path, mode: str) -> None:
 
 
 def test_the_readme_has_the_counts() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     told = " ".join(readme.split())
     for line in summary():
         assert line in told, line

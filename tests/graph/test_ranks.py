@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from custom import Custom, error_and_effect, load, make_custom_adapter
 from torch import Tensor, nn
+
+from tests.support.custom_operators import Custom, error_and_effect, load, make_custom_adapter
 
 
 class Plane(nn.Module):

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from lora_edge.errors import GraphError
 from lora_edge.graph import find_sites
-
-sys.path.insert(0, str(Path(__file__).parent))
-from small_graphs import Shape, Small, draw
+from tests.support.small_graphs import Shape, Small, draw
 
 Q, K, V = (draw(n, 6, seed=n) for n in (5, 3, 4))  # the checkpoint's: [out, in]
 PACKED = {"a.q": Shape(6, 5), "a.k": Shape(6, 3), "a.v": Shape(6, 4)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +11,7 @@ import pytest
 
 from lora_edge.graph import branch, find_sites, save_with_data
 from lora_edge.graph.taps import TappedGraph, tap
-
-sys.path.insert(0, str(Path(__file__).parent))
-from small_graphs import BATCH, SEQ, Array, Shape, Small, draw, factors, lora_feeds
+from tests.support.small_graphs import BATCH, SEQ, Array, Shape, Small, draw, factors, lora_feeds
 
 X = draw(BATCH, SEQ, 6, seed=42)
 WIDE = 40  # so that the weights are in the data file

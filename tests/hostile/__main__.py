@@ -24,8 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import kinds
-import seeds
+from tests.hostile import kinds, seeds
 
 WALL = 120  # seconds; of a worker that waits for something
 RENEW = 1500  # cases that a worker reads
@@ -174,7 +173,7 @@ def summary(found: list[dict[str, Any]], seconds: float) -> str:
 
 def again(case: str, seed: int) -> None:
     """One case, in this process, with its traceback."""
-    import worker
+    from tests.hostile import worker
 
     home = Path(tempfile.mkdtemp(prefix="lora-edge-hostile-"))
     (home / "seeds").mkdir()

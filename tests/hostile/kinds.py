@@ -10,12 +10,8 @@ from random import Random
 from typing import NamedTuple
 from zipfile import ZIP_DEFLATED, ZipFile
 
-import harms
-import mutate
-import oracles
-import seeds
-
-from lora_edge.bundle import file_entry, load_bundle
+from lora_edge.bundle.bundle import file_entry, load_bundle
+from tests.hostile import harms, mutate, oracles, seeds
 
 Mutate = Callable[[Random, bytes], bytes]
 Read = Callable[[Path], None]
@@ -72,7 +68,7 @@ def _adapter_file(folder: Path) -> None:
 
 
 def _adapter(folder: Path) -> None:
-    from lora_edge.adapter import examine, load_adapter
+    from lora_edge.adapter.load import examine, load_adapter
     from lora_edge.errors import AdapterError
 
     examine(folder, "x")
@@ -114,7 +110,7 @@ def _training(folder: Path) -> None:
 
 
 def _base(folder: Path) -> None:
-    from lora_edge.base import resolve_base
+    from lora_edge.base.checkpoint import resolve_base
 
     base = resolve_base(folder)
     _ = base.model_type, base.fingerprint()
@@ -124,15 +120,15 @@ def _base(folder: Path) -> None:
 
 
 def _model(folder: Path) -> None:
-    from lora_edge.base import resolve_base
-    from lora_edge.capture.load import load_model
+    from lora_edge.base.checkpoint import resolve_base
+    from lora_edge.base.model import load_model
 
     load_model(resolve_base(folder), None)
 
 
 def _text(folder: Path) -> None:
-    from lora_edge.runtime.defaults import read_defaults
-    from lora_edge.runtime.tokenizer import Tokenizer
+    from lora_edge.runtime.text.defaults import read_defaults
+    from lora_edge.runtime.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(folder)
     ids = tokenizer.encode("Hello, wörld")
@@ -147,7 +143,7 @@ def _text(folder: Path) -> None:
 def _pooling(folder: Path) -> None:
     import numpy as np
 
-    from lora_edge.runtime.sentence import load_sentence_modules
+    from lora_edge.bundle.sentence import load_sentence_modules
 
     modules = load_sentence_modules(folder)
     hidden = np.ones((2, 3, 8), np.float32)
@@ -159,7 +155,7 @@ def _pooling(folder: Path) -> None:
 def _image(folder: Path) -> None:
     import numpy as np
 
-    from lora_edge.runtime.image import ImageProcessor
+    from lora_edge.runtime.outputs.image import ImageProcessor
 
     processor = ImageProcessor.load(folder)
     file = next(iter(sorted(folder.glob("mutant*"))), folder / "image.png")
@@ -168,14 +164,14 @@ def _image(folder: Path) -> None:
 
 
 def _golden(folder: Path) -> None:
-    from lora_edge.parity.golden import load_golden
+    from lora_edge.parity.record.golden import load_golden
 
     golden = load_golden(folder / "golden.npz")
     _ = golden.prompts, golden.stem, golden.probe.adapters
 
 
 def _journal(folder: Path) -> None:
-    from lora_edge.parity.journal import Journal
+    from lora_edge.parity.record.journal import Journal
 
     journal = Journal(folder / "journal", seeds.KEY)
     for probe in ("base", "adapter a"):
@@ -196,7 +192,7 @@ def _report(folder: Path) -> None:
 def _lines(folder: Path) -> None:
     from lora_edge.cli.run import _read
     from lora_edge.errors import LoraEdgeError
-    from lora_edge.parity.examples import read_examples, read_prompts
+    from lora_edge.parity.plan.examples import read_examples, read_prompts
     from lora_edge.training.data import read_data
 
     fault: LoraEdgeError | None = None

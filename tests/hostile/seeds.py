@@ -13,15 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from lora_edge.bundle import file_entries
-from lora_edge.packing import write_none
+from lora_edge.bundle.adapter_files import write_none
+from lora_edge.bundle.bundle import file_entries
 from lora_edge.parity.compare import Figures, Floor, Limits, expect
-from lora_edge.parity.golden import Golden, save_golden
-from lora_edge.parity.journal import Journal
+from lora_edge.parity.plan.states import Probe
+from lora_edge.parity.record.golden import Golden, save_golden
+from lora_edge.parity.record.journal import Journal
 from lora_edge.parity.report import Case, Layer, Report, Session, TaskFigures
-from lora_edge.parity.states import Probe
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 KEY = {"bundle": "x", "seed": 0}
 
 
@@ -221,7 +221,7 @@ def _record(folder: Path) -> None:
         {"a": Floor(1e-6, 1e-7)},
         {"torch": "2"},
     )
-    from lora_edge.parity.golden import reduce
+    from lora_edge.parity.record.golden import reduce
 
     golden = reduce(golden, 4)
     name = save_golden(folder, golden)

@@ -20,9 +20,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import kinds
-
 from lora_edge.errors import LoraEdgeError
+from tests.hostile import kinds
 
 SECONDS = 5
 MEMORY = 1 << 30

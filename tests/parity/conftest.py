@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from lora_edge.base import Base, resolve_base
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # families, shipped
+from lora_edge.base.checkpoint import Base, resolve_base
 
 
 @pytest.fixture(scope="session")
@@ -74,9 +71,8 @@ class Made:
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """``rooted`` and ``narrow`` in both forms, ``rooted`` merged; embedding and head untied."""
-    from families import make_base
-
-    from lora_edge.exporter import export
+    from lora_edge.exporting.export import export
+    from tests.support.families import make_base
 
     root = tmp_path_factory.mktemp("made")
     base = resolve_base(make_base("llama", root / "base"))

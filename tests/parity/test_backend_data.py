@@ -11,9 +11,9 @@ import onnxruntime as ort
 import pytest
 from onnx import numpy_helper
 
-from lora_edge.base import Base
+from lora_edge.base.checkpoint import Base
 from lora_edge.errors import BundleError, DataError
-from lora_edge.exporter import add, export
+from lora_edge.exporting.export import add, export
 from lora_edge.parity.backend_data import write_onnx_test_data
 
 
@@ -62,7 +62,7 @@ def test_it_is_replayed(mode: str, bundles: dict[str, Path], base: Base, tmp_pat
 
 
 def test_a_fused_graph_of_the_shipped_models(tmp_path: Path) -> None:
-    import shipped
+    from tests.support import shipped
 
     output = tmp_path / "bundle"
     export(shipped.BASE, {"echo": shipped.ADAPTERS["echo"]}, output=output)
@@ -89,7 +89,7 @@ def test_an_adapter_that_was_never_compared_has_no_prompts(
 
 
 def test_classifiers_have_none(tmp_path: Path) -> None:
-    import shipped
+    from tests.support import shipped
 
     adapter = shipped.MODELS / "classifiers" / "letters"
     export(shipped.MODELS / "tiny-bert", {"letters": adapter}, output=tmp_path / "out")

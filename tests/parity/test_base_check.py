@@ -11,10 +11,10 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from lora_edge.base import Base, resolve_base
+from lora_edge.base.checkpoint import Base, resolve_base
+from lora_edge.bundle.manifest import GraphSpec
 from lora_edge.capture import BaseGraph, capture
 from lora_edge.errors import CaptureError
-from lora_edge.manifest import GraphSpec
 from lora_edge.parity import check_base
 from lora_edge.parity.base_check import shortest_window
 

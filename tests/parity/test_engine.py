@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from lora_edge.base import Base
-from lora_edge.bundle import load_bundle
+from lora_edge.base.checkpoint import Base
+from lora_edge.bundle.bundle import load_bundle
 from lora_edge.errors import AdapterError, BundleError
-from lora_edge.exporter import add, export
+from lora_edge.exporting.export import add, export
 from lora_edge.parity import validate
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lora_edge.bundle import load_bundle
+from lora_edge.bundle.bundle import load_bundle
 from lora_edge.parity.entries import check_entries, contradiction
 
 

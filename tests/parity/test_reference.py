@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lora_edge.adapter import load_adapter
-from lora_edge.base import Base
+from lora_edge.adapter.load import load_adapter
+from lora_edge.base.checkpoint import Base
 from lora_edge.errors import BaseModelError
+from lora_edge.parity.plan.states import BASE, only, state_of
 from lora_edge.parity.reference import Reference
-from lora_edge.parity.states import BASE, only, state_of
 
 ROWS = [(5, 17, 90, 3, 44, 101), (9, 2, 71)]
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from lora_edge.base import Base
+from lora_edge.base.checkpoint import Base
 from lora_edge.errors import DataError, OptionError, ProviderError
-from lora_edge.exporter import export
+from lora_edge.exporting.export import export
 from lora_edge.parity import Report, validate
 from lora_edge.parity.checks import compare
 

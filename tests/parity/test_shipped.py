@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from shipped import ADAPTERS, BASE, assert_within_limits
 
-from lora_edge.exporter import export
+from lora_edge.exporting.export import export
+from tests.support.shipped import ADAPTERS, BASE, assert_within_limits
 
 FORMS = ("fused", "portable")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
-from lora_edge.base import Base, resolve_base
+from lora_edge.base.checkpoint import Base, resolve_base
 from lora_edge.errors import AdapterError, BaseModelError
 from lora_edge.parity.task_reference import TaskReference
-from lora_edge.tasks import SPEECH, TEXT2TEXT, Task
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from encoders import make_encoder
-from seq2seq import ALL, ATTENTION, make_seq2seq
+from lora_edge.tasks.task import SPEECH, TEXT2TEXT, Task
+from tests.support.encoders import make_encoder
+from tests.support.seq2seq import ALL, ATTENTION, make_seq2seq
 
 TASK = Task("text-classification", 3)
 ROWS = [{"input_ids": np.array(row)} for row in ([5, 6, 7, 8], [9, 10], [11] * 7)]

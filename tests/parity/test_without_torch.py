@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import shipped
 
-from lora_edge.base import Base
-from lora_edge.bundle import file_entries, load_bundle
-from lora_edge.exporter import export
+from lora_edge.base.checkpoint import Base
+from lora_edge.bundle.bundle import file_entries, load_bundle
+from lora_edge.bundle.onnx_adapter import read_adapter, write_adapter
+from lora_edge.exporting.export import export
 from lora_edge.parity import validate
-from lora_edge.runtime.adapter_file import read_adapter, write_adapter
+from tests.support import shipped
 
 # The runtime install has none of these.
 BLOCKED = ("torch", "transformers", "peft", "onnx", "onnx_ir", "onnxscript", "safetensors")

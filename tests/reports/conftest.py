@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,9 @@ import numpy as np
 import pytest
 
 import lora_edge
-from lora_edge.bundle import file_entries, load_bundle
-from lora_edge.runtime.adapter_file import read_adapter, write_adapter
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # shipped
-import shipped
+from lora_edge.bundle.bundle import file_entries, load_bundle
+from lora_edge.bundle.onnx_adapter import read_adapter, write_adapter
+from tests.support import shipped
 
 
 @pytest.fixture(scope="session")

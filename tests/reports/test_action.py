@@ -15,7 +15,9 @@ import pytest
 import yaml
 from junitparser import JUnitXml
 
-ACTION = Path(__file__).parents[2] / "ci" / "action" / "action.yml"
+from tests.support.paths import ROOT
+
+ACTION = ROOT / "ci" / "action" / "action.yml"
 
 
 class Job:

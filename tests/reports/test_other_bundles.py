@@ -13,12 +13,12 @@ from typing import Any
 
 import jsonschema
 import pytest
-import shipped
 from junitparser import JUnitXml
 
 import lora_edge
-from lora_edge.parity.examples import read_examples
+from lora_edge.parity.plan.examples import read_examples
 from lora_edge.reports import html, junit, markdown
+from tests.support import shipped
 
 Data = dict[str, Any]
 SCHEMA = json.loads(

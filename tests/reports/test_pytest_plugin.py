@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import shipped
 from junitparser import JUnitXml
+
+from tests.support import shipped
 
 OPTIONS = ("-p", "no:cacheprovider", "-q", "-rfE")  # the plugin comes with the package
 SUITE = """

@@ -18,9 +18,9 @@ import pytest
 import tokenizers
 from onnx import TensorProto, helper, numpy_helper
 
-from lora_edge.bundle import Bundle, file_entries, hash_file
-from lora_edge.lora import Factors
-from lora_edge.manifest import AdapterEntry, FileEntry, GraphSpec, Manifest, SiteEntry
+from lora_edge.bundle.bundle import Bundle, file_entries, hash_file
+from lora_edge.bundle.manifest import AdapterEntry, FileEntry, GraphSpec, Manifest, SiteEntry
+from lora_edge.maths.lora import Factors
 from lora_edge.names import lora_input
 from lora_edge.runtime import write_adapter
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_edge.bundle import load_bundle
+from lora_edge.bundle.bundle import load_bundle
 from lora_edge.errors import LoraEdgeError, OptionError
 from lora_edge.runtime import Runner
 

@@ -11,10 +11,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from lora_edge.bundle.manifest import EncoderSpec, Manifest, SiteEntry
 from lora_edge.errors import BundleError, DataError
-from lora_edge.lora import Factors, SiteChange
-from lora_edge.manifest import EncoderSpec, Manifest, SiteEntry
-from lora_edge.runtime.binding import Binding
+from lora_edge.maths.lora import Factors, SiteChange
+from lora_edge.runtime.adapters.binding import Binding
 from lora_edge.runtime.encoder import Encoder
 
 VOCAB, HIDDEN, LABELS, LENGTH = 23, 6, 3, 12

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +11,9 @@ import onnxruntime as ort
 import pytest
 
 from lora_edge.runtime import Runner
+from tests.support.paths import ROOT
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "plain_onnxruntime.py"
+EXAMPLE = ROOT / "examples" / "plain_onnxruntime.py"
 
 
 @pytest.fixture(scope="module")

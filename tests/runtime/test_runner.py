@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora_edge.bundle import Bundle
+from lora_edge.bundle.bundle import Bundle
 from lora_edge.errors import (
     AdapterNotFoundError,
     BundleError,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lora_edge.runtime import Runner
-from lora_edge.runtime.binding import Binding
+from lora_edge.runtime.adapters.binding import Binding
 from lora_edge.runtime.session import OpenGraph
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from lora_edge.bundle import DATA_FILE, Bundle, file_entry, load_bundle
+from lora_edge.bundle.bundle import DATA_FILE, Bundle, file_entry, load_bundle
 from lora_edge.cli.run import command as run
 from lora_edge.errors import BundleError
 from lora_edge.files.sample import SMALL

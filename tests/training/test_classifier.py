@@ -12,14 +12,15 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from lora_edge.base import resolve_base
+from lora_edge.base.checkpoint import resolve_base
 from lora_edge.errors import BaseModelError, DataError, UnsupportedModelError
-from lora_edge.tasks import Task, fresh_head
+from lora_edge.tasks.task import Task, fresh_head
 from lora_edge.training import train
 from lora_edge.training.batches import collate
 from lora_edge.training.data import read_data
 from lora_edge.training.model import load_model, load_tokenizer
 from lora_edge.training.tokens import classify
+from tests.support.paths import ROOT
 
 QUICK: dict[str, Any] = {"epochs": 2, "batch_size": 2, "lr": 1e-2, "rank": 3, "alpha": 5.0}
 ROWS = [("one and two", "small"), ("ninety nine", "big"), ("three", "small"), ("eleven", "middle")]
@@ -95,7 +96,7 @@ def test_bad_lines_are_named(tmp_path: Path, rows: list[Any], message: str) -> N
 
 
 def test_a_long_text_is_cut_and_keeps_its_special_tokens() -> None:
-    tokenizer = load_tokenizer(resolve_base(Path(__file__).parents[2] / "models" / "tiny-bert"))
+    tokenizer = load_tokenizer(resolve_base(ROOT / "models" / "tiny-bert"))
     rows = [{"text": "Mia has a red ball.", "label": "x"}]
     examples = [type("Row", (), row)() for row in rows]
     (whole,) = classify(examples, ["w", "x"], tokenizer, 64)

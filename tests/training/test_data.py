@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from lora_edge.errors import DataError
 from lora_edge.training.data import ChatExample, Example, read_data
 from lora_edge.training.tokens import IGNORED, TokenizedExample, pack, tokenize
+from tests.support.paths import ROOT
 
 GOOD = b'{"prompt": "a", "completion": "b"}\n'
 
@@ -23,7 +24,7 @@ GOOD = b'{"prompt": "a", "completion": "b"}\n'
 def tokenizer() -> object:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "models" / "tiny-llama")
+    return AutoTokenizer.from_pretrained(ROOT / "models" / "tiny-llama")
 
 
 def write(directory: Path, content: bytes) -> Path:

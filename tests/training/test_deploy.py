@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 import lora_edge
-from lora_edge.base import resolve_base
+from lora_edge.base.checkpoint import resolve_base
 from lora_edge.training import train
 from lora_edge.training.callbacks import read_metrics
 from lora_edge.training.model import load_model, load_tokenizer
+from tests.support.paths import ROOT
 
-BASE = Path(__file__).resolve().parents[2] / "models" / "tiny-llama"
+BASE = ROOT / "models" / "tiny-llama"
 START, BOUND = 1.5, 0.3  # nats per token: what the base is above of, what training must reach
 KINDS: dict[str, dict[str, Any]] = {
     "loraplus": {"loraplus_ratio": 8.0, "lr": 2e-3},

@@ -10,8 +10,9 @@ import pytest
 
 from lora_edge.errors import LoraEdgeError
 from lora_edge.training.record import read_recipe
+from tests.support.paths import ROOT
 
-ECHO = Path(__file__).parents[2] / "models" / "adapters" / "echo" / "training.json"
+ECHO = ROOT / "models" / "adapters" / "echo" / "training.json"
 
 
 def test_a_byte_order_mark_changes_nothing(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_edge.base import resolve_base
+from lora_edge.base.checkpoint import resolve_base
 from lora_edge.errors import (
     AdapterError,
     BundleError,
@@ -34,6 +34,7 @@ from lora_edge.training.head import target_logits
 from lora_edge.training.model import load_model, load_tokenizer
 from lora_edge.training.record import read_recipe
 from lora_edge.training.tokens import tokenize
+from tests.support.paths import ROOT
 
 RUN: dict[str, Any] = {"max_steps": 12, "batch_size": 2, "lr": 1e-2, "rank": 3, "dropout": 0.2}
 WORDS = ("one", "three", "eleven", "two", "seven", "twenty", "six")
@@ -227,7 +228,7 @@ def test_a_run_is_repeated_from_its_record(base: Path, words: Path, tmp_path: Pa
 
 
 def test_records_of_shipped_adapters_are_read() -> None:
-    models = Path(__file__).parents[2] / "models"
+    models = ROOT / "models"
     recipe = read_recipe(models / "adapters" / "echo" / "training.json")
     assert (recipe.data, recipe.adapter_sha256) == (None, None)
     assert recipe.settings.full_logits  # how release 0.1 did it
@@ -288,7 +289,7 @@ print(memory.total, memory.total - memory.process, peak(), peak() - memory.proce
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="asks Linux for the memory")
 def test_the_memory_that_a_plan_states_is_what_a_run_takes(tmp_path: Path) -> None:
     """Within a factor of 2 of the growth, and of 1.5 of the whole process, at its peak."""
-    base = Path(__file__).parents[2] / "models" / "tiny-llama"
+    base = ROOT / "models" / "tiny-llama"
     data = tmp_path / "data.jsonl"
     rows = [{"prompt": "a word " * n, "completion": " b c" * n} for n in range(4, 36)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

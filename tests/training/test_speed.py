@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
+from tests.support.paths import ROOT
+
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    folder = Path(__file__).parents[2] / "ci" / "benchmarks"
+    folder = ROOT / "ci" / "benchmarks"
     sys.path.insert(0, str(folder))
     spec = importlib.util.spec_from_file_location("bench_train", folder / "train.py")
     assert spec is not None
@@ -54,7 +56,7 @@ def test_another_loss_is_other_work(bench: Any) -> None:
 
 def test_both_ways_train_the_same_and_are_measured(bench: Any, tmp_path: Path) -> None:
     data = bench.make_data(tmp_path)
-    base = Path(__file__).parents[2] / "models" / "tiny-llama"
+    base = ROOT / "models" / "tiny-llama"
     plain, ours = (
         bench.measure(name, base, data, 5, False) for name in (bench.REFERENCE, "lora-edge")
     )

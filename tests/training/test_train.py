@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 import lora_edge
-from lora_edge.base import resolve_base
+from lora_edge.base.checkpoint import resolve_base
 from lora_edge.errors import AdapterError, BaseModelError, BundleError, LoraEdgeError
 from lora_edge.training import train
 from lora_edge.training.batches import collate

@@ -8,18 +8,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_edge.adapter import load_adapter
-from lora_edge.bundle import Bundle
-from lora_edge.effects import site_changes
-from lora_edge.lora import Head
-from lora_edge.manifest import SiteEntry
+from lora_edge.adapter.load import load_adapter
+from lora_edge.bundle.adapter_files import graph_tensors, with_heads
+from lora_edge.bundle.bundle import Bundle
+from lora_edge.bundle.manifest import SiteEntry
+from lora_edge.bundle.onnx_adapter import read_adapter
+from lora_edge.fit.changes import site_changes
+from lora_edge.fit.rename import without_unread
+from lora_edge.maths.lora import Head
+from lora_edge.maths.quantization import rounded_weights
 from lora_edge.names import NONE_ADAPTER
-from lora_edge.packing import graph_tensors, with_heads
 from lora_edge.parity.asking import silent
-from lora_edge.quantization import rounded_weights
-from lora_edge.renaming import without_unread
-from lora_edge.runtime.adapter_file import read_adapter
-from lora_edge.tasks import TEXT_GENERATION, Task
+from lora_edge.tasks.task import TEXT_GENERATION, Task
 
 _SAME = 1e-5  # of a tensor's largest value
 _NAMED = 3

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_edge.bundle.manifest import EncoderSpec
 from lora_edge.errors import BundleError, LoraEdgeError
 from lora_edge.files.json import read_object
-from lora_edge.manifest import EncoderSpec
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.runtime import Runner
-from lora_edge.runtime.corpus import TEXTS
-from lora_edge.runtime.image import PROCESSOR_FILE
-from lora_edge.runtime.text import TextStream
-from lora_edge.runtime.tokenizer import Tokenizer
+from lora_edge.runtime.outputs.image import PROCESSOR_FILE
+from lora_edge.runtime.text.corpus import TEXTS
+from lora_edge.runtime.text.text import TextStream
+from lora_edge.runtime.text.tokenizer import Tokenizer
 
 Answers = dict[str, Any]
 """Aspect -> answers."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from lora_edge.base import Base
+from lora_edge.base.checkpoint import Base
 from lora_edge.parity.around import asked
 from lora_edge.parity.around.adapters import compare_tensors
 from lora_edge.parity.around.files import compare_files, first_difference

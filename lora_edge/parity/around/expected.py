@@ -6,11 +6,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_edge.adapter import load_adapter
-from lora_edge.base import Base
+from lora_edge.adapter.load import load_adapter
+from lora_edge.base.checkpoint import Base
+from lora_edge.base.quiet import quiet
+from lora_edge.bundle.manifest import EncoderSpec, GraphSpec
+from lora_edge.bundle.sentence import MODULES_FILE, SENTENCE_FOLDER
 from lora_edge.errors import BaseModelError, LoraEdgeError
 from lora_edge.files.tokenizer import read_templates
-from lora_edge.manifest import EncoderSpec, GraphSpec
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.parity.around import asked
 from lora_edge.parity.around.reference import (
@@ -25,12 +27,10 @@ from lora_edge.parity.around.reference import (
 )
 from lora_edge.parity.task_live import task_reference_of
 from lora_edge.parity.tasks import inputs_of_ids
-from lora_edge.quiet import quiet
 from lora_edge.runtime import ImageProcessor, Runner, load_sentence_modules
-from lora_edge.runtime.corpus import CONVERSATIONS
-from lora_edge.runtime.sentence import MODULES_FILE, SENTENCE_FOLDER
-from lora_edge.runtime.texts import text_folder
-from lora_edge.tasks import TASKS, TEXT_GENERATION, Task
+from lora_edge.runtime.text.corpus import CONVERSATIONS
+from lora_edge.runtime.text.texts import text_folder
+from lora_edge.tasks.task import TASKS, TEXT_GENERATION, Task
 
 DATED = "strftime_now"
 """What a chat template calls whose text is another one tomorrow."""

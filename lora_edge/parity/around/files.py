@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_edge.base import Base
-from lora_edge.bundle import Bundle
+from lora_edge.base.checkpoint import Base
+from lora_edge.bundle.bundle import Bundle
+from lora_edge.bundle.sentence import sentence_files
 from lora_edge.errors import BaseModelError, BundleError
 from lora_edge.files.json import read_json
-from lora_edge.runtime.image import PROCESSOR_FILE
-from lora_edge.runtime.sentence import sentence_files
+from lora_edge.runtime.outputs.image import PROCESSOR_FILE
 
 _COPIED = ("config.json", "generation_config.json", PROCESSOR_FILE)
 _HINT = "Copy it again."

@@ -6,11 +6,11 @@ import hashlib
 import json
 from pathlib import Path
 
-from lora_edge.bundle import Bundle
+from lora_edge.bundle.bundle import Bundle
 from lora_edge.errors import BundleError
 from lora_edge.files.json import read_object
 from lora_edge.parity.around.asked import Answers
-from lora_edge.parity.golden import FOLDER
+from lora_edge.parity.record.golden import FOLDER
 
 _STEM = "around-"
 

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_edge.base import Base
+from lora_edge.base.checkpoint import Base
+from lora_edge.base.quiet import quiet
 from lora_edge.errors import BaseModelError
-from lora_edge.quiet import quiet
-from lora_edge.tasks import TEXT_GENERATION, Task, fresh_head
+from lora_edge.tasks.task import TEXT_GENERATION, Task, fresh_head
 
 Array = NDArray[Any]
 

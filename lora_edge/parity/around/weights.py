@@ -17,18 +17,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_edge.adapter import load_adapter
-from lora_edge.base import Base
-from lora_edge.bundle import BASE_GRAPH_FILE, DECODER_FILE, ENCODER_FILE, GRAPH_FILE, Bundle
-from lora_edge.capture import Layers, built_layers
-from lora_edge.effects import ParameterChange, parameter_changes
+from lora_edge.adapter.load import load_adapter
+from lora_edge.base.checkpoint import Base
+from lora_edge.base.layer import Layer
+from lora_edge.base.layers import Layers, built_layers
+from lora_edge.bundle.bundle import BASE_GRAPH_FILE, DECODER_FILE, ENCODER_FILE, GRAPH_FILE, Bundle
+from lora_edge.bundle.manifest import GraphSpec
+from lora_edge.fit.changes import ParameterChange, parameter_changes
+from lora_edge.fit.rename import without_unread
 from lora_edge.graph.contents import Content, contents
-from lora_edge.manifest import GraphSpec, SiteEntry
+from lora_edge.maths.quantization import quantize
 from lora_edge.parity.around.reference import Parameters
 from lora_edge.parity.asking import silent
-from lora_edge.quantization import quantize
-from lora_edge.renaming import without_unread
-from lora_edge.tasks import TEXT_GENERATION, Task
+from lora_edge.tasks.task import TEXT_GENERATION, Task
 
 GRAPHS = (GRAPH_FILE, BASE_GRAPH_FILE, ENCODER_FILE, DECODER_FILE)
 
@@ -96,7 +97,7 @@ class _Expected:
         return list(self.parameters.computed(positions))
 
     @cached_property
-    def _layers(self) -> Mapping[str, SiteEntry]:
+    def _layers(self) -> Mapping[str, Layer]:
         manifest = self.bundle.manifest
         return {**manifest.uncovered, **manifest.sites} or self._built.modules
 

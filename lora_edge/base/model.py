@@ -1,0 +1,213 @@
+"""Loading the PyTorch model that is captured, whole or not at all."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_edge.base.checkpoint import Base
+from lora_edge.base.experts import refuse_loops
+from lora_edge.base.families import OPTIMUM, experts_field, refuse_unloadable, refuse_untraceable
+from lora_edge.base.layer import Layer
+from lora_edge.base.linear import is_linear
+from lora_edge.base.quiet import quiet
+from lora_edge.errors import BaseModelError, UnsupportedModelError
+from lora_edge.tasks.task import Task
+
+
+def load_model(base: Base, attention: str | None, task: Task | None = None) -> Any:
+    """The model in fp32 on the CPU, in evaluation mode.
+
+    Args:
+        base: the model's folder.
+        attention: the registered attention function to trace it with; ``None`` for the model's own
+            eager one.
+        task: ``None`` for text generation.
+
+    Raises:
+        UnsupportedModelError: the architecture is refused.
+        BaseModelError: transformers cannot load the model, or would make up some of its weights.
+    """
+    import transformers
+
+    refuse_unloadable(base.config, seq2seq=task is not None and task.seq2seq)
+    options: dict[str, Any] = {"attn_implementation": attention or "eager"}
+    if task is not None:
+        options["ignore_mismatched_sizes"] = True  # told of below, and allowed for the head alone
+    with loading(base, task, attention):
+        config = read_config(base, task)
+        if attention is not None:
+            refuse_untraceable(config.to_dict())
+        refuse_experts(base, config, task)  # before any weight is loaded
+        with quiet():
+            model, found = getattr(transformers, _loader(task)).from_pretrained(
+                base.directory,
+                # A model keeps its config and writes into it, so this one must be its own.
+                config=copy.deepcopy(config),
+                dtype=torch.float32,
+                output_loading_info=True,
+                **options,
+            )
+    # transformers fills these in at random and only warns.
+    random = sorted(found["missing_keys"]) + [str(x[0]) for x in found["mismatched_keys"]]
+    if task is not None:
+        random = task.complete(model, random)
+    if random:
+        raise BaseModelError(
+            f"{base.name_or_path} lacks {len(random)} of its weights, or has them in another "
+            f"shape: {', '.join(random[:3])}",
+            "Download the whole checkpoint, or save it again with save_pretrained(); a head that "
+            "an adapter brings may be missing, if it is named among the task's heads.",
+        )
+    refuse_loops(model, base.model_type, None)
+    return model.eval()
+
+
+@contextmanager
+def loading(base: Base, task: Task | None, attention: str | None) -> Iterator[None]:
+    """What transformers raises where it cannot load a model, as an error of ours.
+
+    Args:
+        base: the model.
+        task: ``None`` for text generation.
+        attention: the registered attention function that it is given, if any.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        MemoryError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        SafetensorError,
+        StrictDataclassError,
+    ) as error:
+        said = " ".join(str(error).split())[:300] or repr(error)
+        if attention is not None and attention in said:
+            raise UnsupportedModelError(
+                f"{base.model_type} models are refused: they have no common attention interface",
+                OPTIMUM,
+            ) from error
+        what = "a causal language model" if task is None else f"a model for {task.name}"
+        raise BaseModelError(
+            f"{base.name_or_path} cannot be loaded as {what}: {said}",
+            f"Check that transformers' {_loader(task)} can load it.",
+        ) from error
+
+
+def read_config(base: Base, task: Task | None) -> Any:
+    """transformers' config of a base, its head sized for the task."""
+    import transformers
+
+    labels = {} if task is None else task.labels
+    return transformers.AutoConfig.from_pretrained(base.directory, **labels)
+
+
+def empty_model(config: Any, task: Task | None) -> Any:
+    """The model on the meta device; ``config`` is left as it is."""
+    import transformers
+
+    with torch.device("meta"):
+        return getattr(transformers, _loader(task)).from_config(copy.deepcopy(config))
+
+
+def refuse_experts(base: Base, config: Any, task: Task | None, model: Any = None) -> None:
+    """Refuse a mixture of experts that cannot be captured.
+
+    Args:
+        base: the model.
+        config: transformers' config of it.
+        task: ``None`` for text generation.
+        model: the model, if it is built already; its weights are not read.
+
+    Raises:
+        UnsupportedModelError: the field or module, the reason and the way out.
+    """
+    field = experts_field(config.to_dict())
+    if field is None:
+        return
+    if task is not None:
+        raise UnsupportedModelError(
+            f"{base.model_type} models are refused for {task.name}: {field}: mixtures of "
+            "experts are captured for text generation only",
+            "Use a dense model for this task.",
+        )
+    refuse_loops(empty_model(config, task) if model is None else model, base.model_type, field)
+
+
+def _loader(task: Task | None) -> str:
+    return "AutoModelForCausalLM" if task is None else task.loader
+
+
+def model_layers(model: nn.Module) -> dict[str, Layer]:
+    """Module path -> sizes and kind, of every layer that an adapter may change."""
+    found = {path: _layer(module) for path, module in model.named_modules()}
+    return {path: entry for path, entry in found.items() if entry is not None}
+
+
+def tied_pair(model: Any) -> tuple[str, ...]:
+    """Module paths of the embedding and of the output layer that shares its weight, or ()."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or embedding is None or head.weight is not embedding.weight:
+        return ()
+    return path_of(model, embedding), path_of(model, head)
+
+
+def path_of(model: nn.Module, wanted: nn.Module) -> str:
+    """The module path of a module of a model."""
+    found: str = next(path for path, module in model.named_modules() if module is wanted)
+    return found
+
+
+def _layer(module: Any) -> Layer | None:
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, nn.Parameter):
+        return None
+    shape = tuple(int(size) for size in weight.shape)
+    bias = getattr(module, "bias", None) is not None
+    if is_linear(module):
+        transposed = not isinstance(module, nn.Linear)  # Conv1D of GPT-2
+        size_in, size_out = shape if transposed else shape[::-1]
+        return Layer(size_in, size_out, bias=bias, transposed=transposed)
+    if isinstance(module, nn.Embedding):
+        return Layer(shape[0], shape[1], kind="embedding")
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        size = math.prod(shape[2:])
+        return Layer(
+            module.in_channels * size,
+            module.out_channels,
+            kind="conv",
+            bias=bias,
+            refusal=_refused_convolution(module),
+        )
+    if weight.ndim == 1 and "Norm" in type(module).__name__:
+        return Layer(shape[0], shape[0], kind="norm", bias=bias)
+    return None
+
+
+def _refused_convolution(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> str:
+    """PEFT's A takes the base's stride and padding, neither its dilation nor its padding mode."""
+    if any(d > 1 and k > 1 for d, k in zip(module.dilation, module.kernel_size, strict=True)):
+        return f"is a dilated convolution ({module.dilation}), and PEFT's A is not dilated"
+    padded = module.padding not in ("valid", (0,) * len(module.kernel_size))
+    if module.padding_mode != "zeros" and padded:
+        return (
+            f"is a convolution with padding_mode {module.padding_mode!r}, and PEFT's A pads with "
+            "zeros"
+        )
+    return ""

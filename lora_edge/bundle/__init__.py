@@ -1,0 +1,1 @@
+"""The export folder: its manifest, its files, and what verifies them."""

@@ -1,0 +1,180 @@
+"""An adapter's folder in a bundle: whether it fits, its tensors for the graph, PEFT's own files.
+
+Knows adapters and bundles; knows nothing of graphs, captures or PyTorch.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from lora_edge.adapter.directory import (
+    CONFIG_FILE,
+    ORIGINAL_CONFIG_FILE,
+    TENSOR_FILE,
+    TRAINING_FILE,
+)
+from lora_edge.adapter.load import Adapter
+from lora_edge.bundle.manifest import AdapterEntry, SiteEntry
+from lora_edge.bundle.onnx_adapter import write_adapter
+from lora_edge.errors import AdapterError
+from lora_edge.fit.kinds import alone, kind_of
+from lora_edge.maths.lora import FloatArray, Head, SiteChange, zeros
+from lora_edge.names import NONE_ADAPTER, SELECT, STACKED_PARTS, lora_input
+
+Changes = Mapping[str, SiteChange]
+
+
+def check_parts(adapter: Adapter, changes: Changes, layers: Mapping[str, SiteEntry]) -> None:
+    """Check that a bundle's graph has the inputs that carry an adapter.
+
+    Args:
+        adapter: names it in the error.
+        changes: what it changes.
+        layers: module path -> layer of the base, with the inputs that it has, if any.
+
+    Raises:
+        AdapterError: it lacks one; the site and the kind are named.
+    """
+    for path, change in changes.items():
+        missing = [part for part in change.parts() if part not in layers[path].parts]
+        if missing:
+            kinds = {kind_of(layers[path], part) for part in missing}
+            raise AdapterError(
+                f"adapter {adapter.name} needs {', '.join(sorted(kinds))} at {path}, and the "
+                f"bundle's graph has no input {lora_input(path, missing[0])}",
+                "Export again with this adapter (-a), or with --kinds "
+                f"{','.join(sorted({'lora', *kinds}))}.",
+            )
+
+
+def with_heads(changes: Changes, heads: Mapping[str, Head]) -> dict[str, SiteChange]:
+    """What an adapter changes, and the base's task head where it brings none of its own."""
+    found = dict(changes)
+    for path, head in heads.items():
+        change = found.get(path, SiteChange())
+        found[path] = change if change.head is not None else replace(change, head=head)
+    return found
+
+
+def write_none(
+    stage: Path, sites: Mapping[str, SiteEntry], fingerprint: str, heads: Mapping[str, Head]
+) -> AdapterEntry:
+    """Write the adapter that changes nothing: rank 1, zeros, at every site; the base's heads."""
+    changes = {
+        path: SiteChange(zeros(site.in_features, site.out_features, 1))
+        for path, site in sites.items()
+        if "A" in site.parts
+    }
+    changes |= {path: SiteChange(head=head) for path, head in heads.items()}
+    return _entry(stage, NONE_ADAPTER, "none", {}, "", fingerprint, changes, sites, proved=True)
+
+
+def write_adapter_folder(
+    directory: Path,
+    adapter: Adapter,
+    sites: Mapping[str, SiteEntry],
+    changes: Changes | None,
+    fingerprint: str,
+) -> AdapterEntry:
+    """Write an adapter's folder; without ``changes`` (merged) only PEFT's own files."""
+    folder = directory / "adapters" / adapter.name
+    (folder / "peft").mkdir(parents=True)
+    for name in (CONFIG_FILE, TENSOR_FILE, TRAINING_FILE, ORIGINAL_CONFIG_FILE):
+        if (adapter.directory / name).is_file():
+            shutil.copyfile(adapter.directory / name, folder / "peft" / name)
+    return _entry(
+        directory,
+        adapter.name,
+        adapter.kind,
+        adapter.ranks(),
+        adapter.digest,
+        fingerprint,
+        changes,
+        sites,
+        proved=False,
+        alone=alone(adapter, sites),
+        invocation=adapter.invocation,
+        labels=adapter.labels,
+    )
+
+
+def graph_tensors(changes: Changes, sites: Mapping[str, SiteEntry]) -> dict[str, FloatArray]:
+    """Every input of a graph for one adapter: what it changes, and zeros for the rest.
+
+    ``lora.select`` and the gates are ones, so that the file alone switches the adapter on.
+    """
+    tensors: dict[str, FloatArray] = {}
+    one = np.ones((1, 1, 1), np.float32)
+    for path, site in sites.items():
+        change = changes.get(path, SiteChange())
+        if "A" in site.parts:
+            # A convolution of no output channels is no convolution.
+            nothing = zeros(site.in_features, site.out_features, int(site.kind == "conv"))
+            pair = change.factors or nothing
+            tensors[lora_input(path, "A")], tensors[lora_input(path, "B")] = pair.A, pair.B
+            tensors[lora_input(path, "gate")] = one
+        for part, vector in change.stacked().items():
+            if part in site.parts:
+                empty = np.zeros(site.out_features, np.float32)
+                tensors[lora_input(path, part)] = (empty if vector is None else vector)[None]
+        if change.head is not None:
+            tensors[lora_input(path, "W")] = change.head.W[None]
+            tensors[lora_input(path, "c")] = change.head.c[None, None]
+    if any(set(site.parts) & set(STACKED_PARTS) for site in sites.values()):
+        tensors[SELECT] = one
+    return tensors
+
+
+def finite_tensors(name: str, tensors: Mapping[str, FloatArray]) -> Mapping[str, FloatArray]:
+    """The tensors of an adapter, if all are finite.
+
+    Raises:
+        AdapterError: one is not: what follows from the base's weights overflows float32.
+    """
+    for key, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise AdapterError(
+                f"adapter {name} is refused: {key}, computed from its tensors and the base's, is "
+                "NaN or Inf in float32",
+                "The training diverged, or it is another base; use an earlier checkpoint.",
+            )
+    return tensors
+
+
+def _entry(
+    directory: Path,
+    name: str,
+    kind: str,
+    ranks: Mapping[str, int],
+    digest: str,
+    fingerprint: str,
+    changes: Changes | None,
+    sites: Mapping[str, SiteEntry],
+    *,
+    proved: bool,
+    alone: str = "",
+    invocation: tuple[int, ...] = (),
+    labels: tuple[str, ...] = (),
+) -> AdapterEntry:
+    file = ""
+    if changes is not None:
+        file = f"adapters/{name}/adapter.onnx_adapter"
+        (directory / file).parent.mkdir(parents=True, exist_ok=True)
+        write_adapter(directory / file, finite_tensors(name, graph_tensors(changes, sites)))
+    return AdapterEntry(
+        name=name,
+        file=file,
+        kind=kind,
+        ranks=ranks,
+        digest=digest,
+        base_fingerprint=fingerprint,
+        proved=proved,
+        alone=alone,
+        invocation=invocation,
+        labels=labels,
+    )

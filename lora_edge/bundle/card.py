@@ -1,0 +1,81 @@
+"""The README of a bundle: what it is, what was measured, and how to use it."""
+
+from __future__ import annotations
+
+from lora_edge.bundle.manifest import Manifest, Seq2SeqSpec
+from lora_edge.tasks.task import SPEECH, TEXT2TEXT, TEXT_GENERATION
+
+_PROMPT, _TEXT = ("-p 'Hello'",), ("--text 'Hello'",)
+# task -> how the command line and Python ask for its results
+_OPTION = {
+    TEXT_GENERATION: _PROMPT,
+    TEXT2TEXT: _PROMPT,
+    "text-classification": _TEXT,
+    "token-classification": _TEXT,
+    "feature-extraction": _TEXT,
+    "image-classification": ("--image photo.png",),
+}
+_LABELS = 'classify(["Hello"]'
+_CALL = {
+    TEXT_GENERATION: 'generate(["Hello"]',
+    TEXT2TEXT: 'generate(["Hello"]',
+    SPEECH: "generate(input_features",
+    "feature-extraction": 'embed(["Hello"]',
+    "image-classification": 'classify(["photo.png"]',
+}
+
+
+def bundle_card(manifest: Manifest) -> str:
+    """Markdown for a bundle's own ``README.md``."""
+    spec = manifest.graph
+    graphs = "two ONNX graphs" if isinstance(spec, Seq2SeqSpec) else "one ONNX graph"
+    lines = [
+        f"# {manifest.base['name_or_path']}, {manifest.mode}",
+        "",
+        f"Made by lora-edge {manifest.versions['lora-edge']}: {graphs} ({spec.form} form, "
+        f"{manifest.precision}) of a {manifest.base['model_type']} model.",
+        "",
+        "| adapter | kind | layers | largest rank | proved at export |",
+        "|---|---|---|---|---|",
+    ]
+    for name, entry in sorted(manifest.adapters.items()):
+        rank = max(entry.ranks.values(), default=0)
+        proved = "yes" if entry.proved else "no"
+        lines.append(f"| {name} | {entry.kind} | {len(entry.ranks)} | {rank} | {proved} |")
+    for name, entry in sorted(manifest.adapters.items()):
+        if entry.conversion is not None:
+            made = entry.conversion
+            lines += [
+                "",
+                f"{name} is a LoRA that approximates an adapter of type {made['peft_type']} "
+                f"(`--convert {made['rank']}`): relative error of ΔW {made['mean_error']:.2e} in "
+                f"the mean over its layers, {made['worst_error']:.2e} at worst. The proof is of "
+                "the LoRA.",
+            ]
+    task = manifest.task
+    example = next((name for name in sorted(manifest.adapters) if name != "none"), "NAME")
+    lines += [
+        "",
+        "The figures of the last check against PyTorch are in `parity/`; `lora-edge inspect .` "
+        "shows what the bundle holds and what is proved now, after `add` and `remove` too.",
+        "",
+        "```sh",
+        *(f"lora-edge run . -a {example} {option}" for option in _OPTION.get(task, ())),
+        "lora-edge validate .",
+        "```",
+        "",
+        "```python",
+        "import lora_edge",
+        'runner = lora_edge.Runner(".")',
+        f'print(runner.{_CALL.get(task, _LABELS)}, adapter="{example}"))',
+        "```",
+    ]
+    if manifest.sites:
+        path = next(iter(manifest.sites))
+        lines += [
+            "",
+            f"With plain ONNX Runtime, feed `lora.{path}.A`, `.B` and `.gate`, and so on for each "
+            f"of the {len(manifest.sites)} sites in `lora_edge.json`; "
+            "`adapters/none` holds the values for no adapter.",
+        ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,1 @@
+"""Export, add, remove: a base and adapters -> a published bundle, or nothing."""

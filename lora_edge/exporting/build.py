@@ -1,0 +1,344 @@
+"""From a base and adapters to a staged bundle: capture, base check, passes, files, manifest.
+
+Publishes nothing: that is :mod:`lora_edge.exporting.export`'s affair, once the bundle has passed
+its check.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from lora_edge import __version__
+from lora_edge.adapter.load import Adapter
+from lora_edge.adapter.loading import BaseView
+from lora_edge.base.checkpoint import Base
+from lora_edge.base.layer import Layer
+from lora_edge.bundle.adapter_files import with_heads, write_adapter_folder, write_none
+from lora_edge.bundle.bundle import BASE_GRAPH_FILE, DATA_FILE, GRAPH_FILE, Bundle, file_entries
+from lora_edge.bundle.manifest import AdapterEntry, Manifest, Mode, SiteEntry, WeightEntry
+from lora_edge.bundle.sentence import load_sentence_modules, sentence_files
+from lora_edge.errors import MissingDependencyError, UnsupportedModelError
+from lora_edge.fit.changes import parameter_changes, site_changes
+from lora_edge.fit.check import check_copies, check_loads, check_modules
+from lora_edge.fit.kinds import kind_of, parts_of_kinds
+from lora_edge.maths.lora import Head, SiteChange
+from lora_edge.maths.quantization import BITS, Precision, Quantization, measured, rounded_weights
+from lora_edge.names import NONE_ADAPTER, Part
+from lora_edge.runtime import installed
+from lora_edge.tasks.task import EMBEDDING, TEXT_GENERATION, Task
+
+Progress = Callable[[str], None]
+Form = Literal["fused", "portable"]
+Backend = Literal["trace", "optimum"]
+
+_COPIED = (
+    "config.json", "generation_config.json", "preprocessor_config.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a bundle is built; see :func:`lora_edge.exporting.export.export` for what each means.
+
+    Attributes:
+        task: ``None`` for text generation.
+    """
+
+    mode: Mode
+    form: Form
+    backend: Backend
+    sites: Literal["all", "adapters"]
+    kinds: tuple[str, ...]
+    task: Task | None
+    precision: Precision = "fp32"
+
+
+def check_precision(options: Options) -> None:
+    """Check that there are quantized graphs of the kind that is asked for.
+
+    Raises:
+        UnsupportedModelError: there are none.
+    """
+    if options.precision == "fp32":
+        return
+    plain = options.task is None and options.backend == "trace"
+    if not plain or options.form != "fused":
+        what = "text generation" if options.task is None else options.task.name
+        raise UnsupportedModelError(
+            f"--precision {options.precision} is for text generation in the trace backend's fused "
+            f"form, got {what}, {options.backend}, {options.form}: the operator, MatMulNBits, is "
+            "ONNX Runtime's own",
+            "Use --precision fp32" + (", or --form fused." if options.form != "fused" else "."),
+        )
+
+
+def build(
+    base: Base, adapters: Sequence[Adapter], stage: Path, options: Options, say: Progress
+) -> Manifest:
+    """Write a bundle into ``stage``; its adapters are not proved yet.
+
+    Raises:
+        MissingDependencyError: the extra ``export`` is not installed.
+        BaseModelError, AdapterError: an input is refused.
+        CaptureError: the base graph differs from PyTorch.
+        GraphError: a graph pass cannot do what the adapters need.
+    """
+    try:
+        from lora_edge import graph as passes
+        from lora_edge.capture import capture, capture_task
+        from lora_edge.parity import check_base, check_encoder
+    except ImportError as error:
+        raise MissingDependencyError.of_export(error) from error
+    task, merged = options.task, options.mode == "merged"
+    if task is not None and task.name == EMBEDDING:
+        load_sentence_modules(base.directory)  # what cannot be represented is refused here
+    raw = stage / "capture"
+    raw.mkdir()
+    (stage / "onnx").mkdir()
+    what = f"{options.backend}, {options.form}" if task is None else task.name
+    say(f"capturing {base.name_or_path} ({base.model_type}, {what})")
+    captured: Any
+    if task is None:
+        captured = capture(base, raw, form=options.form, backend=options.backend)
+    else:
+        captured = capture_task(base, raw, task)
+    model = passes.load(captured.path)
+    weights = passes.graph_weights(model, captured.modules, base.parameter)
+    adapters = [adapter.settled(captured.modules) for adapter in adapters]
+    for adapter in adapters:
+        check_modules(adapter, captured.modules, base.name_or_path, captured.parameter_modules)
+        if not captured.parameter_modules:
+            output = captured.head if task is None else ""
+            check_loads(adapter, BaseView(captured.modules, captured.tied, output))
+        check_copies(adapter, weights, captured.tied)
+    if captured.spec.form == "fused":
+        passes.fuse(model)
+        passes.save_graph(model, captured.path)
+    say("checking the base graph against PyTorch")
+    figures = check_base(captured, base) if task is None else check_encoder(captured, base, task)
+    graph_file = stage / GRAPH_FILE
+    quantization = None
+    if options.precision != "fp32":
+        # Not the head: it is the layer that suffers most, and often the embedding too.
+        linear = {path: x for path, x in captured.modules.items() if path != captured.head}
+        rounding = passes.quantizable(model, linear)
+        quantization = measured(BITS[options.precision], rounding, weights, captured.modules)
+        say(
+            f"rounding {len(rounding)} layers, {_share(quantization, captured.modules, base):.0%} "
+            f"of the parameters, to {options.precision}: ‖W - Q(W)‖ / ‖W‖ is "
+            f"{quantization.mean_error:.3g} in the mean, {quantization.worst_error:.3g} at worst"
+        )
+        weights = rounded_weights(weights, quantization, captured.modules)
+    fingerprint = base.fingerprint()
+    base_labels = _base_labels(base, captured, task)
+    entries: dict[str, AdapterEntry] = {}
+    covered: dict[str, SiteEntry] = {}
+    given: dict[str, Mapping[str, SiteChange]] = {}
+    if merged:
+        changes = parameter_changes(
+            adapters[0], captured.modules, captured.tied, captured.parameter_modules
+        )
+        say(f"merging {adapters[0].name} into {len(changes)} parameters")
+        owners = {path.rpartition(".")[0] for path in changes} & set(captured.modules)
+        layers = {path: SiteEntry.of(captured.modules[path]) for path in sorted(owners)}
+        if quantization is not None:
+            matrices = {path.removesuffix(".weight") for path in changes}
+            touched = [path for path in quantization.layers if path in matrices]
+            others = [path for path in quantization.layers if path not in matrices]
+            passes.quantize_layers(model, captured.modules, others, quantization)
+            passes.round_layers(model, captured.modules, touched, quantization)
+            if touched:
+                say(f"{len(touched)} layers stay in fp32: the adapter is in their rounded weights")
+        found = passes.find_sites(model, layers, weights)
+        passes.merge(model, found, changes, weights)
+        passes.save_with_data(model, graph_file)
+    else:
+        for adapter in adapters:
+            given[adapter.name] = site_changes(adapter, captured.modules, weights, captured.tied)
+        # The head is the largest site and adapters seldom touch it.
+        offered = set(captured.modules) - {captured.head} if options.sites == "all" else set()
+        covered = covered_layers(captured.modules, offered, list(given.values()), options.kinds)
+        heads = {
+            path: _base_head(base, path)
+            for path, site in covered.items()
+            if "W" in site.parts and base_labels
+        }
+        given = {name: with_heads(changes, heads) for name, changes in given.items()}
+        say(f"adding branches to {len(covered)} layers")
+        path = captured.path
+        if quantization is not None:
+            passes.quantize_layers(model, captured.modules, quantization.layers, quantization)
+            path = raw / "quantized" / captured.path.name
+            path.parent.mkdir()
+            passes.save_with_data(model, path)
+            model = passes.load(path)
+        plain = path.with_name("base.onnx")
+        found = passes.find_sites(model, covered, weights)
+        if task is None:
+            passes.save_graph(model, plain)
+            covered = with_weights(covered, found)
+        passes.branch(model, found)
+        # Beside its data, which is moved and never rewritten.
+        passes.save_graph(model, path)
+        path.rename(graph_file)
+        path.with_name("model.onnx_data").rename(stage / DATA_FILE)
+        if task is None:
+            plain.rename(stage / BASE_GRAPH_FILE)
+        none = write_none(stage, covered, fingerprint, heads)
+        entries[NONE_ADAPTER] = dataclasses.replace(none, labels=base_labels)
+    passes.check(graph_file)
+    shutil.rmtree(raw)
+    for adapter in adapters:
+        own = None if merged else given[adapter.name]
+        entry = write_adapter_folder(stage, adapter, covered, own, fingerprint)
+        count = None if task is None else adapter.head_labels(captured.head)
+        if not entry.labels and (count is None or count == len(base_labels)):
+            entry = dataclasses.replace(entry, labels=base_labels)
+        entries[adapter.name] = entry
+        say_cost(adapter, stage / entry.file, captured.head, say)
+    copy_files(base, stage)
+    modules = captured.modules
+    manifest = manifest_of(options, base, captured, figures, entries, covered, modules, fingerprint)
+    return sign(stage, dataclasses.replace(manifest, quantization=quantization))
+
+
+def _share(quantization: Quantization, modules: Mapping[str, Layer], base: Base) -> float:
+    """The share of the base's parameters that is rounded."""
+    rounded = (modules[path] for path in quantization.layers)
+    names = base.keys()
+    whole = sum(math.prod(base.shape(name) or ()) for name in names)
+    return sum(x.in_features * x.out_features for x in rounded) / whole
+
+
+def manifest_of(
+    options: Options,
+    base: Base,
+    captured: Any,
+    figures: Mapping[str, Any],
+    entries: Mapping[str, AdapterEntry],
+    covered: Mapping[str, SiteEntry],
+    modules: Mapping[str, Layer],
+    fingerprint: str,
+) -> Manifest:
+    """The manifest of a bundle whose files are written.
+
+    Args:
+        options: how it was built.
+        base: its base.
+        captured: the :class:`~lora_edge.capture.BaseGraph`.
+        figures: of the base check.
+        entries: name -> adapter.
+        covered: module path -> layer with inputs; empty when merged.
+        modules: module path -> layer that an adapter may change.
+        fingerprint: the base's.
+    """
+    merged = options.mode == "merged"
+    return Manifest(
+        mode=options.mode,
+        task=TEXT_GENERATION if options.task is None else options.task.name,
+        precision=options.precision,
+        graph=captured.spec,
+        base={
+            "name_or_path": base.name_or_path,
+            "model_type": base.model_type,
+            "fingerprint": fingerprint,
+        },
+        kinds=tuple(sorted({kind_of(x, part) for x in covered.values() for part in x.parts})),
+        sites=covered,
+        adapters=entries,
+        base_check=figures,
+        versions={"lora-edge": __version__, **installed.versions(), **captured.versions},
+        uncovered={
+            path: SiteEntry.of(layer, parts=())
+            for path, layer in modules.items()
+            if not merged and path not in covered
+        },
+        tied=captured.tied,
+    )
+
+
+def sign(stage: Path, manifest: Manifest) -> Manifest:
+    """The manifest with the hashes of all files of ``stage``, written there."""
+    signed = dataclasses.replace(manifest, files=file_entries(stage))
+    Bundle(stage, manifest).write_manifest(signed)
+    return signed
+
+
+def _base_labels(base: Base, captured: Any, task: Task | None) -> tuple[str, ...]:
+    """The labels of the base's own task head; empty where it has none."""
+    if task is None or not captured.head or base.parameter(f"{captured.head}.weight") is None:
+        return ()
+    weight = base.parameter(f"{captured.head}.weight")
+    assert weight is not None
+    names = base.config.get("id2label") or {}
+    return tuple(str(names.get(str(i), f"LABEL_{i}")) for i in range(len(weight)))
+
+
+def _base_head(base: Base, path: str) -> Head:
+    weight, bias = base.parameter(f"{path}.weight"), base.parameter(f"{path}.bias")
+    assert weight is not None
+    return Head(weight.T, weight[:, 0] * 0 if bias is None else bias)
+
+
+def copy_files(base: Base, stage: Path) -> None:
+    """Copy the base's config files into a bundle, and what its modules.json names.
+
+    Its tokenizer is :mod:`lora_edge.exporting.texts`'.
+    """
+    for name in (*_COPIED, *sentence_files(base.directory)):
+        if name == "tokenizer_config.json":
+            continue
+        if (base.directory / name).is_file():
+            (stage / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(base.directory / name, stage / name)
+
+
+def covered_layers(
+    modules: Mapping[str, Layer],
+    offered: Set[str],
+    given: Sequence[Mapping[str, SiteChange]],
+    kinds: tuple[str, ...],
+) -> dict[str, SiteEntry]:
+    """The layers that get inputs, and which: what the kinds offer and what the adapters need."""
+    covered = {}
+    for path, entry in modules.items():
+        wanted = set(parts_of_kinds(entry, kinds)) if path in offered else set()
+        for changes in given:
+            wanted |= set(changes.get(path, SiteChange()).parts())
+        if wanted:
+            parts = tuple(part for part in get_args(Part) if part in wanted)
+            covered[path] = SiteEntry.of(entry, parts)
+    return covered
+
+
+def with_weights(layers: Mapping[str, SiteEntry], found: Mapping[str, Any]) -> dict[str, SiteEntry]:
+    """The layers, with where the data file has their weights.
+
+    Args:
+        layers: module path -> layer.
+        found: module path -> :class:`~lora_edge.graph.Site`, before anything replaces a weight.
+    """
+    from lora_edge.graph import stored_weight
+
+    located = dict(layers)
+    for path, layer in layers.items():
+        stored = stored_weight(found[path])
+        if stored is not None:
+            located[path] = dataclasses.replace(layer, weight=WeightEntry(**stored._asdict()))
+    return located
+
+
+def say_cost(adapter: Adapter, file: Path, head: str, say: Progress) -> None:
+    """Say what an adapter costs that replaces whole weights instead of low-rank parts of them."""
+    whole = [path for path, x in adapter.saved.items() if x.ndim > 1 and path != f"{head}.weight"]
+    if whole and file.is_file():
+        say(
+            f"{adapter.name} replaces {', '.join(whole)} whole: its file is "
+            f"{file.stat().st_size / 1e6:,.1f} MB, and so is what is read for each token"
+        )

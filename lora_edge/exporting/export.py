@@ -1,0 +1,364 @@
+"""The export: capture -> passes -> bundle -> self-check -> publish; and adding adapters later.
+
+Nothing is published before the staged bundle has passed the same check that ``validate`` makes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Literal, get_args
+
+from lora_edge import types as opt
+from lora_edge.adapter.load import Adapter, load_adapter
+from lora_edge.adapter.loading import BaseView
+from lora_edge.adapter.source import peft_directories
+from lora_edge.base.checkpoint import Base, resolve_base
+from lora_edge.bundle.adapter_files import check_parts, with_heads, write_adapter_folder
+from lora_edge.bundle.bundle import Bundle, file_entries, load_bundle
+from lora_edge.bundle.card import bundle_card
+from lora_edge.bundle.manifest import MANIFEST_NAME, AdapterEntry, Manifest, Mode, Seq2SeqSpec
+from lora_edge.bundle.onnx_adapter import read_adapter
+from lora_edge.bundle.sentence import write_sentence_modules
+from lora_edge.errors import (
+    AdapterError,
+    BaseModelError,
+    BundleError,
+    ParityError,
+)
+from lora_edge.exporting.build import Options, Progress, build, check_precision, sign
+from lora_edge.exporting.build_seq2seq import build_seq2seq
+from lora_edge.exporting.texts import own_folders, write_adapter_texts, write_base_text
+from lora_edge.files.portable import check_apart
+from lora_edge.files.transaction import preparing, recover, staging
+from lora_edge.fit.changes import site_changes
+from lora_edge.fit.check import (
+    check_base_of,
+    check_copies,
+    check_linear,
+    check_loads,
+    check_modules,
+    other_base,
+)
+from lora_edge.fit.convert import Conversion, converting
+from lora_edge.fit.kinds import KINDS
+from lora_edge.fit.rename import fitted, fitted_to
+from lora_edge.fit.task import chosen_task
+from lora_edge.maths.lora import Head, SiteChange
+from lora_edge.maths.quantization import Precision, rounded_weights
+from lora_edge.names import NONE_ADAPTER
+from lora_edge.runtime.adapters.changes import parse_changes
+from lora_edge.tasks.task import EMBEDDING, TEXT_GENERATION, Task
+
+
+def export(
+    base: str | os.PathLike[str],
+    adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+    mode: Mode = "switchable",
+    output: str | os.PathLike[str] = "bundle",
+    *,
+    task: str | None = None,
+    form: Literal["fused", "portable"] = "fused",
+    backend: Literal["trace", "optimum"] = "trace",
+    sites: Literal["all", "adapters"] = "all",
+    kinds: Sequence[str] = ("lora",),
+    convert: int | float | None = None,
+    precision: Precision = "fp32",
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Export a base model and adapters to a bundle, and publish it only if it passes its check.
+
+    Args:
+        base: folder of a Hugging Face model, or a hub id.
+        adapters: name -> PEFT directory, hub id, or folder of MLX-LM. Merged bundles take exactly
+            one.
+        mode: ``switchable`` (adapters are inputs of one graph) or ``merged`` (into the weights).
+        output: the folder to make.
+        task: ``text-generation``, ``text-classification``, ``token-classification``,
+            ``feature-extraction``, ``image-classification``, ``text2text-generation`` or
+            ``automatic-speech-recognition`` (these two with the optimum backend only); ``None``:
+            what the adapters were trained for, else what the base is.
+        form: of a text generator: ``fused`` (``com.microsoft`` operators) or ``portable``
+            (standard operators only).
+        backend: ``trace``, or ``optimum`` (needs ``lora-edge[optimum]``; has a form of its own).
+        sites: put branches on ``all`` linear layers of the decoder (the head only if an adapter
+            needs it), or only on those that the ``adapters`` change.
+        kinds: kinds of adapters, of ``lora``, ``dora``, ``bias``, ``norm``, ``embedding`` and
+            ``conv``, for which a switchable graph gets inputs wherever they are possible, for
+            adapters to come. What the given adapters need they get in any case.
+        convert: approximate adapters of other types than LoRA by LoRAs of this rank, or, between 0
+            and 1, of the ranks that keep this share of each delta's energy; ``None`` refuses them.
+            The bundle is proved against the converted adapters; the error of the conversion itself
+            goes to ``progress`` and into the manifest.
+        precision: of the linear layers' weights, but for the head, and experts and their routers:
+            ``fp32``; or ``int8`` or
+            ``int4``, codes for blocks of 32 inputs (text generation, trace, fused form). The bundle
+            is proved against PyTorch with the same rounded weights, which are also what DoRA's
+            norms are of; layers that a merged adapter changes stay in fp32.
+        force: replace an existing bundle.
+        progress: called with one line for each stage.
+
+    Returns:
+        The published bundle.
+
+    Raises:
+        BaseModelError, AdapterError: an input is refused.
+        CaptureError: the base graph differs from PyTorch.
+        ParityError: an adapter does not do in the bundle what it does in PyTorch.
+        BundleError: ``output`` is in the way.
+    """
+    opt.called("progress", progress)
+    given = opt.paths("adapters", adapters or {})
+    opt.path("output", output)
+    for name, value, known in (
+        ("mode", mode, get_args(Mode)),
+        ("form", form, ("fused", "portable")),
+        ("backend", backend, ("trace", "optimum")),
+        ("sites", sites, ("all", "adapters")),
+    ):
+        opt.one_of(name, value, known)
+    opt.flag("force", force)
+    if task is not None and not opt.text("task", task):
+        raise opt.refused("task", task, "the name of a task")
+    if convert is not None and opt.number("convert", convert, 0) >= 1:
+        opt.whole("convert", convert, 1)
+    say = progress or _silent
+    model = resolve_base(base)
+    unknown = sorted(set(opt.words("kinds", kinds)) - set(KINDS))
+    if unknown:
+        raise AdapterError(
+            f"{unknown[0]!r} is no kind of adapter", f"Kinds are {', '.join(KINDS)}."
+        )
+    if precision not in get_args(Precision):
+        raise BaseModelError(
+            f"{precision!r} is no precision", f"Precisions are {', '.join(get_args(Precision))}."
+        )
+    with (
+        peft_directories(given) as local,
+        converting(local, model, convert, say) as (paths, conversions),
+    ):
+        loaded = [load_adapter(path, name) for name, path in paths.items()]
+        if mode == "merged" and len(loaded) != 1:
+            raise AdapterError(
+                f"a merged bundle holds exactly one adapter, got {len(loaded)}",
+                "Use --mode switchable for any number of adapters.",
+            )
+        fingerprint = model.fingerprint()  # reads every weight: one that is cut off is named here
+        for adapter in loaded:
+            check_apart(adapter.name, paths, AdapterError)
+            adapter.check_mode(mode)
+            adapter.check_effect()
+            check_base_of(adapter, fingerprint, model.name_or_path)
+            if notice := other_base(adapter, model):
+                say(f"{adapter.name}: {notice}")
+        where = Path(output)
+        with staging(where, marker=MANIFEST_NAME, force=force) as stage, ExitStack() as stack:
+            wanted = chosen_task(model, loaded, task, mode, say)
+            loaded = stack.enter_context(fitted(loaded, model, wanted, say))
+            options = Options(mode, form, backend, sites, tuple(kinds), wanted, precision)
+            check_precision(options)
+            if wanted is not None and wanted.seq2seq:
+                manifest = build_seq2seq(model, loaded, stage, options, wanted, say)
+            else:
+                manifest = build(model, loaded, stage, options, say)
+            write_base_text(model, stage, manifest, say)
+            folders = own_folders(adapters or {}, local)
+            manifest = write_adapter_texts(stage, manifest, folders, say)
+            if manifest.task == EMBEDDING:
+                for name, folder in folders.items():
+                    write_sentence_modules(stage, name, folder)
+            staged = Bundle(stage, _note_conversions(stage, manifest, conversions))
+            _prove(staged, model, say)
+            _finish(stage)
+    return load_bundle(output)
+
+
+def add(
+    bundle: str | os.PathLike[str] | Bundle,
+    adapters: Mapping[str, str | os.PathLike[str]],
+    base: str | os.PathLike[str] | None = None,
+) -> Bundle:
+    """Add adapters to a switchable bundle; its graph and weights are not touched.
+
+    Needs no PyTorch. The adapters are *unproved* until ``validate`` has compared them with PyTorch.
+    One that the bundle has already under that name, from the same files, stays as it is.
+
+    Args:
+        bundle: the bundle or its folder.
+        adapters: name -> PEFT directory, hub id, or folder of MLX-LM.
+        base: the bundle's base model; needed for adapters whose tensors follow from its weights
+            (DoRA, trained biases and tokens, ``modules_to_save``).
+
+    Returns:
+        The bundle with its new manifest.
+
+    Raises:
+        AdapterError: an adapter is refused, has a name that is taken, or changes a layer that the
+            graph has no branch for.
+        BundleError: the bundle is merged, damaged, or was replaced meanwhile.
+    """
+    adapters = opt.paths("adapters", adapters)
+    target = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
+    recover(target.directory)
+    manifest = target.manifest
+    if manifest.mode != "switchable":
+        raise BundleError(
+            f"{target.directory} is a merged bundle and takes no further adapters",
+            "Export a switchable one with: lora-edge export BASE --mode switchable",
+        )
+    layers = {**manifest.uncovered, **manifest.sites}
+    task = None if manifest.task == TEXT_GENERATION else Task(manifest.task)
+    kind = manifest.base["model_type"]
+    with peft_directories(adapters) as paths:
+        loaded = [load_adapter(path, name) for name, path in paths.items()]
+        with fitted_to(loaded, layers, kind, task, _silent) as fitting:
+            own = {adapter.name: adapter for adapter in fitting}
+            return _add(target, own, base, own_folders(adapters, paths))
+
+
+def _add(
+    target: Bundle,
+    adapters: Mapping[str, Adapter],
+    base: str | os.PathLike[str] | None,
+    folders: Mapping[str, Path],
+) -> Bundle:
+    manifest = target.manifest
+    checkpoint = None if base is None else _checked(resolve_base(base), target).parameter
+    layers = {**manifest.uncovered, **manifest.sites}
+    weights = checkpoint and rounded_weights(checkpoint, manifest.quantization, layers)
+    heads = _base_heads(target)
+    changes: dict[str, Mapping[str, SiteChange]] = {}
+    loaded = [adapter.settled(layers) for adapter in adapters.values()]
+    for adapter in loaded:
+        check_apart(adapter.name, adapters, AdapterError)
+        if not _is_new(adapter, manifest):
+            continue
+        adapter.check_mode("switchable")
+        check_base_of(adapter, manifest.base["fingerprint"], manifest.base["name_or_path"])
+        if isinstance(manifest.graph, Seq2SeqSpec):
+            check_linear(adapter, layers)
+        check_modules(adapter, layers, "the bundle's base")
+        output = getattr(manifest.graph, "head", "")
+        check_loads(adapter, BaseView(layers, manifest.tied, output))
+        check_copies(adapter, checkpoint, manifest.tied)
+        own = site_changes(adapter, layers, weights, manifest.tied)
+        check_parts(adapter, own, layers)
+        changes[adapter.name] = with_heads(own, heads)
+        headless = [x for x, site in manifest.sites.items() if "W" in site.parts and x not in own]
+        if headless and not heads:
+            raise AdapterError(
+                f"adapter {adapter.name} brings no task head {headless[0]}, nor has the base one",
+                "Save the adapter with modules_to_save, so that its head is saved along.",
+            )
+    if not changes:
+        return target
+    with preparing(target.directory) as stage:
+        entries = {
+            adapter.name: write_adapter_folder(
+                stage,
+                adapter,
+                manifest.sites,
+                changes[adapter.name],
+                manifest.base["fingerprint"],
+            )
+            for adapter in loaded
+            if adapter.name in changes
+        }
+        if manifest.task == EMBEDDING:
+            for name in entries:
+                write_sentence_modules(target.directory, name, folders[name], output=stage)
+        whole = dataclasses.replace(manifest, adapters={**manifest.adapters, **entries})
+        own_texts = {name: folder for name, folder in folders.items() if name in entries}
+        told = write_adapter_texts(target.directory, whole, own_texts, _silent, output=stage)
+
+        def edit(now: Manifest) -> Manifest:
+            """Add what is new to what the bundle holds by then."""
+            target.check_graph(now)
+            # One that was there already, and has gone since, is not half-added.
+            new = {x: told.adapters[x] for x in entries if _is_new(adapters[x], now)}
+            return _with_adapters(now, new, stage)
+
+        return target.change(stage, edit)
+
+
+def _is_new(adapter: Adapter, manifest: Manifest) -> bool:
+    """Whether a bundle lacks an adapter; it may have it, from the same files, already."""
+    known = manifest.adapters.get(adapter.name)
+    if known is None:
+        check_apart(adapter.name, manifest.adapters, AdapterError)
+        return True
+    if known.digest != adapter.digest:
+        raise AdapterError(
+            f"the bundle already has an adapter {adapter.name!r}, from other files",
+            "Choose another name, or remove that one first: lora-edge remove BUNDLE NAME",
+        )
+    return False
+
+
+def _with_adapters(
+    manifest: Manifest, entries: Mapping[str, AdapterEntry], stage: Path
+) -> Manifest:
+    files = {
+        name: entry
+        for name, entry in file_entries(stage).items()
+        if any(name.startswith(f"adapters/{adapter}/") for adapter in entries)
+    }
+    return dataclasses.replace(
+        manifest,
+        adapters={**manifest.adapters, **entries},
+        files={**manifest.files, **files},
+    )
+
+
+def _base_heads(bundle: Bundle) -> dict[str, Head]:
+    """The base's own task heads, which the adapter ``none`` holds."""
+    tensors = read_adapter(bundle.verify(bundle.adapter(NONE_ADAPTER).file))
+    changes = parse_changes(NONE_ADAPTER, tensors, bundle.manifest.sites)
+    return {path: change.head for path, change in changes.items() if change.head is not None}
+
+
+def _checked(base: Base, bundle: Bundle) -> Base:
+    if base.fingerprint() != bundle.manifest.base["fingerprint"]:
+        raise BaseModelError(
+            f"{base.name_or_path} has fingerprint {base.fingerprint()[:12]}, the bundle was made "
+            f"from {bundle.manifest.base['fingerprint'][:12]}",
+            f"Give the bundle's own base: {bundle.manifest.base['name_or_path']}",
+        )
+    return base
+
+
+def _silent(line: str) -> None:
+    """Progress that nobody listens to."""
+
+
+def _note_conversions(
+    stage: Path, manifest: Manifest, conversions: Mapping[str, Conversion]
+) -> Manifest:
+    entries = dict(manifest.adapters)
+    for name, conversion in conversions.items():
+        entries[name] = dataclasses.replace(entries[name], conversion=conversion.facts())
+    return sign(stage, dataclasses.replace(manifest, adapters=entries))
+
+
+def _prove(staged: Bundle, base: Base, say: Progress) -> None:
+    from lora_edge.parity import validate
+
+    say("validating every adapter against PyTorch")
+    report = validate(staged, reference=base)
+    if not report.passed:
+        first = report.failures[0].reason if report.failures else "nothing was compared"
+        raise ParityError(
+            f"the export is not proved to do what PyTorch does: {first}",
+            "Nothing was published. An adapter without effect cannot be proved: is it trained?",
+        )
+
+
+def _finish(stage: Path) -> None:
+    staged = load_bundle(stage)
+    card = bundle_card(staged.manifest)
+    (stage / "README.md").write_text(card, encoding="utf-8")
+    staged.write_manifest(sign(stage, staged.manifest))

@@ -1,0 +1,121 @@
+"""What is left behind of failures: the layers where they begin, and the smallest reproduction."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from lora_edge.base.checkpoint import Base
+from lora_edge.errors import BundleError
+from lora_edge.parity.compare import Tolerance
+from lora_edge.parity.explain.localise import Divergence, localise, open_reference
+from lora_edge.parity.explain.repro import worst_row, write_repro
+from lora_edge.parity.live import sources_of
+from lora_edge.parity.record.golden import Golden
+from lora_edge.parity.report import Case
+from lora_edge.runtime import Runner
+from lora_edge.runtime.seq2seq import Seq2Seq
+
+_MOST = 4  # probes whose layers are compared: each costs a run in float64
+
+
+def explain(
+    runner: Runner,
+    cases: Sequence[Case],
+    goldens: Sequence[Golden],
+    base: Base | None,
+    directories: Mapping[str, str | os.PathLike[str]],
+    repro: Path | None,
+    tolerance: Tolerance,
+    progress: Callable[[str], None],
+) -> tuple[list[Case], str]:
+    """Compare layers where cases failed (with PyTorch at hand), and reproduce the first of them.
+
+    What another failure explains is left alone: blends and mixed rows of an adapter that fails
+    alone, and what goes further than its short prompts, where these fail.
+
+    Args:
+        runner: of the session in which they failed.
+        cases: of that session.
+        goldens: what they were compared with; reduced ones will do.
+        base: the base model; ``None``: layers are not compared.
+        directories: PEFT directories of adapters whose files the bundle does not hold.
+        repro: folder of the reproduction; ``None``: none is wanted.
+        tolerance: gives the multiple.
+        progress: called with a line for each probe.
+
+    Returns:
+        The cases, with layers, and where the reproduction is (empty: there is none).
+    """
+    if isinstance(runner.session, Seq2Seq):
+        return list(cases), ""
+    todo = list(_first_failures(cases, goldens))[:_MOST]
+    if not todo:
+        return list(cases), ""
+    reference = None
+    if base is not None:
+        sources = sources_of(runner.bundle, base, runner.adapters, directories)
+        reference = open_reference(runner, base, sources)
+    found = list(cases)
+    left = ""
+    for index, golden, row in todo:
+        case = found[index]
+        chosen = worst_row(runner, golden, tolerance) if row is None else row
+        divergence: Divergence | None = None
+        if reference is not None:
+            progress(f"comparing the layers of {case.name}")
+            divergence = localise(runner, reference, golden, chosen, tolerance)
+            reason = f"{case.reason}; {divergence.text}"
+            case = dataclasses.replace(case, reason=reason, layers=divergence.shown)
+            found[index] = case
+        if repro is not None and not left:
+            try:
+                written = write_repro(repro, runner, golden, divergence, chosen, tolerance)
+            except (BundleError, OSError) as error:  # the verdict matters more
+                progress(f"no reproduction is left: {error}")
+                repro = None
+                continue
+            left = "" if written is None else str(repro)
+    return found, left
+
+
+def _first_failures(
+    cases: Sequence[Case], goldens: Sequence[Golden]
+) -> list[tuple[int, Golden, int | None]]:
+    """What failed by itself: place among the cases, golden, and its row where it is of one."""
+    probes = {golden.probe.name: golden for golden in goldens}
+    mixed = [golden for golden in goldens if golden.probe.kind == "mixed"]
+    failed = [
+        (index, case)
+        for index, case in enumerate(cases)
+        if case.status == "failed" and case.figures is not None
+    ]
+    if any(case.kind == "base" for _, case in failed):
+        failed = [(index, case) for index, case in failed if case.kind == "base"]
+    alone = {case.adapters for _, case in failed if case.kind == "adapter"}
+    # A mixed batch has a case for each of its rows, in their order.
+    own = [index for index, case in enumerate(cases) if case.kind == "mixed"]
+    places = [(golden, row) for golden in mixed for row in range(len(golden.probe.rows))]
+    rows = dict(zip(own, places, strict=True))
+    short = {case.adapters for _, case in failed if _is_short(case, probes)}
+    found: list[tuple[int, Golden, int | None]] = []
+    for index, case in failed:
+        further = case.name in probes and probes[case.name].probe.part
+        if further and case.adapters in short:
+            continue
+        shared = case.kind in {"blend", "mixed"}
+        if shared and any((name,) in alone for name in case.adapters):
+            continue
+        if case.kind == "mixed":
+            golden, row = rows[index]
+            found.append((index, golden, row))
+        elif case.name in probes:
+            found.append((index, probes[case.name], None))
+    return found
+
+
+def _is_short(case: Case, probes: Mapping[str, Golden]) -> bool:
+    own = case.kind in {"base", "adapter"} and case.name in probes
+    return own and not probes[case.name].probe.part

@@ -1,0 +1,139 @@
+"""Tasks beyond text generation: which class of model, and which of its weights an adapter brings.
+
+Knows names and shapes; knows nothing of PyTorch, graphs or runtimes.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_edge.errors import BaseModelError
+
+Output = Literal["logits", "last_hidden_state"]
+
+TEXT_GENERATION = "text-generation"
+EMBEDDING = "feature-extraction"
+TASKS: Mapping[str, str] = {
+    "text-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    EMBEDDING: "AutoModel",
+    "image-classification": "AutoModelForImageClassification",
+}
+"""Task -> the class of transformers that loads its model."""
+
+TEXT2TEXT, SPEECH = "text2text-generation", "automatic-speech-recognition"
+SEQ2SEQ: Mapping[str, str] = {
+    TEXT2TEXT: "AutoModelForSeq2SeqLM",
+    SPEECH: "AutoModelForSpeechSeq2Seq",
+}
+"""The same for encoder-decoders."""
+
+HEADS = ("classifier", "score")
+"""What PEFT itself adds to ``modules_to_save`` for classification."""
+
+_HEAD_STD = 0.02
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a model without a cache is to do.
+
+    Attributes:
+        name: one of :data:`TASKS` or :data:`SEQ2SEQ`.
+        num_labels: size of the head; ``None`` for the checkpoint's own.
+        heads: names of the modules that come with an adapter, so that the base need not have
+            them; a name stands for every module path that it is a part of.
+    """
+
+    name: str
+    num_labels: int | None = None
+    heads: tuple[str, ...] = HEADS
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown task.
+
+        Raises:
+            BaseModelError: names the tasks that are known.
+        """
+        known = {**TASKS, **SEQ2SEQ}
+        if self.name not in known:
+            raise BaseModelError(
+                f"the task {self.name!r} is unknown", f"Known are: {', '.join(known)}."
+            )
+
+    @property
+    def loader(self) -> str:
+        """The class of transformers that loads the model."""
+        return {**TASKS, **SEQ2SEQ}[self.name]
+
+    @property
+    def seq2seq(self) -> bool:
+        """Whether the model is an encoder-decoder."""
+        return self.name in SEQ2SEQ
+
+    @property
+    def output(self) -> Output:
+        """Name of the model's output."""
+        return "last_hidden_state" if self.name == "feature-extraction" else "logits"
+
+    def in_head(self, key: str) -> bool:
+        """Whether a parameter belongs to the head."""
+        return not set(self.heads).isdisjoint(key.split("."))
+
+    def label_layer(self, model: Any) -> str:
+        """Module path of the linear layer that makes the labels; empty where there is none.
+
+        Args:
+            model: transformers' model; its weights are not read.
+        """
+        if self.output != "logits" or self.seq2seq:
+            return ""
+        count = getattr(model.config, "num_labels", None)
+        # A head is declared behind the layers that it reads.
+        modules = reversed(list(model.named_modules()))
+        return next((p for p, x in modules if getattr(x, "out_features", None) == count), "")
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """The arguments of ``AutoConfig.from_pretrained`` that size the head."""
+        return {} if self.num_labels is None else {"num_labels": self.num_labels}
+
+    def complete(self, model: Any, missing: Sequence[str], *, pooler: bool = False) -> list[str]:
+        """Give a model the head that its checkpoint lacks, and drop a pooler that nobody reads.
+
+        Args:
+            model: transformers' model, freshly loaded; changed in place.
+            missing: parameters that the checkpoint does not have in the model's shape.
+            pooler: keep the pooler, which PEFT may load an adapter onto; what the checkpoint lacks
+                of it is made up.
+
+        Returns:
+            Those of ``missing`` that are not the head's.
+        """
+        made_up = list(filter(self.in_head, missing))
+        if self.name == "feature-extraction" and getattr(model, "pooler", None) is not None:
+            unread = [key for key in missing if key.startswith("pooler.")]
+            missing = [key for key in missing if key not in unread]
+            if pooler:
+                made_up += unread
+            else:
+                model.pooler = None
+        for key in made_up:
+            values = model.get_parameter(key).data
+            values.copy_(values.new_tensor(fresh_head(key, tuple(values.shape))))
+        return [key for key in missing if not self.in_head(key)]
+
+
+def fresh_head(key: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """The values of a head's parameter that the base lacks: the same in every process.
+
+    An adapter brings its own; until then, capture and reference must have the same one.
+    """
+    random = np.random.default_rng(zlib.crc32(key.encode()))
+    return (random.standard_normal(shape) * _HEAD_STD).astype(np.float32)

@@ -1,0 +1,1 @@
+"""What tests share: models, adapters, graphs and commands, made small and made once."""
