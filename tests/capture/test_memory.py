@@ -15,7 +15,7 @@ _MAKE = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from families import make_base
+from tests.support.families import make_base
 make_base(
     "llama", Path(sys.argv[2]), vocab_size=8192, hidden_size=1024, intermediate_size=4096,
     num_hidden_layers=2, num_attention_heads=16, num_key_value_heads=8, head_dim=64,

@@ -12,7 +12,8 @@ import pytest
 
 import lora_edge
 from lora_edge.cli import main
-from tests.support.commands import MODELS, Cli, Result
+from tests.support.commands import Cli, Result
+from tests.support.paths import MODELS
 
 
 @pytest.fixture

@@ -24,8 +24,9 @@ from lora_edge.base.checkpoint import resolve_base
 from lora_edge.bundle.bundle import load_bundle
 from lora_edge.fit.inspect import inspect_adapter
 from lora_edge.maths.lora import full_rank
-from tests.support.commands import MODELS, Cli
+from tests.support.commands import Cli
 from tests.support.kinds import ROWS, make_kind, make_kind_base
+from tests.support.paths import MODELS
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -12,7 +12,8 @@ import pytest
 
 import lora_edge
 from lora_edge.bundle.bundle import file_entry
-from tests.support.commands import MODELS, Cli
+from tests.support.commands import Cli
+from tests.support.paths import MODELS
 
 PROMPT = "Word: river Answer:"
 

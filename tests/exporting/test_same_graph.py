@@ -21,7 +21,8 @@ from safetensors.numpy import load_file
 
 import lora_edge
 from lora_edge.graph.contents import contents
-from tests.support.shipped import ADAPTERS, BASE, MODELS
+from tests.support.paths import MODELS
+from tests.support.shipped import ADAPTERS, BASE
 
 PINS = Path(__file__).with_name("same_graph.json")
 BERT = MODELS / "tiny-bert"

@@ -1,9 +1,9 @@
-"""``python tests/hostile --count 2000``: mutants of every kind of file, read within limits.
+"""``python -m tests.hostile --count 2000``: mutants of every kind of file, read within limits.
 
 Each mutant is refused by a LoraEdgeError with a hint, or accepted; within 5 s of the processor and
 1 GB of memory, and without touching anything outside of its folder. Prints a line for each kind,
 then each fault once with its count; exit code 1 if there is any. A case is made again from its
-name: ``python tests/hostile --case manifest:123``.
+name: ``python -m tests.hostile --case manifest:123``.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.hostile import kinds, seeds
+from tests.support.paths import ROOT
 
 WALL = 120  # seconds; of a worker that waits for something
 RENEW = 1500  # cases that a worker reads
@@ -45,11 +46,12 @@ class Worker:
             "TMPDIR": str(home / "cases"),
         }
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("worker.py")), str(home), str(seed)],
+            [sys.executable, "-m", "tests.hostile.worker", str(home), str(seed)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
             env=environment,
+            cwd=ROOT,
             text=True,
             bufsize=1,
         )

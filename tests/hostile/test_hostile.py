@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.paths import ROOT
+
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="the limits are those of Linux: RLIMIT_AS, /proc"
@@ -17,7 +19,8 @@ pytestmark = pytest.mark.skipif(
 
 def _fuzz(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-W", "ignore", str(HERE), *arguments],
+        [sys.executable, "-W", "ignore", "-m", "tests.hostile", *arguments],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,

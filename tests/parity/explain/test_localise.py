@@ -15,7 +15,6 @@ import onnx_ir as ir
 import pytest
 import torch
 import transformers
-from conftest import Made
 from onnx import numpy_helper
 from peft import LoraConfig, get_peft_model
 from transformers.utils import logging
@@ -32,6 +31,7 @@ from lora_edge.parity.record.golden import Golden, recorded, shortened
 from lora_edge.runtime import Binding, Runner
 from lora_edge.runtime.caches import ConcatenatedCache
 from lora_edge.tasks.task import TASKS
+from tests.parity.conftest import Made
 from tests.support.encoders import make_encoder
 from tests.support.failing import Array, with_graph, with_tensor, with_weight
 from tests.support.families import make_base

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Made
 
 from lora_edge.bundle.bundle import Bundle, load_bundle
 from lora_edge.bundle.onnx_adapter import read_adapter
@@ -21,6 +20,7 @@ from lora_edge.parity.record.golden import Golden, recorded, shortened
 from lora_edge.parity.report import Layer
 from lora_edge.runtime import Binding, Runner
 from lora_edge.runtime.caches import ConcatenatedCache
+from tests.parity.conftest import Made
 from tests.support.failing import with_tensor, with_weight
 
 FORMS = ("fused", "portable")
