@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import lora_edge
 from lora_edge import graph as passes
 from lora_edge.adapter import Adapter
-from lora_edge.capture.load import model_layers, noted_ranks
+from lora_edge.capture.load import model_layers, noted_activations
 from lora_edge.capture.swaps import swapped_linears
 from lora_edge.capture.trace import OPSET, TRACE_WARNINGS, name_nodes, name_weights
 from lora_edge.capture.weights import attach, placeholders
@@ -74,7 +74,7 @@ class Custom:
         self.directory.mkdir(parents=True, exist_ok=True)
         model = _Traced(copy.deepcopy(self.model))
         self.modules = model_layers(model.model)
-        with torch.no_grad(), noted_ranks(model.model, self.modules):
+        with torch.no_grad(), noted_activations(model.model, self.modules):
             model(self.x)
         torch.backends.mha.set_fastpath_enabled(False)  # which has no ONNX operator
         buffer = io.BytesIO()
