@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from lora_edge.adapter.load import load_adapter
 from lora_edge.bundle.bundle import Bundle
 from lora_edge.fit.kinds import alone
 from lora_edge.names import NONE_ADAPTER
+from lora_edge.parity.carried import carried_adapter
 from lora_edge.parity.report import Case
 
 
@@ -36,7 +36,7 @@ def _contradictions(bundle: Bundle, name: str) -> Iterator[str]:
     directory = bundle.directory / "adapters" / name / "peft"
     if bundle.manifest.mode != "switchable" or not directory.is_dir():
         return
-    entry, adapter = bundle.adapter(name), load_adapter(directory, name)
+    entry, adapter = bundle.adapter(name), carried_adapter(bundle, name, directory)
     if entry.invocation != adapter.invocation:
         yield (
             f"the manifest says that {name} is {_invoked(entry.invocation)}, its PEFT config that "

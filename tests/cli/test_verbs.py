@@ -150,7 +150,9 @@ def test_add_leaves_the_adapter_unproved(
     report = cli("validate", copy)
     assert report.code == 1
     assert "unproved: adapter again" in report.out
-    taken = cli("add", copy, "-a", f"again={adapters['mirror']}")
+    same = cli("add", copy, "-a", f"again={adapters['mirror']}")
+    assert (same.code, same.out) == (0, f"{copy}\n")
+    taken = cli("add", copy, "-a", f"again={adapters['echo']}")
     assert (taken.code, taken.out) == (2, "")
 
 

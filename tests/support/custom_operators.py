@@ -25,10 +25,11 @@ from torch import Tensor, nn
 import lora_edge
 from lora_edge import graph as passes
 from lora_edge.adapter.load import Adapter
-from lora_edge.base.model import model_layers, noted_ranks
+from lora_edge.base.model import model_layers
 from lora_edge.base.quiet import quiet
 from lora_edge.bundle.adapter_files import graph_tensors
 from lora_edge.bundle.manifest import SiteEntry
+from lora_edge.capture.refusing import noted_activations
 from lora_edge.capture.swaps import swapped_linears
 from lora_edge.capture.trace import OPSET, TRACE_WARNINGS, name_nodes, name_weights
 from lora_edge.capture.weights import attach, placeholders
@@ -73,7 +74,7 @@ class Custom:
         self.directory.mkdir(parents=True, exist_ok=True)
         model = _Traced(copy.deepcopy(self.model))
         self.modules = model_layers(model.model)
-        with torch.no_grad(), noted_ranks(model.model, self.modules):
+        with torch.no_grad(), noted_activations(model.model, self.modules):
             model(self.x)
         torch.backends.mha.set_fastpath_enabled(False)  # which has no ONNX operator
         buffer = io.BytesIO()

@@ -8,18 +8,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_edge.adapter.load import load_adapter
 from lora_edge.bundle.adapter_files import graph_tensors, with_heads
 from lora_edge.bundle.bundle import Bundle
 from lora_edge.bundle.manifest import SiteEntry
 from lora_edge.bundle.onnx_adapter import read_adapter
 from lora_edge.fit.changes import site_changes
-from lora_edge.fit.rename import without_unread
 from lora_edge.maths.lora import Head
 from lora_edge.maths.quantization import rounded_weights
 from lora_edge.names import NONE_ADAPTER
-from lora_edge.parity.asking import silent
-from lora_edge.tasks.task import TEXT_GENERATION, Task
+from lora_edge.parity.carried import carried_adapter
 
 _SAME = 1e-5  # of a tensor's largest value
 _NAMED = 3
@@ -39,9 +36,7 @@ def compare_tensors(bundle: Bundle, name: str, directory: Path, weights: Weights
     manifest = bundle.manifest
     layers: Mapping[str, SiteEntry] = {**manifest.uncovered, **manifest.sites}
     rounded = rounded_weights(weights, manifest.quantization, layers)
-    task = None if manifest.task == TEXT_GENERATION else Task(manifest.task)
-    adapter = without_unread(load_adapter(directory, name), layers, task, silent)
-    adapter = adapter.settled(layers)
+    adapter = carried_adapter(bundle, name, directory).settled(layers)
     changes = site_changes(adapter, layers, rounded, manifest.tied)
     wanted = graph_tensors(with_heads(changes, _base_heads(bundle, weights)), manifest.sites)
     own = read_adapter(bundle.directory / bundle.adapter(name).file)
