@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(
     transformers.__version__ < "5", reason="the sweep is over the architectures of transformers 5"
 )
 IMAGES, TEXTS, TEXT = "image-classification", "text-classification", "text-generation"
-INTERFACE = "do not use the common attention interface"
+INTERFACE = "common attention interface"
 
 
 @pytest.mark.parametrize(

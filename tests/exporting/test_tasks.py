@@ -236,14 +236,13 @@ def test_a_blend_of_embeddings_is_proved(made: Callable[[str], Made]) -> None:
         lora_edge.validate(found.bundle),
         lora_edge.validate(found.bundle, reference=found.base),
     ):
-        (case,) = (x for x in report.cases if x.name.startswith("blend"))
-        assert case.name == "blend 0.7 one + 0.3 two"
+        case = next(x for x in report.cases if x.name == "blend 0.7 one + 0.3 two")
         assert case.status == "passed", case.reason
         assert case.figures is not None
         assert case.figures.effect_error <= 1e-4
         assert case.figures.effect_max > 0.01
     runner = lora_edge.Runner(found.bundle)
-    (golden,) = (x for x in recorded(runner.bundle) if x.probe.kind == "blend")
+    golden = next(x for x in recorded(runner.bundle) if x.probe.name == "blend 0.7 one + 0.3 two")
     for wrong in ({"one": 0.3, "two": 0.7}, {"one": 0.7}, {"one": 0.7, "two": 0.29}):
         (case,) = compare(runner, asked_of(golden, wrong), Tolerance())
         assert case.status == "failed", wrong

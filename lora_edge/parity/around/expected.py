@@ -145,7 +145,9 @@ def _labels(
     task = Task(manifest.task)
     every = reference_labels(base.directory)
     own = any(task.in_head(key) for key in base.keys())  # noqa: SIM118
-    named = every if own else []
+    head = parameters.value(f"{parameters.label_layer}.weight") if own else None
+    unnamed = [] if head is None else [f"LABEL_{index}" for index in range(len(head))]
+    named = (every or unnamed) if own else []
     found = {NONE_ADAPTER: named} if NONE_ADAPTER in manifest.adapters else {}
     for name, directory in sources.items():
         adapter = load_adapter(directory, name)

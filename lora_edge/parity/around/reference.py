@@ -208,11 +208,12 @@ def reference_generation(directory: Path) -> tuple[list[int], dict[str, Any]]:
 
 
 def reference_labels(directory: Path) -> list[str]:
-    """The names of a base's labels, in the order of its head's outputs."""
+    """The names of a base's labels, in the order of its head's outputs; empty: it names none."""
     import transformers
 
     with quiet():
-        names: Mapping[int, str] = transformers.AutoConfig.from_pretrained(directory).id2label
+        config = transformers.AutoConfig.from_pretrained(directory)
+    names: Mapping[int, str] = config.id2label or {}
     return [str(names[index]) for index in sorted(names)]
 
 
