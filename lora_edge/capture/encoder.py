@@ -7,7 +7,6 @@ mask is made here, from the attention mask alone; rows are padded on the right.
 from __future__ import annotations
 
 import inspect
-import io
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -21,18 +20,14 @@ from torch import Tensor, nn
 from lora_edge.base.checkpoint import Base
 from lora_edge.base.layer import Layer
 from lora_edge.base.model import load_model, model_layers
-from lora_edge.base.quiet import quiet
 from lora_edge.bundle.manifest import EncoderSpec
 from lora_edge.capture.attention import MASKED, RegisteredAttention, explicit_attention
 from lora_edge.capture.refusing import max_length, noted_activations, refusing
-from lora_edge.capture.swaps import constant_views, plain_exporter, replaced, swapped_linears
+from lora_edge.capture.swaps import constant_views, replaced, swapped_linears
+from lora_edge.capture.torchscript import name_nodes, to_onnx
 from lora_edge.capture.trace import (
-    OPSET,
-    TRACE_WARNINGS,
     add_buffers,
     check_inputs,
-    name_nodes,
-    name_weights,
 )
 from lora_edge.capture.weights import attach, placeholders
 from lora_edge.errors import BaseModelError, CaptureError, UnsupportedModelError
@@ -326,27 +321,11 @@ def _export(traced: _Traced, spec: EncoderSpec, task: Task, directory: Path) -> 
     dims = {name: {0: "batch"} if spec.image else {0: "batch", 1: "seq"} for name in example}
     by_token = task.name in {"token-classification", "feature-extraction"} and not spec.image
     dims[spec.output] = {0: "batch", 1: "seq"} if by_token else {0: "batch"}
-    buffer = io.BytesIO()
     with ExitStack() as stack:
         weights = stack.enter_context(placeholders(traced.model))
         stack.enter_context(swapped_linears(traced.model))
         stack.enter_context(constant_views(_BATCH, None if spec.image else _SEQ))
-        stack.enter_context(plain_exporter())
-        stack.enter_context(quiet(TRACE_WARNINGS))
-        torch.onnx.export(
-            traced,
-            tuple(example.values()),
-            buffer,
-            dynamo=False,
-            opset_version=OPSET,
-            input_names=list(example),
-            output_names=[spec.output],
-            dynamic_axes=dims,
-            do_constant_folding=False,
-            export_params=False,
-        )
-    graph = onnx.load_from_string(buffer.getvalue())
-    name_weights(graph)
+        graph = to_onnx(traced, example, [spec.output], dims)
     add_buffers(traced.model, graph, weights)
     missing = attach(graph, weights, directory / "model.onnx_data")
     missing = [name for name in missing if name.rpartition(".")[2] not in _TRAINING_ONLY]

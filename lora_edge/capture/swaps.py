@@ -159,18 +159,6 @@ def constant_views(batch: int, seq: int | None) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def plain_exporter() -> Iterator[None]:
-    """The exporter without its printed graph of an operator that it lacks, and with ``expm1``.
-
-    Apertus' activation reads ``expm1`` of numbers around 1, where the difference is rounding.
-    """
-    with ExitStack() as stack:
-        stack.enter_context(replaced(torch._C, "_jit_onnx_log", lambda *_: None))
-        stack.enter_context(replaced(torch, "expm1", lambda x: torch.exp(x) - 1.0))
-        yield
-
-
 def _gathered(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """``repeat_interleave`` along the last axis as one Gather; the exporter's own loses the rank.
 

@@ -6,7 +6,6 @@ for each RMSNorm, logits at chosen positions only. *portable*: standard operator
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,7 +20,6 @@ from lora_edge.base.experts import parameter_modules
 from lora_edge.base.families import OPTIMUM
 from lora_edge.base.layer import Layer
 from lora_edge.base.model import load_model, model_layers, path_of, tied_pair
-from lora_edge.base.quiet import quiet
 from lora_edge.bundle.manifest import GraphSpec
 from lora_edge.capture.attention import (
     AttentionSwap,
@@ -38,27 +36,17 @@ from lora_edge.capture.refusing import max_length, noted_activations, refusing
 from lora_edge.capture.swaps import (
     RotarySwap,
     constant_views,
-    plain_exporter,
     swapped_linears,
     swapped_norms,
 )
+from lora_edge.capture.torchscript import name_nodes, to_onnx
 from lora_edge.capture.weights import Weight, attach, placeholders
 from lora_edge.errors import CaptureError, UnsupportedModelError
 from lora_edge.maths.experts import ParameterModule
 from lora_edge.names import LOGITS_POSITIONS, past_name, present_name
 
-OPSET = 18
-# Said of every trace: the exporter is deprecated, sizes become constants.
-TRACE_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
-    ("You are using the legacy TorchScript", DeprecationWarning),
-    ("The feature will be removed", DeprecationWarning),
-    ("", torch.jit.TracerWarning),
-    # Of negative indices, which no known model computes; the base check would find them.
-    ("Exporting aten::index operator", UserWarning),
-)
 # Sizes that no model has, so that a traced size is known for what it is.
 _BATCH, _SEQ, _PAST = 3, 5, 7
-_PREFIX = "model."
 
 
 class _Traced(nn.Module):
@@ -227,7 +215,6 @@ def _export(
         dims[name] = {0: "batch", 2: "total" if rotary is None else "present"}
 
     traced = _Traced(model, swap, rotary, {fact.window for fact in facts})
-    buffer = io.BytesIO()
     with ExitStack() as stack:
         weights = stack.enter_context(placeholders(model))
         stack.enter_context(swapped_linears(model))
@@ -236,42 +223,15 @@ def _export(
             stack.enter_context(swapped_norms(model))
             stack.enter_context(rotary.applied())
         stack.enter_context(constant_views(_BATCH, _SEQ))
-        stack.enter_context(plain_exporter())
-        stack.enter_context(quiet(TRACE_WARNINGS))
         stack.enter_context(refusing(model, swap))
-        torch.onnx.export(
-            traced,
-            tuple(example.values()),
-            buffer,
-            dynamo=False,
-            opset_version=OPSET,
-            input_names=list(example),
-            output_names=["logits", *present],
-            dynamic_axes=dims,
-            custom_opsets={"com.microsoft": 1} if rotary is not None else None,
-            do_constant_folding=False,
-            export_params=False,
-        )
-    graph = onnx.load_from_string(buffer.getvalue())
-    name_weights(graph)
+        domains = {"com.microsoft": 1} if rotary is not None else None
+        graph = to_onnx(traced, example, ["logits", *present], dims, domains=domains)
     lower_choices(graph)
     add_buffers(model, graph, weights)
     missing = attach(graph, weights, directory / "model.onnx_data")
     check_inputs(model, graph, set(example), missing, weights)
     name_nodes(graph)
     return graph, flattened
-
-
-def name_weights(graph: onnx.ModelProto) -> None:
-    """Strip the wrapper's own name from the parameters' names."""
-    names = {value.name for value in graph.graph.input if value.name.startswith(_PREFIX)}
-    for value in graph.graph.input:
-        if value.name in names:
-            value.name = value.name.removeprefix(_PREFIX)
-    for node in graph.graph.node:
-        for index, name in enumerate(node.input):
-            if name in names:
-                node.input[index] = name.removeprefix(_PREFIX)
 
 
 def add_buffers(model: nn.Module, graph: onnx.ModelProto, weights: dict[str, Weight]) -> None:
@@ -309,22 +269,3 @@ def check_inputs(
             f"for ({', '.join(strange[:3])})",
             OPTIMUM,
         )
-
-
-def name_nodes(graph: onnx.ModelProto) -> None:
-    """Call the MatMul of a linear layer, and a Conv, by the layer's module path."""
-    weights = {tensor.name for tensor in graph.graph.initializer}
-    transposed: dict[str, str] = {}
-    for node in graph.graph.node:
-        if node.op_type == "Transpose" and node.input[0] in weights:
-            transposed[node.output[0]] = node.input[0]
-        if node.op_type in {"MatMul", "Conv"}:
-            weight = node.input[1]
-            if weight in transposed:
-                # A tied weight carries the embedding's name; the scope knows the layer's.
-                scope = node.name.removeprefix("/").split("/")[:-1]
-                owner = transposed[weight].removesuffix(".weight")
-                if scope:
-                    node.name = owner if owner.endswith(f".{scope[-1]}") else scope[-1]
-            elif weight in weights:
-                node.name = weight.removesuffix(".weight")

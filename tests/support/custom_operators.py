@@ -6,7 +6,6 @@ The oracle is PEFT's unmerged forward of the same module, with the adapter read 
 from __future__ import annotations
 
 import copy
-import io
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,12 +25,11 @@ import lora_edge
 from lora_edge import graph as passes
 from lora_edge.adapter.load import Adapter
 from lora_edge.base.model import model_layers
-from lora_edge.base.quiet import quiet
 from lora_edge.bundle.adapter_files import graph_tensors
 from lora_edge.bundle.manifest import SiteEntry
 from lora_edge.capture.refusing import noted_activations
 from lora_edge.capture.swaps import swapped_linears
-from lora_edge.capture.trace import OPSET, TRACE_WARNINGS, name_nodes, name_weights
+from lora_edge.capture.torchscript import name_nodes, to_onnx
 from lora_edge.capture.weights import attach, placeholders
 from lora_edge.fit.changes import parameter_changes, site_changes
 from lora_edge.fit.check import check_copies, check_modules
@@ -77,29 +75,16 @@ class Custom:
         with torch.no_grad(), noted_activations(model.model, self.modules):
             model(self.x)
         torch.backends.mha.set_fastpath_enabled(False)  # which has no ONNX operator
-        buffer = io.BytesIO()
         with (
             placeholders(model.model) as weights,
             swapped_linears(model.model),
-            quiet(TRACE_WARNINGS),
+            warnings.catch_warnings(),
         ):
             # Of the shape of a padding that is not of zeros.
             warnings.filterwarnings("ignore", "Constant folding - Only steps=1", UserWarning)
             warnings.filterwarnings("ignore", "Exporting a model to ONNX with a batch_size")
-            torch.onnx.export(
-                model,
-                (self.x,),
-                buffer,
-                dynamo=False,
-                opset_version=OPSET,
-                input_names=["x"],
-                output_names=["y"],
-                dynamic_axes={"x": {0: "batch"}, "y": {0: "batch"}},
-                do_constant_folding=False,
-                export_params=False,
-            )
-        graph = onnx.load_from_string(buffer.getvalue())
-        name_weights(graph)
+            dims = {"x": {0: "batch"}, "y": {0: "batch"}}
+            graph = to_onnx(model, {"x": self.x}, ["y"], dims)
         assert attach(graph, weights, self.directory / "model.onnx_data") == []
         name_nodes(graph)
         onnx.save(graph, self.directory / "model.onnx")
