@@ -116,9 +116,9 @@ class Task:
             Those of ``missing`` that are not the head's.
         """
         made_up = list(filter(self.in_head, missing))
-        pooling = getattr(model, "pooler", None)
+        last = getattr(model, "pooler", None)
         # One without parameters costs nothing, and its model may not do without it (ResNet).
-        if self.name == EMBEDDING and pooling is not None and any(True for _ in pooling.parameters()):
+        if self.name == EMBEDDING and last is not None and any(True for _ in last.parameters()):
             unread = [key for key in missing if key.startswith("pooler.")]
             missing = [key for key in missing if key not in unread]
             if pooler:
