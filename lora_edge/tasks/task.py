@@ -8,14 +8,13 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lora_edge.errors import BaseModelError
-
-Output = Literal["logits", "last_hidden_state"]
+from lora_edge.manifest import Output
 
 TEXT_GENERATION = "text-generation"
 EMBEDDING = "feature-extraction"
@@ -117,13 +116,9 @@ class Task:
             Those of ``missing`` that are not the head's.
         """
         made_up = list(filter(self.in_head, missing))
-        pooling = getattr(model, "pooler", None)
+        last = getattr(model, "pooler", None)
         # One without parameters costs nothing, and its model may not do without it (ResNet).
-        if (
-            self.name == EMBEDDING
-            and pooling is not None
-            and any(True for _ in pooling.parameters())
-        ):
+        if self.name == EMBEDDING and last is not None and any(True for _ in last.parameters()):
             unread = [key for key in missing if key.startswith("pooler.")]
             missing = [key for key in missing if key not in unread]
             if pooler:
