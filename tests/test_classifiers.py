@@ -13,8 +13,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from lora_edge.base.checkpoint import resolve_base
-from lora_edge.capture import capture_task
-from lora_edge.parity.encoder_check import check_encoder
+from lora_edge.capture import capture
+from lora_edge.parity.base.encoder import check_encoder
 from lora_edge.parity.task_reference import TaskReference
 from lora_edge.runtime.text.tokenizer import Tokenizer
 from lora_edge.tasks.task import Task
@@ -125,7 +125,7 @@ def test_held_out_lines_are_those_of_the_recipe(
 @pytest.mark.parametrize("task", [Task("text-classification", 4), Task("feature-extraction")])
 def test_the_base_is_captured(task: Task, tmp_path: Path) -> None:
     base = resolve_base(BASE)
-    graph = capture_task(base, tmp_path, task)
+    graph = capture(base, tmp_path, task)
     figures = check_encoder(graph, base, task)
     assert figures["limit"] <= 1e-4
     assert graph.spec.max_length == 128

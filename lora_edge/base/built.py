@@ -32,42 +32,40 @@ from lora_edge.errors import UnsupportedModelError
 from lora_edge.tasks.task import Task
 
 
-def layers_of(base: Base, task: Task | None) -> Layers:
+def layers_of(base: Base, task: Task) -> Layers:
     """Build a base without its weights; see :func:`lora_edge.capture.built_layers`."""
-    seq2seq = task is not None and task.seq2seq
-    refuse_unloadable(base.config, seq2seq=seq2seq)
+    refuse_unloadable(base.config, seq2seq=task.seq2seq)
     with loading(base, task, None), quiet():
         config = read_config(base, task)
         model: Any = empty_model(config, task)
-    if task is not None:
-        task.complete(model, ())  # drops what nobody reads
+    task.complete(model, ())  # drops what nobody reads
     modules = model_layers(model)
     tied: tuple[str, ...] = ()
     head = ""
-    if task is None or seq2seq:
+    if task.generates:
         tied = tied_pair(model)
     elif head := task.label_layer(model):
         modules[head] = replace(modules[head], kind="head")
     refused: UnsupportedModelError | None = None
     try:
-        if task is None:
+        if task.causal:
             refuse_untraceable(config.to_dict())
         refuse_experts(base, config, task, model)
         refuse_loops(model, base.model_type, None)
     except UnsupportedModelError as error:
         refused = error
-    layer = model.get_output_embeddings() if task is None or seq2seq else None
+    layer = model.get_output_embeddings() if task.generates else None
     output = "" if layer is None else path_of(model, layer)
     return Layers(modules, tied, parameter_modules(model), refused, output, head)
 
 
-def weights_of(base: Base, task: Task | None) -> Callable[[str], NDArray[np.floating] | None]:
+def weights_of(base: Base, task: Task) -> Callable[[str], NDArray[np.floating] | None]:
     """Read a base; see :func:`lora_edge.capture.built_weights`."""
     model = load_model(base, None, task)
     parameters = dict(model.named_parameters(remove_duplicate=False))
 
     def weight(path: str) -> NDArray[np.floating] | None:
-        made_up = task is not None and task.in_head(path) and base.parameter(path) is None
+        made_up = task.in_head(path) and base.parameter(path) is None
         value = None if made_up else parameters.get(path)
         if value is None:
             return None

@@ -39,12 +39,12 @@ class Layers:
     head: str = ""
 
 
-def built_layers(base: Base, task: Task | None) -> Layers:
+def built_layers(base: Base, task: Task) -> Layers:
     """The layers of a base, without reading its weights.
 
     Args:
         base: the model.
-        task: what it is to do; ``None`` for text generation.
+        task: what it is to do.
 
     Raises:
         MissingDependencyError: the extra ``export`` is not installed.
@@ -58,7 +58,7 @@ def built_layers(base: Base, task: Task | None) -> Layers:
     return layers_of(base, task)
 
 
-def built_weights(base: Base, task: Task | None) -> Callable[[str], NDArray[np.floating] | None]:
+def built_weights(base: Base, task: Task) -> Callable[[str], NDArray[np.floating] | None]:
     """Parameter path of the built model -> its value; ``None`` where the base has none.
 
     Reads the whole model, which takes its size in float32.

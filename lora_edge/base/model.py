@@ -21,14 +21,14 @@ from lora_edge.errors import BaseModelError, UnsupportedModelError
 from lora_edge.tasks.task import Task
 
 
-def load_model(base: Base, attention: str | None, task: Task | None = None) -> Any:
+def load_model(base: Base, attention: str | None, task: Task) -> Any:
     """The model in fp32 on the CPU, in evaluation mode.
 
     Args:
         base: the model's folder.
         attention: the registered attention function to trace it with; ``None`` for the model's own
             eager one.
-        task: ``None`` for text generation.
+        task: what it is to do.
 
     Raises:
         UnsupportedModelError: the architecture is refused.
@@ -36,28 +36,26 @@ def load_model(base: Base, attention: str | None, task: Task | None = None) -> A
     """
     import transformers
 
-    refuse_unloadable(base.config, seq2seq=task is not None and task.seq2seq)
-    options: dict[str, Any] = {"attn_implementation": attention or "eager"}
-    if task is not None:
-        options["ignore_mismatched_sizes"] = True  # told of below, and allowed for the head alone
+    refuse_unloadable(base.config, seq2seq=task.seq2seq)
     with loading(base, task, attention):
         config = read_config(base, task)
         if attention is not None:
             refuse_untraceable(config.to_dict())
         refuse_experts(base, config, task)  # before any weight is loaded
         with quiet():
-            model, found = getattr(transformers, _loader(task)).from_pretrained(
+            model, found = getattr(transformers, task.loader).from_pretrained(
                 base.directory,
                 # A model keeps its config and writes into it, so this one must be its own.
                 config=copy.deepcopy(config),
                 dtype=torch.float32,
                 output_loading_info=True,
-                **options,
+                attn_implementation=attention or "eager",
+                # Told of below, and allowed for the head alone.
+                ignore_mismatched_sizes=bool(task.heads),
             )
     # transformers fills these in at random and only warns.
     random = sorted(found["missing_keys"]) + [str(x[0]) for x in found["mismatched_keys"]]
-    if task is not None:
-        random = task.complete(model, random)
+    random = task.complete(model, random)
     if random:
         raise BaseModelError(
             f"{base.name_or_path} lacks {len(random)} of its weights, or has them in another "
@@ -70,12 +68,12 @@ def load_model(base: Base, attention: str | None, task: Task | None = None) -> A
 
 
 @contextmanager
-def loading(base: Base, task: Task | None, attention: str | None) -> Iterator[None]:
+def loading(base: Base, task: Task, attention: str | None) -> Iterator[None]:
     """What transformers raises where it cannot load a model, as an error of ours.
 
     Args:
         base: the model.
-        task: ``None`` for text generation.
+        task: what it is to do.
         attention: the registered attention function that it is given, if any.
     """
     from huggingface_hub.errors import StrictDataclassError
@@ -103,36 +101,34 @@ def loading(base: Base, task: Task | None, attention: str | None) -> Iterator[No
                 f"{base.model_type} models are refused: they have no common attention interface",
                 OPTIMUM,
             ) from error
-        what = "a causal language model" if task is None else f"a model for {task.name}"
         raise BaseModelError(
-            f"{base.name_or_path} cannot be loaded as {what}: {said}",
-            f"Check that transformers' {_loader(task)} can load it.",
+            f"{base.name_or_path} cannot be loaded as a model for {task.name}: {said}",
+            f"Check that transformers' {task.loader} can load it.",
         ) from error
 
 
-def read_config(base: Base, task: Task | None) -> Any:
+def read_config(base: Base, task: Task) -> Any:
     """transformers' config of a base, its head sized for the task."""
     import transformers
 
-    labels = {} if task is None else task.labels
-    return transformers.AutoConfig.from_pretrained(base.directory, **labels)
+    return transformers.AutoConfig.from_pretrained(base.directory, **task.labels)
 
 
-def empty_model(config: Any, task: Task | None) -> Any:
+def empty_model(config: Any, task: Task) -> Any:
     """The model on the meta device; ``config`` is left as it is."""
     import transformers
 
     with torch.device("meta"):
-        return getattr(transformers, _loader(task)).from_config(copy.deepcopy(config))
+        return getattr(transformers, task.loader).from_config(copy.deepcopy(config))
 
 
-def refuse_experts(base: Base, config: Any, task: Task | None, model: Any = None) -> None:
+def refuse_experts(base: Base, config: Any, task: Task, model: Any = None) -> None:
     """Refuse a mixture of experts that cannot be captured.
 
     Args:
         base: the model.
         config: transformers' config of it.
-        task: ``None`` for text generation.
+        task: what it is to do.
         model: the model, if it is built already; its weights are not read.
 
     Raises:
@@ -141,17 +137,13 @@ def refuse_experts(base: Base, config: Any, task: Task | None, model: Any = None
     field = experts_field(config.to_dict())
     if field is None:
         return
-    if task is not None:
+    if not task.causal:
         raise UnsupportedModelError(
             f"{base.model_type} models are refused for {task.name}: {field}: mixtures of "
             "experts are captured for text generation only",
             "Use a dense model for this task.",
         )
     refuse_loops(empty_model(config, task) if model is None else model, base.model_type, field)
-
-
-def _loader(task: Task | None) -> str:
-    return "AutoModelForCausalLM" if task is None else task.loader
 
 
 def model_layers(model: nn.Module) -> dict[str, Layer]:

@@ -6,25 +6,21 @@ Knows PyTorch and transformers; knows nothing of adapters, graph passes or runti
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Generic, Literal
+from typing import Any, Generic, Literal
 
 from lora_edge.base.checkpoint import Base
 from lora_edge.base.layer import Layer
-from lora_edge.bundle.manifest import EncoderSpec, GraphSpec, Seq2SeqSpec, Spec
-from lora_edge.errors import MissingDependencyError
+from lora_edge.bundle.bundle import DECODER_FILE
+from lora_edge.bundle.manifest import Seq2SeqSpec, Spec
+from lora_edge.errors import MissingDependencyError, UnsupportedModelError
 from lora_edge.maths.experts import ParameterModule
-from lora_edge.tasks.task import Task
+from lora_edge.tasks.task import TEXT, Task
 
-__all__ = [
-    "BaseGraph",
-    "capture",
-    "capture_seq2seq",
-    "capture_task",
-]
+__all__ = ["BaseGraph", "capture"]
 
 _TRACE_PACKAGES: tuple[str, ...] = ("torch", "transformers", "onnx")
 _OPTIMUM_PACKAGES = (*_TRACE_PACKAGES, "optimum", "optimum-onnx")
@@ -58,22 +54,38 @@ class BaseGraph(Generic[Spec]):
     versions: Mapping[str, str]
     seconds: float
 
+    @property
+    def parts(self) -> Mapping[str, Path]:
+        """Name of each graph -> its file: ``model``, or ``encoder`` and ``decoder``."""
+        if not isinstance(self.spec, Seq2SeqSpec):
+            return {"model": self.path}
+        return {"encoder": self.path, "decoder": self.path.with_name(Path(DECODER_FILE).name)}
+
+    def part_of(self, module: str) -> str:
+        """Name of the graph that a module is in."""
+        if not isinstance(self.spec, Seq2SeqSpec):
+            return "model"
+        return "encoder" if module.startswith(f"{self.spec.encoder}.") else "decoder"
+
 
 def capture(
     base: Base,
     directory: Path,
+    task: Task = TEXT,
     *,
     form: Literal["fused", "portable"] = "fused",
     backend: Literal["trace", "optimum"] = "trace",
-) -> BaseGraph[GraphSpec]:
-    """Capture a decoder as an ONNX graph with a KV cache.
+) -> BaseGraph[Any]:
+    """Capture a base: a decoder with a KV cache, a model without one, or an encoder and a decoder.
 
     Args:
-        base: the model.
-        directory: an existing folder; ``model.onnx`` and ``model.onnx_data`` are written there.
-        form: ``fused`` or ``portable``, see :mod:`lora_edge.capture.trace`; the optimum backend
-            has one form of its own and ignores this.
-        backend: ``trace``, or ``optimum`` (see :mod:`lora_edge.capture.optimum`).
+        base: the model; its head may be missing where the task says so.
+        directory: an existing folder; the graphs and their data are written there.
+        task: what the model is to do.
+        form: of a decoder: ``fused`` or ``portable``, see :mod:`lora_edge.capture.trace`. What has
+            no cache is portable, and the optimum backend has a form of its own.
+        backend: ``trace``, or ``optimum`` (see :mod:`lora_edge.capture.optimum`), which an
+            encoder-decoder needs.
 
     Raises:
         MissingDependencyError: the extra ``export``, or ``optimum``, is not installed.
@@ -81,83 +93,40 @@ def capture(
         BaseModelError: the model cannot be loaded.
         CaptureError: the graph is not what it should be.
     """
+    if task.seq2seq and backend != "optimum":
+        raise UnsupportedModelError(
+            f"{base.model_type} models are refused by the trace backend: it traces one graph, and "
+            "an encoder-decoder is two",
+            "Use --backend optimum, in an environment with lora-edge[optimum].",
+        )
     started = time.monotonic()
     try:
-        from lora_edge.capture.optimum import export_with_optimum
+        from lora_edge.capture.encoder import trace_encoder
+        from lora_edge.capture.optimum import export_seq2seq, export_with_optimum
         from lora_edge.capture.trace import trace
     except ImportError as error:
         raise MissingDependencyError.of_export(error) from error
-    packages = _TRACE_PACKAGES
+    spec: Any
+    tied: tuple[str, ...] = ()
     parameter_modules: Mapping[str, ParameterModule] = {}
-    if backend == "optimum":
+    packages = _TRACE_PACKAGES
+    if task.seq2seq:
+        path, spec, modules, tied, head = export_seq2seq(base, directory, task)
+        packages = _OPTIMUM_PACKAGES
+    elif not task.causal:
+        path, spec, modules, head = trace_encoder(base, directory, task)
+    elif backend == "optimum":
         path, spec, modules, tied, head = export_with_optimum(base, directory)
         packages = _OPTIMUM_PACKAGES
     else:
         path, spec, modules, tied, head, parameter_modules = trace(base, directory, form)
-    return _base_graph(base, path, spec, modules, packages, started, tied, head, parameter_modules)
-
-
-def capture_task(base: Base, directory: Path, task: Task) -> BaseGraph[EncoderSpec]:
-    """Capture a model without a cache, in the portable form.
-
-    Args:
-        base: the model; its head may be missing where the task says so.
-        directory: an existing folder; ``model.onnx`` and ``model.onnx_data`` are written there.
-        task: what the model is to do.
-
-    Raises:
-        MissingDependencyError, UnsupportedModelError, BaseModelError, CaptureError: as
-            :func:`capture`.
-    """
-    started = time.monotonic()
-    try:
-        from lora_edge.capture.encoder import trace_encoder
-    except ImportError as error:
-        raise MissingDependencyError.of_export(error) from error
-    path, spec, modules, head = trace_encoder(base, directory, task)
-    return _base_graph(base, path, spec, modules, _TRACE_PACKAGES, started, head=head)
-
-
-def capture_seq2seq(base: Base, directory: Path, task: Task) -> BaseGraph[Seq2SeqSpec]:
-    """Capture an encoder and a decoder without a cache, with the optimum backend.
-
-    Args:
-        base: the model.
-        directory: an existing folder; both graphs and their data are written there.
-        task: what the model is to do.
-
-    Raises:
-        MissingDependencyError, UnsupportedModelError, BaseModelError, CaptureError: as
-            :func:`capture`.
-    """
-    started = time.monotonic()
-    try:
-        from lora_edge.capture.optimum import export_seq2seq
-    except ImportError as error:
-        raise MissingDependencyError.of_export(error) from error
-    path, spec, modules, tied, head = export_seq2seq(base, directory, task)
-    return _base_graph(base, path, spec, modules, _OPTIMUM_PACKAGES, started, tied, head)
-
-
-def _base_graph(
-    base: Base,
-    path: Path,
-    spec: Spec,
-    modules: Mapping[str, Layer],
-    packages: Sequence[str],
-    started: float,
-    tied: tuple[str, ...] = (),
-    head: str = "",
-    parameter_modules: Mapping[str, ParameterModule] | None = None,
-) -> BaseGraph[Spec]:
-    """What was captured since ``started``, by ``time.monotonic``, with these packages."""
     return BaseGraph(
         path=path,
         spec=spec,
         modules=modules,
         tied=tied,
         head=head,
-        parameter_modules=parameter_modules or {},
+        parameter_modules=parameter_modules,
         model_type=base.model_type,
         versions={package: version(package) for package in packages},
         seconds=time.monotonic() - started,

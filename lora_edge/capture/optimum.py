@@ -30,7 +30,7 @@ from lora_edge.errors import (
     UnsupportedModelError,
 )
 from lora_edge.names import past_name
-from lora_edge.tasks.task import Task
+from lora_edge.tasks.task import TEXT, Task
 
 _TASK = "text-generation-with-past"
 _INLINE_BELOW = 1024  # bytes
@@ -54,7 +54,7 @@ def export_with_optimum(
     """
     _check_installed()
     # Only an eager model keeps its softcap, and only the loaded model decides that.
-    model = load_model(base, None)
+    model = load_model(base, None, TEXT)
     modules, tied = model_layers(model), tied_pair(model)
     head = path_of(model, model.get_output_embeddings())
     with _exported(base, model, directory, _TASK) as scratch:

@@ -44,6 +44,7 @@ from lora_edge.capture.weights import Weight, attach, placeholders
 from lora_edge.errors import CaptureError, UnsupportedModelError
 from lora_edge.maths.experts import ParameterModule
 from lora_edge.names import LOGITS_POSITIONS, past_name, present_name
+from lora_edge.tasks.task import TEXT
 
 # Sizes that no model has, so that a traced size is known for what it is.
 _BATCH, _SEQ, _PAST = 3, 5, 7
@@ -120,7 +121,7 @@ def trace(
     """
     swap = AttentionSwap(base.model_type)
     with swap.registered(), torch.no_grad():
-        model = load_model(base, swap.name)
+        model = load_model(base, swap.name, TEXT)
         modules = model_layers(model)
         longest = max_length(model.config)
         rotary = RotarySwap(model, longest) if form == "fused" else None

@@ -14,28 +14,41 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
+from numpy.typing import NDArray
+
 from lora_edge import __version__
 from lora_edge.adapter.load import Adapter
 from lora_edge.adapter.loading import BaseView
 from lora_edge.base.checkpoint import Base
 from lora_edge.base.layer import Layer
 from lora_edge.bundle.adapter_files import with_heads, write_adapter_folder, write_none
-from lora_edge.bundle.bundle import BASE_GRAPH_FILE, DATA_FILE, GRAPH_FILE, Bundle, file_entries
+from lora_edge.bundle.bundle import (
+    BASE_GRAPH_FILE,
+    DECODER_FILE,
+    ENCODER_FILE,
+    GRAPH_FILE,
+    Bundle,
+    file_entries,
+)
 from lora_edge.bundle.manifest import AdapterEntry, Manifest, Mode, SiteEntry, WeightEntry
 from lora_edge.bundle.sentence import load_sentence_modules, sentence_files
 from lora_edge.errors import MissingDependencyError, UnsupportedModelError
-from lora_edge.fit.changes import parameter_changes, site_changes
-from lora_edge.fit.check import check_copies, check_loads, check_modules
+from lora_edge.fit.changes import ParameterChange, parameter_changes, site_changes
+from lora_edge.fit.check import check_copies, check_linear, check_loads, check_modules
 from lora_edge.fit.kinds import kind_of, parts_of_kinds
 from lora_edge.maths.lora import Head, SiteChange
 from lora_edge.maths.quantization import BITS, Precision, Quantization, measured, rounded_weights
 from lora_edge.names import NONE_ADAPTER, Part
 from lora_edge.runtime import installed
-from lora_edge.tasks.task import EMBEDDING, TEXT_GENERATION, Task
+from lora_edge.tasks.task import EMBEDDING, Task
 
 Progress = Callable[[str], None]
 Form = Literal["fused", "portable"]
 Backend = Literal["trace", "optimum"]
+Weights = Callable[[str], "NDArray[np.floating] | None"]
+
+_FILES = {"model": GRAPH_FILE, "encoder": ENCODER_FILE, "decoder": DECODER_FILE}
 
 _COPIED = (
     "config.json", "generation_config.json", "preprocessor_config.json",
@@ -47,7 +60,7 @@ class Options:
     """How a bundle is built; see :func:`lora_edge.exporting.export.export` for what each means.
 
     Attributes:
-        task: ``None`` for text generation.
+        task: what the base is to do.
     """
 
     mode: Mode
@@ -55,7 +68,7 @@ class Options:
     backend: Backend
     sites: Literal["all", "adapters"]
     kinds: tuple[str, ...]
-    task: Task | None
+    task: Task
     precision: Precision = "fp32"
 
 
@@ -67,13 +80,12 @@ def check_precision(options: Options) -> None:
     """
     if options.precision == "fp32":
         return
-    plain = options.task is None and options.backend == "trace"
+    plain = options.task.causal and options.backend == "trace"
     if not plain or options.form != "fused":
-        what = "text generation" if options.task is None else options.task.name
         raise UnsupportedModelError(
-            f"--precision {options.precision} is for text generation in the trace backend's fused "
-            f"form, got {what}, {options.backend}, {options.form}: the operator, MatMulNBits, is "
-            "ONNX Runtime's own",
+            f"--precision {options.precision} is for text-generation in the trace backend's fused "
+            f"form, got {options.task.name}, {options.backend}, {options.form}: the operator, "
+            "MatMulNBits, is ONNX Runtime's own",
             "Use --precision fp32" + (", or --form fused." if options.form != "fused" else "."),
         )
 
@@ -91,79 +103,65 @@ def build(
     """
     try:
         from lora_edge import graph as passes
-        from lora_edge.capture import capture, capture_task
-        from lora_edge.parity import check_base, check_encoder
+        from lora_edge.capture import capture
+        from lora_edge.parity import check_base
     except ImportError as error:
         raise MissingDependencyError.of_export(error) from error
     task, merged = options.task, options.mode == "merged"
-    if task is not None and task.name == EMBEDDING:
+    if task.name == EMBEDDING:
         load_sentence_modules(base.directory)  # what cannot be represented is refused here
     raw = stage / "capture"
     raw.mkdir()
     (stage / "onnx").mkdir()
-    what = f"{options.backend}, {options.form}" if task is None else task.name
+    what = f"{options.backend}, {options.form}" if task.causal else task.name
     say(f"capturing {base.name_or_path} ({base.model_type}, {what})")
-    captured: Any
-    if task is None:
-        captured = capture(base, raw, form=options.form, backend=options.backend)
-    else:
-        captured = capture_task(base, raw, task)
-    model = passes.load(captured.path)
-    weights = passes.graph_weights(model, captured.modules, base.parameter)
-    adapters = [adapter.settled(captured.modules) for adapter in adapters]
+    captured = capture(base, raw, task, form=options.form, backend=options.backend)
+    models = {part: passes.load(path) for part, path in captured.parts.items()}
+    weights = _weights(base, captured, models)
+    modules = captured.modules
+    if task.seq2seq:  # the optimum backend's graphs name nothing else
+        modules = {path: layer for path, layer in modules.items() if layer.kind == "linear"}
+    adapters = [adapter.settled(modules) for adapter in adapters]
     for adapter in adapters:
-        check_modules(adapter, captured.modules, base.name_or_path, captured.parameter_modules)
+        if task.seq2seq:
+            check_linear(adapter, captured.modules)
+        check_modules(adapter, modules, base.name_or_path, captured.parameter_modules)
         if not captured.parameter_modules:
-            output = captured.head if task is None else ""
+            output = captured.head if task.generates else ""
             check_loads(adapter, BaseView(captured.modules, captured.tied, output))
         check_copies(adapter, weights, captured.tied)
     if captured.spec.form == "fused":
-        passes.fuse(model)
-        passes.save_graph(model, captured.path)
+        passes.fuse(models["model"])
+        passes.save_graph(models["model"], captured.path)
     say("checking the base graph against PyTorch")
-    figures = check_base(captured, base) if task is None else check_encoder(captured, base, task)
-    graph_file = stage / GRAPH_FILE
+    figures = check_base(captured, base, task)
     quantization = None
     if options.precision != "fp32":
         # Not the head: it is the layer that suffers most, and often the embedding too.
-        linear = {path: x for path, x in captured.modules.items() if path != captured.head}
-        rounding = passes.quantizable(model, linear)
-        quantization = measured(BITS[options.precision], rounding, weights, captured.modules)
+        linear = {path: x for path, x in modules.items() if path != captured.head}
+        rounding = passes.quantizable(models["model"], linear)
+        quantization = measured(BITS[options.precision], rounding, weights, modules)
         say(
-            f"rounding {len(rounding)} layers, {_share(quantization, captured.modules, base):.0%} "
+            f"rounding {len(rounding)} layers, {_share(quantization, modules, base):.0%} "
             f"of the parameters, to {options.precision}: ‖W - Q(W)‖ / ‖W‖ is "
             f"{quantization.mean_error:.3g} in the mean, {quantization.worst_error:.3g} at worst"
         )
-        weights = rounded_weights(weights, quantization, captured.modules)
+        weights = rounded_weights(weights, quantization, modules)
     fingerprint = base.fingerprint()
     base_labels = _base_labels(base, captured, task)
     entries: dict[str, AdapterEntry] = {}
     covered: dict[str, SiteEntry] = {}
     given: dict[str, Mapping[str, SiteChange]] = {}
     if merged:
-        changes = parameter_changes(
-            adapters[0], captured.modules, captured.tied, captured.parameter_modules
-        )
+        changes = parameter_changes(adapters[0], modules, captured.tied, captured.parameter_modules)
         say(f"merging {adapters[0].name} into {len(changes)} parameters")
-        owners = {path.rpartition(".")[0] for path in changes} & set(captured.modules)
-        layers = {path: SiteEntry.of(captured.modules[path]) for path in sorted(owners)}
-        if quantization is not None:
-            matrices = {path.removesuffix(".weight") for path in changes}
-            touched = [path for path in quantization.layers if path in matrices]
-            others = [path for path in quantization.layers if path not in matrices]
-            passes.quantize_layers(model, captured.modules, others, quantization)
-            passes.round_layers(model, captured.modules, touched, quantization)
-            if touched:
-                say(f"{len(touched)} layers stay in fp32: the adapter is in their rounded weights")
-        found = passes.find_sites(model, layers, weights)
-        passes.merge(model, found, changes, weights)
-        passes.save_with_data(model, graph_file)
+        _merge(captured, models, modules, changes, weights, quantization, stage, say)
     else:
         for adapter in adapters:
-            given[adapter.name] = site_changes(adapter, captured.modules, weights, captured.tied)
+            given[adapter.name] = site_changes(adapter, modules, weights, captured.tied)
         # The head is the largest site and adapters seldom touch it.
-        offered = set(captured.modules) - {captured.head} if options.sites == "all" else set()
-        covered = covered_layers(captured.modules, offered, list(given.values()), options.kinds)
+        offered = set(modules) - {captured.head} if options.sites == "all" else set()
+        covered = covered_layers(modules, offered, list(given.values()), options.kinds)
         heads = {
             path: _base_head(base, path)
             for path, site in covered.items()
@@ -171,33 +169,16 @@ def build(
         }
         given = {name: with_heads(changes, heads) for name, changes in given.items()}
         say(f"adding branches to {len(covered)} layers")
-        path = captured.path
-        if quantization is not None:
-            passes.quantize_layers(model, captured.modules, quantization.layers, quantization)
-            path = raw / "quantized" / captured.path.name
-            path.parent.mkdir()
-            passes.save_with_data(model, path)
-            model = passes.load(path)
-        plain = path.with_name("base.onnx")
-        found = passes.find_sites(model, covered, weights)
-        if task is None:
-            passes.save_graph(model, plain)
-            covered = with_weights(covered, found)
-        passes.branch(model, found)
-        # Beside its data, which is moved and never rewritten.
-        passes.save_graph(model, path)
-        path.rename(graph_file)
-        path.with_name("model.onnx_data").rename(stage / DATA_FILE)
-        if task is None:
-            plain.rename(stage / BASE_GRAPH_FILE)
+        covered = _branch(captured, models, modules, covered, weights, quantization, stage, task)
         none = write_none(stage, covered, fingerprint, heads)
         entries[NONE_ADAPTER] = dataclasses.replace(none, labels=base_labels)
-    passes.check(graph_file)
+    for part in captured.parts:
+        passes.check(stage / _FILES[part])
     shutil.rmtree(raw)
     for adapter in adapters:
         own = None if merged else given[adapter.name]
         entry = write_adapter_folder(stage, adapter, covered, own, fingerprint)
-        count = None if task is None else adapter.head_labels(captured.head)
+        count = None if task.generates else adapter.head_labels(captured.head)
         if not entry.labels and (count is None or count == len(base_labels)):
             entry = dataclasses.replace(entry, labels=base_labels)
         entries[adapter.name] = entry
@@ -206,6 +187,100 @@ def build(
     modules = captured.modules
     manifest = manifest_of(options, base, captured, figures, entries, covered, modules, fingerprint)
     return sign(stage, dataclasses.replace(manifest, quantization=quantization))
+
+
+def _weights(base: Base, captured: Any, models: Mapping[str, Any]) -> Weights:
+    """The base's parameters, as the graphs have them."""
+    from lora_edge import graph as passes
+
+    if "model" in models:
+        return passes.graph_weights(models["model"], captured.modules, base.parameter)
+    tied = captured.tied
+
+    def value(path: str) -> NDArray[np.floating] | None:
+        found = base.parameter(path)
+        if found is None and tied and path == f"{tied[1]}.weight":
+            return base.parameter(f"{tied[0]}.weight")
+        return found
+
+    return value
+
+
+def _merge(
+    captured: Any,
+    models: Mapping[str, Any],
+    modules: Mapping[str, Layer],
+    changes: Mapping[str, ParameterChange],
+    weights: Weights,
+    quantization: Quantization | None,
+    stage: Path,
+    say: Progress,
+) -> None:
+    """Write each graph with the changes in its weights."""
+    from lora_edge import graph as passes
+
+    if quantization is not None:
+        matrices = {path.removesuffix(".weight") for path in changes}
+        touched = [path for path in quantization.layers if path in matrices]
+        others = [path for path in quantization.layers if path not in matrices]
+        passes.quantize_layers(models["model"], modules, others, quantization)
+        passes.round_layers(models["model"], modules, touched, quantization)
+        if touched:
+            say(f"{len(touched)} layers stay in fp32: the adapter is in their rounded weights")
+    for part, model in models.items():
+        own = {
+            path: change
+            for path, change in changes.items()
+            if captured.part_of(path.rpartition(".")[0]) == part
+        }
+        owners = {path.rpartition(".")[0] for path in own} & set(modules)
+        layers = {path: SiteEntry.of(modules[path]) for path in sorted(owners)}
+        passes.merge(model, passes.find_sites(model, layers, weights), own, weights)
+        passes.save_with_data(model, stage / _FILES[part])
+
+
+def _branch(
+    captured: Any,
+    models: Mapping[str, Any],
+    modules: Mapping[str, Layer],
+    covered: Mapping[str, SiteEntry],
+    weights: Weights,
+    quantization: Quantization | None,
+    stage: Path,
+    task: Task,
+) -> dict[str, SiteEntry]:
+    """Write each graph with branches, of a decoder one without beside it on the same data.
+
+    Returns:
+        The layers, with where the data file has their weights.
+    """
+    from lora_edge import graph as passes
+
+    located = dict(covered)
+    for part, source in captured.parts.items():
+        path, model = source, models[part]
+        if quantization is not None:
+            passes.quantize_layers(model, modules, quantization.layers, quantization)
+            path = source.parent / "quantized" / source.name
+            path.parent.mkdir()
+            passes.save_with_data(model, path)
+            model = passes.load(path)
+        own = {x: site for x, site in covered.items() if captured.part_of(x) == part}
+        found = passes.find_sites(model, own, weights)
+        plain = path.with_name("base.onnx")
+        if task.causal:
+            passes.save_graph(model, plain)
+            located |= with_weights(own, found)
+        passes.branch(model, found)
+        # Beside its data, which is moved and never rewritten.
+        passes.save_graph(model, path)
+        target = stage / _FILES[part]
+        path.rename(target)
+        data = path.with_name(f"{path.name}_data")
+        data.rename(target.with_name(data.name))
+        if task.causal:
+            plain.rename(stage / BASE_GRAPH_FILE)
+    return located
 
 
 def _share(quantization: Quantization, modules: Mapping[str, Layer], base: Base) -> float:
@@ -241,7 +316,7 @@ def manifest_of(
     merged = options.mode == "merged"
     return Manifest(
         mode=options.mode,
-        task=TEXT_GENERATION if options.task is None else options.task.name,
+        task=options.task.name,
         precision=options.precision,
         graph=captured.spec,
         base={
@@ -270,9 +345,9 @@ def sign(stage: Path, manifest: Manifest) -> Manifest:
     return signed
 
 
-def _base_labels(base: Base, captured: Any, task: Task | None) -> tuple[str, ...]:
+def _base_labels(base: Base, captured: Any, task: Task) -> tuple[str, ...]:
     """The labels of the base's own task head; empty where it has none."""
-    if task is None or not captured.head or base.parameter(f"{captured.head}.weight") is None:
+    if task.generates or not captured.head or base.parameter(f"{captured.head}.weight") is None:
         return ()
     weight = base.parameter(f"{captured.head}.weight")
     assert weight is not None

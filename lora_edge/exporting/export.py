@@ -30,7 +30,6 @@ from lora_edge.errors import (
     ParityError,
 )
 from lora_edge.exporting.build import Options, Progress, build, check_precision, sign
-from lora_edge.exporting.build_seq2seq import build_seq2seq
 from lora_edge.exporting.texts import own_folders, write_adapter_texts, write_base_text
 from lora_edge.files.portable import check_apart
 from lora_edge.files.transaction import preparing, recover, staging
@@ -51,7 +50,7 @@ from lora_edge.maths.lora import Head, SiteChange
 from lora_edge.maths.quantization import Precision, rounded_weights
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.runtime.adapters.changes import parse_changes
-from lora_edge.tasks.task import EMBEDDING, TEXT_GENERATION, Task
+from lora_edge.tasks.task import EMBEDDING, Task
 
 
 def export(
@@ -161,10 +160,7 @@ def export(
             loaded = stack.enter_context(fitted(loaded, model, wanted, say))
             options = Options(mode, form, backend, sites, tuple(kinds), wanted, precision)
             check_precision(options)
-            if wanted is not None and wanted.seq2seq:
-                manifest = build_seq2seq(model, loaded, stage, options, wanted, say)
-            else:
-                manifest = build(model, loaded, stage, options, say)
+            manifest = build(model, loaded, stage, options, say)
             write_base_text(model, stage, manifest, say)
             folders = own_folders(adapters or {}, local)
             manifest = write_adapter_texts(stage, manifest, folders, say)
@@ -211,7 +207,7 @@ def add(
             "Export a switchable one with: lora-edge export BASE --mode switchable",
         )
     layers = {**manifest.uncovered, **manifest.sites}
-    task = None if manifest.task == TEXT_GENERATION else Task(manifest.task)
+    task = Task(manifest.task)
     kind = manifest.base["model_type"]
     with peft_directories(adapters) as paths:
         loaded = [load_adapter(path, name) for name, path in paths.items()]

@@ -56,7 +56,7 @@ class Fit:
     def __init__(self, adapter: Adapter, base: Base, task: str | None) -> None:
         self._adapter = adapter
         self._base = base
-        self._task: Task | None = None
+        self._task = Task()
         self._against: list[Refusal] = []
         self.warnings: tuple[str, ...] = ()
         self.names: Mapping[str, str] = {}
@@ -199,7 +199,7 @@ class Fit:
     def _found_misfits(self) -> Iterator[tuple[str, LoraEdgeError]]:
         whole = self._adapter
         nothing = dataclasses.replace(whole, modules={}, saved={}, tokens={}, stacked={})
-        seq2seq = self._task is not None and self._task.seq2seq and self.compared == "model"
+        seq2seq = self._task.seq2seq and self.compared == "model"
         for field in ("modules", "saved", "tokens", "stacked"):
             for path, value in getattr(whole, field).items():
                 if field == "stacked" and self.compared == "names":

@@ -37,6 +37,7 @@ from lora_edge.base.checkpoint import Base
 from lora_edge.base.linear import is_linear
 from lora_edge.base.model import load_model
 from lora_edge.errors import AdapterError, MissingDependencyError, UnsupportedAdapterError
+from lora_edge.tasks.task import TEXT
 
 _ROWS = 1024  # of the identity, at a time: bounds the memory that measuring takes
 _PREFIX = "base_model.model."
@@ -62,7 +63,7 @@ def factorize(
             :func:`lora_edge.fit.convert.convert` says.
     """
     _refuse_unknown_fields(source, config)
-    plain = load_model(base, None)
+    plain = load_model(base, None, TEXT)
     before = {
         path: _checksum(module.weight)
         for path, module in plain.named_modules()

@@ -88,7 +88,7 @@ _POOLER = "pooler."
 
 
 def without_unread(
-    adapter: Adapter, modules: Collection[str], task: Task | None, say: Callable[[str], None]
+    adapter: Adapter, modules: Collection[str], task: Task, say: Callable[[str], None]
 ) -> Adapter:
     """An adapter without the parts that cannot change what is exported, each of them named.
 
@@ -98,16 +98,16 @@ def without_unread(
     Args:
         adapter: the adapter.
         modules: module paths of the base.
-        task: what the base does; ``None`` for text generation.
+        task: what the base does.
         say: called with one line for what is left out.
 
     Raises:
         UnsupportedAdapterError: it changes nothing else.
     """
-    features = task is not None and task.output == "last_hidden_state"
+    features = task.output == "last_hidden_state"
     told = {path for path in _owners(adapter) if path not in modules}
     pooler = {path for path in told if features and path.startswith(_POOLER)}
-    senses = {path for path in told if task is None and _OTHER_SENSES.search(path)}
+    senses = {path for path in told if task.causal and _OTHER_SENSES.search(path)}
     for found, reason in (
         (pooler, "last_hidden_state does not pass through the pooler"),
         (senses, "text alone does not pass through them"),
@@ -144,7 +144,7 @@ def new_names(adapter: Adapter, modules: Collection[str], model_type: str) -> di
 
 @contextlib.contextmanager
 def fitted(
-    adapters: Sequence[Adapter], base: Base, task: Task | None, say: Callable[[str], None]
+    adapters: Sequence[Adapter], base: Base, task: Task, say: Callable[[str], None]
 ) -> Iterator[list[Adapter]]:
     """The adapters as a base's model of today takes them; see :func:`fitted_to`."""
     if not any(_may_be_renamed(adapter, base.model_type) for adapter in adapters):
@@ -160,7 +160,7 @@ def fitted_to(
     adapters: Sequence[Adapter],
     modules: Collection[str],
     model_type: str,
-    task: Task | None,
+    task: Task,
     say: Callable[[str], None],
 ) -> Iterator[list[Adapter]]:
     """The adapters with the names of a base's modules, without what nobody reads.
@@ -171,7 +171,7 @@ def fitted_to(
         adapters: as they were loaded.
         modules: module paths of the base.
         model_type: of the base.
-        task: what the base does; ``None`` for text generation.
+        task: what the base does.
         say: called with one line for each change.
     """
     found = []

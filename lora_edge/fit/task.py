@@ -66,8 +66,8 @@ def chosen_task(
     asked: str | None,
     mode: Mode,
     say: Notice | None = None,
-) -> Task | None:
-    """The task of a bundle; ``None`` for text generation.
+) -> Task:
+    """The task of a bundle.
 
     Args:
         base: the base model.
@@ -84,11 +84,9 @@ def chosen_task(
         UnsupportedModelError: the base is for a task that is not supported.
     """
     name = asked or _trained_for(base, adapters, say or (lambda _: None)) or _task_of(base)
-    if name == TEXT_GENERATION:
-        return None
     saved = [x for adapter in adapters for x in adapter.config.get("modules_to_save") or ()]
     plain = Task(name)
-    if plain.seq2seq:
+    if plain.generates:
         return plain
     task = dataclasses.replace(plain, heads=tuple(dict.fromkeys((*plain.heads, *saved))))
     if task.output != "logits":

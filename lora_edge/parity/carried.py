@@ -7,7 +7,7 @@ from pathlib import Path
 from lora_edge.adapter.load import Adapter, load_adapter
 from lora_edge.bundle.bundle import Bundle
 from lora_edge.fit.rename import without_unread
-from lora_edge.tasks.task import TEXT_GENERATION, Task
+from lora_edge.tasks.task import Task
 
 
 def carried_adapter(bundle: Bundle, name: str, directory: Path) -> Adapter:
@@ -22,7 +22,7 @@ def carried_adapter(bundle: Bundle, name: str, directory: Path) -> Adapter:
         AdapterError: the directory holds no adapter.
     """
     manifest = bundle.manifest
-    task = None if manifest.task == TEXT_GENERATION else Task(manifest.task)
+    task = Task(manifest.task)
     layers = {**manifest.uncovered, **manifest.sites}
     return without_unread(load_adapter(directory, name), layers, task, _unheard)
 

@@ -18,7 +18,7 @@ from lora_edge.base.checkpoint import Base
 from lora_edge.bundle.bundle import Bundle
 from lora_edge.bundle.manifest import GraphSpec
 from lora_edge.errors import AdapterError, BundleError
-from lora_edge.parity.base_check import shortest_window
+from lora_edge.parity.base.decoder import shortest_window
 from lora_edge.parity.compare import FloatArray, Floor, expect, noise
 from lora_edge.parity.plan.far import Shaped
 from lora_edge.parity.plan.plan import Depth, plan

@@ -15,7 +15,7 @@ from lora_edge.adapter.load import load_adapter
 from lora_edge.base.checkpoint import Base
 from lora_edge.bundle.bundle import Bundle
 from lora_edge.names import NONE_ADAPTER
-from lora_edge.parity.base_check import shortest_window
+from lora_edge.parity.base.decoder import shortest_window
 from lora_edge.parity.compare import Floor, expect, noise
 from lora_edge.parity.live import LARGE, Question, reach_of
 from lora_edge.parity.plan.plan import plan

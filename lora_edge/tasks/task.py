@@ -1,4 +1,4 @@
-"""Tasks beyond text generation: which class of model, and which of its weights an adapter brings.
+"""Tasks: which class of model, and which of its weights an adapter brings.
 
 Knows names and shapes; knows nothing of PyTorch, graphs or runtimes.
 """
@@ -8,13 +8,14 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lora_edge.errors import BaseModelError
-from lora_edge.manifest import Output
+
+Output = Literal["logits", "last_hidden_state"]
 
 TEXT_GENERATION = "text-generation"
 EMBEDDING = "feature-extraction"
@@ -33,6 +34,8 @@ SEQ2SEQ: Mapping[str, str] = {
 }
 """The same for encoder-decoders."""
 
+_LOADERS: Mapping[str, str] = {TEXT_GENERATION: "AutoModelForCausalLM", **TASKS, **SEQ2SEQ}
+
 HEADS = ("classifier", "score")
 """What PEFT itself adds to ``modules_to_save`` for classification."""
 
@@ -41,16 +44,16 @@ _HEAD_STD = 0.02
 
 @dataclass(frozen=True)
 class Task:
-    """What a model without a cache is to do.
+    """What a model is to do.
 
     Attributes:
-        name: one of :data:`TASKS` or :data:`SEQ2SEQ`.
+        name: ``text-generation``, or one of :data:`TASKS` or :data:`SEQ2SEQ`.
         num_labels: size of the head; ``None`` for the checkpoint's own.
         heads: names of the modules that come with an adapter, so that the base need not have
             them; a name stands for every module path that it is a part of.
     """
 
-    name: str
+    name: str = TEXT_GENERATION
     num_labels: int | None = None
     heads: tuple[str, ...] = HEADS
 
@@ -60,16 +63,27 @@ class Task:
         Raises:
             BaseModelError: names the tasks that are known.
         """
-        known = {**TASKS, **SEQ2SEQ}
-        if self.name not in known:
+        if self.name not in _LOADERS:
             raise BaseModelError(
-                f"the task {self.name!r} is unknown", f"Known are: {', '.join(known)}."
+                f"the task {self.name!r} is unknown", f"Known are: {', '.join(_LOADERS)}."
             )
+        if self.causal:
+            object.__setattr__(self, "heads", ())
 
     @property
     def loader(self) -> str:
         """The class of transformers that loads the model."""
-        return {**TASKS, **SEQ2SEQ}[self.name]
+        return _LOADERS[self.name]
+
+    @property
+    def causal(self) -> bool:
+        """Whether the model is a decoder that generates text."""
+        return self.name == TEXT_GENERATION
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model makes tokens, one after the other."""
+        return self.causal or self.seq2seq
 
     @property
     def seq2seq(self) -> bool:
@@ -91,7 +105,7 @@ class Task:
         Args:
             model: transformers' model; its weights are not read.
         """
-        if self.output != "logits" or self.seq2seq:
+        if self.output != "logits" or self.generates:
             return ""
         count = getattr(model.config, "num_labels", None)
         # A head is declared behind the layers that it reads.
@@ -129,6 +143,10 @@ class Task:
             values = model.get_parameter(key).data
             values.copy_(values.new_tensor(fresh_head(key, tuple(values.shape))))
         return [key for key in missing if not self.in_head(key)]
+
+
+TEXT = Task()
+"""Text generation."""
 
 
 def fresh_head(key: str, shape: tuple[int, ...]) -> NDArray[np.float32]:

@@ -26,7 +26,7 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
-def add_lora(model: Any, settings: Settings, base_name: str, task: Task | None = None) -> Any:
+def add_lora(model: Any, settings: Settings, base_name: str, task: Task) -> Any:
     """Wrap ``model`` in PEFT's, with factors as ``settings`` say; a task's head is trained.
 
     Raises:
@@ -156,21 +156,21 @@ def _quiet_peft() -> Iterator[None]:
         yield
 
 
-def _task_type(task: Task | None) -> str | None:
-    if task is None:
+def _task_type(task: Task) -> str | None:
+    if task.causal:
         return "CAUSAL_LM"
     # PEFT has no type for images; it adds the head to modules_to_save for SEQ_CLS only.
     return None if task.name == "image-classification" else "SEQ_CLS"
 
 
-def _saved(settings: Settings, task: Task | None) -> list[str] | None:
+def _saved(settings: Settings, task: Task) -> list[str] | None:
     saved = list(settings.modules_to_save)
-    if task is not None and task.name == "image-classification":
+    if task.name == "image-classification":
         saved.append("classifier")
     return saved or None
 
 
-def _names(model: Any, settings: Settings, task: Task | None) -> str | tuple[str, ...]:
+def _names(model: Any, settings: Settings, task: Task) -> str | tuple[str, ...]:
     """The targets as PEFT takes them: it takes ``layers_to_transform`` beside names only."""
     if not (settings.layers and settings.all_linear):
         return settings.target_modules
@@ -245,7 +245,7 @@ def _matches(path: str, target: str, *, regex: bool) -> bool:
     return path == target or path.endswith(f".{target}")
 
 
-def _is_conv1d(model: Any, targets: str | tuple[str, ...], task: Task | None) -> bool:
+def _is_conv1d(model: Any, targets: str | tuple[str, ...], task: Task) -> bool:
     """Whether the targets keep their weight as ``[in, out]`` (GPT-2); PEFT wants to be told."""
     import torch
 
@@ -261,8 +261,8 @@ def _is_conv1d(model: Any, targets: str | tuple[str, ...], task: Task | None) ->
     return found == {True}
 
 
-def _is_head(model: Any, path: str, module: Any, task: Task | None) -> bool:
-    return module is model.get_output_embeddings() if task is None else task.in_head(path)
+def _is_head(model: Any, path: str, module: Any, task: Task) -> bool:
+    return module is model.get_output_embeddings() if task.causal else task.in_head(path)
 
 
 def _endings(paths: Iterable[str]) -> list[str]:

@@ -24,7 +24,7 @@ def load_tokenizer(base: Base) -> Any:
     return read_tokenizer(base.directory, BaseModelError).tokenizer
 
 
-def load_model(base: Base, task: Task | None = None, base_format: str = "fp32") -> Any:
+def load_model(base: Base, task: Task, base_format: str = "fp32") -> Any:
     """The base, every weight of it from the checkpoint.
 
     Args:
@@ -44,11 +44,8 @@ def load_model(base: Base, task: Task | None = None, base_format: str = "fp32") 
             f"{base.name_or_path} is a quantized checkpoint",
             "Train on the full-precision model that it was made from.",
         )
-    loader: str = "AutoModelForCausalLM"
-    options: dict[str, Any] = {}
-    if task is not None:
-        loader = task.loader
-        options = {**task.labels, "ignore_mismatched_sizes": True}  # told of below
+    # What does not fit is told of below.
+    options: dict[str, Any] = {**task.labels, "ignore_mismatched_sizes": bool(task.heads)}
     if base_format == "4bit":
         # QLoRA's own format (Dettmers et al. 2023, section 3).
         options["quantization_config"] = transformers.BitsAndBytesConfig(
@@ -59,7 +56,7 @@ def load_model(base: Base, task: Task | None = None, base_format: str = "fp32") 
         )
         options["device_map"] = {"": torch.cuda.current_device()}
     try:
-        model, info = getattr(transformers, loader).from_pretrained(
+        model, info = getattr(transformers, task.loader).from_pretrained(
             base.directory,
             dtype=torch.float32 if base_format == "fp32" else torch.bfloat16,
             local_files_only=True,
@@ -68,19 +65,17 @@ def load_model(base: Base, task: Task | None = None, base_format: str = "fp32") 
         )
     except Exception as error:  # any library below may fail on a damaged file
         if "Unrecognized" in str(error) or "does not recognize" in str(error):
-            what = "causal language model" if task is None else f"model for {task.name}"
             raise UnsupportedModelError(
-                f"{base.name_or_path} (model_type {base.model_type}) is no {what} that this "
-                "transformers knows",
-                f"Train a model that {loader} loads, or update transformers.",
+                f"{base.name_or_path} (model_type {base.model_type}) is no model for "
+                f"{task.name} that this transformers knows",
+                f"Train a model that {task.loader} loads, or update transformers.",
             ) from error
         raise BaseModelError(
             f"{base.name_or_path} cannot be loaded: {first_line(error)}",
             "Check that the folder is complete.",
         ) from error
-    missing = sorted(info["missing_keys"])
-    if task is not None:
-        missing = task.complete(model, missing + [str(x[0]) for x in info["mismatched_keys"]])
+    missing = sorted(info["missing_keys"]) + [str(x[0]) for x in info["mismatched_keys"]]
+    missing = task.complete(model, missing)
     if missing:
         raise BaseModelError(
             f"{base.name_or_path} lacks {len(missing)} weights of its model: {some(missing)}",

@@ -19,7 +19,7 @@ from lora_edge.base.checkpoint import Base
 from lora_edge.base.families import refuse_unloadable, refuse_untraceable
 from lora_edge.errors import AdapterError, BaseModelError, DataError, UnsupportedModelError
 from lora_edge.fit.inspect import mode_refusals
-from lora_edge.tasks.task import TEXT_GENERATION, Task
+from lora_edge.tasks.task import Task
 from lora_edge.training.batches import collate, size_of
 from lora_edge.training.data import ChatExample, DataFile, Example, LabelledExample, Row
 from lora_edge.training.devices import processes
@@ -63,7 +63,7 @@ class Prepared:
     """
 
     model: Any
-    task: Task | None
+    task: Task
     examples: Sequence[Tokenized]
     rows: Sequence[Tokenized]
     evaluation: Sequence[Tokenized]
@@ -73,11 +73,11 @@ class Prepared:
     base: Base
 
 
-def task_of(source: DataFile) -> Task | None:
-    """The task that data is for; ``None`` for a generator."""
+def task_of(source: DataFile) -> Task:
+    """The task that data is for: a classifier, or a generator of text."""
     if source.kind == "image":
         return Task("image-classification", len(source.labels))
-    return Task("text-classification", len(source.labels)) if source.labels else None
+    return Task("text-classification", len(source.labels)) if source.labels else Task()
 
 
 def prepare(
@@ -106,13 +106,13 @@ def prepare(
     from transformers import set_seed
 
     task = task_of(source)
-    check_whole(settings, classifies=task is not None)
+    check_whole(settings, classifies=not task.causal)
     if evaluation is not None and evaluation.kind != source.kind:
         raise DataError(
             f"{evaluation.path} holds {evaluation.kind} data, and {source.path} {source.kind} data",
             "Evaluate on the kind of data that is trained on.",
         )
-    if settings.packing and task is not None:
+    if settings.packing and not task.causal:
         raise AdapterError(
             "packing is set, and a classifier reads one text at a time", "Leave it out."
         )
@@ -133,12 +133,12 @@ def prepare(
     wrapped = add_lora(model, settings, base.name_or_path, task)
     model.config.use_cache = False
     batches = encode.batches
-    if task is not None and getattr(model.config, "pad_token_id", 0) is None:
+    if not task.causal and getattr(model.config, "pad_token_id", 0) is None:
         model.config.pad_token_id = batches.pad_id  # by which a decoder finds a row's last token
     if settings.base_format != "4bit":  # which is loaded onto its device, and cannot be moved
         wrapped.to(device)
     head = None
-    if task is None and not settings.full_logits:
+    if task.causal and not settings.full_logits:
         head = _target_head(wrapped, examples, batches, notify)
     if settings.packing:
         _check_packing(wrapped, rows, batches, base)
@@ -157,15 +157,14 @@ def export_modes(
     with tempfile.TemporaryDirectory(dir=directory) as folder:
         stage = Path(folder)
         save_adapter(prepared.model, stage, settings, None)
-        task = TEXT_GENERATION if prepared.task is None else prepared.task.name
-        return mode_refusals(stage, prepared.base, task)
+        return mode_refusals(stage, prepared.base, prepared.task.name)
 
 
-def base_refusal(base: Base, task: Task | None) -> Refusal | None:
+def base_refusal(base: Base, task: Task) -> Refusal | None:
     """Why export's own backend refuses the base's architecture, if it does."""
     try:
         refuse_unloadable(base.config)
-        if task is None:
+        if task.causal:
             refuse_untraceable(base.config)
     except UnsupportedModelError as error:
         return Refusal(str(error), error.hint)
@@ -185,7 +184,7 @@ def keep_start(prepared: Prepared, settings: Settings, directory: Path) -> Path 
 class _Encoder:
     """Rows of one kind -> examples for one base."""
 
-    def __init__(self, base: Base, source: DataFile, settings: Settings, task: Task | None) -> None:
+    def __init__(self, base: Base, source: DataFile, settings: Settings, task: Task) -> None:
         self._base, self._settings, self._task = base, settings, task
         self._labels = source.labels
         self._length = _max_length(base, settings)
@@ -194,7 +193,7 @@ class _Encoder:
             self.batches = Batches(0, pixels=Pixels(base.directory))
             return
         self._tokenizer = load_tokenizer(base)
-        if task is not None:
+        if not task.causal:
             self._length = min(self._length, self._tokenizer.model_max_length)
         pad = self._tokenizer.pad_token_id
         if pad is None:
@@ -207,7 +206,7 @@ class _Encoder:
         if self._images:
             index = {label: number for number, label in enumerate(self._labels)}
             return tuple(ImageExample(row.text, index[row.label]) for row in labelled)
-        if self._task is not None:
+        if not self._task.causal:
             made: tuple[Tokenized, ...] = classify(
                 labelled, self._labels, self._tokenizer, self._length
             )

@@ -14,10 +14,10 @@ import transformers
 
 from lora_edge.base.checkpoint import resolve_base
 from lora_edge.bundle.manifest import EncoderSpec
-from lora_edge.capture import BaseGraph, capture_task
+from lora_edge.capture import BaseGraph, capture
 from lora_edge.errors import BaseModelError, CaptureError, UnsupportedModelError
 from lora_edge.graph import check
-from lora_edge.parity.encoder_check import check_encoder
+from lora_edge.parity.base.encoder import check_encoder
 from lora_edge.tasks.task import Task, fresh_head
 from tests.support.encoders import IMAGE_FAMILIES, TEXT_FAMILIES, TEXT_TASKS, make_encoder
 
@@ -36,7 +36,7 @@ needs_5 = pytest.mark.skipif(OLD, reason="transformers 4's BERT has no attention
 
 def _capture(base: Path, folder: Path, task: Task) -> BaseGraph[EncoderSpec]:
     folder.mkdir()
-    graph = capture_task(resolve_base(base), folder, task)
+    graph = capture(resolve_base(base), folder, task)
     check(graph.path)
     return graph
 

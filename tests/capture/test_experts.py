@@ -16,10 +16,10 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_edge.base.checkpoint import resolve_base
-from lora_edge.capture import BaseGraph, capture, capture_task
+from lora_edge.capture import BaseGraph, capture
 from lora_edge.errors import CaptureError, UnsupportedModelError
 from lora_edge.graph import check, fuse, load, save_graph
-from lora_edge.parity.base_check import check_base
+from lora_edge.parity.base.decoder import check_decoder
 from lora_edge.tasks.task import Task
 from tests.support.families import MOE, make_base
 
@@ -56,7 +56,7 @@ def _nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
 def test_family_equals_pytorch(family: str, form: Form, tmp_path: Path) -> None:
     base = make_base(family, tmp_path / "base")
     graph = _capture(base, form, tmp_path / form)
-    figures = check_base(graph, resolve_base(base))
+    figures = check_decoder(graph, resolve_base(base))
     assert max(case["logit_error"] for case in figures["cases"].values()) <= 1e-5
     assert figures["window_covered"]
     assert "decode, one row" in figures["cases"]
@@ -129,7 +129,7 @@ def test_a_few_tokens_take_their_own_experts_only(tmp_path: Path) -> None:
         if node.op_type == "Constant" and node.output[0].endswith(".limit")
     ]
     assert limits == [6, 6]
-    figures = check_base(graph, resolve_base(base))
+    figures = check_decoder(graph, resolve_base(base))
     assert figures["cases"]["decode, one row"]["logit_error"] <= 1e-5
 
 
@@ -142,7 +142,7 @@ def test_another_routing_is_noticed(change: dict[str, Any], form: Form, tmp_path
     other = make_base("qwen3_moe", tmp_path / "other", **{"num_experts_per_tok": 2, **change})
     graph = _capture(other, form, tmp_path / "out")
     with pytest.raises(CaptureError, match="differs"):
-        check_base(graph, resolve_base(base))
+        check_decoder(graph, resolve_base(base))
 
 
 @_stacked
@@ -157,7 +157,7 @@ def test_a_forgotten_correction_of_scores_is_noticed(form: Form, tmp_path: Path)
     bias.CopyFrom(onnx.numpy_helper.from_array(array[::-1] * 20, bias.name))
     onnx.save(model, graph.path)
     with pytest.raises(CaptureError, match="differs"):
-        check_base(graph, resolve_base(base))
+        check_decoder(graph, resolve_base(base))
 
 
 @_stacked
@@ -261,4 +261,4 @@ def test_other_tasks_are_refused_by_name(tmp_path: Path) -> None:
     base = resolve_base(make_base("mixtral", tmp_path / "base"))
     task = Task("text-classification", 3)
     with pytest.raises(UnsupportedModelError, match=r"mixtral.*text-classification.*num_local"):
-        capture_task(base, tmp_path, task)
+        capture(base, tmp_path, task)

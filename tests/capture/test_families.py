@@ -12,7 +12,7 @@ from lora_edge.base.checkpoint import resolve_base
 from lora_edge.capture import BaseGraph, capture
 from lora_edge.errors import CaptureError, UnsupportedModelError
 from lora_edge.graph import check, fuse, load, save_graph
-from lora_edge.parity.base_check import check_base
+from lora_edge.parity.base.decoder import check_decoder
 from tests.support.families import OTHER_ROTARIES, REFUSED, SUPPORTED, make_base
 
 
@@ -32,7 +32,7 @@ def _capture(directory: Path, form: str, folder: Path) -> BaseGraph:
 def test_family_equals_pytorch(family: str, form: str, tmp_path: Path) -> None:
     base = make_base(family, tmp_path / "base")
     graph = _capture(base, form, tmp_path / form)
-    figures = check_base(graph, resolve_base(base))
+    figures = check_decoder(graph, resolve_base(base))
     worst = max(case["logit_error"] for case in figures["cases"].values())
     assert worst <= 1e-5
     assert figures["window_covered"]
@@ -50,7 +50,7 @@ def test_a_wrong_capture_is_refused(tmp_path: Path) -> None:
     other = make_base("mistral", tmp_path / "other", sliding_window=None)
     graph = _capture(other, "fused", tmp_path / "out")
     with pytest.raises(CaptureError):
-        check_base(graph, resolve_base(base))
+        check_decoder(graph, resolve_base(base))
 
 
 def test_tied_embedding_is_one_tensor_and_the_cache_has_static_heads(tmp_path: Path) -> None:

@@ -15,8 +15,7 @@ from lora_edge.base.checkpoint import Base, resolve_base
 from lora_edge.bundle.manifest import GraphSpec
 from lora_edge.capture import BaseGraph, capture
 from lora_edge.errors import CaptureError
-from lora_edge.parity import check_base
-from lora_edge.parity.base_check import shortest_window
+from lora_edge.parity.base.decoder import check_decoder, shortest_window
 
 WINDOW = 16
 
@@ -69,7 +68,7 @@ def _captured(base: Base, directory: Path, form: Literal["fused", "portable"]) -
 def test_a_right_capture_passes(
     windowed: Base, tmp_path: Path, form: Literal["fused", "portable"]
 ) -> None:
-    figures = check_base(_captured(windowed, tmp_path / "c", form), windowed)
+    figures = check_decoder(_captured(windowed, tmp_path / "c", form), windowed)
     assert figures["window"] == WINDOW
     assert figures["window_covered"]
     assert figures["longest_row"] > WINDOW
@@ -88,7 +87,7 @@ def test_a_capture_that_forgot_the_window_is_found(
     """Right below the window, wrong beyond it."""
     graph = _captured(unwindowed, tmp_path / "c", form)
     with pytest.raises(CaptureError, match="prompt, padded on the right"):
-        check_base(graph, windowed)
+        check_decoder(graph, windowed)
 
 
 def test_a_weight_that_is_slightly_off_is_found(windowed: Base, tmp_path: Path) -> None:
@@ -99,9 +98,9 @@ def test_a_weight_that_is_slightly_off_is_found(windowed: Base, tmp_path: Path) 
             values = numpy_helper.to_array(tensor) * np.float32(1.0001)
             tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
     onnx.save(model, tmp_path / "off.onnx")
-    check_base(graph, windowed)
+    check_decoder(graph, windowed)
     with pytest.raises(CaptureError, match="differs from PyTorch"):
-        check_base(Graph(tmp_path / "off.onnx", graph.spec), windowed)
+        check_decoder(Graph(tmp_path / "off.onnx", graph.spec), windowed)
 
 
 def test_which_window_a_config_means() -> None:
@@ -120,5 +119,5 @@ def test_a_capture_that_cannot_be_run_is_refused_by_name(unwindowed: Base, tmp_p
     view.input[1] = "wrong"
     onnx.save(model, graph.path)
     with pytest.raises(CaptureError, match=r"mistral models are refused.*cannot run") as caught:
-        check_base(graph, unwindowed)
+        check_decoder(graph, unwindowed)
     assert "other form or backend" in caught.value.hint

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from lora_edge.base.checkpoint import Base
 from lora_edge.base.quiet import quiet
 from lora_edge.errors import BaseModelError
-from lora_edge.tasks.task import TEXT_GENERATION, Task, fresh_head
+from lora_edge.tasks.task import Task, fresh_head
 
 Array = NDArray[Any]
 
@@ -34,12 +34,11 @@ class Parameters:
         import torch
         import transformers
 
-        self._task = task = None if task_name == TEXT_GENERATION else Task(task_name)
-        loader = "AutoModelForCausalLM" if task is None else task.loader
+        self._task = task = Task(task_name)
         with quiet():
             try:
                 config = transformers.AutoConfig.from_pretrained(base.directory)
-                self._model, loading = getattr(transformers, loader).from_pretrained(
+                self._model, loading = getattr(transformers, task.loader).from_pretrained(
                     base.directory,
                     config=config,
                     dtype="auto",
@@ -49,7 +48,7 @@ class Parameters:
             except Exception as error:  # transformers' loaders raise whatever their parts raise
                 raise BaseModelError(
                     f"transformers cannot load {base.name_or_path}: {error}",
-                    f"Check the folder with {loader}.from_pretrained.",
+                    f"Check the folder with {task.loader}.from_pretrained.",
                 ) from error
         for key in loading["missing_keys"]:  # of a head that adapters bring; as a capture makes it
             values = dict(self._model.named_parameters(remove_duplicate=False))[key].data
@@ -69,7 +68,7 @@ class Parameters:
     @property
     def label_layer(self) -> str:
         """Module path of the layer that makes the labels; empty where there is none."""
-        return "" if self._task is None else self._task.label_layer(self._model)
+        return self._task.label_layer(self._model)
 
     @property
     def vocab_size(self) -> int:

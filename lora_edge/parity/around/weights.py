@@ -29,7 +29,7 @@ from lora_edge.graph.contents import Content, contents
 from lora_edge.maths.quantization import quantize
 from lora_edge.parity.around.reference import Parameters
 from lora_edge.parity.asking import silent
-from lora_edge.tasks.task import TEXT_GENERATION, Task
+from lora_edge.tasks.task import Task
 
 GRAPHS = (GRAPH_FILE, BASE_GRAPH_FILE, ENCODER_FILE, DECODER_FILE)
 
@@ -103,8 +103,7 @@ class _Expected:
 
     @cached_property
     def _built(self) -> Layers:
-        name = self.bundle.manifest.task
-        return built_layers(self.base, None if name == TEXT_GENERATION else Task(name))
+        return built_layers(self.base, Task(self.bundle.manifest.task))
 
     @cached_property
     def _changes(self) -> Mapping[str, ParameterChange]:
@@ -113,8 +112,7 @@ class _Expected:
             return {}
         ((name, directory),) = self.sources.items()
         built = self._built
-        wanted = self.bundle.manifest.task
-        task = None if wanted == TEXT_GENERATION else Task(wanted)
+        task = Task(self.bundle.manifest.task)
         adapter = without_unread(load_adapter(directory, name), built.modules, task, silent)
         return parameter_changes(
             adapter.settled(built.modules), built.modules, built.tied, built.parameter_modules

@@ -56,7 +56,7 @@ class Captured(Protocol[Spec_co]):
         """Its facts."""
 
 
-def check_base(
+def check_decoder(
     graph: Captured[GraphSpec], base: Base, *, seed: int = 0, tolerance: Tolerance | None = None
 ) -> dict[str, Any]:
     """Compare a captured graph, without adapters, with eager PyTorch in float32.

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from lora_edge.base.checkpoint import Base
 from lora_edge.bundle.manifest import EncoderSpec
 from lora_edge.errors import CaptureError
-from lora_edge.parity.base_check import Captured, running, shortest_window
+from lora_edge.parity.base.decoder import Captured, running, shortest_window
 from lora_edge.parity.compare import Tolerance, noise
 from lora_edge.parity.plan.states import prompts
 from lora_edge.parity.task_reference import Row, TaskReference
@@ -39,7 +39,7 @@ def check_encoder(
 
     Args:
         task: what it was captured for.
-        graph, base, seed, tolerance: as :func:`~lora_edge.parity.base_check.check_base`.
+        graph, base, seed, tolerance: as :func:`~lora_edge.parity.base.decoder.check_decoder`.
 
     Returns:
         JSON-ready figures: floor, limit, each case's error, and what was covered of the window.

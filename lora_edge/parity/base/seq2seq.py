@@ -13,7 +13,7 @@ import numpy as np
 from lora_edge.base.checkpoint import Base
 from lora_edge.bundle.manifest import Seq2SeqSpec
 from lora_edge.errors import CaptureError
-from lora_edge.parity.base_check import Captured
+from lora_edge.parity.base.decoder import Captured
 from lora_edge.parity.compare import Tolerance, expect, judge, limits, measure, noise
 from lora_edge.parity.plan.states import prompts
 from lora_edge.parity.seq2seq import beginning, source, sources
@@ -39,7 +39,7 @@ def check_seq2seq(
 
     Args:
         task: what it was captured for.
-        graph, base, seed, tolerance: as :func:`~lora_edge.parity.base_check.check_base`.
+        graph, base, seed, tolerance: as :func:`~lora_edge.parity.base.decoder.check_decoder`.
 
     Returns:
         JSON-ready figures: floor, limit and each case's errors.
