@@ -16,7 +16,7 @@ from typing import Any
 from lora_edge.adapter.targets import check_patterns, fullmatch, pattern_key
 from lora_edge.errors import AdapterError
 from lora_edge.files.json import read_object
-from lora_edge.tasks.task import Task
+from lora_edge.tasks.task import TEXT, Task
 from lora_edge.training.model import first_line, some
 from lora_edge.training.settings import ALL_LINEAR, CONVERTED_INITS, Settings
 
@@ -26,7 +26,7 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
-def add_lora(model: Any, settings: Settings, base_name: str, task: Task) -> Any:
+def add_lora(model: Any, settings: Settings, base_name: str, task: Task = TEXT) -> Any:
     """Wrap ``model`` in PEFT's, with factors as ``settings`` say; a task's head is trained.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import Any
 from lora_edge.base.checkpoint import Base
 from lora_edge.base.tokenizer import read_tokenizer
 from lora_edge.errors import BaseModelError, UnsupportedModelError
-from lora_edge.tasks.task import Task
+from lora_edge.tasks.task import TEXT, Task
 
 _NAMES_SHOWN = 8
 
@@ -24,7 +24,7 @@ def load_tokenizer(base: Base) -> Any:
     return read_tokenizer(base.directory, BaseModelError).tokenizer
 
 
-def load_model(base: Base, task: Task, base_format: str = "fp32") -> Any:
+def load_model(base: Base, task: Task = TEXT, base_format: str = "fp32") -> Any:
     """The base, every weight of it from the checkpoint.
 
     Args:

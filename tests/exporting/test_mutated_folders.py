@@ -21,6 +21,7 @@ from lora_edge.base.checkpoint import resolve_base
 from lora_edge.base.layers import built_layers
 from lora_edge.errors import AdapterError
 from lora_edge.names import parse_peft_key
+from lora_edge.tasks.task import TEXT
 from tests.support.families import make_base
 from tests.support.kinds import Row, make_kind
 
@@ -98,7 +99,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def view(base: Path) -> BaseView:
-    built = built_layers(resolve_base(base), None)
+    built = built_layers(resolve_base(base), TEXT)
     return BaseView(built.modules, built.tied, built.output)
 
 

@@ -23,7 +23,7 @@ from lora_edge.bundle.onnx_adapter import read_adapter
 from lora_edge.errors import UnsupportedAdapterError
 from lora_edge.fit.compare import Fit
 from lora_edge.fit.rename import SINCE_5, fitted_to, new_names
-from lora_edge.tasks.task import TASKS, Task
+from lora_edge.tasks.task import TASKS, TEXT, Task
 
 pytestmark = pytest.mark.skipif(
     transformers.__version__ < "5", reason="transformers 5 has renamed the modules"
@@ -203,13 +203,13 @@ def test_the_images_part_is_left_out_and_said(tmp_path: Path) -> None:
     paths = ("model.language_model.layers.0.q_proj", "model.visual.blocks.0.attn.proj")
     said: list[str] = []
     adapter = _paths(tmp_path / "a", paths)
-    with fitted_to([adapter], {"model.layers.0.q_proj"}, "llama", None, said.append) as found:
+    with fitted_to([adapter], {"model.layers.0.q_proj"}, "llama", TEXT, said.append) as found:
         assert set(found[0].modules) == {"model.layers.0.q_proj"}
         assert set(found[0].config["target_modules"]) == {"model.layers.0.q_proj"}
     assert any("model.visual.blocks.0.attn.proj" in line for line in said)
     with (
         pytest.raises(UnsupportedAdapterError, match="nothing else") as caught,
-        fitted_to([_paths(tmp_path / "v", paths[1:])], {"x"}, "llama", None, said.append),
+        fitted_to([_paths(tmp_path / "v", paths[1:])], {"x"}, "llama", TEXT, said.append),
     ):
         pass
     assert caught.value.hint

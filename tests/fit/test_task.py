@@ -20,6 +20,7 @@ from lora_edge.errors import (
     UnsupportedModelError,
 )
 from lora_edge.fit.task import chosen_task
+from lora_edge.tasks.task import TEXT
 
 BERT: dict[str, Any] = {
     "model_type": "bert", "vocab_size": 99, "hidden_size": 8, "num_hidden_layers": 1,
@@ -127,7 +128,7 @@ def test_a_sentence_transformer_gives_features(tmp_path: Path) -> None:
 def test_a_type_of_encoder_decoders_on_a_decoder_is_said_and_exported(tmp_path: Path) -> None:
     base, said = _base(tmp_path / "base", LLAMA, "LlamaForCausalLM"), list[str]()
     adapter = _adapter(tmp_path / "a", "SEQ_2_SEQ_LM")
-    assert chosen_task(base, [adapter], None, "switchable", said.append) is None
+    assert chosen_task(base, [adapter], None, "switchable", said.append) == TEXT
     (line,) = said
     assert all(x in line for x in ("own", "SEQ_2_SEQ_LM", "text-generation"))
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from zipfile import ZIP_DEFLATED, ZipFile
 
 from lora_edge.bundle.bundle import file_entry, load_bundle
+from lora_edge.tasks.task import TEXT
 from tests.hostile import harms, mutate, oracles, seeds
 
 Mutate = Callable[[Random, bytes], bytes]
@@ -123,7 +124,7 @@ def _model(folder: Path) -> None:
     from lora_edge.base.checkpoint import resolve_base
     from lora_edge.base.model import load_model
 
-    load_model(resolve_base(folder), None)
+    load_model(resolve_base(folder), None, TEXT)
 
 
 def _text(folder: Path) -> None:
