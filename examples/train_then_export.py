@@ -1,6 +1,6 @@
 """Train a LoRA adapter on a jsonl file, export it, and see that the bundle does what it learned.
 
-python examples/train_then_export.py [STEPS]      # 120 steps learn the task; a few show the way
+python examples/train_then_export.py [STEPS]      # else 120: capital letters, in minutes
 
 Run from the repository's root. Needs lora-edge[cpu,train].
 """
