@@ -1,4 +1,4 @@
-"""The README's table of architecture families, from the results of the tests (junit xml)."""
+"""The table of docs/families.md, from the results of the tests (junit xml)."""
 
 from __future__ import annotations
 
@@ -52,6 +52,6 @@ def written(text: str, made: str) -> str:
 
 
 if __name__ == "__main__":
-    readme = Path(sys.argv[2])
+    page = Path(sys.argv[2])
     made = table(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    readme.write_text(written(readme.read_text(encoding="utf-8"), made), encoding="utf-8")
+    page.write_text(written(page.read_text(encoding="utf-8"), made), encoding="utf-8")

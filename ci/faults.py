@@ -1,6 +1,6 @@
 """The kill table: every fault of ``tests/faults``, and every bundle that must pass.
 
-``ci/faults`` prints it; ``ci/faults --write README.md`` also puts its short form there.
+``ci/faults`` prints it; ``ci/faults --write docs/faults.md`` also puts its short form there.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def explanation(row: Row) -> str:
 
 
 def shortened(said: str) -> str:
-    """An explanation for the README: layers without their prefix, one of each list."""
+    """An explanation for docs/faults.md: layers without their prefix, one of each list."""
     said = re.sub(r"\b(?:model|bert|transformer)(?:\.\w+)*?\.(\d\.)", r"\1", said)
     said = re.sub(r" \(relative error [^)]*\)", "", said)
     return re.sub(r"( places: [^,;]+ \([^)]*\)), [^;]*", r"\1 and others", said)
@@ -83,7 +83,7 @@ def full_table(rows: list[Row], refusals: dict[str, str]) -> str:
 
 
 def short_table(rows: list[Row], summary: str) -> str:
-    """Markdown for the README: fault, whether it was caught both ways, the explanation."""
+    """Markdown for docs/faults.md: fault, whether it was caught both ways, the explanation."""
     lines = ["| fault | caught | explanation |", "|---|---|---|"]
     for row in rows:
         said = shortened(explanation(row)).replace("|", "\\|")

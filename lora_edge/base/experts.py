@@ -11,7 +11,7 @@ from lora_edge.maths.experts import ParameterModule
 _FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed")
 
 
-_WAY_OUT = "Use a family that the README names, in an environment with transformers 5."
+_WAY_OUT = "Use a family that docs/families.md names, in an environment with transformers 5."
 
 
 def parameter_modules(model: nn.Module) -> dict[str, ParameterModule]:

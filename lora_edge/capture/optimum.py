@@ -157,7 +157,8 @@ def _exported(
                 raise UnsupportedModelError(
                     f"{base.model_type} models are refused: optimum-onnx cannot export them: "
                     f"{' '.join(str(error).split()) or repr(error)}",
-                    "Use a model of a family that the README names; LORA_EDGE_DEBUG=1 shows where.",
+                    "Use a model of a family that docs/families.md names; LORA_EDGE_DEBUG=1 shows "
+                    "where.",
                 ) from error
             finally:
                 logging.set_verbosity(level)

@@ -106,7 +106,7 @@ def test_every_family_exports_an_all_linear_adapter(
 ) -> None:
     """`export` publishes nothing that differs from PyTorch, so returning is the proof.
 
-    What is recorded makes the README's table (`ci/families`).
+    What is recorded makes the table of docs/families.md (`ci/families`).
     """
     record_property("family", family)
     record_property("form", form)

@@ -45,7 +45,7 @@ def test_one_byte_is_seen_in_small_weights_and_by_full(tiny: Any, tmp_path: Path
         Runner(small, threads=1)
     large = _with_weights(tiny, tmp_path / "large", SMALL + 1)
     _flip(large, 5000, 1)
-    Runner(large, threads=1)  # between two samples, as the README says
+    Runner(large, threads=1)  # between two samples, as docs/security.md says
     with pytest.raises(BundleError, match=r"model\.onnx_data differs from its hash"):
         Runner(large, threads=1, verify="full")
     given = [str(large.directory), "-p", "a", "--verify", "full"]

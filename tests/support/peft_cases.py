@@ -351,7 +351,7 @@ def counts(cases: dict[str, Case]) -> tuple[int, int, int]:
 
 
 def summary() -> list[str]:
-    """What the README says of each table."""
+    """What docs/adapters.md says of each table."""
     return [
         "{} {}, {} exact in both modes, {} exact merged and refused switchable, {} refused".format(
             len(cases), title, *counts(cases)
