@@ -97,6 +97,8 @@ class Reference:
         self._shared: Any = self._load()
         self._wide = False
         self._names: dict[str, str] = {}
+        self._state: State | None = None  # what is active in the shared model; None: not known
+        self._unscale = contextlib.ExitStack()
         self._apart: dict[str, Path] = {}
         self._invocations: dict[str, tuple[int, ...]] = {}
         # One at a time: each has a base model of its own.
@@ -122,6 +124,7 @@ class Reference:
         inner = f"adapter{len(self._names)}"
         self._shared = attached(self._shared, directory, inner)
         self._names[name] = inner
+        self._state = None
 
     def can_blend(self, name: str) -> bool:
         """Whether PEFT can have the adapter active beside another, or at another weight."""
@@ -144,14 +147,16 @@ class Reference:
         Returns:
             ``[len, vocab]`` per row; float32, or float64 inside :meth:`wide`.
         """
-        found: list[NDArray[np.floating]] = []
+        found: dict[int, NDArray[np.floating]] = {}
         lengths = [len(row) for row in rows] if prompts is None else prompts
-        for row, state, length in zip(rows, states, lengths, strict=True):
+        # PEFT goes through the whole model to switch, so rows of one state run one after the other.
+        for index in sorted(range(len(rows)), key=lambda index: states[index]):
+            row, state = rows[index], states[index]
             with self._active(state) as model, self._torch.inference_mode():
                 ids = self._torch.tensor([list(row)], dtype=self._torch.int64)
-                offsets = self._offsets(row, state, length)
-                found.append(model(input_ids=ids, use_cache=False, **offsets).logits[0].numpy())
-        return found
+                offsets = self._offsets(row, state, lengths[index])
+                found[index] = model(input_ids=ids, use_cache=False, **offsets).logits[0].numpy()
+        return [found[index] for index in range(len(rows))]
 
     def prefill(
         self, row: Sequence[int], state: State
@@ -295,16 +300,24 @@ class Reference:
             if len(state) > 1 or state[0][1] != 1.0:
                 raise ValueError(f"PEFT cannot blend or weight {apart[0]}")
             yield self._apart_model(apart[0])
-        elif not self._names:
-            yield self._shared
-        elif not state:
-            with self._shared.disable_adapter():
-                yield self._shared
         else:
+            if self._names and self._state != state:
+                self._activate(state)
+            yield self._shared
+
+    def _activate(self, state: State) -> None:
+        """Switch the shared model to a state."""
+        self._state = None
+        self._unscale.close()
+        tuner = self._shared.base_model
+        if state:
             weights = {self._names[name]: weight for name, weight in state}
-            self._shared.base_model.set_adapter(list(weights))
-            with scaled(self._shared, weights):
-                yield self._shared
+            tuner.enable_adapter_layers()
+            tuner.set_adapter(list(weights))
+            self._unscale.enter_context(scaled(self._shared, weights))
+        else:
+            tuner.disable_adapter_layers()
+        self._state = state
 
     def _apart_model(self, name: str) -> Any:
         if self._loaded is None or self._loaded[0] != name:
