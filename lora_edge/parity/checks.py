@@ -26,9 +26,10 @@ from lora_edge.parity.explain.failure import Failure, errors_of, within
 from lora_edge.parity.plan.states import Probe, Row, State, label, schedule
 from lora_edge.parity.record.golden import Golden
 from lora_edge.parity.report import Case
-from lora_edge.parity.seq2seq import greedy_answers, observe_seq2seq
+from lora_edge.parity.seq2seq import beginning, observe_seq2seq, sources
 from lora_edge.parity.tasks import observe_task
 from lora_edge.runtime import Decoding, Runner
+from lora_edge.runtime.generation import Steps
 from lora_edge.runtime.seq2seq import Seq2Seq
 from lora_edge.tasks.task import TEXT_GENERATION
 
@@ -290,12 +291,15 @@ def greedy(runner: Runner, probe: Probe) -> list[Row]:
 
     ``probe.steps`` tokens, less those of the steps for which the row rests.
     """
+    decoding: Steps
+    rows = probe.rows
     if isinstance(runner.session, Seq2Seq):
-        binding = runner.binding(_argument(runner, probe), len(probe.rows))
-        return greedy_answers(runner.session, probe, binding)
-    longest = max(map(len, probe.rows)) + probe.steps
-    decoding = _start(runner, probe, longest)
-    tokens = np.argmax(decoding.prefill(probe.rows), axis=-1)
+        binding = runner.binding(_argument(runner, probe), len(rows))
+        decoding = runner.session.start(sources(runner.session.spec, rows), binding)
+        rows = tuple(beginning(runner.session.spec, row) for row in rows)
+    else:
+        decoding = _start(runner, probe, max(map(len, rows)) + probe.steps)
+    tokens = np.argmax(decoding.prefill(rows), axis=-1)
     tails = [tokens]
     for _ in range(probe.steps - 1):
         tokens = np.argmax(decoding.step(tokens.tolist()), axis=-1)

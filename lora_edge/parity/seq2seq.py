@@ -52,13 +52,6 @@ def observe_seq2seq(
     return session.logits(sources(session.spec, probe.rows), targets, binding)
 
 
-def greedy_answers(session: Seq2Seq, probe: Probe, binding: Binding) -> list[Row]:
-    """The greedy continuation of each row's beginning, past any end token."""
-    starts = [beginning(session.spec, row) for row in probe.rows]
-    given = sources(session.spec, probe.rows)
-    return [tuple(x) for x in session.greedy(given, starts, probe.steps, binding, plain=True)]
-
-
 def _features(spec: Seq2SeqSpec, row: Row) -> NDArray[np.float32]:
     random = np.random.default_rng(row[0])
     return random.standard_normal(spec.features).astype(np.float32)

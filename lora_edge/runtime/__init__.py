@@ -1,20 +1,43 @@
-"""Running graphs and bundles with ONNX Runtime. Imports no torch and no onnx."""
+"""Running graphs and bundles with ONNX Runtime. Imports no torch and no onnx.
+
+Each name is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from lora_edge.runtime import installed
 
 installed.require()  # before anything imports it
 
-# ruff: noqa: E402
-from lora_edge.bundle.onnx_adapter import read_adapter, write_adapter
-from lora_edge.bundle.sentence import SentenceModules, load_sentence_modules
-from lora_edge.maths.pooling import Pooling
-from lora_edge.runtime.adapters.binding import Binding
-from lora_edge.runtime.decoder import Decoder
-from lora_edge.runtime.decoding import Decoding
-from lora_edge.runtime.encoder import Encoder
-from lora_edge.runtime.outputs.image import ImageProcessor
-from lora_edge.runtime.providers import Provider
-from lora_edge.runtime.runner import Runner
+if TYPE_CHECKING:
+    from lora_edge.bundle.onnx_adapter import read_adapter, write_adapter
+    from lora_edge.bundle.sentence import SentenceModules, load_sentence_modules
+    from lora_edge.maths.pooling import Pooling
+    from lora_edge.runtime.adapters.binding import Binding
+    from lora_edge.runtime.decoder import Decoder
+    from lora_edge.runtime.decoding import Decoding
+    from lora_edge.runtime.encoder import Encoder
+    from lora_edge.runtime.outputs.image import ImageProcessor
+    from lora_edge.runtime.providers import Provider
+    from lora_edge.runtime.runner import Runner
+
+_LAZY = {
+    "Binding": "lora_edge.runtime.adapters.binding",
+    "Decoder": "lora_edge.runtime.decoder",
+    "Decoding": "lora_edge.runtime.decoding",
+    "Encoder": "lora_edge.runtime.encoder",
+    "ImageProcessor": "lora_edge.runtime.outputs.image",
+    "Pooling": "lora_edge.maths.pooling",
+    "Provider": "lora_edge.runtime.providers",
+    "Runner": "lora_edge.runtime.runner",
+    "SentenceModules": "lora_edge.bundle.sentence",
+    "load_sentence_modules": "lora_edge.bundle.sentence",
+    "read_adapter": "lora_edge.bundle.onnx_adapter",
+    "write_adapter": "lora_edge.bundle.onnx_adapter",
+}
 
 __all__ = [
     "Binding",
@@ -30,3 +53,12 @@ __all__ = [
     "read_adapter",
     "write_adapter",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    module = _LAZY.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(module), name)
+    globals()[name] = value
+    return value

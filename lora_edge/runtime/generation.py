@@ -6,11 +6,48 @@ Knows ids only; text and stop strings are :mod:`lora_edge.runtime.text.text`'s.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
 
 from lora_edge.errors import DataError
-from lora_edge.runtime.adapters.binding import Binding
-from lora_edge.runtime.decoder import Decoder
+from lora_edge.maths.lora import FloatArray
 from lora_edge.runtime.sampling import Sampling
+
+
+class Steps(Protocol):
+    """Sequences of one batch that grow by a token at a time, with a cache or without."""
+
+    def prefill(self, rows: Sequence[Sequence[int]]) -> FloatArray:
+        """The first tokens of each row; returns the logits ``[batch, vocab]`` after the last."""
+
+    def step(self, tokens: Sequence[int | None]) -> FloatArray:
+        """One more token of each row, ``None`` for one that rests; returns as :meth:`prefill`."""
+
+
+def check_room(longest: int, max_new_tokens: int, limit: int) -> None:
+    """Check that a model has positions for what is to be generated.
+
+    Args:
+        longest: tokens of the longest row.
+        max_new_tokens: at most so many new ones.
+        limit: positions of the model; 0: any number.
+
+    Raises:
+        DataError: it has not.
+    """
+    if max_new_tokens < 1:
+        raise DataError(
+            f"max_new_tokens is {max_new_tokens}, expected at least 1",
+            "For the logits of a prompt alone there is logits().",
+        )
+    if limit and longest + max_new_tokens > limit:
+        room = limit - longest
+        raise DataError(
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's "
+            f"{limit} positions",
+            f"Pass max_new_tokens={room} or less." if room > 0 else "Shorten the prompt.",
+        )
 
 
 class Generation:
@@ -20,60 +57,51 @@ class Generation:
     :meth:`finish` is called. The loop ends when all rows have.
 
     Args:
-        decoder: the decoder.
-        prompts: token ids of each row.
-        binding: the adapters of the rows; None is off on every row.
+        decoding: where the rows grow; new.
+        prompts: token ids that each row begins with.
         max_new_tokens: at most so many new tokens a row.
         eos_ids: tokens that end each row.
         sampling: how tokens are chosen.
-
-    Raises:
-        DataError: no prompt, an empty prompt, an id outside the vocabulary, or a prompt that leaves
-            no room for ``max_new_tokens``.
+        keys: numbers that a row's samples follow from beside the seed; ``None``: its prompt.
+        suppress: tokens that are never chosen.
+        begin_suppress: tokens that are not chosen first.
     """
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoding: Steps,
         prompts: Sequence[Sequence[int]],
-        binding: Binding | None,
         *,
         max_new_tokens: int,
         eos_ids: Sequence[Collection[int]],
         sampling: Sampling,
+        keys: Sequence[Sequence[int]] | None = None,
+        suppress: Sequence[int] = (),
+        begin_suppress: Sequence[int] = (),
     ) -> None:
-        longest = max((len(prompt) for prompt in prompts), default=0)
-        limit = decoder.spec.max_length
-        if max_new_tokens < 1:
-            raise DataError(
-                f"max_new_tokens is {max_new_tokens}, expected at least 1",
-                "For the logits of a prompt alone there is logits().",
-            )
-        if longest + max_new_tokens > limit:
-            room = limit - longest
-            raise DataError(
-                f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's "
-                f"{limit} positions",
-                f"Pass max_new_tokens={room} or less." if room > 0 else "Shorten the prompt.",
-            )
         self._prompts = prompts
         self._max_new_tokens = max_new_tokens
         self._eos_ids = eos_ids
         self._sampling = sampling
         self._finished = [False] * len(prompts)
-        self._decoding = decoder.start(len(prompts), longest + max_new_tokens, binding)
+        self._decoding = decoding
+        self._keys = prompts if keys is None else keys
+        self._suppress, self._first = list(suppress), [*suppress, *begin_suppress]
 
     def finish(self, row: int) -> None:
         """End a row; its later tokens are None."""
         self._finished[row] = True
 
     def __iter__(self) -> Iterator[list[int | None]]:
-        generators = self._sampling.generators(self._prompts)
+        generators = self._sampling.generators(self._keys)
         histories = [set(prompt) for prompt in self._prompts]
         logits = self._decoding.prefill(self._prompts)
         for count in range(1, self._max_new_tokens + 1):
+            barred = self._first if count == 1 else self._suppress
             tokens = [
-                None if done else self._sampling.choose(values, generator, history)
+                None
+                if done
+                else self._sampling.choose(_without(values, barred), generator, history)
                 for done, values, generator, history in zip(
                     self._finished, logits, generators, histories, strict=True
                 )
@@ -92,3 +120,11 @@ class Generation:
                     for done, token in zip(self._finished, tokens, strict=True)
                 ]
             )
+
+
+def _without(logits: FloatArray, barred: Sequence[int]) -> FloatArray:
+    """Logits of which these tokens are never chosen."""
+    if barred:
+        logits = logits.copy()
+        logits[barred] = -np.inf
+    return logits

@@ -29,7 +29,7 @@ from lora_edge.runtime.adapters.binding import Binding, State
 from lora_edge.runtime.decoder import Decoder
 from lora_edge.runtime.encoder import Encoder
 from lora_edge.runtime.finite import finite
-from lora_edge.runtime.generation import Generation
+from lora_edge.runtime.generation import Generation, check_room
 from lora_edge.runtime.outputs.outputs import Label, Outputs, TextInput, TokenLabel
 from lora_edge.runtime.pinned import PinnedSessions
 from lora_edge.runtime.providers import LEVELS
@@ -449,7 +449,7 @@ class Runner:
     ) -> list[str]:
         """Complete prompts, as one batch; of an encoder-decoder, answer or transcribe them.
 
-        An encoder-decoder is greedy, and runs on the whole of what it has said at each token.
+        An encoder-decoder runs on the whole of what it has said at each token.
 
         Args:
             prompts: texts; with ``chat`` also conversations (lists of ``{"role", "content"}``); for
@@ -482,25 +482,17 @@ class Runner:
                 outside its range or for another task, or ``chat`` without a template.
         """
         max_new_tokens, stop = _checked(max_new_tokens, stop, chat, tools, documents)
-        if isinstance(self.session, Seq2Seq):
-            _greedy_only(temperature, stop, chat, min_p, repetition_penalty, defaults)
-            speech = self.session.spec.features
-            sources: Any = prompts if speech else self._encode(prompts, adapter, chat=False)
-            said = self._answers(self.session, sources, adapter, max_new_tokens or 64, start)
-            tokenizers = self._tokenizers(adapter, len(said), chat=False)
-            return [one.decode(row) for one, row in zip(tokenizers, said, strict=True)]
-        _refuse_start(start)
         given = _given(temperature, top_k, top_p, seed, min_p, repetition_penalty)
         sampling, count = self._choices(defaults, given, max_new_tokens)
-        rows = self._encode(prompts, adapter, chat, tools=tools, documents=documents)
+        rows = self._read(prompts, adapter, chat, tools=tools, documents=documents)
         texts = [""] * len(rows)
-        for row, piece in self._pieces(rows, adapter, count, sampling, stop):
+        for row, piece in self._pieces(rows, adapter, count, sampling, stop, start):
             texts[row] += piece
         return texts
 
     def stream(
         self,
-        prompt: Prompt,
+        prompt: Prompt | NDArray[np.float32],
         adapter: AdapterArgument = None,
         max_new_tokens: int | None = None,
         *,
@@ -515,17 +507,19 @@ class Runner:
         chat: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
+        start: Sequence[int] | None = None,
     ) -> Iterator[str]:
         """Complete one prompt, piece by piece as it becomes certain.
 
-        The pieces' concatenation is what :meth:`generate` returns; arguments and errors are its
-        own.
+        Speech is ``[1, mels, frames] float32``. The pieces' concatenation is what :meth:`generate`
+        returns; arguments and errors are its own.
         """
         max_new_tokens, stop = _checked(max_new_tokens, stop, chat, tools, documents)
         given = _given(temperature, top_k, top_p, seed, min_p, repetition_penalty)
         sampling, count = self._choices(defaults, given, max_new_tokens)
-        rows = self._encode([prompt], adapter, chat, tools=tools, documents=documents)
-        pieces = self._pieces(rows, adapter, count, sampling, stop)
+        one = prompt if self._hears else [prompt]
+        rows = self._read(one, adapter, chat, tools=tools, documents=documents)
+        pieces = self._pieces(rows, adapter, count, sampling, stop, start)
         return (piece for _, piece in pieces if piece)
 
     def generate_ids(
@@ -545,14 +539,10 @@ class Runner:
     ) -> list[list[int]]:
         """As :meth:`generate` on token ids: each row's new ids, its end token included."""
         max_new_tokens, _ = _checked(max_new_tokens)
-        if isinstance(self.session, Seq2Seq):
-            _greedy_only(temperature, (), False, min_p, repetition_penalty, defaults)
-            return self._answers(self.session, rows, adapter, max_new_tokens or 64, start)
-        _refuse_start(start)
-        ids, _, _ = token_rows(rows, None)
         given = _given(temperature, top_k, top_p, seed, min_p, repetition_penalty)
         sampling, count = self._choices(defaults, given, max_new_tokens)
-        return new_ids(self._generation(ids, adapter, count, sampling), len(ids))
+        ids: Any = rows if self._hears else token_rows(rows, None)[0]
+        return new_ids(self._generation(ids, adapter, count, sampling, start), len(ids))
 
     def _choices(
         self, defaults: str | None, given: Mapping[str, Any], max_new_tokens: int | None
@@ -571,49 +561,73 @@ class Runner:
             )
         return choices(model, given, max_new_tokens)
 
-    def _answers(
-        self,
-        session: Seq2Seq,
-        sources: Any,
-        adapter: AdapterArgument,
-        steps: int,
-        start: Sequence[int] | None,
-    ) -> list[list[int]]:
-        if start is not None:
-            (start,), _, _ = token_rows([start], None)
-        starts = session.starts(len(opt.listed("inputs", sources)), start)
-        binding = self.binding(adapter, len(sources))
-        return session.greedy(sources, starts, steps, binding, end=self.eos_ids)
-
     def _generation(
         self,
-        rows: Sequence[Sequence[int]],
+        rows: Any,
         adapter: AdapterArgument,
         max_new_tokens: int,
         sampling: Sampling,
+        start: Sequence[int] | None,
     ) -> Generation:
-        decoder, bound = self._session_for(adapter, len(rows))
+        """What an encoder-decoder answers to rows or speech, or how a decoder goes on."""
+        batch = len(opt.listed("inputs", rows))
+        eos_ids = self._eos(self._active.states(adapter, batch))
+        if isinstance(self.session, Seq2Seq):
+            spec = self.session.spec
+            if start is not None:
+                (start,), _, _ = token_rows([start], None)
+            starts = self.session.starts(batch, start)
+            decoding = self.session.start(rows, self.binding(adapter, batch))
+            check_room(len(starts[0]), max_new_tokens, spec.max_target)
+            return Generation(
+                decoding,
+                starts,
+                max_new_tokens=max_new_tokens,
+                eos_ids=eos_ids,
+                sampling=sampling,
+                keys=self.session.keys(rows),
+                suppress=spec.suppress,
+                begin_suppress=spec.begin_suppress,
+            )
+        if start is not None:
+            raise DataError("start is for encoder-decoders only", "Put it into the prompt.")
+        decoder, bound = self._session_for(adapter, batch)
+        longest = max(map(len, rows), default=0)
+        check_room(longest, max_new_tokens, decoder.spec.max_length)
         return Generation(
-            decoder,
+            decoder.start(batch, longest + max_new_tokens, bound),
             rows,
-            bound,
             max_new_tokens=max_new_tokens,
-            eos_ids=self._eos(self._active.states(adapter, len(rows))),
+            eos_ids=eos_ids,
             sampling=sampling,
         )
 
     def _pieces(
         self,
-        rows: Sequence[Sequence[int]],
+        rows: Any,
         adapter: AdapterArgument,
         max_new_tokens: int,
         sampling: Sampling,
         stop: str | Sequence[str],
+        start: Sequence[int] | None,
     ) -> Iterator[tuple[int, str]]:
         """(row, text) as it becomes certain. Errors in the arguments are raised here and now."""
-        generation = self._generation(rows, adapter, max_new_tokens, sampling)
+        generation = self._generation(rows, adapter, max_new_tokens, sampling, start)
         tokenizers = self._tokenizers(adapter, len(rows), chat=False)
         return pieces(generation, len(rows), [one.decode for one in tokenizers], stop)
+
+    @property
+    def _hears(self) -> bool:
+        """Whether prompts are speech."""
+        return isinstance(self.session, Seq2Seq) and bool(self.session.spec.features)
+
+    def _read(self, prompts: Any, adapter: AdapterArgument, chat: bool, **context: Any) -> Any:
+        """The token ids of prompts; speech as it is."""
+        if not self._hears:
+            return self._encode(prompts, adapter, chat, **context)
+        if chat:
+            raise DataError("chat is for text, and the bundle hears speech", "Leave it out.")
+        return prompts
 
     def _encode(
         self, prompts: Any, adapter: AdapterArgument, chat: bool, **context: Any
@@ -665,27 +679,6 @@ def _given(
         "min_p": min_p,
         "repetition_penalty": repetition_penalty,
     }
-
-
-def _greedy_only(
-    temperature: float | None,
-    stop: str | Sequence[str],
-    chat: bool,
-    min_p: float | None,
-    repetition_penalty: float | None,
-    defaults: str | None,
-) -> None:
-    if temperature or stop or chat or min_p or (repetition_penalty or 1) != 1 or defaults:
-        raise DataError(
-            "an encoder-decoder takes no temperature, min_p, repetition penalty, stop, chat or "
-            "defaults",
-            "Leave them out: it is greedy, and ends at its end token.",
-        )
-
-
-def _refuse_start(start: Sequence[int] | None) -> None:
-    if start is not None:
-        raise DataError("start is for encoder-decoders only", "Put it into the prompt.")
 
 
 def _wrong_task(bundle: Bundle, what: str, hint: str) -> BundleError:

@@ -6,7 +6,8 @@ bundles, adapters' names or text.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from lora_edge.bundle.manifest import Seq2SeqSpec
 from lora_edge.errors import DataError
 from lora_edge.maths.lora import FloatArray
 from lora_edge.runtime.adapters.binding import Binding
-from lora_edge.runtime.finite import not_finite
 from lora_edge.runtime.rows import token_rows
 from lora_edge.runtime.session import ModelSession
 
@@ -38,6 +38,35 @@ class _Heard:
     values: Mapping[str, Any]
     batch: int
     binding: Binding
+
+
+class Recomputed:
+    """Sequences of a decoder that keeps nothing: each step runs it on the whole of every row.
+
+    What else the decoder reads (the encoder's states) stays the same from step to step.
+
+    Args:
+        run: all rows -> the logits ``[len(row), vocab]`` of each.
+    """
+
+    def __init__(self, run: Callable[[Sequence[Sequence[int]]], list[FloatArray]]) -> None:
+        self._run = run
+        self._rows: list[list[int]] = []
+
+    def prefill(self, rows: Sequence[Sequence[int]]) -> FloatArray:
+        """As :class:`~lora_edge.runtime.generation.Steps` has it."""
+        self._rows = [list(row) for row in rows]
+        return self._last()
+
+    def step(self, tokens: Sequence[int | None]) -> FloatArray:
+        """As :class:`~lora_edge.runtime.generation.Steps` has it."""
+        for row, token in zip(self._rows, tokens, strict=True):
+            if token is not None:
+                row.append(token)
+        return self._last()
+
+    def _last(self) -> FloatArray:
+        return np.stack([logits[-1] for logits in self._run(self._rows)])
 
 
 class Seq2Seq(ModelSession[Seq2SeqSpec]):
@@ -96,57 +125,25 @@ class Seq2Seq(ModelSession[Seq2SeqSpec]):
             )
         return [self.spec.start if start is None else start] * batch
 
-    def greedy(
-        self,
-        sources: Sources,
-        starts: Sequence[Sequence[int]],
-        steps: int,
-        binding: Binding | None = None,
-        *,
-        end: Set[int] = frozenset(),
-        plain: bool = False,
-    ) -> list[list[int]]:
-        """The best token after the best token, up to ``steps`` of them.
+    def start(self, sources: Sources, binding: Binding | None = None) -> Recomputed:
+        """A new batch of answers, with nothing said yet.
 
         Args:
             sources: as for :meth:`logits`.
-            starts: what the decoder of each row begins with.
-            steps: number of new tokens.
-            binding: as for :meth:`logits`.
-            end: a row ends with one of these; empty: never.
-            plain: leave nothing out, not even what the checkpoint suppresses.
-
-        Returns:
-            The new tokens of each row, the end token included.
+            binding: the adapters of the rows; None is off on every row.
 
         Raises:
-            DataError: as :meth:`logits`, or no room for ``steps`` tokens.
+            DataError: as :meth:`logits`.
         """
         heard = self._hear(sources, binding)
-        rows = [list(row) for row in self._targets(starts, heard.batch)]
-        longest = max(map(len, rows)) + steps
-        if steps < 1 or (self.spec.max_target and longest > self.spec.max_target):
-            raise DataError(
-                f"{steps} new tokens after {longest - steps} were asked for; the decoder has "
-                f"{self.spec.max_target or 'any number of'} positions",
-                "Ask for at least one, and for fewer.",
-            )
-        said: list[list[int]] = [[] for _ in rows]
-        for step in range(steps):
-            if all(row and row[-1] in end for row in said):
-                break
-            for index, logits in enumerate(self._say(heard, rows)):
-                last = logits[-1].copy()
-                if not plain:
-                    last[list(self.spec.suppress)] = -np.inf
-                    last[list(self.spec.begin_suppress if step == 0 else ())] = -np.inf
-                token = int(np.argmax(last))
-                if not (plain or np.isfinite(last[token])):
-                    raise not_finite()
-                if not (said[index] and said[index][-1] in end):
-                    said[index].append(token)
-                rows[index].append(token)
-        return said
+        return Recomputed(lambda rows: self._say(heard, self._targets(rows, heard.batch)))
+
+    def keys(self, sources: Sources) -> Sequence[Sequence[int]]:
+        """Numbers that tell the inputs of a batch from each other."""
+        if not self.spec.features:
+            return [list(row) for row in sources]
+        rows = (np.asarray(row, np.float32).tobytes() for row in sources)
+        return [list(hashlib.blake2b(row, digest_size=16).digest()) for row in rows]
 
     def _hear(self, sources: Sources, binding: Binding | None) -> _Heard:
         if self.spec.features:

@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +29,8 @@ from lora_edge.errors import (
 from lora_edge.parity.checks import compare
 from lora_edge.parity.compare import Tolerance
 from lora_edge.parity.record.golden import recorded
+from lora_edge.runtime.sampling import Sampling
+from lora_edge.tasks.task import Task
 from tests.support.blends import asked_of
 from tests.support.seq2seq import ALL, ATTENTION, VOCAB, make_seq2seq, make_seq2seq_adapter
 
@@ -133,8 +136,6 @@ class TestWithOptimum:
         import transformers
         from peft import PeftModel
 
-        from lora_edge.tasks.task import Task
-
         runner = lora_edge.Runner(exported.output)
         spec = runner.bundle.manifest.seq2seq
         loader = getattr(transformers, Task(runner.bundle.manifest.task).loader)
@@ -160,6 +161,51 @@ class TestWithOptimum:
                 assert len(own) == 10 or own[-1] in runner.eos_ids
             said.append(ours)
         assert said[0] != said[1]
+
+    def test_samples_are_of_what_pytorch_says(self, exported: Exported) -> None:
+        """Token by token: PEFT's eager logits, and the same random numbers."""
+        import torch
+        import transformers
+        from peft import PeftModel
+
+        runner = lora_edge.Runner(exported.output)
+        session = runner.seq2seq
+        loader = getattr(transformers, Task(runner.bundle.manifest.task).loader)
+        model = loader.from_pretrained(exported.base, attn_implementation="eager")
+        model = PeftModel.from_pretrained(model, exported.adapters["every"]).eval()
+        inputs = exported.inputs(3)
+        sampling = Sampling(temperature=0.8, top_k=9, seed=5, repetition_penalty=1.3)
+        generators = sampling.generators(session.keys(inputs))
+        key = "input_features" if session.spec.features else "input_ids"
+        expected = []
+        for row, generator, start in zip(inputs, generators, session.starts(3), strict=True):  # type: ignore[call-overload]
+            said = list(start)
+            for step in range(8):
+                with torch.inference_mode():
+                    feeds = {
+                        key: torch.tensor(row)[None],
+                        "decoder_input_ids": torch.tensor([said]),
+                    }
+                    logits = model.base_model(**feeds).logits[0, -1].numpy()
+                barred = [
+                    *session.spec.suppress,
+                    *(session.spec.begin_suppress if not step else ()),
+                ]
+                logits[barred] = -np.inf
+                said.append(sampling.choose(logits, generator, set(said)))
+                if said[-1] in runner.eos_ids:
+                    break
+            expected.append(said[len(start) :])
+        options: Any = {
+            "temperature": 0.8, "top_k": 9, "seed": 5, "repetition_penalty": 1.3,
+        }  # fmt: skip
+        assert runner.generate_ids(inputs, "every", 8, **options) == expected
+        # A row's samples are its own, whatever its neighbours are and do.
+        states = ["every", None, "every"]
+        mixed = runner.generate_ids(inputs, states, 8, **options)  # type: ignore[arg-type]
+        assert (mixed[0], mixed[2]) == (expected[0], expected[2])
+        assert mixed[1] == runner.generate_ids(inputs[1:2], None, 8, **options)[0]  # type: ignore[index]
+        assert runner.generate_ids(inputs, "every", 8) != expected
 
     def test_a_fault_is_found(
         self, exported: Exported, tmp_path: Path, resign: Callable[[Path], None]
@@ -271,8 +317,16 @@ class TestKindsWithOptimum:
         command = [str(out), "-a", "a", "-p", prompts[0], "--max-new-tokens", "6"]
         done = CliRunner().invoke(run, command)
         assert (done.exit_code, done.stdout.strip()) == (0, texts[0])
-        with pytest.raises(DataError, match="temperature"):
-            runner.generate(prompts, temperature=0.5)
+        assert "".join(runner.stream(prompts[0], "a", 6)) == texts[0]
+        assert len(list(runner.stream(prompts[0], "a", 6))) > 1
+        cut = texts[0].split()[2]
+        assert runner.generate(prompts[0], "a", 6, stop=cut) == [texts[0].partition(cut)[0]]
+        command += ["--temperature", "0.7", "--seed", "4"]
+        sampled = runner.generate(prompts[0], "a", 6, temperature=0.7, seed=4)
+        done = CliRunner().invoke(run, command)
+        assert (done.exit_code, done.stdout.strip()) == (0, sampled[0].strip())
+        with pytest.raises(DataError, match="chat template"):
+            runner.generate(prompts, chat=True)
         with pytest.raises(lora_edge.LoraEdgeError, match="encoder and a decoder"):
             runner.logits([[1, 2]])
 

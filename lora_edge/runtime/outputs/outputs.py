@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -27,8 +27,10 @@ from lora_edge.names import NONE_ADAPTER
 from lora_edge.runtime.adapters.binding import Binding, State
 from lora_edge.runtime.encoder import Encoder
 from lora_edge.runtime.finite import finite
-from lora_edge.runtime.outputs.image import PROCESSOR_FILE, ImageProcessor, Picture
 from lora_edge.runtime.text.tokenizer import Encoded, Tokenizer
+
+if TYPE_CHECKING:
+    from lora_edge.runtime.outputs.image import ImageProcessor
 
 TextInput = str | tuple[str, str]
 """A text, or two that belong together."""
@@ -85,6 +87,8 @@ class Outputs:
     @cached_property
     def processor(self) -> ImageProcessor:
         """How images are prepared; raises as :class:`ImageProcessor`."""
+        from lora_edge.runtime.outputs.image import PROCESSOR_FILE, ImageProcessor
+
         self._verified((PROCESSOR_FILE,))
         return ImageProcessor.load(self._bundle.directory)
 
@@ -225,7 +229,7 @@ class Outputs:
         return self._labels(rows, names)
 
     def classify_images(
-        self, images: Sequence[Picture], binding: Binding, names: Sequence[State]
+        self, images: Sequence[Any], binding: Binding, names: Sequence[State]
     ) -> list[list[Label]]:
         """Labels of each image, best first."""
         return self._labels(self.pixels(self.processor(images), binding), names)

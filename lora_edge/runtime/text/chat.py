@@ -25,9 +25,8 @@ import numpy as np
 
 from lora_edge.errors import DataError
 from lora_edge.runtime.text.sandbox import UNITS, Meter, Sandbox, TemplateLimitError, metered
+from lora_edge.runtime.text.text import Message
 
-Message = Mapping[str, Any]
-"""``role`` and ``content``, and what else a template reads: ``tool_calls``, ``name``, ..."""
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _DEFAULT, _TOOLS = "default", "tool_use"
 _LONGEST_REASON = 300

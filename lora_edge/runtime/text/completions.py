@@ -10,8 +10,7 @@ from typing import Any
 
 from lora_edge.errors import DataError
 from lora_edge.runtime.generation import Generation
-from lora_edge.runtime.text.chat import Message
-from lora_edge.runtime.text.text import TextStream
+from lora_edge.runtime.text.text import Message, TextStream
 from lora_edge.runtime.text.tokenizer import Tokenizer
 from lora_edge.types import listed
 

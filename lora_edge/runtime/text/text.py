@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+Message = Mapping[str, Any]
+"""``role`` and ``content``, and what else a template reads: ``tool_calls``, ``name``, ..."""
 
 _INCOMPLETE = "\ufffd"
 

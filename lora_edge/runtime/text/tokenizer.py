@@ -12,14 +12,17 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tokenizers
 
 from lora_edge.errors import BundleError, DataError
 from lora_edge.files.json import read_object
 from lora_edge.files.tokenizer import read_templates
-from lora_edge.runtime.text.chat import ChatTemplates, Message
+from lora_edge.runtime.text.text import Message
+
+if TYPE_CHECKING:
+    from lora_edge.runtime.text.chat import ChatTemplates
 
 _AGAIN = "Copy it again."
 
@@ -230,6 +233,8 @@ class Tokenizer:
 
     @cached_property
     def _chat(self) -> ChatTemplates:
+        from lora_edge.runtime.text.chat import ChatTemplates
+
         return ChatTemplates(
             self.templates, self.special_tokens, f"the tokenizer of {self._folders[0]}"
         )
