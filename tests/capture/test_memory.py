@@ -26,7 +26,7 @@ import json, resource, sys
 from pathlib import Path
 import onnx, torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM  # what any capture imports
-from lora_edge.base import resolve_base
+from lora_edge.base.checkpoint import resolve_base
 from lora_edge.capture import capture
 from lora_edge.capture.trace import trace
 

@@ -147,15 +147,13 @@ def test_whatever_a_template_raises_is_a_refusal(name: str) -> None:
 
 
 _SCRIPT = """
-import resource, sys
-sys.path.insert(0, {folder!r})
-from test_sandbox import LARGE
+import resource
 from lora_edge.errors import DataError
-from lora_edge.runtime.chat import ChatTemplates
+from lora_edge.runtime.text.chat import ChatTemplates
 ChatTemplates({{"default": "x"}}, {{}}, "x").render("hi")
 size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (size + {room}, size + {room}))
-for name, source in LARGE.items():
+for name, source in {large!r}.items():
     try:
         ChatTemplates({{"default": source}}, {{}}, "x").render("hi")
     except DataError as error:
@@ -168,9 +166,7 @@ for name, source in LARGE.items():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS is Linux's")
 def test_templates_that_make_much_are_stopped_within_little_memory() -> None:
-    from pathlib import Path
-
-    script = _SCRIPT.format(folder=str(Path(__file__).parent), room=500 << 20)
+    script = _SCRIPT.format(large=LARGE, room=500 << 20)
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300
     )
