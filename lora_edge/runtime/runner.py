@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,26 +20,28 @@ from lora_edge.bundle.bundle import (
     Bundle,
     load_bundle,
 )
-from lora_edge.bundle.manifest import GraphSpec, Seq2SeqSpec
+from lora_edge.bundle.manifest import EncoderSpec, GraphSpec, Seq2SeqSpec
 from lora_edge.errors import BundleError, DataError, OptionError
 from lora_edge.maths.lora import FloatArray
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.runtime.adapters.active import ActiveAdapters, AdapterArgument, Choice
 from lora_edge.runtime.adapters.binding import Binding, State
 from lora_edge.runtime.decoder import Decoder
-from lora_edge.runtime.encoder import Encoder
 from lora_edge.runtime.finite import finite
 from lora_edge.runtime.generation import Generation, check_room
-from lora_edge.runtime.outputs.outputs import Label, Outputs, TextInput, TokenLabel
 from lora_edge.runtime.pinned import PinnedSessions
 from lora_edge.runtime.providers import LEVELS
 from lora_edge.runtime.rows import token_rows
 from lora_edge.runtime.sampling import Sampling
-from lora_edge.runtime.seq2seq import Seq2Seq
 from lora_edge.runtime.text.completions import Prompt, as_list, encode, new_ids, pieces
 from lora_edge.runtime.text.defaults import GenerationDefaults, choices
 from lora_edge.runtime.text.texts import Texts
 from lora_edge.runtime.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from lora_edge.runtime.encoder import Encoder
+    from lora_edge.runtime.outputs.outputs import Label, Outputs, TextInput, TokenLabel
+    from lora_edge.runtime.seq2seq import Seq2Seq
 
 
 class Runner:
@@ -117,6 +119,8 @@ class Runner:
         }
         self.session: Decoder | Encoder | Seq2Seq
         if isinstance(manifest.graph, Seq2SeqSpec):
+            from lora_edge.runtime.seq2seq import Seq2Seq
+
             for name in (ENCODER_FILE, DECODER_FILE):
                 folder = self.bundle.verify(name).parent
                 _check_data(self.bundle, f"{name}_data")
@@ -127,6 +131,8 @@ class Runner:
             if isinstance(manifest.graph, GraphSpec):
                 self.session = Decoder(graph, manifest.graph, sites=manifest.sites, **options)
             else:
+                from lora_edge.runtime.encoder import Encoder
+
                 self.session = Encoder(graph, manifest.graph, sites=manifest.sites, **options)
         self._active = ActiveAdapters(self.bundle, self.session.tensors)
         switchable = self.session if isinstance(self.session, Decoder) else None
@@ -146,7 +152,7 @@ class Runner:
         """
         if isinstance(self.session, Decoder):
             return self.session
-        if isinstance(self.session, Seq2Seq):
+        if isinstance(self.session.spec, Seq2SeqSpec):
             raise _wrong_task(
                 self.bundle,
                 "has an encoder and a decoder",
@@ -161,7 +167,7 @@ class Runner:
         Raises:
             BundleError: the bundle generates text.
         """
-        if isinstance(self.session, Encoder):
+        if isinstance(self.session.spec, EncoderSpec):
             return self.session
         raise _wrong_task(self.bundle, "has no labels", "Use logits() or generate().")
 
@@ -172,13 +178,15 @@ class Runner:
         Raises:
             BundleError: the bundle has another task.
         """
-        if isinstance(self.session, Seq2Seq):
+        if isinstance(self.session.spec, Seq2SeqSpec):
             return self.session
         raise _wrong_task(self.bundle, "is one graph", "Use logits().")
 
     @cached_property
     def outputs(self) -> Outputs:
         """What an encoder bundle gives for texts and images; raises as :attr:`encoder`."""
+        from lora_edge.runtime.outputs.outputs import Outputs
+
         return Outputs(
             self.bundle, self.encoder, lambda state: self._texts.tokenizer(state, chat=False)
         )
@@ -311,13 +319,13 @@ class Runner:
             DataError: an empty or too long row, an id outside the vocabulary, a mask with holes;
                 logits that are NaN or infinite.
         """
-        if token_type_ids is not None and not isinstance(self.session, Encoder):
+        if token_type_ids is not None and not isinstance(self.session.spec, EncoderSpec):
             raise OptionError(
                 "token_type_ids is for encoders, and this bundle's model takes none",
                 "Leave it out.",
             )
         rows, starts, width = token_rows(input_ids, attention_mask)
-        if isinstance(self.session, Encoder):
+        if isinstance(self.session.spec, EncoderSpec):
             binding = self.binding(adapter, len(rows))
             return finite(self.outputs.logits(rows, starts, width, token_type_ids, binding))
         decoder, bound = self._session_for(adapter, len(rows))
@@ -572,12 +580,12 @@ class Runner:
         """What an encoder-decoder answers to rows or speech, or how a decoder goes on."""
         batch = len(opt.listed("inputs", rows))
         eos_ids = self._eos(self._active.states(adapter, batch))
-        if isinstance(self.session, Seq2Seq):
-            spec = self.session.spec
+        if isinstance(self.session.spec, Seq2SeqSpec):
+            session, spec = self.seq2seq, self.session.spec
             if start is not None:
                 (start,), _, _ = token_rows([start], None)
-            starts = self.session.starts(batch, start)
-            decoding = self.session.start(rows, self.binding(adapter, batch))
+            starts = session.starts(batch, start)
+            decoding = session.start(rows, self.binding(adapter, batch))
             check_room(len(starts[0]), max_new_tokens, spec.max_target)
             return Generation(
                 decoding,
@@ -585,7 +593,7 @@ class Runner:
                 max_new_tokens=max_new_tokens,
                 eos_ids=eos_ids,
                 sampling=sampling,
-                keys=self.session.keys(rows),
+                keys=session.keys(rows),
                 suppress=spec.suppress,
                 begin_suppress=spec.begin_suppress,
             )
@@ -619,7 +627,8 @@ class Runner:
     @property
     def _hears(self) -> bool:
         """Whether prompts are speech."""
-        return isinstance(self.session, Seq2Seq) and bool(self.session.spec.features)
+        spec = self.session.spec
+        return isinstance(spec, Seq2SeqSpec) and bool(spec.features)
 
     def _read(self, prompts: Any, adapter: AdapterArgument, chat: bool, **context: Any) -> Any:
         """The token ids of prompts; speech as it is."""
@@ -632,7 +641,7 @@ class Runner:
     def _encode(
         self, prompts: Any, adapter: AdapterArgument, chat: bool, **context: Any
     ) -> list[list[int]]:
-        if isinstance(self.session, Encoder):
+        if isinstance(self.session.spec, EncoderSpec):
             _ = self.decoder  # says what the bundle does instead
         listed = as_list(prompts, chat)
         return encode(listed, self._tokenizers(adapter, len(listed), chat), chat, **context)

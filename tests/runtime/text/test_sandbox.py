@@ -168,7 +168,7 @@ for name, source in {large!r}.items():
 def test_templates_that_make_much_are_stopped_within_little_memory() -> None:
     script = _SCRIPT.format(large=LARGE, room=500 << 20)
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300
+        [sys.executable, "-"], input=script, capture_output=True, text=True, check=True, timeout=300
     )
     found = dict(line.split(" | ", 1) for line in done.stdout.splitlines())
     assert found == dict.fromkeys(LARGE, "stopped")
