@@ -1,4 +1,4 @@
-"""Loading the PyTorch model that is captured, whole or not at all."""
+"""The one loader of a base in PyTorch: whole, or not at all."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from lora_edge.tasks.task import Task
 
 
 def load_model(base: Base, attention: str | None, task: Task) -> Any:
-    """The model in fp32 on the CPU, in evaluation mode.
+    """The model that is captured: in fp32 on the CPU, in evaluation mode.
 
     Args:
         base: the model's folder.
@@ -32,30 +32,66 @@ def load_model(base: Base, attention: str | None, task: Task) -> Any:
 
     Raises:
         UnsupportedModelError: the architecture is refused.
-        BaseModelError: transformers cannot load the model, or would make up some of its weights.
+        BaseModelError: as :func:`load_whole`.
     """
-    import transformers
-
     refuse_unloadable(base.config, seq2seq=task.seq2seq)
     with loading(base, task, attention):
         config = read_config(base, task)
         if attention is not None:
             refuse_untraceable(config.to_dict())
         refuse_experts(base, config, task)  # before any weight is loaded
-        with quiet():
-            model, found = getattr(transformers, task.loader).from_pretrained(
-                base.directory,
-                # A model keeps its config and writes into it, so this one must be its own.
-                config=copy.deepcopy(config),
-                dtype=torch.float32,
-                output_loading_info=True,
-                attn_implementation=attention or "eager",
-                # Told of below, and allowed for the head alone.
-                ignore_mismatched_sizes=bool(task.heads),
-            )
+    # A model keeps its config and writes into it, so this one must be its own.
+    model = load_whole(base, task, attention=attention or "eager", config=copy.deepcopy(config))
+    refuse_loops(model, base.model_type, None)
+    return model
+
+
+def load_whole(
+    base: Base,
+    task: Task,
+    *,
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
+    attention: str | None = "eager",
+    config: Any = None,
+    pooler: bool = False,
+    **options: Any,
+) -> Any:
+    """transformers' model of a base, in evaluation mode: whole, or not at all.
+
+    Everything that loads a model loads it here.
+
+    Args:
+        base: the model's folder.
+        task: what it is to do.
+        dtype: of the weights; ``auto``: the checkpoint's own.
+        attention: an attention function's name; ``None``: the one that transformers takes.
+        config: transformers' config; ``None``: one of its own.
+        pooler: keep a pooler that the task does not read.
+        options: more arguments of ``from_pretrained``.
+
+    Raises:
+        UnsupportedModelError: a registered attention function was asked for, and the model has no
+            common attention interface.
+        BaseModelError: transformers cannot load the model, or would make up some of its weights,
+            the task's head apart.
+    """
+    import transformers
+
+    registered = None if attention in (None, "eager") else attention
+    with loading(base, task, registered), quiet():
+        model, found = getattr(transformers, task.loader).from_pretrained(
+            base.directory,
+            config=read_config(base, task) if config is None else config,
+            dtype=dtype,
+            output_loading_info=True,
+            attn_implementation=attention,
+            # Told of below, and allowed for the head alone.
+            ignore_mismatched_sizes=bool(task.heads),
+            **options,
+        )
     # transformers fills these in at random and only warns.
     random = sorted(found["missing_keys"]) + [str(x[0]) for x in found["mismatched_keys"]]
-    random = task.complete(model, random)
+    random = task.complete(model, random, pooler=pooler)
     if random:
         raise BaseModelError(
             f"{base.name_or_path} lacks {len(random)} of its weights, or has them in another "
@@ -63,7 +99,6 @@ def load_model(base: Base, attention: str | None, task: Task) -> Any:
             "Download the whole checkpoint, or save it again with save_pretrained(); a head that "
             "an adapter brings may be missing, if it is named among the task's heads.",
         )
-    refuse_loops(model, base.model_type, None)
     return model.eval()
 
 

@@ -23,10 +23,11 @@ from lora_edge.adapter.directory import CONFIG_FILE, TENSOR_FILE, read_config, t
 from lora_edge.adapter.targets import check_patterns
 from lora_edge.base.checkpoint import Base
 from lora_edge.base.quiet import quiet
-from lora_edge.errors import AdapterError, BaseModelError, MissingDependencyError
+from lora_edge.errors import AdapterError, MissingDependencyError
 from lora_edge.maths.quantization import Quantization
 from lora_edge.names import canonical_peft_key
 from lora_edge.parity.plan.states import State
+from lora_edge.tasks.task import TEXT
 
 # Fields of an adapter that PEFT cannot hold beside another one in the same model, and the values at
 # which it can.
@@ -247,29 +248,17 @@ class Reference:
         return [self._shared, *([self._loaded[1]] if self._loaded else [])]
 
     def _load(self) -> Any:
-        import transformers
+        # Imports torch, so it waits until libraries() has said that it is there.
+        from lora_edge.base.model import load_whole, read_config
 
-        with quiet():
-            try:
-                # A config of its own: a capture that swaps the attention must not reach this one.
-                config = transformers.AutoConfig.from_pretrained(self.base.directory)
-                if hasattr(config, "_experts_implementation"):
-                    # The model's own loop; the grouped operator does not exist in float64.
-                    config._experts_implementation = "eager"
-                model = transformers.AutoModelForCausalLM.from_pretrained(
-                    self.base.directory,
-                    config=config,
-                    dtype=self._torch.float32,
-                    attn_implementation="eager",
-                )
-            except Exception as error:  # transformers' loaders raise whatever their parts raise
-                raise BaseModelError(
-                    f"transformers cannot load {self.base.name_or_path}: {error}",
-                    "Check the folder with AutoModelForCausalLM.from_pretrained.",
-                ) from error
+        config = read_config(self.base, TEXT)
+        if hasattr(config, "_experts_implementation"):
+            # The model's own loop; the grouped operator does not exist in float64.
+            config._experts_implementation = "eager"
+        model = load_whole(self.base, TEXT, config=config)
         if self._quantization is not None:
             self._round(model, self._quantization)
-        return model.eval()
+        return model
 
     def _round(self, model: Any, quantization: Quantization) -> None:
         """Give the layers the values that their codes mean, as PEFT sees a quantized layer."""

@@ -18,8 +18,6 @@ from numpy.typing import NDArray
 
 from lora_edge.adapter.directory import read_config
 from lora_edge.base.checkpoint import Base
-from lora_edge.base.quiet import quiet
-from lora_edge.errors import BaseModelError
 from lora_edge.parity.plan.states import BASE, State, state_of
 from lora_edge.parity.reference import (
     LOGITS,
@@ -204,35 +202,10 @@ class TaskReference:
 
 
 def _load(base: Base, task: Task) -> Any:
-    import torch
-    import transformers
+    # Imports torch, so it waits until libraries() has said that it is there.
+    from lora_edge.base.model import load_whole
 
-    loader = task.loader
-    with quiet():
-        try:
-            # A config of its own: a capture that swaps the attention must not reach this one.
-            config = transformers.AutoConfig.from_pretrained(base.directory, **task.labels)
-            model, loading = getattr(transformers, loader).from_pretrained(
-                base.directory,
-                config=config,
-                dtype=torch.float32,
-                attn_implementation="eager",
-                ignore_mismatched_sizes=True,  # told of below, and allowed for the head alone
-                output_loading_info=True,
-            )
-        except Exception as error:  # transformers' loaders raise whatever their parts raise
-            raise BaseModelError(
-                f"transformers cannot load {base.name_or_path} for {task.name}: {error}",
-                f"Check the folder with {loader}.from_pretrained.",
-            ) from error
-    missing = sorted(loading["missing_keys"]) + [str(x[0]) for x in loading["mismatched_keys"]]
-    made_up = task.complete(model, missing, pooler=True)
-    if made_up:
-        raise BaseModelError(
-            f"{base.name_or_path} lacks {len(made_up)} weights: {', '.join(made_up[:3])}",
-            "Download the whole checkpoint, or save it again with save_pretrained().",
-        )
-    return model.eval()
+    return load_whole(base, task, pooler=True)
 
 
 @contextlib.contextmanager

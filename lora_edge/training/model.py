@@ -29,7 +29,7 @@ def load_model(base: Base, task: Task = TEXT, base_format: str = "fp32") -> Any:
 
     Args:
         base: the model.
-        task: ``None`` for a causal language model; else the head may be missing, and is made anew.
+        task: what it is to do; its head may be missing, and is made anew.
         base_format: ``fp32``, ``bf16``, or ``4bit`` (on CUDA, with bitsandbytes).
 
     Raises:
@@ -39,13 +39,14 @@ def load_model(base: Base, task: Task = TEXT, base_format: str = "fp32") -> Any:
     import torch
     import transformers
 
+    from lora_edge.base.model import load_whole
+
     if "quantization_config" in base.config:
         raise UnsupportedModelError(
             f"{base.name_or_path} is a quantized checkpoint",
             "Train on the full-precision model that it was made from.",
         )
-    # What does not fit is told of below.
-    options: dict[str, Any] = {**task.labels, "ignore_mismatched_sizes": bool(task.heads)}
+    options: dict[str, Any] = {}
     if base_format == "4bit":
         # QLoRA's own format (Dettmers et al. 2023, section 3).
         options["quantization_config"] = transformers.BitsAndBytesConfig(
@@ -55,33 +56,17 @@ def load_model(base: Base, task: Task = TEXT, base_format: str = "fp32") -> Any:
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
         options["device_map"] = {"": torch.cuda.current_device()}
+    dtype = torch.float32 if base_format == "fp32" else torch.bfloat16
     try:
-        model, info = getattr(transformers, task.loader).from_pretrained(
-            base.directory,
-            dtype=torch.float32 if base_format == "fp32" else torch.bfloat16,
-            local_files_only=True,
-            output_loading_info=True,
-            **options,
-        )
-    except Exception as error:  # any library below may fail on a damaged file
-        if "Unrecognized" in str(error) or "does not recognize" in str(error):
-            raise UnsupportedModelError(
-                f"{base.name_or_path} (model_type {base.model_type}) is no model for "
-                f"{task.name} that this transformers knows",
-                f"Train a model that {task.loader} loads, or update transformers.",
-            ) from error
-        raise BaseModelError(
-            f"{base.name_or_path} cannot be loaded: {first_line(error)}",
-            "Check that the folder is complete.",
+        return load_whole(base, task, dtype=dtype, attention=None, **options)
+    except BaseModelError as error:
+        if "Unrecognized" not in str(error) and "does not recognize" not in str(error):
+            raise
+        raise UnsupportedModelError(
+            f"{base.name_or_path} (model_type {base.model_type}) is no model for "
+            f"{task.name} that this transformers knows",
+            f"Train a model that {task.loader} loads, or update transformers.",
         ) from error
-    missing = sorted(info["missing_keys"]) + [str(x[0]) for x in info["mismatched_keys"]]
-    missing = task.complete(model, missing)
-    if missing:
-        raise BaseModelError(
-            f"{base.name_or_path} lacks {len(missing)} weights of its model: {some(missing)}",
-            "Use a complete checkpoint: transformers would fill these with random numbers.",
-        )
-    return model
 
 
 def some(names: list[str]) -> str:

@@ -14,7 +14,7 @@ from tests.support.paths import ROOT
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="forks processes with PyTorch in them")
 def test_nothing_is_broken_by_a_crash() -> None:
-    options = ["--points", "12", "--races", "6", "--rooms", "1", "--seed", "1"]
+    options = ["--points", "8", "--races", "2", "--rooms", "1", "--seed", "1"]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", ROOT / "ci" / "crash.py", *options],
         cwd=ROOT,

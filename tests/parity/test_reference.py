@@ -98,5 +98,5 @@ def test_greedy_follows_the_full_forward(reference: Reference) -> None:
 
 def test_a_folder_that_transformers_cannot_load(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 8}')
-    with pytest.raises(BaseModelError, match="cannot load"):
+    with pytest.raises(BaseModelError, match="cannot be loaded"):
         Reference(Base(tmp_path, "broken", {}))

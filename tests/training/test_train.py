@@ -229,7 +229,7 @@ def test_refused_bases(base: Path, data: Path, tmp_path: Path) -> None:
         broken / "model.safetensors",
         metadata={"format": "pt"},
     )
-    refused(broken, "lacks 9 weights")
+    refused(broken, "lacks 9 of its weights")
     config = json.loads((base / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps({**config, "vocab_size": 200}))
     refused(broken, "its tokenizer makes token 258, but vocab_size is 200")

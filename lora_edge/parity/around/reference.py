@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from lora_edge.base.checkpoint import Base
 from lora_edge.base.quiet import quiet
 from lora_edge.errors import BaseModelError
-from lora_edge.tasks.task import Task, fresh_head
+from lora_edge.tasks.task import Task
 
 Array = NDArray[Any]
 
@@ -32,27 +32,11 @@ class Parameters:
             BaseModelError: transformers cannot load it.
         """
         import torch
-        import transformers
+
+        from lora_edge.base.model import load_whole
 
         self._task = task = Task(task_name)
-        with quiet():
-            try:
-                config = transformers.AutoConfig.from_pretrained(base.directory)
-                self._model, loading = getattr(transformers, task.loader).from_pretrained(
-                    base.directory,
-                    config=config,
-                    dtype="auto",
-                    attn_implementation="eager",
-                    output_loading_info=True,
-                )
-            except Exception as error:  # transformers' loaders raise whatever their parts raise
-                raise BaseModelError(
-                    f"transformers cannot load {base.name_or_path}: {error}",
-                    f"Check the folder with {task.loader}.from_pretrained.",
-                ) from error
-        for key in loading["missing_keys"]:  # of a head that adapters bring; as a capture makes it
-            values = dict(self._model.named_parameters(remove_duplicate=False))[key].data
-            values.copy_(values.new_tensor(fresh_head(key, tuple(values.shape))))
+        self._model = load_whole(base, task, dtype="auto", pooler=True)
         self._torch = torch
         self._tensors = {
             **dict(self._model.named_buffers(remove_duplicate=False)),
