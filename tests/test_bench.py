@@ -7,13 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import decode
 import numpy as np
 import pytest
-
-from tests.support.paths import ROOT
-
-sys.path.insert(0, str(ROOT / "ci" / "benchmarks"))
-import decode
 from contestants import (
     AGAIN,
     EAGER,

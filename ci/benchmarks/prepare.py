@@ -92,7 +92,7 @@ def prepare(folder: Path, shape: Shape) -> Graphs:
     captured = capture(resolve_base(base), switchable)
     changes = parameter_changes(load_adapter(adapter, "x"), captured.modules, captured.tied)
     sites = {
-        path: layer
+        path: SiteEntry.of(layer)
         for path, layer in captured.modules.items()
         if layer.kind == "linear" and path != captured.head
     }

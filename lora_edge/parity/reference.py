@@ -249,9 +249,10 @@ class Reference:
 
     def _load(self) -> Any:
         # Imports torch, so it waits until libraries() has said that it is there.
-        from lora_edge.base.model import load_whole, read_config
+        from lora_edge.base.model import load_whole, loading, read_config
 
-        config = read_config(self.base, TEXT)
+        with loading(self.base, TEXT, None):
+            config = read_config(self.base, TEXT)
         if hasattr(config, "_experts_implementation"):
             # The model's own loop; the grouped operator does not exist in float64.
             config._experts_implementation = "eager"

@@ -182,7 +182,9 @@ def test_a_head_is_not_blended(base: Base, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_loaded_is_refused(base: Base) -> None:
-    with pytest.raises(BaseModelError, match=r"cannot be loaded as a model for image-classification"):
+    with pytest.raises(
+        BaseModelError, match=r"cannot be loaded as a model for image-classification"
+    ):
         TaskReference(base, Task("image-classification"))
     with pytest.raises(BaseModelError, match=r"lacks 2 of its weights.*: classifier\.bias"):
         TaskReference(base, Task("text-classification", 3, heads=("score",)))

@@ -16,7 +16,6 @@ from tests.support.paths import ROOT
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
     folder = ROOT / "ci" / "benchmarks"
-    sys.path.insert(0, str(folder))
     spec = importlib.util.spec_from_file_location("bench_train", folder / "train.py")
     assert spec is not None
     assert spec.loader is not None
