@@ -93,7 +93,7 @@ def check_precision(options: Options) -> None:
 def build(
     base: Base, adapters: Sequence[Adapter], stage: Path, options: Options, say: Progress
 ) -> Manifest:
-    """Write a bundle into ``stage``; its adapters are not proved yet.
+    """Write a bundle's files into ``stage``; its adapters are not proved yet, its files not hashed.
 
     Raises:
         MissingDependencyError: the extra ``export`` is not installed.
@@ -186,7 +186,7 @@ def build(
     copy_files(base, stage)
     modules = captured.modules
     manifest = manifest_of(options, base, captured, figures, entries, covered, modules, fingerprint)
-    return sign(stage, dataclasses.replace(manifest, quantization=quantization))
+    return dataclasses.replace(manifest, quantization=quantization)
 
 
 def _weights(base: Base, captured: Any, models: Mapping[str, Any]) -> Weights:

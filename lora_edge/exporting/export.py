@@ -18,7 +18,7 @@ from lora_edge.adapter.loading import BaseView
 from lora_edge.adapter.source import peft_directories
 from lora_edge.base.checkpoint import Base, resolve_base
 from lora_edge.bundle.adapter_files import check_parts, with_heads, write_adapter_folder
-from lora_edge.bundle.bundle import Bundle, file_entries, load_bundle
+from lora_edge.bundle.bundle import Bundle, file_entries, file_entry, load_bundle
 from lora_edge.bundle.card import bundle_card
 from lora_edge.bundle.manifest import MANIFEST_NAME, AdapterEntry, Manifest, Mode, Seq2SeqSpec
 from lora_edge.bundle.onnx_adapter import read_adapter
@@ -357,4 +357,6 @@ def _finish(stage: Path) -> None:
     staged = load_bundle(stage)
     card = bundle_card(staged.manifest)
     (stage / "README.md").write_text(card, encoding="utf-8")
-    staged.write_manifest(sign(stage, staged.manifest))
+    # What was there before has its hash.
+    files = {**staged.manifest.files, "README.md": file_entry(stage / "README.md")}
+    staged.write_manifest(dataclasses.replace(staged.manifest, files=files))

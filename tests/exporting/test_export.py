@@ -99,7 +99,7 @@ def test_unseen_ranks_are_added_without_touching_the_graph(
     assert lora_edge.validate(bundle).passed
 
 
-@pytest.mark.parametrize("form", ["fused", "portable"])
+@pytest.mark.parametrize("form", ["fused", pytest.param("portable", marks=pytest.mark.long)])
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_every_family_exports_an_all_linear_adapter(
     family: str, form: str, tmp_path: Path, record_property: Callable[[str, object], None]

@@ -21,7 +21,7 @@ def test_switchable(form: Literal["fused", "portable"], tmp_path: Path) -> None:
     assert sum(file.stat().st_size for file in (out / "parity").iterdir()) <= 1 << 20
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["fused", pytest.param("portable", marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_merged(name: str, form: Literal["fused", "portable"], tmp_path: Path) -> None:
     out = tmp_path / "out"

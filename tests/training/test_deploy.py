@@ -36,7 +36,10 @@ def shouted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [name if name == "pissa" else pytest.param(name, marks=pytest.mark.long) for name in KINDS],
+)
 def test_each_kind_learns_and_is_exported_exactly(kind: str, shouted: Path, tmp_path: Path) -> None:
     from peft import PeftModel
 

@@ -58,7 +58,13 @@ def alone(base: Path, counted: Path, tmp_path_factory: pytest.TempPathFactory) -
     return train(base, counted, tmp_path_factory.mktemp("alone") / "alone", settings=settings)
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        name if name == "torchrun" else pytest.param(name, marks=pytest.mark.long)
+        for name in LAUNCHERS
+    ],
+)
 def test_two_processes_are_one_on_the_same_global_batch(
     launcher: str, base: Path, counted: Path, alone: Path, tmp_path: Path
 ) -> None:
@@ -89,6 +95,7 @@ def test_half_the_batch_is_told_apart(
     assert difference(alone, other) > 0.1
 
 
+@pytest.mark.long
 def test_a_sharded_run_goes_on_from_the_shards_of_both(
     base: Path, counted: Path, tmp_path: Path
 ) -> None:
