@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -66,7 +67,6 @@ def test_no_whole_onnxruntime_is_one_line(tmp_path: Path, module: str | None, wo
         (tmp_path / "onnxruntime" / "__init__.py").write_text(module)
     script = f"""
 import sys
-sys.path.insert(0, {str(tmp_path)!r})
 if {module is None!r}:
     class Hidden:
         def find_spec(self, name, path=None, target=None):
@@ -80,7 +80,11 @@ from lora_edge.cli import main
 main(["run", "bundle", "-p", "a"])
 """
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )
     error, hint = done.stderr.strip().splitlines()
     assert words in error
