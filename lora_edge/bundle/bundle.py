@@ -34,7 +34,6 @@ from lora_edge.errors import AdapterNotFoundError, BundleError
 from lora_edge.files.json import read_bytes
 from lora_edge.files.paths import path_inside
 from lora_edge.files.sample import SMALL, sample_file
-from lora_edge.files.transaction import is_hidden, write_atomically, writing
 from lora_edge.types import path as checked_path
 
 # The manifest's types can be had here too.
@@ -166,6 +165,8 @@ class Bundle:
 
         For a folder that nobody else knows of; a published bundle is changed by :meth:`change`.
         """
+        from lora_edge.files.transaction import write_atomically
+
         write_atomically(self.directory / MANIFEST_NAME, _readable(manifest))
         return Bundle(self.directory, manifest)
 
@@ -181,6 +182,8 @@ class Bundle:
         Raises:
             BundleError: another process holds the bundle, or has replaced it.
         """
+        from lora_edge.files.transaction import writing
+
         with writing(self.directory) as lock:
             now = load_bundle(self.directory).manifest
             made = edit(now)
@@ -269,6 +272,8 @@ def file_entry(path: Path) -> FileEntry:
 
 def file_entries(directory: Path) -> dict[str, FileEntry]:
     """Hash every file below a folder except the manifest, by relative path."""
+    from lora_edge.files.transaction import is_hidden
+
     return {
         path.relative_to(directory).as_posix(): file_entry(path)
         for path in sorted(directory.rglob("*"))

@@ -111,10 +111,32 @@ def export_seq2seq(
         features=features,
         **_beginning(model, base),
     )
-    for graph, file in zip(graphs, files, strict=True):
+    for graph, part, file in zip(graphs, (spec.encoder, ""), files, strict=True):
+        _name_parameters(graph, model, part)
         _save(graph, file)
     head = path_of(model, model.get_output_embeddings())
     return files[0], spec, model_layers(model), tied_pair(model), head
+
+
+def _name_parameters(graph: onnx.ModelProto, model: Any, part: str) -> None:
+    """Give initializers the paths that their parameters have in the whole model.
+
+    Args:
+        graph: of a part of the model, whose initializers are called from there.
+        model: the whole model.
+        part: module path of the part.
+    """
+    known = model.state_dict().keys()
+    names = {
+        value.name: f"{part}.{value.name}"
+        for value in graph.graph.initializer
+        if value.name not in known and f"{part}.{value.name}" in known
+    }
+    for value in graph.graph.initializer:
+        value.name = names.get(value.name, value.name)
+    for node in graph.graph.node:
+        for index, name in enumerate(node.input):
+            node.input[index] = names.get(name, name)
 
 
 def _check_installed() -> None:

@@ -35,7 +35,13 @@ from lora_edge.bundle.manifest import AdapterEntry, Manifest, Mode, SiteEntry, W
 from lora_edge.bundle.sentence import load_sentence_modules, sentence_files
 from lora_edge.errors import MissingDependencyError, UnsupportedModelError
 from lora_edge.fit.changes import ParameterChange, parameter_changes, site_changes
-from lora_edge.fit.check import check_copies, check_linear, check_loads, check_modules
+from lora_edge.fit.check import (
+    SEQ2SEQ_KINDS,
+    check_copies,
+    check_loads,
+    check_modules,
+    check_seq2seq,
+)
 from lora_edge.fit.kinds import kind_of, parts_of_kinds
 from lora_edge.maths.lora import Head, SiteChange
 from lora_edge.maths.quantization import BITS, Precision, Quantization, measured, rounded_weights
@@ -119,12 +125,12 @@ def build(
     models = {part: passes.load(path) for part, path in captured.parts.items()}
     weights = _weights(base, captured, models)
     modules = captured.modules
-    if task.seq2seq:  # the optimum backend's graphs name nothing else
-        modules = {path: layer for path, layer in modules.items() if layer.kind == "linear"}
+    if task.seq2seq:
+        modules = {path: x for path, x in modules.items() if x.kind in SEQ2SEQ_KINDS}
     adapters = [adapter.settled(modules) for adapter in adapters]
     for adapter in adapters:
         if task.seq2seq:
-            check_linear(adapter, captured.modules)
+            check_seq2seq(adapter, captured.modules)
         check_modules(adapter, modules, base.name_or_path, captured.parameter_modules)
         if not captured.parameter_modules:
             output = captured.head if task.generates else ""

@@ -37,9 +37,9 @@ from lora_edge.fit.changes import site_changes
 from lora_edge.fit.check import (
     check_base_of,
     check_copies,
-    check_linear,
     check_loads,
     check_modules,
+    check_seq2seq,
     other_base,
 )
 from lora_edge.fit.convert import Conversion, converting
@@ -236,7 +236,7 @@ def _add(
         adapter.check_mode("switchable")
         check_base_of(adapter, manifest.base["fingerprint"], manifest.base["name_or_path"])
         if isinstance(manifest.graph, Seq2SeqSpec):
-            check_linear(adapter, layers)
+            check_seq2seq(adapter, layers)
         check_modules(adapter, layers, "the bundle's base")
         output = getattr(manifest.graph, "head", "")
         check_loads(adapter, BaseView(layers, manifest.tied, output))

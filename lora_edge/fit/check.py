@@ -185,13 +185,17 @@ def _shape_of(layer: Layer, own: str) -> tuple[int, ...] | None:
     return layer.out_features, layer.in_features
 
 
-def check_linear(adapter: Adapter, layers: Mapping[str, Layer]) -> None:
-    """Check that an adapter changes nothing of an encoder-decoder but linear layers.
+SEQ2SEQ_KINDS = frozenset({"linear", "norm", "conv"})
+"""Kinds of layers that an adapter may change in an encoder-decoder: those that are in one graph."""
+
+
+def check_seq2seq(adapter: Adapter, layers: Mapping[str, Layer]) -> None:
+    """Check that an adapter changes no embeddings of an encoder-decoder, which both graphs read.
 
     Raises:
         UnsupportedAdapterError: it does; the layer is named. Or it is an activated LoRA.
     """
-    hint = "Train it on linear layers alone (target_modules), or merge it into the base with PEFT."
+    hint = "Train it on other layers (target_modules), or merge it into the base with PEFT."
     if adapter.invocation:
         raise UnsupportedAdapterError(
             f"adapter {adapter.name} is refused: an activated LoRA belongs to decoder-only models",
@@ -200,10 +204,10 @@ def check_linear(adapter: Adapter, layers: Mapping[str, Layer]) -> None:
     owners = {path.rpartition(".")[0] for path in adapter.saved}
     for path in (*adapter.modules, *adapter.tokens, *sorted(owners)):
         entry = layers.get(path)
-        if entry is not None and entry.kind != "linear":
+        if entry is not None and entry.kind not in SEQ2SEQ_KINDS:
             raise UnsupportedAdapterError(
                 f"adapter {adapter.name} is refused: {path} is a layer of kind {entry.kind}, and "
-                "of an encoder-decoder only linear layers take changes",
+                "of an encoder-decoder only linear layers, convolutions and norms take changes",
                 hint,
             )
 

@@ -29,9 +29,9 @@ from lora_edge.fit.check import (
     Weights,
     base_value,
     check_base_of,
-    check_linear,
     check_loads,
     check_modules,
+    check_seq2seq,
     hint_of_copy,
     other_base,
     same_copy,
@@ -208,7 +208,7 @@ class Fit:
                 part = dataclasses.replace(nothing, **own)
                 try:
                     if seq2seq:
-                        check_linear(part, self._layers)
+                        check_seq2seq(part, self._layers)
                     check_modules(part, self._layers, self._base.name_or_path, self._stacks)
                 except LoraEdgeError as error:
                     yield path, error

@@ -331,6 +331,43 @@ class TestKindsWithOptimum:
             runner.logits([[1, 2]])
 
 
+@pytest.mark.parametrize("mode", ["switchable", "merged"])
+@pytest.mark.parametrize(
+    ("family", "settings", "changed"),
+    [
+        ("bart", {"target_modules": ["q_proj"], "bias": "all"}, ".bias"),
+        ("whisper", {"target_modules": ["v_proj"], "bias": "all"}, ".bias"),
+        ("t5", {"target_modules": ["q"], "modules_to_save": ["layer_norm"]}, "layer_norm.weight"),
+    ],
+)
+def test_norms_and_biases_of_any_layer(
+    family: str, settings: dict[str, Any], changed: str, mode: str, tmp_path: Path
+) -> None:
+    """What an adapter replaces of norms and convolutions, in both graphs."""
+    from safetensors.numpy import load_file, save_file
+
+    base = make_seq2seq(family, tmp_path / "base")
+    adapter = make_seq2seq_adapter(base, tmp_path / "a", family, 2, r=3, **settings)
+    file = adapter / "adapter_model.safetensors"
+    random = np.random.default_rng(1)
+    tensors = {
+        key: x + random.normal(0, 0.3, x.shape).astype(x.dtype) if key.endswith(changed) else x
+        for key, x in load_file(file).items()
+    }
+    save_file(tensors, file)
+    assert {"encoder" in key for key in tensors if "norm" in key} == {True, False}
+    out = tmp_path / "out"
+    lora_edge.export(base, {"a": adapter}, mode, out, backend="optimum")  # type: ignore[arg-type]
+    report = lora_edge.validate(out, reference=base)
+    assert report.passed, report.table()
+
+
+test_norms_and_biases_of_any_layer.pytestmark = [  # type: ignore[attr-defined]
+    *test_norms_and_biases_of_any_layer.pytestmark,  # type: ignore[attr-defined]
+    *optimum,
+]
+
+
 def test_bad_inputs_are_refused(exported: Exported) -> None:
     runner = lora_edge.Runner(exported.output)
     inputs = exported.inputs(2)
