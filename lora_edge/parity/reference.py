@@ -289,11 +289,13 @@ class Reference:
         if apart:
             if len(state) > 1 or state[0][1] != 1.0:
                 raise ValueError(f"PEFT cannot blend or weight {apart[0]}")
-            yield self._apart_model(apart[0])
+            with running(state):
+                yield self._apart_model(apart[0])
         else:
             if self._names and self._state != state:
                 self._activate(state)
-            yield self._shared
+            with running(state):
+                yield self._shared
 
     def _activate(self, state: State) -> None:
         """Switch the shared model to a state."""
@@ -341,6 +343,26 @@ def attached(model: Any, directory: str | os.PathLike[str], inner: str) -> Any:
             ) from error
     _check_result(os.fspath(directory), result)
     return adapted.eval()
+
+
+@contextlib.contextmanager
+def running(state: State) -> Iterator[None]:
+    """What PEFT or the model raises of itself while adapters are active, as a refusal.
+
+    Raises:
+        AdapterError: it raised; with an adapter that it cannot run nothing can be proved.
+    """
+    try:
+        yield
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        if not state or "memory" in str(error):
+            raise
+        names = " and ".join(name for name, _ in state)
+        raise AdapterError(
+            f"PEFT loads adapter {names} and cannot run it: {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]}",
+            "Without PEFT's own outputs nothing can be proved; train it on other layers.",
+        ) from error
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ from lora_edge.parity.reference import (
     listened,
     once,
     ran,
+    running,
     scaled,
     stands_apart,
 )
@@ -146,7 +147,8 @@ class TaskReference:
         """The model in which a state is active."""
         state = state_of(adapter)
         if state in self._models:
-            yield self._models[state]
+            with running(state):
+                yield self._models[state]
             return
         fixed = [name for name, _ in state if name not in self._blendable]
         if fixed:
@@ -157,7 +159,7 @@ class TaskReference:
         places = {name: f"adapter{index}" for index, name in enumerate(self._blendable)}
         weights = {places[name]: weight for name, weight in state}
         self._together.base_model.set_adapter(list(weights))
-        with scaled(self._together, weights):
+        with scaled(self._together, weights), running(state):
             yield self._callable(self._together)
 
     def _attached_together(self) -> Any:

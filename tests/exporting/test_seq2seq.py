@@ -362,6 +362,16 @@ def test_norms_and_biases_of_any_layer(
     assert report.passed, report.table()
 
 
+def test_what_peft_cannot_run_is_refused(tmp_path: Path) -> None:
+    """Whisper's encoder reads the stride of a convolution that PEFT has wrapped."""
+    base = make_seq2seq("whisper", tmp_path / "base")
+    adapter = make_seq2seq_adapter(base, tmp_path / "a", "whisper", r=3, target_modules=["conv1"])
+    with pytest.raises(lora_edge.AdapterError, match="PEFT loads adapter a and cannot run it"):
+        lora_edge.export(base, {"a": adapter}, output=tmp_path / "out", backend="optimum")
+    assert not (tmp_path / "out").exists()
+
+
+test_what_peft_cannot_run_is_refused.pytestmark = optimum  # type: ignore[attr-defined]
 test_norms_and_biases_of_any_layer.pytestmark = [  # type: ignore[attr-defined]
     *test_norms_and_biases_of_any_layer.pytestmark,  # type: ignore[attr-defined]
     *optimum,
