@@ -104,7 +104,7 @@ def _unloadable(config: Mapping[str, Any], seq2seq: bool) -> Iterator[_Refusal]:
                 field,
                 "set",
                 "this release exports text models only",
-                "Save the language model alone (model.language_model) and give that folder.",
+                "Save the language model alone, as docs/bases.md says, and give that folder.",
             )
 
 
