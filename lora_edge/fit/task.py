@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from lora_edge.adapter.load import Adapter
 from lora_edge.adapter.refusals import Mode
@@ -84,11 +84,10 @@ def chosen_task(
         UnsupportedModelError: the base is for a task that is not supported.
     """
     name = asked or _trained_for(base, adapters, say or (lambda _: None)) or _task_of(base)
-    saved = [x for adapter in adapters for x in adapter.config.get("modules_to_save") or ()]
     plain = Task(name)
     if plain.generates:
         return plain
-    task = dataclasses.replace(plain, heads=tuple(dict.fromkeys((*plain.heads, *saved))))
+    task = with_heads_of(plain, adapters)
     if task.output != "logits":
         return task
     layer, own = _label_layer(base, adapters, task)
@@ -107,6 +106,12 @@ def chosen_task(
     if brought and (mode == "merged" or not own):
         task = dataclasses.replace(task, num_labels=brought[0])
     return task
+
+
+def with_heads_of(task: Task, adapters: Iterable[Adapter]) -> Task:
+    """The task, whose head is also what these adapters save whole: the base need not have it."""
+    saved = [x for adapter in adapters for x in adapter.config.get("modules_to_save") or ()]
+    return dataclasses.replace(task, heads=tuple(dict.fromkeys((*task.heads, *saved))))
 
 
 def _label_layer(base: Base, adapters: Sequence[Adapter], task: Task) -> tuple[str, bool]:

@@ -14,6 +14,7 @@ import numpy as np
 from lora_edge.adapter.load import load_adapter
 from lora_edge.base.checkpoint import Base
 from lora_edge.bundle.bundle import Bundle
+from lora_edge.fit.task import with_heads_of
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.parity.base.decoder import shortest_window
 from lora_edge.parity.compare import Floor, expect, noise
@@ -69,9 +70,7 @@ def ask_pytorch_task(question: Question) -> Iterator[Golden]:
 def task_reference_of(base: Base, task_name: str, sources: Mapping[str, Path]) -> TaskReference:
     """The base in PyTorch, and one more for each adapter, of :func:`sources_of`."""
     adapters = {name: load_adapter(path, name) for name, path in sources.items()}
-    heads = tuple(x for a in adapters.values() for x in a.config.get("modules_to_save") or ())
-    task = Task(task_name, heads=(*Task(task_name).heads, *heads))
-    reference = TaskReference(base, task)
+    reference = TaskReference(base, with_heads_of(Task(task_name), adapters.values()))
     for name, directory in sources.items():
         reference.attach(name, directory, adapters[name].head_labels(reference.label_layer))
     return reference

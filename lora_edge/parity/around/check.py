@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from lora_edge.adapter.load import load_adapter
 from lora_edge.base.checkpoint import Base
+from lora_edge.fit.task import with_heads_of
 from lora_edge.parity.around import asked
 from lora_edge.parity.around.adapters import compare_tensors
 from lora_edge.parity.around.files import compare_files, first_difference
 from lora_edge.parity.around.golden import load_around
 from lora_edge.parity.report import Case, CaseKind
 from lora_edge.runtime import Runner
+from lora_edge.tasks.task import Task
 
 _WEIGHTS = "weights"
 # How far numbers may be apart: of embeddings, float noise; of pixels, against goldens, a grey level
@@ -53,7 +56,9 @@ def look_around(
 
     say("checking what lies around the graph against transformers")
     cases = [_case(f"file {name}", said) for name, said in compare_files(runner.bundle, base)]
-    parameters = Parameters(base, runner.bundle.manifest.task)
+    adapters = [load_adapter(path, name) for name, path in sources.items()]
+    task = with_heads_of(Task(runner.bundle.manifest.task), adapters)
+    parameters = Parameters(base, task)
     wanted = expected_answers(runner, base, sources, parameters)
     cases += _answered(runner, wanted, goldens=False)
     say("checking every weight against the checkpoint")

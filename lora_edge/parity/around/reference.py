@@ -25,7 +25,7 @@ Array = NDArray[Any]
 class Parameters:
     """The weights of a base as transformers loads them, in the checkpoint's own precision."""
 
-    def __init__(self, base: Base, task_name: str) -> None:
+    def __init__(self, base: Base, task: Task) -> None:
         """Load the model.
 
         Raises:
@@ -35,7 +35,7 @@ class Parameters:
 
         from lora_edge.base.model import load_whole
 
-        self._task = task = Task(task_name)
+        self._task = task
         self._model = load_whole(base, task, dtype="auto", pooler=True)
         self._torch = torch
         self._tensors = {
