@@ -29,6 +29,7 @@ OURS = {MERGED, ON, OFF, ON_PINNED, OFF_PINNED, PEFT, EAGER}
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_contestant_is_reported(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
     command = [sys.executable, str(decode.__file__), "--tiny", "--processes", "1"]

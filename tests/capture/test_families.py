@@ -27,7 +27,7 @@ def _capture(directory: Path, form: str, folder: Path) -> BaseGraph:
     return graph
 
 
-@pytest.mark.parametrize("form", ["fused", "portable"])
+@pytest.mark.parametrize("form", ["fused", pytest.param("portable", marks=pytest.mark.long)])
 @pytest.mark.parametrize("family", [*SUPPORTED, *OTHER_ROTARIES])
 def test_family_equals_pytorch(family: str, form: str, tmp_path: Path) -> None:
     base = make_base(family, tmp_path / "base")

@@ -40,7 +40,7 @@ print(json.dumps({"imports": imports, "peak": peak(), "seconds": graph.seconds})
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_peak_is_within_three_times_the_model(tmp_path: Path) -> None:
     base = tmp_path / "base"

@@ -333,7 +333,9 @@ def _killed(number: signal.Signals, stage: str, *arguments: object) -> Result:
     return Result(process.returncode, out, "".join(lines) + err)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)]
+)
 @pytest.mark.parametrize("stage", ["capturing", "validating"])
 def test_an_interrupt_leaves_nothing(
     number: signal.Signals, stage: str, base: Path, adapters: dict[str, Path], tmp_path: Path

@@ -28,7 +28,7 @@ _EXPERTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("form", ["fused", "portable"])
+@pytest.mark.parametrize("form", ["fused", pytest.param("portable", marks=pytest.mark.long)])
 @pytest.mark.parametrize("family", sorted(_EXPERTS))
 def test_attention_adapter_in_both_modes(
     family: str, form: Literal["fused", "portable"], tmp_path: Path

@@ -84,7 +84,16 @@ def test_switchable(name: str, kinds_of: Callable[[str], Exported]) -> None:
     assert np.abs(whole - without).max() > 100 * case.limits.logit
 
 
-@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.merged])
+_MERGED = [name for name, row in ROWS.items() if row.merged]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if index % 3 == 0 else pytest.mark.long)
+        for index, name in enumerate(_MERGED)
+    ],
+)
 def test_merged(name: str, kinds_of: Callable[[str], Exported], tmp_path: Path) -> None:
     """The export proves the merged graph against PEFT's unmerged forward; here against ours."""
     found = kinds_of(ROWS[name].base)

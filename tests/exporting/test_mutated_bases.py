@@ -205,6 +205,7 @@ def test_the_other_way_out_is_its_own_base(base: Path, tmp_path: Path) -> None:
 
 # PEFT's, of the loftq_config that it saved itself.
 @pytest.mark.filterwarnings("ignore:.*loftq_config. specified but will be ignored:UserWarning")
+@pytest.mark.long
 def test_loftq(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PEFT converts it too, and loses what the factors did not take of the quantization error.
 

@@ -21,12 +21,15 @@ _PASSING = [x for x in HEALTHY if not x.startswith("random")] + [
     "random gemma2", "random gpt_neox", "random granite"
 ]  # fmt: skip
 
-# Against PyTorch, of the faults in adapter files, each third: ci/faults goes through all of them.
+# From the goldens all of them, against PyTorch each fourth; ci/long and ci/faults have the others.
 _TRIALS = [
-    pytest.param(fault, source, id=f"{fault.name}-{source}")
+    pytest.param(
+        *(fault, source),
+        id=f"{fault.name}-{source}",
+        marks=() if source == "goldens" or index % 4 == 0 else pytest.mark.long,
+    )
     for index, fault in enumerate(FAULTS)
     for source in SOURCES
-    if source == "goldens" or fault.how != "adapter file" or index % 3 == 0
 ]
 
 

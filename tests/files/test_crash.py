@@ -11,7 +11,7 @@ import pytest
 from tests.support.paths import ROOT
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="forks processes with PyTorch in them")
 def test_nothing_is_broken_by_a_crash() -> None:
     options = ["--points", "8", "--races", "2", "--rooms", "1", "--seed", "1"]

@@ -22,7 +22,10 @@ def test_switchable(form: Literal["fused", "portable"], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["fused", pytest.param("portable", marks=pytest.mark.long)])
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize(
+    "name",
+    [x if x == "shout" else pytest.param(x, marks=pytest.mark.long) for x in ADAPTERS],
+)
 def test_merged(name: str, form: Literal["fused", "portable"], tmp_path: Path) -> None:
     out = tmp_path / "out"
     export(BASE, {name: ADAPTERS[name]}, "merged", out, form=form)

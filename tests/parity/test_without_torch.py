@@ -34,7 +34,7 @@ print(json.dumps(data))
 """
 
 
-@pytest.mark.parametrize("factor", [1, 2])
+@pytest.mark.parametrize("factor", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_the_same_verdicts(
     base: Base, adapters: dict[str, Path], tmp_path: Path, factor: int
 ) -> None:

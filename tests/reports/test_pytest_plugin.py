@@ -79,6 +79,7 @@ def test_parity(lora_edge_case):
     assert code == 0, out
 
 
+@pytest.mark.long
 def test_in_several_processes(suite: Path, faulty: Path) -> None:
     page = suite / "new" / "page.html"
     code, out = _pytest(suite, "-n", "2", "--lora-edge-bundle", faulty, "--lora-edge-html", page)

@@ -287,6 +287,7 @@ print(memory.total, memory.total - memory.process, peak(), peak() - memory.proce
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="asks Linux for the memory")
+@pytest.mark.long
 def test_the_memory_that_a_plan_states_is_what_a_run_takes(tmp_path: Path) -> None:
     """Within a factor of 2 of the growth, and of 1.5 of the whole process, at its peak."""
     base = ROOT / "models" / "tiny-llama"
