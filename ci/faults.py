@@ -9,6 +9,7 @@ import argparse
 import re
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -26,6 +27,7 @@ from tests.faults.fault_table import (
 )
 from tests.faults.worlds import HEALTHY, Worlds
 
+_LIBRARIES = ("torch", "transformers", "peft", "onnxruntime")
 BEGIN, END = "<!-- faults: made by ci/faults -->", "<!-- faults: end -->"
 
 
@@ -88,7 +90,9 @@ def short_table(rows: list[Row], summary: str) -> str:
     for row in rows:
         said = shortened(explanation(row)).replace("|", "\\|")
         lines.append(f"| {row.fault.name} | {'yes' if row.killed else 'NO'} | {said} |")
-    return "\n".join([*lines, "", f"Last run: {summary}."])
+    with_versions = ", ".join(f"{name} {version(name)}" for name in _LIBRARIES)
+    last = f"Last run: {time.strftime('%Y-%m-%d')}, {with_versions}: {summary}."
+    return "\n".join([*lines, "", last])
 
 
 def written(text: str, made: str) -> str:
