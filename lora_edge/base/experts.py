@@ -1,3 +1,5 @@
+"""Experts of a base: the parameters that an adapter may target, and the loops that are refused."""
+
 from __future__ import annotations
 
 from typing import Any

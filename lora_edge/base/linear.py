@@ -1,3 +1,5 @@
+"""Which modules are linear layers."""
+
 from __future__ import annotations
 
 from torch import nn

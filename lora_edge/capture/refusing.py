@@ -1,3 +1,5 @@
+"""What a model says of itself while it is traced: refusals, and what its layers work on."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -28,8 +28,6 @@ from lora_edge.bundle.bundle import (
     DECODER_FILE,
     ENCODER_FILE,
     GRAPH_FILE,
-    Bundle,
-    file_entries,
 )
 from lora_edge.bundle.manifest import AdapterEntry, Manifest, Mode, SiteEntry, WeightEntry
 from lora_edge.bundle.sentence import load_sentence_modules, sentence_files
@@ -342,13 +340,6 @@ def manifest_of(
         },
         tied=captured.tied,
     )
-
-
-def sign(stage: Path, manifest: Manifest) -> Manifest:
-    """The manifest with the hashes of all files of ``stage``, written there."""
-    signed = dataclasses.replace(manifest, files=file_entries(stage))
-    Bundle(stage, manifest).write_manifest(signed)
-    return signed
 
 
 def _base_labels(base: Base, captured: Any, task: Task) -> tuple[str, ...]:

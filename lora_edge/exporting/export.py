@@ -29,7 +29,7 @@ from lora_edge.errors import (
     BundleError,
     ParityError,
 )
-from lora_edge.exporting.build import Options, Progress, build, check_precision, sign
+from lora_edge.exporting.build import Options, Progress, build, check_precision
 from lora_edge.exporting.texts import own_folders, write_adapter_texts, write_base_text
 from lora_edge.files.portable import check_apart
 from lora_edge.files.transaction import preparing, recover, staging
@@ -167,7 +167,7 @@ def export(
             if manifest.task == EMBEDDING:
                 for name, folder in folders.items():
                     write_sentence_modules(stage, name, folder)
-            staged = Bundle(stage, _note_conversions(stage, manifest, conversions))
+            staged = Bundle(stage, _signed(stage, manifest, conversions))
             _prove(staged, model, say)
             _finish(stage)
     return load_bundle(output)
@@ -331,13 +331,14 @@ def _silent(line: str) -> None:
     """Progress that nobody listens to."""
 
 
-def _note_conversions(
-    stage: Path, manifest: Manifest, conversions: Mapping[str, Conversion]
-) -> Manifest:
+def _signed(stage: Path, manifest: Manifest, conversions: Mapping[str, Conversion]) -> Manifest:
+    """The manifest with the conversions and the hashes of all files of ``stage``, written there."""
     entries = dict(manifest.adapters)
     for name, conversion in conversions.items():
         entries[name] = dataclasses.replace(entries[name], conversion=conversion.facts())
-    return sign(stage, dataclasses.replace(manifest, adapters=entries))
+    signed = dataclasses.replace(manifest, adapters=entries, files=file_entries(stage))
+    Bundle(stage, manifest).write_manifest(signed)
+    return signed
 
 
 def _prove(staged: Bundle, base: Base, say: Progress) -> None:
