@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -53,17 +52,3 @@ def exported(
 def bundle(exported: Path, tmp_path: Path) -> Path:
     """A copy that a test may damage."""
     return Path(shutil.copytree(exported, tmp_path / "bundle"))
-
-
-@pytest.fixture
-def resign() -> Callable[[Path], None]:
-    """Make a tampered bundle's hashes right again, so that only the numbers can tell."""
-    import dataclasses
-
-    from lora_edge.bundle.bundle import file_entries, load_bundle
-
-    def sign(directory: Path) -> None:
-        found = load_bundle(directory)
-        found.write_manifest(dataclasses.replace(found.manifest, files=file_entries(directory)))
-
-    return sign

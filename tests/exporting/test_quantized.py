@@ -15,7 +15,7 @@ import pytest
 
 import lora_edge
 from lora_edge.bundle.bundle import load_bundle
-from lora_edge.exporting.build import sign
+from tests.support.failing import signed
 from tests.support.kinds import ROWS, make_kind, make_kind_base
 
 IDS = np.random.default_rng(5).integers(0, 256, (2, 12))
@@ -109,7 +109,7 @@ def test_an_added_dora_has_the_norms_of_the_rounded_weights(
     file = Path("adapters") / "dora" / "adapter.onnx_adapter"
     shutil.copytree(tmp_path / "right", tmp_path / "wrong")
     shutil.copyfile(tmp_path / "full" / file, tmp_path / "wrong" / file)
-    sign(tmp_path / "wrong", load_bundle(tmp_path / "right").manifest)
+    signed(tmp_path / "wrong")
     cases = {}
     for name in ("right", "wrong"):
         report = lora_edge.validate(tmp_path / name, reference=found.base)

@@ -7,7 +7,6 @@ import itertools
 import json
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from lora_edge.parity.record.golden import recorded
 from lora_edge.runtime.sampling import Sampling
 from lora_edge.tasks.task import Task
 from tests.support.blends import asked_of
+from tests.support.failing import signed
 from tests.support.seq2seq import ALL, ATTENTION, VOCAB, make_seq2seq, make_seq2seq_adapter
 
 HAS_OPTIMUM = importlib.util.find_spec("optimum") is not None
@@ -207,15 +207,13 @@ class TestWithOptimum:
         assert mixed[1] == runner.generate_ids(inputs[1:2], None, 8, **options)[0]  # type: ignore[index]
         assert runner.generate_ids(inputs, "every", 8) != expected
 
-    def test_a_fault_is_found(
-        self, exported: Exported, tmp_path: Path, resign: Callable[[Path], None]
-    ) -> None:
+    def test_a_fault_is_found(self, exported: Exported, tmp_path: Path) -> None:
         bundle = Path(shutil.copytree(exported.output, tmp_path / "bundle"))
         file = bundle / "adapters" / "every" / "adapter.onnx_adapter"
         tensors = read_adapter(file)
         wrong = {name: x * 2 if name.endswith(".B") else x for name, x in tensors.items()}
         write_adapter(file, wrong)
-        resign(bundle)
+        signed(bundle)
         for reference in (None, exported.base):
             report = lora_edge.validate(bundle, reference=reference)
             assert not report.passed

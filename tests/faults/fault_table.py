@@ -16,6 +16,7 @@ import lora_edge
 from lora_edge.parity.report import Case
 from tests.faults import injections as i
 from tests.faults.worlds import GRID, Worlds
+from tests.support.failing import signed
 
 Source = Literal["reference", "goldens"]
 SOURCES: tuple[Source, ...] = ("reference", "goldens")
@@ -390,7 +391,7 @@ def outcome(fault: Fault, worlds: Worlds, source: Source, folder: Path) -> Outco
     try:
         if fault.inject is not None:
             fault.inject(bundle)
-            i.sign(bundle)
+            signed(bundle)
         with fault.patch() if fault.patch else nullcontext():
             live = {"reference": base, "steps": STEPS} if source == "reference" else {}
             report = lora_edge.validate(bundle, **live)  # type: ignore[arg-type]

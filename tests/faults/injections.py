@@ -20,7 +20,7 @@ from onnx import helper, numpy_helper
 
 import lora_edge
 from lora_edge.adapter.load import load_adapter
-from lora_edge.bundle.bundle import file_entries, load_bundle
+from lora_edge.bundle.bundle import load_bundle
 from lora_edge.bundle.onnx_adapter import read_adapter, write_adapter
 from lora_edge.names import lora_input
 from lora_edge.runtime.adapters.active import ActiveAdapters
@@ -35,12 +35,6 @@ Injection = Callable[[Path], None]
 
 Patch = Callable[[], AbstractContextManager[Any]]
 """Breaks the runtime for as long as it is entered."""
-
-
-def sign(directory: Path) -> None:
-    """Make a bundle's hashes right again, so that only the numbers can tell."""
-    found = load_bundle(directory)
-    found.write_manifest(dataclasses.replace(found.manifest, files=file_entries(directory)))
 
 
 # Adapter files.

@@ -15,6 +15,7 @@ from lora_edge.parity.compare import Verdict
 from tests.faults import injections
 from tests.faults.fault_table import DAMAGES, FAULTS, SOURCES, STEPS, Damage, Fault, Source, outcome
 from tests.faults.worlds import HEALTHY, Worlds
+from tests.support.failing import signed
 
 # ci/faults goes through all of them; here a fused and a portable one, and the worlds of the faults.
 _PASSING = [x for x in HEALTHY if not x.startswith("random")] + [
@@ -95,7 +96,7 @@ def test_the_command_says_what_is_wrong_and_exits_with_1_or_2(
         main(["validate", str(bundle)])
     assert stopped.value.code == 2
     assert "adapters/plain/adapter.onnx_adapter differs" in capsys.readouterr().err
-    injections.sign(bundle)
+    signed(bundle)
     with pytest.raises(SystemExit) as stopped:
         main(["validate", str(bundle)])
     assert stopped.value.code == 1
@@ -109,7 +110,7 @@ def test_a_failure_withdraws_the_proof_until_it_passes_again(
 ) -> None:
     base, directory = worlds.copy("portable", tmp_path / "bundle")
     injections.of_file("rooted", injections.times(2))(directory)
-    injections.sign(directory)
+    signed(directory)
     assert load_bundle(directory).adapter("rooted").proved
     assert not lora_edge.validate(directory, base, steps=STEPS).passed
     withdrawn = load_bundle(directory)
@@ -121,7 +122,7 @@ def test_a_failure_withdraws_the_proof_until_it_passes_again(
     whole = worlds.world("portable").bundle
     file = withdrawn.adapter("rooted").file
     shutil.copyfile(whole / file, directory / file)
-    injections.sign(directory)
+    signed(directory)
     report = lora_edge.validate(directory)
     assert [case.adapters for case in report.failures] == [("rooted",)]
     assert report.failures[0].status == "unproved"
@@ -166,7 +167,7 @@ def test_the_golden_verdict_does_not_change_the_manifest(worlds: Worlds, tmp_pat
     """PyTorch alone gives and takes the proof."""
     _, bundle = worlds.copy("merged", tmp_path / "bundle")
     injections.merged(lambda base, change: base + 2 * change)(bundle)
-    injections.sign(bundle)
+    signed(bundle)
     before = (bundle / "lora_edge.json").read_bytes()
     assert not lora_edge.validate(bundle).passed
     assert (bundle / "lora_edge.json").read_bytes() == before

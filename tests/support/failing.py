@@ -18,6 +18,7 @@ Array = np.ndarray
 
 
 def signed(directory: Path) -> Bundle:
+    """The bundle with the hashes of its files as they are: only the numbers can tell a change."""
     bundle = load_bundle(directory)
     return bundle.write_manifest(replace(bundle.manifest, files=file_entries(directory)))
 
