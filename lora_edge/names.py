@@ -12,16 +12,16 @@ from __future__ import annotations
 import re
 from typing import Literal, NamedTuple, cast, get_args
 
-Part = Literal["A", "B", "gate", "G", "bias", "weight", "W", "c"]
+InputPart = Literal["A", "B", "gate", "G", "bias", "weight", "W", "c"]
 """A site's graph inputs; what each is for is said in :mod:`lora_edge.graph.branch`."""
 
 TextAspect = Literal["tokenizer", "chat_template"]
 """What an adapter's folder may bring that has to do with text."""
 
-FACTOR_PARTS: tuple[Part, ...] = ("A", "B", "gate")
+FACTOR_PARTS: tuple[InputPart, ...] = ("A", "B", "gate")
 """What every low-rank site has."""
 
-STACKED_PARTS: tuple[Part, ...] = ("G", "bias", "weight")
+STACKED_PARTS: tuple[InputPart, ...] = ("G", "bias", "weight")
 """What is stacked over the resident adapters, ``[S, size]``, and read through :data:`SELECT`."""
 
 SELECT = "lora.select"
@@ -35,7 +35,7 @@ PeftPart = Literal[
 parameter that replaces the base's, ``idle`` one of a module that is itself replaced, ``training``
 what only training reads."""
 
-_INPUT = re.compile(rf"lora\.(?P<path>.+)\.(?P<part>{'|'.join(get_args(Part))})")
+_INPUT = re.compile(rf"lora\.(?P<path>.+)\.(?P<part>{'|'.join(get_args(InputPart))})")
 PEFT_PREFIX = "base_model.model."
 """What every key of a PEFT file begins with."""
 _PEFT_KEYS: tuple[tuple[PeftPart, re.Pattern[str]], ...] = (
@@ -71,7 +71,7 @@ class GraphInput(NamedTuple):
     """A parsed graph input name: which site it belongs to, and which of its tensors it is."""
 
     path: str
-    part: Part
+    part: InputPart
 
 
 class PeftKey(NamedTuple):
@@ -81,7 +81,7 @@ class PeftKey(NamedTuple):
     part: PeftPart
 
 
-def lora_input(path: str, part: Part) -> str:
+def lora_input(path: str, part: InputPart) -> str:
     """Name of a site's graph input, ``lora.<module path>.<part>``."""
     return f"lora.{path}.{part}"
 
@@ -89,7 +89,7 @@ def lora_input(path: str, part: Part) -> str:
 def parse_lora_input(name: str) -> GraphInput | None:
     """Parse a site's graph input name; ``None`` when it is none (:data:`SELECT` is none)."""
     match = _INPUT.fullmatch(name)
-    return None if match is None else GraphInput(match["path"], cast(Part, match["part"]))
+    return None if match is None else GraphInput(match["path"], cast(InputPart, match["part"]))
 
 
 def canonical_peft_key(key: str) -> str:
@@ -119,6 +119,11 @@ def parse_peft_key(key: str) -> PeftKey | None:
 def past_name(layer: int, part: Literal["key", "value"]) -> str:
     """Name of a KV cache input, ``past_key_values.<layer>.<key|value>``."""
     return f"past_key_values.{layer}.{part}"
+
+
+def is_past(name: str) -> bool:
+    """Whether a graph input is of the KV cache."""
+    return name.startswith("past_key_values.")
 
 
 def present_name(layer: int, part: Literal["key", "value"]) -> str:

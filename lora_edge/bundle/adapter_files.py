@@ -19,8 +19,9 @@ from lora_edge.adapter.directory import (
     TRAINING_FILE,
 )
 from lora_edge.adapter.load import Adapter
-from lora_edge.bundle.manifest import AdapterEntry, SiteEntry
+from lora_edge.bundle.manifest import AdapterEntry
 from lora_edge.bundle.onnx_adapter import write_adapter
+from lora_edge.bundle.part import SiteEntry
 from lora_edge.errors import AdapterError
 from lora_edge.fit.kinds import alone, kind_of
 from lora_edge.maths.lora import FloatArray, Head, SiteChange, zeros

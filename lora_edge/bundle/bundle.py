@@ -23,12 +23,8 @@ from pathlib import Path, PurePosixPath
 from lora_edge.bundle.manifest import (
     MANIFEST_NAME,
     AdapterEntry,
-    EncoderSpec,
     FileEntry,
-    GraphSpec,
     Manifest,
-    Seq2SeqSpec,
-    SiteEntry,
 )
 from lora_edge.errors import AdapterNotFoundError, BundleError
 from lora_edge.files.json import read_bytes
@@ -46,12 +42,8 @@ __all__ = [
     "MANIFEST_NAME",
     "AdapterEntry",
     "Bundle",
-    "EncoderSpec",
     "FileEntry",
-    "GraphSpec",
     "Manifest",
-    "Seq2SeqSpec",
-    "SiteEntry",
     "file_entries",
     "file_entry",
     "hash_file",
@@ -71,11 +63,6 @@ class Bundle:
 
     directory: Path
     manifest: Manifest
-
-    @property
-    def graph_path(self) -> Path:
-        """Path of the ONNX graph."""
-        return self.directory / GRAPH_FILE
 
     def adapter(self, name: str) -> AdapterEntry:
         """The entry of an adapter.
@@ -212,7 +199,7 @@ class Bundle:
             BundleError: it is not: the bundle was replaced.
         """
         then = self.manifest
-        facts = ("mode", "task", "base", "graph", "sites", "uncovered", "tied", "quantization")
+        facts = ("mode", "task", "base", "parts", "uncovered", "tied", "quantization", "beginning")
         changed = any(getattr(then, name) != getattr(now, name) for name in facts)
         graphs = [{k: v for k, v in x.files.items() if k.startswith("onnx/")} for x in (then, now)]
         if changed or graphs[0] != graphs[1]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_edge.bundle.manifest import Manifest, Seq2SeqSpec
+from lora_edge.bundle.manifest import Manifest
 from lora_edge.tasks.task import SPEECH, TEXT2TEXT, TEXT_GENERATION
 
 _PROMPT, _TEXT = ("-p 'Hello'",), ("--text 'Hello'",)
@@ -27,13 +27,13 @@ _CALL = {
 
 def bundle_card(manifest: Manifest) -> str:
     """Markdown for a bundle's own ``README.md``."""
-    spec = manifest.graph
-    graphs = "two ONNX graphs" if isinstance(spec, Seq2SeqSpec) else "one ONNX graph"
+    graphs = "two ONNX graphs" if len(manifest.parts) > 1 else "one ONNX graph"
     lines = [
         f"# {manifest.base['name_or_path']}, {manifest.mode}",
         "",
-        f"Made by lora-edge {manifest.versions['lora-edge']}: {graphs} ({spec.form} form, "
-        f"{manifest.precision}) of a {manifest.base['model_type']} model.",
+        f"Made by lora-edge {manifest.versions['lora-edge']}: {graphs} "
+        f"({manifest.gives.form} form, {manifest.precision}) of a "
+        f"{manifest.base['model_type']} model.",
         "",
         "| adapter | kind | layers | largest rank | proved at export |",
         "|---|---|---|---|---|",

@@ -10,12 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Generic, Literal
+from typing import Literal
 
 from lora_edge.base.checkpoint import Base
 from lora_edge.base.layer import Layer
-from lora_edge.bundle.bundle import DECODER_FILE
-from lora_edge.bundle.manifest import Seq2SeqSpec, Spec
+from lora_edge.bundle.part import Beginning, Part
 from lora_edge.errors import MissingDependencyError, UnsupportedModelError
 from lora_edge.maths.experts import ParameterModule
 from lora_edge.tasks.task import TEXT, Task
@@ -27,13 +26,12 @@ _OPTIMUM_PACKAGES = (*_TRACE_PACKAGES, "optimum", "optimum-onnx")
 
 
 @dataclass(frozen=True)
-class BaseGraph(Generic[Spec]):
+class BaseGraph:
     """A captured base model.
 
     Attributes:
-        path: the ONNX file; its weights are in ``model.onnx_data`` beside it. Of an
-            encoder-decoder the encoder, ``encoder_model.onnx``, beside ``decoder_model.onnx``.
-        spec: what a runtime must know of the graph.
+        folder: where the ONNX files are; their weights are in ``<file>_data`` beside them.
+        parts: name -> what a runtime must know of the graph.
         modules: module path -> sizes and kind, of every layer that an adapter may change.
         tied: module paths of the embedding and of the head that shares its weight, or ().
         head: module path of the head, of its last layer where it has several; empty: none.
@@ -42,10 +40,12 @@ class BaseGraph(Generic[Spec]):
         model_type: ``model_type`` of the config.
         versions: versions of the packages that made the graph.
         seconds: how long the capture took.
+        beginning: what an encoder-decoder's answer begins with.
+        encoder: module path of the encoder, where the decoder is another part.
     """
 
-    path: Path
-    spec: Spec
+    folder: Path
+    parts: Mapping[str, Part]
     modules: Mapping[str, Layer]
     tied: tuple[str, ...]
     head: str
@@ -53,19 +53,18 @@ class BaseGraph(Generic[Spec]):
     model_type: str
     versions: Mapping[str, str]
     seconds: float
+    beginning: Beginning | None = None
+    encoder: str = ""
 
-    @property
-    def parts(self) -> Mapping[str, Path]:
-        """Name of each graph -> its file: ``model``, or ``encoder`` and ``decoder``."""
-        if not isinstance(self.spec, Seq2SeqSpec):
-            return {"model": self.path}
-        return {"encoder": self.path, "decoder": self.path.with_name(Path(DECODER_FILE).name)}
+    def path(self, part: str) -> Path:
+        """The ONNX file of a part."""
+        return self.folder / self.parts[part].name
 
     def part_of(self, module: str) -> str:
-        """Name of the graph that a module is in."""
-        if not isinstance(self.spec, Seq2SeqSpec):
-            return "model"
-        return "encoder" if module.startswith(f"{self.spec.encoder}.") else "decoder"
+        """Name of the part that a module is in."""
+        if len(self.parts) == 1:
+            return next(iter(self.parts))
+        return "encoder" if module.startswith(f"{self.encoder}.") else "decoder"
 
 
 def capture(
@@ -75,7 +74,7 @@ def capture(
     *,
     form: Literal["fused", "portable"] = "fused",
     backend: Literal["trace", "optimum"] = "trace",
-) -> BaseGraph[Any]:
+) -> BaseGraph:
     """Capture a base: a decoder with a KV cache, a model without one, or an encoder and a decoder.
 
     Args:
@@ -106,23 +105,25 @@ def capture(
         from lora_edge.capture.trace import trace
     except ImportError as error:
         raise MissingDependencyError.of_export(error) from error
-    spec: Any
     tied: tuple[str, ...] = ()
     parameter_modules: Mapping[str, ParameterModule] = {}
-    packages = _TRACE_PACKAGES
-    if task.seq2seq:
-        path, spec, modules, tied, head = export_seq2seq(base, directory, task)
-        packages = _OPTIMUM_PACKAGES
-    elif not task.causal:
-        path, spec, modules, head = trace_encoder(base, directory, task)
-    elif backend == "optimum":
-        path, spec, modules, tied, head = export_with_optimum(base, directory)
-        packages = _OPTIMUM_PACKAGES
+    packages = _OPTIMUM_PACKAGES if backend == "optimum" else _TRACE_PACKAGES
+    beginning, encoder = None, ""
+    if task.driver == "encoder-decoder":
+        parts, encoder, beginning, modules, tied, head = export_seq2seq(base, directory, task)
+    elif task.driver == "encoder":
+        part, modules, head = trace_encoder(base, directory, task)
+        packages = _TRACE_PACKAGES
+        parts = {"encoder": part}
     else:
-        path, spec, modules, tied, head, parameter_modules = trace(base, directory, form)
+        if backend == "optimum":
+            part, modules, tied, head = export_with_optimum(base, directory)
+        else:
+            part, modules, tied, head, parameter_modules = trace(base, directory, form)
+        parts = {"decoder": part}
     return BaseGraph(
-        path=path,
-        spec=spec,
+        folder=directory,
+        parts=parts,
         modules=modules,
         tied=tied,
         head=head,
@@ -130,4 +131,6 @@ def capture(
         model_type=base.model_type,
         versions={package: version(package) for package in packages},
         seconds=time.monotonic() - started,
+        beginning=beginning,
+        encoder=encoder,
     )

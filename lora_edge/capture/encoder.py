@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from lora_edge.base.checkpoint import Base
 from lora_edge.base.layer import Layer
 from lora_edge.base.model import load_model, model_layers
-from lora_edge.bundle.manifest import EncoderSpec
+from lora_edge.bundle.bundle import GRAPH_FILE
+from lora_edge.bundle.part import Part
 from lora_edge.capture.attention import MASKED, RegisteredAttention, explicit_attention
 from lora_edge.capture.refusing import max_length, noted_activations, refusing
 from lora_edge.capture.swaps import constant_views, replaced, swapped_linears
@@ -131,40 +132,36 @@ class MaskedAttention(RegisteredAttention):
 class _Traced(nn.Module):
     """The function that becomes the graph."""
 
-    def __init__(
-        self, model: nn.Module, swap: MaskedAttention, spec: EncoderSpec, task: Task
-    ) -> None:
+    def __init__(self, model: nn.Module, swap: MaskedAttention, part: Part, task: Task) -> None:
         super().__init__()
         self.model = model
         self._swap = swap
-        self._spec = spec
+        self._part = part
         self._by_token = task.name == "token-classification"
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        feeds = dict(zip(self._spec.inputs, tensors, strict=True))
+        feeds = dict(zip(self._part.inputs, tensors, strict=True))
         self._swap.begin(feeds.get("attention_mask"))
         config: Any = self.model.config
-        found: Tensor = getattr(self.model(**feeds), self._spec.output)
-        wanted = 3 if self._spec.output == "last_hidden_state" or self._by_token else 2
+        found: Tensor = getattr(self.model(**feeds), self._part.output)
+        wanted = 3 if self._part.output == "last_hidden_state" or self._by_token else 2
         if found.ndim != wanted:
             raise UnsupportedModelError(
-                f"{config.model_type} models are refused: their {self._spec.output} is "
+                f"{config.model_type} models are refused: their {self._part.output} is "
                 f"{list(found.shape)}, expected {wanted} dimensions",
                 "Use a task that gives a vector for each row or token.",
             )
         self._swap.check_shared()
-        if not self._spec.image:
+        if not self._part.sample:
             self._swap.check_calls(config)
         return found
 
 
-def trace_encoder(
-    base: Base, directory: Path, task: Task
-) -> tuple[Path, EncoderSpec, dict[str, Layer], str]:
+def trace_encoder(base: Base, directory: Path, task: Task) -> tuple[Part, dict[str, Layer], str]:
     """Trace a model into ``directory/model.onnx`` and ``directory/model.onnx_data``.
 
     Returns:
-        The graph's path, its facts, its layers by module path, and the module path of the head's
+        The part, its layers by module path, and the module path of the head's
         last layer (empty where there is no head).
 
     Raises:
@@ -176,14 +173,14 @@ def trace_encoder(
     with swap.registered(), torch.no_grad():
         model = load_model(base, swap.name, task)
         model.config.use_cache = False
-        spec = _spec(model, task, base)
+        part = _part(model, task, base)
         modules = model_layers(model)
-        traced = _Traced(model, swap, spec, task)
-        with refusing(model, swap, images=bool(spec.image)), _as_untraced(spec):
+        traced = _Traced(model, swap, part, task)
+        with refusing(model, swap, images=bool(part.sample)), _as_untraced(part):
             # What is refused is refused before it is traced.
-            with noted_activations(model, modules, _BATCH if spec.image else None):
-                traced(*_example(spec).values())
-            graph = _export(traced, spec, task, directory)
+            with noted_activations(model, modules, _BATCH if part.sample else None):
+                traced(*_example(part).values())
+            graph = _export(traced, part, task, directory)
     nodes = {node.name for node in graph.graph.node}
     linears = [path for path, layer in modules.items() if layer.kind == "linear"]
     lost = sorted(set(linears) - nodes)
@@ -193,24 +190,24 @@ def trace_encoder(
             f"{', '.join(lost[:3])}",
             "This is a fault of lora-edge; please report it with the model's config.json.",
         )
-    path = directory / "model.onnx"
-    onnx.save(graph, path)
+    onnx.save(graph, directory / "model.onnx")
     head = task.label_layer(model)
     if head:
         modules[head] = replace(modules[head], kind="head")
-    return path, spec, modules, head
+    return part, modules, head
 
 
 @contextmanager
-def _as_untraced(spec: EncoderSpec) -> Iterator[None]:
+def _as_untraced(part: Part) -> Iterator[None]:
     """Images have one size, so that no position need be interpolated, as models do in a trace."""
-    with replaced(torch.jit, "is_tracing", lambda: False) if spec.image else nullcontext():
+    with replaced(torch.jit, "is_tracing", lambda: False) if part.sample else nullcontext():
         yield
 
 
-def _spec(model: Any, task: Task, base: Base) -> EncoderSpec:
+def _part(model: Any, task: Task, base: Base) -> Part:
     if task.name == "image-classification" or model.main_input_name == "pixel_values":
-        return EncoderSpec(
+        return Part(
+            file=GRAPH_FILE,
             form="portable",
             backend="trace",
             inputs=("pixel_values",),
@@ -218,7 +215,7 @@ def _spec(model: Any, task: Task, base: Base) -> EncoderSpec:
             vocab_size=0,
             max_length=0,
             pad_token_id=0,
-            image=_image(model, base),
+            sample=_image(model, base),
         )
     config = model.config.get_text_config()
     lacking = [x for x in ("vocab_size", "pad_token_id") if not hasattr(config, x)]
@@ -237,7 +234,8 @@ def _spec(model: Any, task: Task, base: Base) -> EncoderSpec:
             "last token of a row",
             "Set pad_token_id in its config.json to the one that the adapter was trained with.",
         )
-    return EncoderSpec(
+    return Part(
+        file=GRAPH_FILE,
         form="portable",
         backend="trace",
         inputs=tuple(inputs),
@@ -305,27 +303,27 @@ def _positions(model: nn.Module) -> int:
     return max_length(config.get_text_config())
 
 
-def _example(spec: EncoderSpec) -> dict[str, Tensor]:
+def _example(part: Part) -> dict[str, Tensor]:
     example: dict[str, Tensor] = {}
-    for name in spec.inputs:
+    for name in part.inputs:
         if name == "pixel_values":
-            example[name] = torch.zeros(_BATCH, *spec.image)
+            example[name] = torch.zeros(_BATCH, *part.sample)
         else:
             fill = 1 if name == "attention_mask" else 0
             example[name] = torch.full((_BATCH, _SEQ), fill, dtype=torch.long)
     return example
 
 
-def _export(traced: _Traced, spec: EncoderSpec, task: Task, directory: Path) -> onnx.ModelProto:
-    example = _example(spec)
-    dims = {name: {0: "batch"} if spec.image else {0: "batch", 1: "seq"} for name in example}
-    by_token = task.name in {"token-classification", "feature-extraction"} and not spec.image
-    dims[spec.output] = {0: "batch", 1: "seq"} if by_token else {0: "batch"}
+def _export(traced: _Traced, part: Part, task: Task, directory: Path) -> onnx.ModelProto:
+    example = _example(part)
+    dims = {name: {0: "batch"} if part.sample else {0: "batch", 1: "seq"} for name in example}
+    by_token = task.name in {"token-classification", "feature-extraction"} and not part.sample
+    dims[part.output] = {0: "batch", 1: "seq"} if by_token else {0: "batch"}
     with ExitStack() as stack:
         weights = stack.enter_context(placeholders(traced.model))
         stack.enter_context(swapped_linears(traced.model))
-        stack.enter_context(constant_views(_BATCH, None if spec.image else _SEQ))
-        graph = to_onnx(traced, example, [spec.output], dims)
+        stack.enter_context(constant_views(_BATCH, None if part.sample else _SEQ))
+        graph = to_onnx(traced, example, [part.output], dims)
     add_buffers(traced.model, graph, weights)
     missing = attach(graph, weights, directory / "model.onnx_data")
     missing = [name for name in missing if name.rpartition(".")[2] not in _TRAINING_ONLY]

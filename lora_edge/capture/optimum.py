@@ -20,8 +20,8 @@ import torch
 from lora_edge.base.checkpoint import Base
 from lora_edge.base.layer import Layer
 from lora_edge.base.model import load_model, model_layers, path_of, tied_pair
-from lora_edge.bundle.bundle import DECODER_FILE, ENCODER_FILE
-from lora_edge.bundle.manifest import GraphSpec, Seq2SeqSpec
+from lora_edge.bundle.bundle import DECODER_FILE, ENCODER_FILE, GRAPH_FILE
+from lora_edge.bundle.part import Beginning, Cache, Part
 from lora_edge.capture.refusing import max_length
 from lora_edge.errors import (
     BaseModelError,
@@ -38,11 +38,11 @@ _INLINE_BELOW = 1024  # bytes
 
 def export_with_optimum(
     base: Base, directory: Path
-) -> tuple[Path, GraphSpec, dict[str, Layer], tuple[str, ...], str]:
+) -> tuple[Part, dict[str, Layer], tuple[str, ...], str]:
     """Export a decoder into ``directory/model.onnx`` and ``directory/model.onnx_data``.
 
     Returns:
-        The graph's path, its facts, its layers by module path, the embedding and the head where
+        The part, its layers by module path, the embedding and the head where
         they share their weight (see :func:`tied_pair`), and the head's module path.
 
     Raises:
@@ -61,29 +61,30 @@ def export_with_optimum(
         graph = onnx.load(str(scratch / "model.onnx"))
     path = directory / "model.onnx"
     kv_heads, head_dim, layers = _cache(graph)
-    spec = GraphSpec(
+    part = Part(
+        file=GRAPH_FILE,
         form="foreign",
         backend="optimum",
-        padding="left",
-        shared_cache=False,
-        layers=layers,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
+        inputs=("input_ids", "attention_mask"),
+        output="logits",
         vocab_size=int(model.config.vocab_size),
         max_length=max_length(model.config),
+        padding="left",
         head=head,
+        cache=Cache("concatenated", layers, kv_heads, head_dim),
     )
     _save(graph, path)
-    return path, spec, modules, tied, head
+    return part, modules, tied, head
 
 
 def export_seq2seq(
     base: Base, directory: Path, task: Task
-) -> tuple[Path, Seq2SeqSpec, dict[str, Layer], tuple[str, ...], str]:
+) -> tuple[dict[str, Part], str, Beginning, dict[str, Layer], tuple[str, ...], str]:
     """Export an encoder and a decoder without a cache, each with its ``_data``, into a folder.
 
     Returns:
-        The encoder's path (the decoder is beside it), and as :func:`export_with_optimum`.
+        The parts, the module path of the encoder, what an answer begins with, and the layers, the
+        tied pair and the head as :func:`export_with_optimum`.
 
     Raises:
         BaseModelError: its config names no token that the decoder begins with.
@@ -99,23 +100,39 @@ def export_seq2seq(
     with _exported(base, model, directory, task.name, shapes) as scratch:
         graphs = [onnx.load(str(scratch / file.name)) for file in files]
     inputs, features = _sources(graphs[0], base)
-    spec = Seq2SeqSpec(
-        form="foreign",
-        backend="optimum",
-        encoder=path_of(model, model.get_encoder()),
-        inputs=inputs,
-        vocab_size=int(model.config.vocab_size),
-        max_source=0 if features else _positions(model.config, "max_source_positions"),
-        max_target=_positions(model.config, "max_target_positions"),
-        pad_token_id=int(model.config.pad_token_id or 0),
-        features=features,
-        **_beginning(model, base),
-    )
-    for graph, part, file in zip(graphs, (spec.encoder, ""), files, strict=True):
-        _name_parameters(graph, model, part)
-        _save(graph, file)
+    encoder = path_of(model, model.get_encoder())
     head = path_of(model, model.get_output_embeddings())
-    return files[0], spec, model_layers(model), tied_pair(model), head
+    common: Any = {
+        "form": "foreign",
+        "backend": "optimum",
+        "pad_token_id": int(model.config.pad_token_id or 0),
+    }
+    vocab_size = int(model.config.vocab_size)
+    parts = {
+        "encoder": Part(
+            file=ENCODER_FILE,
+            inputs=inputs,
+            output="last_hidden_state",
+            vocab_size=0 if features else vocab_size,
+            max_length=0 if features else _positions(model.config, "max_source_positions"),
+            sample=features,
+            **common,
+        ),
+        "decoder": Part(
+            file=DECODER_FILE,
+            inputs=("input_ids", "encoder_hidden_states"),
+            output="logits",
+            vocab_size=vocab_size,
+            max_length=_positions(model.config, "max_target_positions"),
+            head=head,
+            **common,
+        ),
+    }
+    for graph, below, file in zip(graphs, (encoder, ""), files, strict=True):
+        _name_parameters(graph, model, below)
+        _save(graph, file)
+    begun = Beginning(**_beginning(model, base))
+    return parts, encoder, begun, model_layers(model), tied_pair(model), head
 
 
 def _name_parameters(graph: onnx.ModelProto, model: Any, part: str) -> None:

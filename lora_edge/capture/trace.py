@@ -20,7 +20,8 @@ from lora_edge.base.experts import parameter_modules
 from lora_edge.base.families import OPTIMUM
 from lora_edge.base.layer import Layer
 from lora_edge.base.model import load_model, model_layers, path_of, tied_pair
-from lora_edge.bundle.manifest import GraphSpec
+from lora_edge.bundle.bundle import GRAPH_FILE
+from lora_edge.bundle.part import Cache, Part
 from lora_edge.capture.attention import (
     AttentionSwap,
     Fused,
@@ -106,11 +107,11 @@ def _forward(
 
 def trace(
     base: Base, directory: Path, form: Literal["fused", "portable"]
-) -> tuple[Path, GraphSpec, dict[str, Layer], tuple[str, ...], str, dict[str, ParameterModule]]:
+) -> tuple[Part, dict[str, Layer], tuple[str, ...], str, dict[str, ParameterModule]]:
     """Trace a decoder into ``directory/model.onnx`` and ``directory/model.onnx_data``.
 
     Returns:
-        The graph's path, its facts, its layers by module path, the embedding and the head where
+        The part, its layers by module path, the embedding and the head where
         they share their weight (see :func:`tied_pair`), the head's module path, and the modules of
         experts.
 
@@ -131,22 +132,26 @@ def trace(
         head = path_of(model, model.get_output_embeddings())
         graph, flattened = _export(model, swap, rotary, facts, directory)
         modules = {path: layer for path, layer in modules.items() if path not in flattened}
-    path = directory / "model.onnx"
-    onnx.save(graph, path)
+    onnx.save(graph, directory / "model.onnx")
     first = facts[0]
-    spec = GraphSpec(
+    part = Part(
+        file=GRAPH_FILE,
         form=form,
         backend="trace",
-        padding="right" if form == "fused" else "either",
-        shared_cache=form == "fused",
-        layers=len(facts),
-        kv_heads=first.kv_heads,
-        head_dim=first.head_dim,
+        inputs=("input_ids", "attention_mask"),
+        output="logits",
         vocab_size=int(model.config.get_text_config().vocab_size),
         max_length=longest,
+        padding="right" if form == "fused" else "either",
         head=head,
+        cache=Cache(
+            kind="shared" if form == "fused" else "concatenated",
+            layers=len(facts),
+            kv_heads=first.kv_heads,
+            head_dim=first.head_dim,
+        ),
     )
-    return path, spec, modules, tied, head, parameter_modules(model)
+    return part, modules, tied, head, parameter_modules(model)
 
 
 def _survey(

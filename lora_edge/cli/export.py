@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from lora_edge.cli.arguments import conversion_rank, named_paths
-from lora_edge.tasks.task import SEQ2SEQ, TASKS, TEXT_GENERATION
+from lora_edge.tasks.task import TASKS
 
 
 @click.command()
@@ -37,7 +37,7 @@ from lora_edge.tasks.task import SEQ2SEQ, TASKS, TEXT_GENERATION
 )
 @click.option(
     "--task",
-    type=click.Choice([TEXT_GENERATION, *TASKS, *SEQ2SEQ]),
+    type=click.Choice(list(TASKS)),
     help="What the model is to do.  [default: what the adapters were trained for, or the base is]",
 )
 @click.option(

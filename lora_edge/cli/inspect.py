@@ -15,7 +15,7 @@ from lora_edge.bundle.bundle import load_bundle
 from lora_edge.bundle.manifest import MANIFEST_NAME, AdapterEntry, Manifest, aspect_names
 from lora_edge.errors import LoraEdgeError
 from lora_edge.files.hub import is_hub_id
-from lora_edge.tasks.task import SEQ2SEQ, TASKS, TEXT_GENERATION
+from lora_edge.tasks.task import TASKS
 
 if TYPE_CHECKING:
     from lora_edge.fit.inspect import Inspection, ModuleFacts
@@ -38,7 +38,7 @@ _COMPARED = {
 )
 @click.option(
     "--task",
-    type=click.Choice([TEXT_GENERATION, *TASKS, *SEQ2SEQ]),
+    type=click.Choice(list(TASKS)),
     help="With --base: the task, as export takes it.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -75,7 +75,7 @@ def _facts(found: Inspection) -> dict[str, Any]:
 
 def _bundle(path: Path, manifest: Manifest, size: int) -> Iterator[str]:
     base = manifest.base
-    form = getattr(manifest.graph, "form", manifest.task)
+    form = manifest.gives.form
     yield from _entry("bundle", f"{path}: {manifest.mode}, {form} form, {manifest.precision}")
     yield from _entry(
         "base",

@@ -23,13 +23,9 @@ from lora_edge.adapter.loading import BaseView
 from lora_edge.base.checkpoint import Base
 from lora_edge.base.layer import Layer
 from lora_edge.bundle.adapter_files import with_heads, write_adapter_folder, write_none
-from lora_edge.bundle.bundle import (
-    BASE_GRAPH_FILE,
-    DECODER_FILE,
-    ENCODER_FILE,
-    GRAPH_FILE,
-)
-from lora_edge.bundle.manifest import AdapterEntry, Manifest, Mode, SiteEntry, WeightEntry
+from lora_edge.bundle.bundle import BASE_GRAPH_FILE
+from lora_edge.bundle.manifest import AdapterEntry, Manifest, Mode
+from lora_edge.bundle.part import Part, SiteEntry, WeightEntry
 from lora_edge.bundle.sentence import load_sentence_modules, sentence_files
 from lora_edge.errors import MissingDependencyError, UnsupportedModelError
 from lora_edge.fit.changes import ParameterChange, parameter_changes, site_changes
@@ -43,7 +39,7 @@ from lora_edge.fit.check import (
 from lora_edge.fit.kinds import kind_of, parts_of_kinds
 from lora_edge.maths.lora import Head, SiteChange
 from lora_edge.maths.quantization import BITS, Precision, Quantization, measured, rounded_weights
-from lora_edge.names import NONE_ADAPTER, Part
+from lora_edge.names import NONE_ADAPTER, InputPart
 from lora_edge.runtime import installed
 from lora_edge.tasks.task import EMBEDDING, Task
 
@@ -51,8 +47,6 @@ Progress = Callable[[str], None]
 Form = Literal["fused", "portable"]
 Backend = Literal["trace", "optimum"]
 Weights = Callable[[str], "NDArray[np.floating] | None"]
-
-_FILES = {"model": GRAPH_FILE, "encoder": ENCODER_FILE, "decoder": DECODER_FILE}
 
 _COPIED = (
     "config.json", "generation_config.json", "preprocessor_config.json",
@@ -96,8 +90,11 @@ def check_precision(options: Options) -> None:
 
 def build(
     base: Base, adapters: Sequence[Adapter], stage: Path, options: Options, say: Progress
-) -> Manifest:
+) -> tuple[Manifest, Any]:
     """Write a bundle's files into ``stage``; its adapters are not proved yet, its files not hashed.
+
+    Returns:
+        The manifest, and the base in PyTorch (:class:`~lora_edge.parity.reference.Reference`).
 
     Raises:
         MissingDependencyError: the extra ``export`` is not installed.
@@ -109,6 +106,7 @@ def build(
         from lora_edge import graph as passes
         from lora_edge.capture import capture
         from lora_edge.parity import check_base
+        from lora_edge.parity.reference import Reference
     except ImportError as error:
         raise MissingDependencyError.of_export(error) from error
     task, merged = options.task, options.mode == "merged"
@@ -120,7 +118,7 @@ def build(
     what = f"{options.backend}, {options.form}" if task.causal else task.name
     say(f"capturing {base.name_or_path} ({base.model_type}, {what})")
     captured = capture(base, raw, task, form=options.form, backend=options.backend)
-    models = {part: passes.load(path) for part, path in captured.parts.items()}
+    models = {name: passes.load(captured.path(name)) for name in captured.parts}
     weights = _weights(base, captured, models)
     modules = captured.modules
     if task.seq2seq:
@@ -134,16 +132,18 @@ def build(
             output = captured.head if task.generates else ""
             check_loads(adapter, BaseView(captured.modules, captured.tied, output))
         check_copies(adapter, weights, captured.tied)
-    if captured.spec.form == "fused":
-        passes.fuse(models["model"])
-        passes.save_graph(models["model"], captured.path)
+    for name, part in captured.parts.items():
+        if part.form == "fused":
+            passes.fuse(models[name])
+            passes.save_graph(models[name], captured.path(name))
     say("checking the base graph against PyTorch")
-    figures = check_base(captured, base, task)
+    reference = Reference(base, task)
+    figures = check_base(captured, task, reference)
     quantization = None
     if options.precision != "fp32":
         # Not the head: it is the layer that suffers most, and often the embedding too.
         linear = {path: x for path, x in modules.items() if path != captured.head}
-        rounding = passes.quantizable(models["model"], linear)
+        rounding = passes.quantizable(models["decoder"], linear)
         quantization = measured(BITS[options.precision], rounding, weights, modules)
         say(
             f"rounding {len(rounding)} layers, {_share(quantization, modules, base):.0%} "
@@ -176,8 +176,16 @@ def build(
         covered = _branch(captured, models, modules, covered, weights, quantization, stage, task)
         none = write_none(stage, covered, fingerprint, heads)
         entries[NONE_ADAPTER] = dataclasses.replace(none, labels=base_labels)
-    for part in captured.parts:
-        passes.check(stage / _FILES[part])
+    parts = {
+        name: dataclasses.replace(
+            part,
+            inputs=passes.own_inputs(passes.load(stage / part.file)),
+            sites={path: x for path, x in covered.items() if captured.part_of(path) == name},
+        )
+        for name, part in captured.parts.items()
+    }
+    for part in parts.values():
+        passes.check(stage / part.file)
     shutil.rmtree(raw)
     for adapter in adapters:
         own = None if merged else given[adapter.name]
@@ -189,16 +197,17 @@ def build(
         say_cost(adapter, stage / entry.file, captured.head, say)
     copy_files(base, stage)
     modules = captured.modules
-    manifest = manifest_of(options, base, captured, figures, entries, covered, modules, fingerprint)
-    return dataclasses.replace(manifest, quantization=quantization)
+    manifest = manifest_of(options, base, captured, figures, entries, parts, modules, fingerprint)
+    return dataclasses.replace(manifest, quantization=quantization), reference
 
 
 def _weights(base: Base, captured: Any, models: Mapping[str, Any]) -> Weights:
     """The base's parameters, as the graphs have them."""
     from lora_edge import graph as passes
 
-    if "model" in models:
-        return passes.graph_weights(models["model"], captured.modules, base.parameter)
+    if len(models) == 1:
+        (model,) = models.values()
+        return passes.graph_weights(model, captured.modules, base.parameter)
     tied = captured.tied
 
     def value(path: str) -> NDArray[np.floating] | None:
@@ -227,8 +236,8 @@ def _merge(
         matrices = {path.removesuffix(".weight") for path in changes}
         touched = [path for path in quantization.layers if path in matrices]
         others = [path for path in quantization.layers if path not in matrices]
-        passes.quantize_layers(models["model"], modules, others, quantization)
-        passes.round_layers(models["model"], modules, touched, quantization)
+        passes.quantize_layers(models["decoder"], modules, others, quantization)
+        passes.round_layers(models["decoder"], modules, touched, quantization)
         if touched:
             say(f"{len(touched)} layers stay in fp32: the adapter is in their rounded weights")
     for part, model in models.items():
@@ -240,7 +249,7 @@ def _merge(
         owners = {path.rpartition(".")[0] for path in own} & set(modules)
         layers = {path: SiteEntry.of(modules[path]) for path in sorted(owners)}
         passes.merge(model, passes.find_sites(model, layers, weights), own, weights)
-        passes.save_with_data(model, stage / _FILES[part])
+        passes.save_with_data(model, stage / captured.parts[part].file)
 
 
 def _branch(
@@ -261,11 +270,11 @@ def _branch(
     from lora_edge import graph as passes
 
     located = dict(covered)
-    for part, source in captured.parts.items():
-        path, model = source, models[part]
+    for part, source in models.items():
+        path, model = captured.path(part), source
         if quantization is not None:
             passes.quantize_layers(model, modules, quantization.layers, quantization)
-            path = source.parent / "quantized" / source.name
+            path = path.parent / "quantized" / path.name
             path.parent.mkdir()
             passes.save_with_data(model, path)
             model = passes.load(path)
@@ -278,7 +287,7 @@ def _branch(
         passes.branch(model, found)
         # Beside its data, which is moved and never rewritten.
         passes.save_graph(model, path)
-        target = stage / _FILES[part]
+        target = stage / captured.parts[part].file
         path.rename(target)
         data = path.with_name(f"{path.name}_data")
         data.rename(target.with_name(data.name))
@@ -301,7 +310,7 @@ def manifest_of(
     captured: Any,
     figures: Mapping[str, Any],
     entries: Mapping[str, AdapterEntry],
-    covered: Mapping[str, SiteEntry],
+    parts: Mapping[str, Part],
     modules: Mapping[str, Layer],
     fingerprint: str,
 ) -> Manifest:
@@ -313,23 +322,23 @@ def manifest_of(
         captured: the :class:`~lora_edge.capture.BaseGraph`.
         figures: of the base check.
         entries: name -> adapter.
-        covered: module path -> layer with inputs; empty when merged.
+        parts: name -> graph, with its layers with inputs.
         modules: module path -> layer that an adapter may change.
         fingerprint: the base's.
     """
     merged = options.mode == "merged"
+    covered = {path: site for part in parts.values() for path, site in part.sites.items()}
     return Manifest(
         mode=options.mode,
         task=options.task.name,
         precision=options.precision,
-        graph=captured.spec,
+        parts=parts,
         base={
             "name_or_path": base.name_or_path,
             "model_type": base.model_type,
             "fingerprint": fingerprint,
         },
         kinds=tuple(sorted({kind_of(x, part) for x in covered.values() for part in x.parts})),
-        sites=covered,
         adapters=entries,
         base_check=figures,
         versions={"lora-edge": __version__, **installed.versions(), **captured.versions},
@@ -339,6 +348,7 @@ def manifest_of(
             if not merged and path not in covered
         },
         tied=captured.tied,
+        beginning=captured.beginning,
     )
 
 
@@ -384,7 +394,7 @@ def covered_layers(
         for changes in given:
             wanted |= set(changes.get(path, SiteChange()).parts())
         if wanted:
-            parts = tuple(part for part in get_args(Part) if part in wanted)
+            parts = tuple(part for part in get_args(InputPart) if part in wanted)
             covered[path] = SiteEntry.of(entry, parts)
     return covered
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from lora_edge import types as opt
 from lora_edge.adapter.load import Adapter, load_adapter
@@ -20,7 +20,7 @@ from lora_edge.base.checkpoint import Base, resolve_base
 from lora_edge.bundle.adapter_files import check_parts, with_heads, write_adapter_folder
 from lora_edge.bundle.bundle import Bundle, file_entries, file_entry, load_bundle
 from lora_edge.bundle.card import bundle_card
-from lora_edge.bundle.manifest import MANIFEST_NAME, AdapterEntry, Manifest, Mode, Seq2SeqSpec
+from lora_edge.bundle.manifest import MANIFEST_NAME, AdapterEntry, Manifest, Mode
 from lora_edge.bundle.onnx_adapter import read_adapter
 from lora_edge.bundle.sentence import write_sentence_modules
 from lora_edge.errors import (
@@ -51,6 +51,9 @@ from lora_edge.maths.quantization import Precision, rounded_weights
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.runtime.adapters.changes import parse_changes
 from lora_edge.tasks.task import EMBEDDING, Task
+
+if TYPE_CHECKING:
+    from lora_edge.parity.reference import Reference
 
 
 def export(
@@ -160,7 +163,7 @@ def export(
             loaded = stack.enter_context(fitted(loaded, model, wanted, say))
             options = Options(mode, form, backend, sites, tuple(kinds), wanted, precision)
             check_precision(options)
-            manifest = build(model, loaded, stage, options, say)
+            manifest, reference = build(model, loaded, stage, options, say)
             write_base_text(model, stage, manifest, say)
             folders = own_folders(adapters or {}, local)
             manifest = write_adapter_texts(stage, manifest, folders, say)
@@ -168,7 +171,7 @@ def export(
                 for name, folder in folders.items():
                     write_sentence_modules(stage, name, folder)
             staged = Bundle(stage, _signed(stage, manifest, conversions))
-            _prove(staged, model, say)
+            _prove(staged, reference, say)
             _finish(stage)
     return load_bundle(output)
 
@@ -235,11 +238,10 @@ def _add(
             continue
         adapter.check_mode("switchable")
         check_base_of(adapter, manifest.base["fingerprint"], manifest.base["name_or_path"])
-        if isinstance(manifest.graph, Seq2SeqSpec):
+        if manifest.driver == "encoder-decoder":
             check_seq2seq(adapter, layers)
         check_modules(adapter, layers, "the bundle's base")
-        output = getattr(manifest.graph, "head", "")
-        check_loads(adapter, BaseView(layers, manifest.tied, output))
+        check_loads(adapter, BaseView(layers, manifest.tied, manifest.head))
         check_copies(adapter, checkpoint, manifest.tied)
         own = site_changes(adapter, layers, weights, manifest.tied)
         check_parts(adapter, own, layers)
@@ -341,11 +343,11 @@ def _signed(stage: Path, manifest: Manifest, conversions: Mapping[str, Conversio
     return signed
 
 
-def _prove(staged: Bundle, base: Base, say: Progress) -> None:
+def _prove(staged: Bundle, reference: Reference, say: Progress) -> None:
     from lora_edge.parity import validate
 
     say("validating every adapter against PyTorch")
-    report = validate(staged, reference=base)
+    report = validate(staged, reference)
     if not report.passed:
         first = report.failures[0].reason if report.failures else "nothing was compared"
         raise ParityError(

@@ -61,7 +61,7 @@ def write_base_text(base: Base, stage: Path, manifest: Manifest, say: Say) -> No
     from lora_edge.base.tokenizer import read_tokenizer
 
     if not has_vocabulary(base.directory):
-        if manifest.graph.vocab_size:
+        if manifest.reads.vocab_size:
             say(f"{base.name_or_path} has no tokenizer: the bundle takes token ids, and no text")
         return
     _check_sentencepiece(base.directory)
@@ -222,7 +222,7 @@ def _read_adapters(read: Callable[..., Any], folder: Path, base: Path) -> Any:
 
 
 def _check_vocabulary(name: str, theirs: Any, manifest: Manifest, say: Say) -> None:
-    rows = manifest.graph.vocab_size
+    rows = manifest.reads.vocab_size
     beyond = sorted(token for token, index in theirs.vocabulary.items() if index >= rows)
     pads = theirs.special_tokens.get("pad_token")
     if not beyond or not rows:

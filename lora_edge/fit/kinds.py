@@ -9,9 +9,9 @@ from collections.abc import Mapping
 
 from lora_edge.adapter.load import Adapter
 from lora_edge.base.layer import Layer
-from lora_edge.names import FACTOR_PARTS, Part
+from lora_edge.names import FACTOR_PARTS, InputPart
 
-_KIND_OF_PART: dict[Part, str] = {
+_KIND_OF_PART: dict[InputPart, str] = {
     "A": "lora", "B": "lora", "gate": "lora", "G": "dora", "bias": "bias", "weight": "norm",
     "W": "head", "c": "head",
 }  # fmt: skip
@@ -20,16 +20,16 @@ KINDS = ("lora", "dora", "bias", "norm", "embedding", "conv", "head")
 """What ``export --kinds`` takes."""
 
 
-def kind_of(entry: Layer, part: Part) -> str:
+def kind_of(entry: Layer, part: InputPart) -> str:
     """Which of :data:`KINDS` an input of a site belongs to."""
     if part in FACTOR_PARTS and entry.kind in ("embedding", "conv"):
         return entry.kind
     return _KIND_OF_PART[part]
 
 
-def parts_of_kinds(entry: Layer, kinds: tuple[str, ...]) -> tuple[Part, ...]:
+def parts_of_kinds(entry: Layer, kinds: tuple[str, ...]) -> tuple[InputPart, ...]:
     """The inputs that a site gets when a graph is exported for some kinds, whoever needs them."""
-    possible: dict[str, tuple[Part, ...]] = {
+    possible: dict[str, tuple[InputPart, ...]] = {
         "linear": (*FACTOR_PARTS, "G", "bias"),
         "embedding": (*FACTOR_PARTS, "G"),
         "conv": (*FACTOR_PARTS, "G", "bias"),

@@ -20,7 +20,7 @@ from lora_edge.errors import (
     UnsupportedAdapterError,
     UnsupportedModelError,
 )
-from lora_edge.tasks.task import SEQ2SEQ, SPEECH, TASKS, TEXT2TEXT, TEXT_GENERATION, Task
+from lora_edge.tasks.task import SPEECH, TASKS, TEXT2TEXT, TEXT_GENERATION, Task
 
 Notice = Callable[[str], None]
 
@@ -184,7 +184,8 @@ def _brought_task(base: Base, adapter: Adapter) -> str | None:
             "answering, which is no task of this release",
             f"Tasks are {_all_tasks()}.",
         )
-    if _task_of_class(base) in TASKS:
+    known = _task_of_class(base)
+    if known is not None and not Task(known).generates:
         return None  # the base's own class tells
     heads = [(p, task) for pattern, task in _HEADS for p in owners if _is_below(p, pattern)]
     if not heads:
@@ -268,7 +269,7 @@ def _sees(base: Base) -> bool:
 
 
 def _all_tasks() -> str:
-    return ", ".join((TEXT_GENERATION, *TASKS, *SEQ2SEQ))
+    return ", ".join(TASKS)
 
 
 def _seq2seq_task(base: Base) -> str:

@@ -9,7 +9,7 @@ from lora_edge.graph.fuse import fuse
 from lora_edge.graph.merge import merge
 from lora_edge.graph.quantize import quantizable, quantize_layers, round_layers
 from lora_edge.graph.sites import Site, find_sites, graph_weights
-from lora_edge.graph.store import load, save_graph, save_with_data
+from lora_edge.graph.store import load, own_inputs, save_graph, save_with_data
 from lora_edge.graph.stored import stored_weight
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "graph_weights",
     "load",
     "merge",
+    "own_inputs",
     "quantizable",
     "quantize_layers",
     "round_layers",

@@ -31,7 +31,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from lora_edge.errors import GraphError
 from lora_edge.graph.sites import Site, effective_weight
-from lora_edge.names import SELECT, STACKED_PARTS, Part, lora_input
+from lora_edge.names import SELECT, STACKED_PARTS, InputPart, lora_input
 
 _FLOAT = ir.TensorType(ir.DataType.FLOAT)
 
@@ -107,7 +107,7 @@ class _Branch:
         self.graph.register_initializer(value)
         return value
 
-    def input(self, part: Part, shape: Sequence[int | str]) -> ir.Value:
+    def input(self, part: InputPart, shape: Sequence[int | str]) -> ir.Value:
         """Make one of the site's inputs; a string is a symbolic dimension of its own."""
         name = lora_input(self.site.path, part)
         return _graph_input(
@@ -122,12 +122,12 @@ class _Branch:
         b = _graph_input(self.graph, lora_input(site.path, "B"), shape)
         return a, b, self.input("gate", ["batch", "seq", "rank"])
 
-    def selected(self, part: Part, size: int) -> ir.Value:
+    def selected(self, part: InputPart, size: int) -> ir.Value:
         """``select @ part``, ``[batch | 1, seq | 1, size]``."""
         stacked = self.input(part, ["S", size])
         return self.node("MatMul", [self._select, stacked], f"{part}.selected")
 
-    def has(self, part: Part) -> bool:
+    def has(self, part: InputPart) -> bool:
         """Whether the site is to have an input."""
         return part in self.site.layer.parts
 

@@ -21,7 +21,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from lora_edge.base.layer import Layer
-from lora_edge.bundle.manifest import SiteEntry
+from lora_edge.bundle.part import SiteEntry
 from lora_edge.errors import GraphError
 
 

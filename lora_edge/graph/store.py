@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from lora_edge.errors import GraphError
+from lora_edge.names import SELECT, is_past, parse_lora_input
 
 _INLINE_BELOW = 1024  # bytes; shapes and other small constants stay in the graph
 
@@ -66,3 +67,9 @@ def save_with_data(model: ir.Model, path: str | os.PathLike[str]) -> None:
                     f"{data} is being read and cannot be rewritten", "Save to another folder."
                 )
     ir.save(model, target, external_data=data.name, size_threshold_bytes=_INLINE_BELOW)
+
+
+def own_inputs(model: ir.Model) -> tuple[str, ...]:
+    """The names of a graph's inputs beside the adapters' and the cache's."""
+    names = [str(value.name) for value in model.graph.inputs]
+    return tuple(x for x in names if x != SELECT and not is_past(x) and not parse_lora_input(x))

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_edge.names import FACTOR_PARTS, Part
+from lora_edge.names import FACTOR_PARTS, InputPart
 
 FloatArray = NDArray[np.float32]
 WideArray = NDArray[np.float64]
@@ -86,13 +86,13 @@ class SiteChange:
         """Rank of the pair, 0 without one."""
         return 0 if self.factors is None else self.factors.rank
 
-    def stacked(self) -> dict[Part, FloatArray | None]:
+    def stacked(self) -> dict[InputPart, FloatArray | None]:
         """The vectors that are stacked over the resident adapters, by graph input."""
         return {"G": self.gain, "bias": self.bias, "weight": self.weight}
 
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[InputPart, ...]:
         """The graph inputs that carry it."""
-        found: list[Part] = [] if self.factors is None else list(FACTOR_PARTS)
+        found: list[InputPart] = [] if self.factors is None else list(FACTOR_PARTS)
         found += [part for part, vector in self.stacked().items() if vector is not None]
         if self.head is not None:
             found += ["W", "c"]

@@ -15,16 +15,16 @@ from numpy.typing import NDArray
 
 from lora_edge.base.checkpoint import Base, resolve_base
 from lora_edge.bundle.bundle import GRAPH_FILE, Bundle, load_bundle
-from lora_edge.bundle.manifest import GraphSpec
 from lora_edge.errors import DataError, MissingDependencyError
 from lora_edge.files.transaction import check_free, staging
 from lora_edge.names import LOGITS_POSITIONS, past_name, present_name
-from lora_edge.parity.asking import tokens_of
+from lora_edge.parity.ask import attach, open_reference
 from lora_edge.parity.explain.rerun import rerun
-from lora_edge.parity.live import reference_of, sources_of
 from lora_edge.parity.plan.states import Probe
+from lora_edge.parity.question import sources_of
 from lora_edge.parity.record.golden import recorded
 from lora_edge.parity.reference import Reference
+from lora_edge.parity.subjects import subject_of
 from lora_edge.runtime import Runner
 
 _PARTS: tuple[Literal["key", "value"], ...] = ("key", "value")
@@ -65,7 +65,7 @@ def write_onnx_test_data(
         raise MissingDependencyError.of_export(error) from error
     check_free(Path(output), marker=_MARKER)
     target = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
-    if not isinstance(target.manifest.graph, GraphSpec):
+    if target.manifest.driver != "decoder":
         raise DataError(
             f"the bundle's task is {target.manifest.task}: test data are of text generators only",
             "Use its golden cases: lora-edge validate BUNDLE",
@@ -73,7 +73,9 @@ def write_onnx_test_data(
     named = target.manifest.base["name_or_path"] if reference is None else reference
     base = named if isinstance(named, Base) else resolve_base(named)
     runner = Runner(target)
-    model = reference_of(target, base, sources_of(target, base, runner.adapters, adapters or {}))
+    sources = sources_of(target, base, runner.adapters, adapters or {})
+    model = open_reference(target, base, sources)
+    attach(model, target, sources)
     plain = [golden for golden in recorded(target) if not golden.probe.part]
     goldens = [golden for golden in plain if golden.probe.kind in {"base", "adapter"}]
     covered = {name for golden in goldens for name in golden.probe.adapters}
@@ -89,7 +91,11 @@ def write_onnx_test_data(
         if golden.probe.given:
             continue
         # The last row holds what an adapter needs to be reached (an invocation, trained tokens).
-        row = golden.probe.rows[-1][:_TOKENS] if text is None else tokens_of(runner, text)
+        row = (
+            golden.probe.rows[-1][:_TOKENS]
+            if text is None
+            else subject_of(target.manifest).tokens_of(runner, text)
+        )
         state = golden.probe.states[0]
         probe = Probe(golden.probe.name, golden.probe.kind, (row,), (state,), 0)
         if progress is not None:
@@ -112,12 +118,12 @@ def _tensors(
             fed.update({name: value.numpy().copy() for name, value in values.items()})
 
     rerun(runner, probe, [()], listen)
-    spec = runner.decoder.spec
+    layers = runner.decoder.cache.layers
     logits, cache = model.prefill(probe.rows[0], probe.states[0])
     outputs: dict[str, NDArray[Any]] = {"logits": logits[None]}
     if LOGITS_POSITIONS in fed:
         outputs["logits"] = logits[fed[LOGITS_POSITIONS][0]][None]
-    for layer, pair in enumerate(_kept(cache, spec.layers)):
+    for layer, pair in enumerate(_kept(cache, layers)):
         for part, array in zip(_PARTS, pair, strict=True):
             # Nothing is past, and what is present is as long as the prompt.
             past = fed[past_name(layer, part)]

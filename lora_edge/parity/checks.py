@@ -1,19 +1,15 @@
 """One golden case against a runner: closeness and effect, controls, switching.
 
-The prompt runs at once and its continuation token by token through the cache, so that one
-comparison covers both, and the greedy tokens: where the best token is PyTorch's at every position
-of a greedy continuation, the whole continuation is PyTorch's.
+What a probe's rows and tails are to a bundle is its subject's affair.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
-from lora_edge.bundle.manifest import EncoderSpec, GraphSpec
 from lora_edge.bundle.onnx_adapter import read_adapter
 from lora_edge.errors import BundleError
 from lora_edge.maths.lora import FloatArray
@@ -23,15 +19,11 @@ from lora_edge.parity.entries import contradiction
 from lora_edge.parity.explain.diagnosis import diagnose
 from lora_edge.parity.explain.experiments import Experiments
 from lora_edge.parity.explain.failure import Failure, errors_of, within
-from lora_edge.parity.plan.states import Probe, Row, State, label, schedule
+from lora_edge.parity.plan.states import Probe, Row, State, label
 from lora_edge.parity.record.golden import Golden
 from lora_edge.parity.report import Case
-from lora_edge.parity.seq2seq import beginning, observe_seq2seq, sources
-from lora_edge.parity.tasks import observe_task
-from lora_edge.runtime import Decoding, Runner
-from lora_edge.runtime.generation import Steps
-from lora_edge.runtime.seq2seq import Seq2Seq
-from lora_edge.tasks.task import TEXT_GENERATION
+from lora_edge.parity.subjects import subject_of
+from lora_edge.runtime import Runner
 
 _SWITCHED_STEPS = 8
 
@@ -66,7 +58,7 @@ def compare(
         broken: what failed and was explained, so that what goes further need not be.
     """
     probe = golden.probe
-    actual = observe(runner, probe, golden.tails)
+    actual = _observe(runner, probe, golden.tails)
     for index, (wanted, logits) in enumerate(zip(golden.expected, actual, strict=True)):
         if wanted.length != len(logits):
             raise BundleError(
@@ -158,7 +150,7 @@ def _switched(runner: Runner, golden: Golden, other: Golden, tolerance: Toleranc
 
 
 def _shortly(runner: Runner, golden: Golden) -> list[FloatArray]:
-    return observe(runner, golden.probe, [tail[:_SWITCHED_STEPS] for tail in golden.tails])
+    return _observe(runner, golden.probe, [tail[:_SWITCHED_STEPS] for tail in golden.tails])
 
 
 def _same(one: Sequence[FloatArray], other: Sequence[FloatArray]) -> bool:
@@ -192,7 +184,8 @@ def _explained(
     probe, chosen = golden.probe, slice(None) if row is None else slice(row, row + 1)
     state = probe.states[row or 0]
     names = sorted(set(runner.bundle.manifest.adapters) - {NONE_ADAPTER})
-    bench = Experiments(runner, observe, probe, golden.tails, row, state, names)
+    subject = subject_of(runner.bundle.manifest)
+    bench = Experiments(runner, subject, probe, golden.tails, row, state, names)
     marks, invoked = bench.marks()
     pairs = zip(probe.rows, golden.tails, strict=True)
     longest = max(map(len, probe.rows))
@@ -204,8 +197,8 @@ def _explained(
         limit=case.limits.logit if case.limits else 0.0,
         padded=[len(prompt) < longest for prompt in probe.rows][chosen],
         of_mixed=row is not None,
-        causal=isinstance(runner.bundle.manifest.graph, GraphSpec),
-        headed=isinstance(runner.bundle.manifest.graph, EncoderSpec),
+        causal=subject.behind,
+        headed=subject.headed,
         marks=marks,
         invoked=invoked,
         rested=bool(probe.rests),
@@ -239,7 +232,7 @@ def _faulty_runs(runner: Runner, golden: Golden) -> Iterator[Trial]:
     for fault, tensors in _faults(runner, name):
         runner.override(name, tensors)
         try:
-            yield fault, expected, observe(runner, golden.probe, [()] * len(expected))
+            yield fault, expected, _observe(runner, golden.probe, [()] * len(expected))
         finally:
             runner.override(name, None)
 
@@ -286,57 +279,5 @@ def _tensors(runner: Runner, name: str) -> Tensors:
     return read_adapter(runner.bundle.verify(runner.bundle.adapter(name).file))
 
 
-def greedy(runner: Runner, probe: Probe) -> list[Row]:
-    """The bundle's greedy continuation of each row, past any end token.
-
-    ``probe.steps`` tokens, less those of the steps for which the row rests.
-    """
-    decoding: Steps
-    rows = probe.rows
-    if isinstance(runner.session, Seq2Seq):
-        binding = runner.binding(_argument(runner, probe), len(rows))
-        decoding = runner.session.start(sources(runner.session.spec, rows), binding)
-        rows = tuple(beginning(runner.session.spec, row) for row in rows)
-    else:
-        decoding = _start(runner, probe, max(map(len, rows)) + probe.steps)
-    tokens = np.argmax(decoding.prefill(rows), axis=-1)
-    tails = [tokens]
-    for _ in range(probe.steps - 1):
-        tokens = np.argmax(decoding.step(tokens.tolist()), axis=-1)
-        tails.append(tokens)
-    rests = probe.rests or (0,) * len(probe.rows)
-    whole = np.stack(tails, axis=1).tolist()
-    return [tuple(row[: probe.steps - rest]) for row, rest in zip(whole, rests, strict=True)]
-
-
-def observe(runner: Runner, probe: Probe, tails: Sequence[Row]) -> list[FloatArray]:
-    """The bundle's logits ``[len(row) + len(tail), vocab]`` of each row, prompt and tail.
-
-    Rows rest where the probe says so.
-    """
-    if isinstance(runner.session, Seq2Seq):
-        binding = runner.binding(_argument(runner, probe), len(probe.rows))
-        return observe_seq2seq(runner.session, probe, tails, binding)
-    if runner.bundle.manifest.task != TEXT_GENERATION:
-        binding = runner.binding(_argument(runner, probe), len(probe.rows))
-        return observe_task(runner, probe, binding)
-    longest = max(len(row) + len(tail) for row, tail in zip(probe.rows, tails, strict=True))
-    decoding = _start(runner, probe, longest)
-    parts = [[row] for row in decoding.extend_all(probe.rows)]
-    for tokens in schedule(tails, probe.rests):
-        for part, token, logits in zip(parts, tokens, decoding.step(tokens), strict=True):
-            if token is not None:
-                part.append(logits[None])
-    return [np.concatenate(part) for part in parts]
-
-
-def _start(runner: Runner, probe: Probe, longest: int) -> Decoding:
-    batch = len(probe.rows)
-    return runner.decoder.start(batch, longest, runner.binding(_argument(runner, probe), batch))
-
-
-def _argument(runner: Runner, probe: Probe) -> Any:
-    if runner.bundle.manifest.mode == "merged":
-        return None
-    choices = [dict(state) if state else NONE_ADAPTER for state in probe.states]
-    return choices if probe.kind == "mixed" else choices[0]
+def _observe(runner: Runner, probe: Probe, tails: Sequence[Row]) -> list[FloatArray]:
+    return subject_of(runner.bundle.manifest).observe(runner, probe, tails)

@@ -18,16 +18,16 @@ from lora_edge.errors import DataError
 from lora_edge.files.transaction import recover
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.parity.around import look_around
-from lora_edge.parity.asking import ask, silent
+from lora_edge.parity.ask import ask, open_reference, silent
 from lora_edge.parity.checks import Broken, broken_by, compare, switching
 from lora_edge.parity.compare import Tolerance
 from lora_edge.parity.entries import check_entries
 from lora_edge.parity.evaluate.evaluate import check_examples, evaluate
 from lora_edge.parity.explain.explain import explain
-from lora_edge.parity.live import sources_of
 from lora_edge.parity.plan.examples import Example
 from lora_edge.parity.plan.plan import MIXED_ROWS, Depth
 from lora_edge.parity.plan.reach import reach_of
+from lora_edge.parity.question import sources_of
 from lora_edge.parity.record.environment import (
     Opening,
     combinations,
@@ -39,6 +39,7 @@ from lora_edge.parity.record.environment import (
 from lora_edge.parity.record.golden import Golden, recorded, reduce, shortened
 from lora_edge.parity.record.journal import Journal
 from lora_edge.parity.record.record import record
+from lora_edge.parity.reference import Reference
 from lora_edge.parity.report import Case, Report, Session
 from lora_edge.runtime import Runner
 
@@ -75,7 +76,7 @@ class _Settings:
 
 def validate(
     bundle: str | os.PathLike[str] | Bundle,
-    reference: str | os.PathLike[str] | Base | None = None,
+    reference: str | os.PathLike[str] | Base | Reference | None = None,
     *,
     adapters: Mapping[str, str | os.PathLike[str]] | None = None,
     provider: str | Sequence[str] = "cpu",
@@ -104,7 +105,8 @@ def validate(
 
     Args:
         bundle: the bundle or its folder.
-        reference: the base model: a folder, a hub id, or an open base.
+        reference: the base model: a folder, a hub id, an open base, or the base in PyTorch with no
+            adapter attached.
         adapters: PEFT directories of adapters whose files the bundle does not hold.
         provider: one or several execution providers of the bundle's side.
         provider_options: own options of the one of them that is not ``cpu``.
@@ -172,8 +174,11 @@ def validate(
     settings = _Settings(depth, steps, seed, tuple(prompts), Tolerance())
     wanted = combinations(provider, optimization, full=depth == "full")
     opening = Opening(tuple(wanted), dict(provider_options or {}), allow_fallback)
-    base = None
-    if reference is not None:
+    model: Reference | None = None
+    base: Base | None = None
+    if isinstance(reference, Reference):
+        model, base = reference, reference.base
+    elif reference is not None:
         base = reference if isinstance(reference, Base) else resolve_base(reference)
     if examples:
         check_examples(target, examples, metric)
@@ -185,14 +190,16 @@ def validate(
     sessions: list[Session] = []
     goldens: list[Golden] = []
     left = ""
+    sources: Mapping[str, Path] = {}
     for index, (name, level) in enumerate(wanted):
         runner = opening.runner(target, name, level)
         session = session_of(runner, level)
         sessions.append(session)
         if index == 0:
-            around, answers = look_around(
-                runner, base, _sources(target, base, names, adapters or {}), say
-            )
+            if base is not None:
+                sources = sources_of(target, base, names, adapters or {})
+                model = model or open_reference(target, base, sources)
+            around, answers = look_around(runner, model, sources, say)
             cases += [dataclasses.replace(case, session=session.name) for case in around]
         asked: Iterable[Golden] = goldens
         if index == 0 and base is None:
@@ -201,11 +208,11 @@ def validate(
                 for golden in recorded(target)
                 if depth != "quick" or not golden.probe.part
             ]
-        elif index == 0 and base is not None:
+        elif index == 0 and model is not None:
             asked = ask(
                 runner,
-                base,
-                adapters or {},
+                model,
+                sources,
                 say,
                 steps=steps,
                 seed=seed,
@@ -222,18 +229,15 @@ def validate(
         goldens = found
         if not any(case.status == "failed" and case.figures for case in cases):
             wanted_repro = None if repro is None else Path(repro)
-            own, left = explain(
-                runner, own, goldens, base, adapters or {}, wanted_repro, settings.tolerance, say
-            )
+            own, left = explain(runner, own, goldens, model, wanted_repro, settings.tolerance, say)
         cases += own
         cases += _switched(runner, session, goldens, journal, settings)
-        if index == 0 and base is not None and examples:
+        if index == 0 and model is not None and examples:
             floors = {name: floor for golden in goldens for name, floor in golden.floors.items()}
-            sources = sources_of(target, base, names, adapters or {})
             cases += [
                 dataclasses.replace(case, session=session.name)
                 for case in evaluate(
-                    runner, base, sources, examples, metric, floors, settings.tolerance, say
+                    runner, model, examples, metric, floors, settings.tolerance, say
                 )
             ]
     found_versions = versions()
@@ -262,15 +266,6 @@ def validate(
         record(target, report, [x for x in goldens if x.probe.kept], answers, say)
     journal.close()
     return report
-
-
-def _sources(
-    bundle: Bundle,
-    base: Base | None,
-    names: Sequence[str],
-    directories: Mapping[str, str | os.PathLike[str]],
-) -> Mapping[str, Path]:
-    return {} if base is None else sources_of(bundle, base, names, directories)
 
 
 def _compared(

@@ -1,6 +1,6 @@
 """The reference: Hugging Face's eager model with PEFT's unmerged forward, on the CPU.
 
-Beside ``task_reference``, the only file of this package that imports torch, transformers or peft.
+Beside ``around/reference``, the only file of this package that imports torch, transformers or peft.
 Each row runs alone and unpadded, so that no batching, padding or cache of PyTorch's can be part of
 what is compared. PEFT's own merge is not used: it is wrong for tied embeddings.
 """
@@ -26,8 +26,8 @@ from lora_edge.base.quiet import quiet
 from lora_edge.errors import AdapterError, MissingDependencyError
 from lora_edge.maths.quantization import Quantization
 from lora_edge.names import canonical_peft_key
-from lora_edge.parity.plan.states import State
-from lora_edge.tasks.task import TEXT
+from lora_edge.parity.plan.states import BASE, Inputs, State
+from lora_edge.tasks.task import TEXT, Task
 
 # Fields of an adapter that PEFT cannot hold beside another one in the same model, and the values at
 # which it can.
@@ -41,6 +41,8 @@ _APART: dict[str, tuple[Any, ...]] = {
 
 LOGITS = ""
 """The path of the model itself, among those of its modules."""
+
+_KEPT = 50_000_000  # parameters of models that are kept for adapters that stand apart
 
 
 @dataclass(frozen=True)
@@ -81,45 +83,80 @@ def libraries() -> tuple[Any, dict[str, str]]:
 class Reference:
     """A base model in PyTorch, float32, eager attention, with PEFT adapters attached by name."""
 
-    def __init__(self, base: Base, quantization: Quantization | None = None) -> None:
+    def __init__(
+        self, base: Base, task: Task = TEXT, quantization: Quantization | None = None
+    ) -> None:
         """Load the model.
 
         Args:
             base: the model's folder.
+            task: what it is to do.
             quantization: round the weights of these layers first.
 
         Raises:
             MissingDependencyError: torch, transformers or peft is not installed.
-            BaseModelError: transformers cannot load the folder.
+            BaseModelError: transformers cannot load the folder, or it lacks more than the head.
         """
         self._torch, self.versions = libraries()
         self.base = base
-        self._quantization = quantization
-        self._shared: Any = self._load()
+        self.task = task
+        self._quantization: Quantization | None = None
+        self._shared: Any = self._load(task)
+        self._size = sum(int(parameter.numel()) for parameter in self._shared.parameters())
+        self.label_layer: str = task.label_layer(self._shared)
         self._wide = False
         self._names: dict[str, str] = {}
         self._state: State | None = None  # what is active in the shared model; None: not known
         self._unscale = contextlib.ExitStack()
-        self._apart: dict[str, Path] = {}
+        self._apart: dict[str, tuple[Path, Task]] = {}
         self._invocations: dict[str, tuple[int, ...]] = {}
-        # One at a time: each has a base model of its own.
-        self._loaded: tuple[str, Any] | None = None
+        # Adapters that stand apart, each with a base model of its own, the last used last.
+        self._loaded: dict[str, Any] = {}
+        if quantization is not None:
+            self.round(quantization)
 
     @property
     def parameters(self) -> int:
-        """Number of the base model's parameters, adapters included once attached."""
-        return sum(int(parameter.numel()) for parameter in self._shared.parameters())
+        """Number of the base model's parameters."""
+        return self._size
 
-    def attach(self, name: str, directory: str | os.PathLike[str]) -> None:
+    @property
+    def bare(self) -> Any:
+        """transformers' model, as the checkpoint is: before it is rounded or adapters attached."""
+        assert not self._names
+        assert self._quantization is None
+        return self._shared
+
+    def round(self, quantization: Quantization) -> None:
+        """Give the layers the values that their codes mean, as PEFT sees a quantized layer.
+
+        Before any adapter is attached.
+        """
+        self._quantization = quantization
+        self._rounded(self._shared)
+
+    def attach(
+        self, name: str, directory: str | os.PathLike[str], num_labels: int | None = None
+    ) -> None:
         """Load a PEFT directory under ``name``; it is inactive until a state asks for it.
 
         What PEFT cannot hold beside other adapters (biases, ``modules_to_save``, …) gets a base
         model of its own, loaded when a state first asks for it.
+
+        Args:
+            name: what states call it.
+            directory: of PEFT's files.
+            num_labels: size of the task head that it brings; ``None``: the base's.
+
+        Raises:
+            AdapterError: PEFT cannot load the directory; of one that stands apart, when it is
+                first active.
         """
         config = read_config(Path(directory))
         self._invocations[name] = tuple(config.get("alora_invocation_tokens") or ())
-        if stands_apart(config):
-            self._apart[name] = Path(directory)
+        if stands_apart(config) or num_labels is not None:
+            task = Task(self.task.name, num_labels, self.task.heads)
+            self._apart[name] = Path(directory), task
             return
         # PEFT's adapter names are module names, which must not have dots.
         inner = f"adapter{len(self._names)}"
@@ -129,7 +166,38 @@ class Reference:
 
     def can_blend(self, name: str) -> bool:
         """Whether PEFT can have the adapter active beside another, or at another weight."""
-        return name not in self._apart
+        return name in self._names
+
+    def outputs(
+        self,
+        rows: Sequence[Inputs],
+        states: Sequence[State],
+        prompts: Sequence[int] | None = None,
+        *,
+        low_rank: bool = True,
+    ) -> list[NDArray[np.floating]]:
+        """The task's output for each row alone.
+
+        Args:
+            rows: inputs.
+            states: what is active on each row. Several adapters, or one at another weight than 1,
+                must be such that :meth:`can_blend`.
+            prompts: how many tokens of each row are its prompt, which decides where an aLoRA
+                begins; all of them when omitted.
+            low_rank: ``False`` switches the low-rank parts off and keeps an adapter's task head:
+                what the adapter's effect is measured against.
+
+        Returns:
+            ``[seq, vocab]`` (of an encoder-decoder ``[decoder's seq, vocab]``), ``[labels]``,
+            ``[seq, labels]`` or ``[seq, hidden]`` per row; float32, or float64 inside :meth:`wide`.
+        """
+        found: dict[int, NDArray[np.floating]] = {}
+        # PEFT goes through the whole model to switch, so rows of one state run one after the other.
+        for index in sorted(range(len(rows)), key=lambda index: states[index]):
+            prompt = None if prompts is None else prompts[index]
+            with self._active(states[index], low_rank=low_rank) as model:
+                found[index] = self._output(model, rows[index], states[index], prompt)
+        return [found[index] for index in range(len(rows))]
 
     def logits(
         self,
@@ -137,27 +205,8 @@ class Reference:
         states: Sequence[State],
         prompts: Sequence[int] | None = None,
     ) -> list[NDArray[np.floating]]:
-        """Logits of every position, each row alone.
-
-        Args:
-            rows: token ids.
-            states: what is active on each row.
-            prompts: how many tokens of each row are its prompt, which decides where an aLoRA
-                begins; all of them when omitted.
-
-        Returns:
-            ``[len, vocab]`` per row; float32, or float64 inside :meth:`wide`.
-        """
-        found: dict[int, NDArray[np.floating]] = {}
-        lengths = [len(row) for row in rows] if prompts is None else prompts
-        # PEFT goes through the whole model to switch, so rows of one state run one after the other.
-        for index in sorted(range(len(rows)), key=lambda index: states[index]):
-            row, state = rows[index], states[index]
-            with self._active(state) as model, self._torch.inference_mode():
-                ids = self._torch.tensor([list(row)], dtype=self._torch.int64)
-                offsets = self._offsets(row, state, lengths[index])
-                found[index] = model(input_ids=ids, use_cache=False, **offsets).logits[0].numpy()
-        return [found[index] for index in range(len(rows))]
+        """As :meth:`outputs`, of token ids: ``[len, vocab]`` per row."""
+        return self.outputs([_tokens(row) for row in rows], states, prompts)
 
     def prefill(
         self, row: Sequence[int], state: State
@@ -167,43 +216,37 @@ class Reference:
         Returns:
             ``[len, vocab]``, and for each layer keys and values ``[1, heads, len, head_dim]``.
         """
-        with self._active(state) as model, self._torch.inference_mode():
+        with self._active(state) as model:
             ids = self._torch.tensor([list(row)], dtype=self._torch.int64)
-            out = model(input_ids=ids, use_cache=True, **self._offsets(row, state, len(row)))
+            offsets = self._offsets(_tokens(row), state, None)
+            out = model(input_ids=ids, use_cache=True, **offsets)
         layers = out.past_key_values.layers
         return out.logits[0].numpy(), [(x.keys.numpy(), x.values.numpy()) for x in layers]
 
     def module_outputs(
-        self, row: Sequence[int], state: State, paths: Iterable[str], prompt: int | None = None
+        self, row: Inputs, state: State, paths: Iterable[str], prompt: int | None = None
     ) -> dict[str, NDArray[np.floating]]:
         """What modules of the model give for one row, alone.
 
         Args:
-            row: token ids.
+            row: inputs.
             state: what is active.
             paths: module paths of the base model; those that it lacks, or that it calls more than
                 once or never, are not in the result.
-            prompt: how many of the tokens are the prompt, as in :meth:`logits`.
+            prompt: how many of the tokens are the prompt, as in :meth:`outputs`.
 
         Returns:
-            module path -> ``[len, out]``, float32, or float64 inside :meth:`wide`; and the logits
-            ``[len, vocab]`` by the name :data:`LOGITS`.
+            module path -> the module's output without the batch's axis, float32, or float64 inside
+            :meth:`wide`; and the task's output by the name :data:`LOGITS`.
         """
-        with self._active(state) as model, self._torch.inference_mode():
-            inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-            ids = self._torch.tensor([list(row)], dtype=self._torch.int64)
-            offsets = self._offsets(row, state, len(row) if prompt is None else prompt)
-            with listened(inner, paths) as found:
-                logits = model(input_ids=ids, use_cache=False, **offsets).logits[0]
-            return {**once(found), LOGITS: logits.numpy()}
+        with self._active(state) as model, listened(_inner(model), paths) as found:
+            output = self._output(model, row, state, prompt)
+        return {**once(found), LOGITS: output}
 
-    def called(self, row: Sequence[int], state: State) -> list[str]:
+    def called(self, row: Inputs, state: State) -> list[str]:
         """The modules with weights of their own, in the order in which they run on a row."""
-        with self._active(state) as model, self._torch.inference_mode():
-            inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-            with ran(inner) as found:
-                ids = self._torch.tensor([list(row)], dtype=self._torch.int64)
-                model(input_ids=ids, use_cache=False, **self._offsets(row, state, len(row)))
+        with self._active(state) as model, ran(_inner(model)) as found:
+            self._output(model, row, state, None)
         return found
 
     def greedy(self, rows: Sequence[Sequence[int]], state: State, steps: int) -> list[Greedy]:
@@ -213,11 +256,11 @@ class Reference:
             tokens: list[int] = []
             margins: list[float] = []
             feed, cache = list(row), None
-            with self._active(state) as model, self._torch.inference_mode():
+            with self._active(state) as model:
                 for step in range(steps):
                     ids = self._torch.tensor([feed], dtype=self._torch.int64)
                     # Counted from the end of what is fed: of one token, all is active or nothing.
-                    offsets = self._offsets(row, state, len(row))
+                    offsets = self._offsets(_tokens(row), state, None)
                     if offsets and step:
                         offsets = {"alora_offsets": [x and 1 for x in offsets["alora_offsets"]]}
                     out = model(input_ids=ids, past_key_values=cache, use_cache=True, **offsets)
@@ -245,57 +288,80 @@ class Reference:
                 model.float()
 
     def _models(self) -> list[Any]:
-        return [self._shared, *([self._loaded[1]] if self._loaded else [])]
+        return [self._shared, *self._loaded.values()]
 
-    def _load(self) -> Any:
+    def _load(self, task: Task) -> Any:
         # Imports torch, so it waits until libraries() has said that it is there.
-        from lora_edge.base.model import load_whole, loading, read_config
+        from lora_edge.base.model import load_whole, loading
+        from lora_edge.base.model import read_config as read_model_config
 
-        with loading(self.base, TEXT, None):
-            config = read_config(self.base, TEXT)
+        with loading(self.base, task, None):
+            config = read_model_config(self.base, task)
         if hasattr(config, "_experts_implementation"):
             # The model's own loop; the grouped operator does not exist in float64.
             config._experts_implementation = "eager"
-        model = load_whole(self.base, TEXT, config=config)
-        if self._quantization is not None:
-            self._round(model, self._quantization)
+        model = load_whole(self.base, task, config=config, pooler=True)
+        self._rounded(model)
         return model
 
-    def _round(self, model: Any, quantization: Quantization) -> None:
-        """Give the layers the values that their codes mean, as PEFT sees a quantized layer."""
-        for path in quantization.layers:
+    def _rounded(self, model: Any) -> None:
+        if self._quantization is None:
+            return
+        for path in self._quantization.layers:
             module = model.get_submodule(path)
             own = module.weight.detach()
             matrix = own if isinstance(module, self._torch.nn.Linear) else own.T  # Conv1D
-            rounded = self._torch.from_numpy(quantization.rounded(matrix.numpy()))
+            rounded = self._torch.from_numpy(self._quantization.rounded(matrix.numpy()))
             matrix.copy_(rounded)
 
-    def _offsets(self, row: Sequence[int], state: State, prompt: int) -> dict[str, Any]:
+    def _output(
+        self, model: Any, row: Inputs, state: State, prompt: int | None
+    ) -> NDArray[np.floating]:
+        dtype = next(model.parameters()).dtype
+        feeds = {name: self._torch.from_numpy(array)[None] for name, array in row.items()}
+        for key, value in feeds.items():
+            feeds[key] = value.to(dtype) if value.is_floating_point() else value
+        if self.task.causal:
+            feeds |= {"use_cache": False, **self._offsets(row, state, prompt)}
+        elif _is_peft(model):
+            # PEFT's own forward gives some models arguments that they do not take.
+            model = model.base_model
+        output: NDArray[np.floating] = getattr(model(**feeds), self.task.output)[0].numpy()
+        return output
+
+    def _offsets(self, row: Inputs, state: State, prompt: int | None) -> dict[str, Any]:
         """Where an aLoRA begins, counted from the end of the row as PEFT counts."""
         invocation = next((x for name, _ in state if (x := self._invocations[name])), ())
         if not invocation:
             return {}
+        ids = tuple(row["input_ids"].tolist())
         starts = [
             start
-            for start in range(prompt - len(invocation) + 1)
-            if tuple(row[start : start + len(invocation)]) == invocation
+            for start in range((len(ids) if prompt is None else prompt) - len(invocation) + 1)
+            if ids[start : start + len(invocation)] == invocation
         ]
-        return {"alora_offsets": [len(row) - starts[-1] if starts else None]}
+        return {"alora_offsets": [len(ids) - starts[-1] if starts else None]}
 
     @contextlib.contextmanager
-    def _active(self, state: State) -> Iterator[Any]:
-        """The model in which a state is active."""
+    def _active(self, state: State, *, low_rank: bool = True) -> Iterator[Any]:
+        """The model in which a state is active, for inference."""
         apart = [name for name, _ in state if name in self._apart]
-        if apart:
-            if len(state) > 1 or state[0][1] != 1.0:
-                raise ValueError(f"PEFT cannot blend or weight {apart[0]}")
-            with running(state):
-                yield self._apart_model(apart[0])
-        else:
-            if self._names and self._state != state:
-                self._activate(state)
-            with running(state):
-                yield self._shared
+        with contextlib.ExitStack() as stack:
+            if apart:
+                if len(state) > 1 or state[0][1] != 1.0:
+                    raise ValueError(f"PEFT cannot blend or weight {apart[0]}")
+                model = self._apart_model(apart[0])
+                if not low_rank:
+                    stack.enter_context(_without_low_rank(model))
+            else:
+                wanted = state if low_rank else BASE
+                if self._names and self._state != wanted:
+                    self._activate(wanted)
+                model = self._shared
+            stack.enter_context(running(state))
+            # Behind what loads models: a tensor that is made inside cannot be changed outside.
+            stack.enter_context(self._torch.inference_mode())
+            yield model
 
     def _activate(self, state: State) -> None:
         """Switch the shared model to a state."""
@@ -312,11 +378,44 @@ class Reference:
         self._state = state
 
     def _apart_model(self, name: str) -> Any:
-        if self._loaded is None or self._loaded[0] != name:
-            self._loaded = None
-            model = attached(self._load(), self._apart[name], "only")
-            self._loaded = name, model.double() if self._wide else model
-        return self._loaded[1]
+        model = self._loaded.pop(name, None)
+        if model is None:
+            while self._loaded and (len(self._loaded) + 1) * self._size > _KEPT:
+                del self._loaded[next(iter(self._loaded))]
+            directory, task = self._apart[name]
+            model = attached(self._load(task), directory, "only")
+            if self._wide:
+                model.double()
+        self._loaded[name] = model
+        return model
+
+
+def _tokens(row: Sequence[int]) -> Inputs:
+    return {"input_ids": np.array(row, np.int64)}
+
+
+def _is_peft(model: Any) -> bool:
+    return type(model).__module__.startswith("peft.")
+
+
+def _inner(model: Any) -> Any:
+    """The base model, inside PEFT's."""
+    return model.get_base_model() if _is_peft(model) else model
+
+
+@contextlib.contextmanager
+def _without_low_rank(model: Any) -> Iterator[None]:
+    """Switch the low-rank layers off, and leave the modules that the adapter replaces."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 def attached(model: Any, directory: str | os.PathLike[str], inner: str) -> Any:

@@ -28,8 +28,8 @@ class SharedCache(Decoding):
 
     def __init__(self, decoder: Decoder, batch: int, max_length: int, binding: Binding) -> None:
         super().__init__(decoder, batch, max_length, binding)
-        spec = decoder.spec
-        shape = (batch, spec.kv_heads, max_length, spec.head_dim)
+        cache = decoder.cache
+        shape = (batch, cache.kv_heads, max_length, cache.head_dim)
         arrays = [np.zeros(shape, decoder.cache_dtype) for _ in decoder.past_names]
         device = decoder.provider.device
         self.cache = [ort.OrtValue.ortvalue_from_numpy(array, device) for array in arrays]
@@ -108,22 +108,22 @@ class ConcatenatedCache(Decoding):
 
     def __init__(self, decoder: Decoder, batch: int, max_length: int, binding: Binding) -> None:
         super().__init__(decoder, batch, max_length, binding)
-        spec = decoder.spec
-        self._gaps = spec.form == "portable"
-        self._left = spec.padding == "left" or (spec.padding == "either" and not self._gaps)
+        part = decoder.part
+        self._gaps = part.form == "portable"
+        self._left = part.padding == "left" or (part.padding == "either" and not self._gaps)
         self._io = self._bind_adapters(binding)
         self._clear()
 
     def _clear(self) -> None:
-        spec = self.decoder.spec
-        empty = np.zeros((self.batch, spec.kv_heads, 0, spec.head_dim), self.decoder.cache_dtype)
+        cache = self.decoder.cache
+        empty = np.zeros((self.batch, cache.kv_heads, 0, cache.head_dim), self.decoder.cache_dtype)
         self._past = [ort.OrtValue.ortvalue_from_numpy(empty) for _ in self.decoder.past_names]
         self._mask: IntArray = np.zeros((self.batch, 0), np.int64)
 
     def _present(self, length: int) -> Any:
         """Room for the keys or values of one layer: ``[batch, kv_heads, length, head_dim]``."""
-        spec = self.decoder.spec
-        shape = [self.batch, spec.kv_heads, length, spec.head_dim]
+        cache = self.decoder.cache
+        shape = [self.batch, cache.kv_heads, length, cache.head_dim]
         kind, device = self.decoder.cache_dtype.type, self.decoder.provider.device
         return ort.OrtValue.ortvalue_from_shape_and_type(shape, kind, device)
 

@@ -5,67 +5,58 @@ Knows tensors and token ids; knows nothing of bundles, adapters' names or text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from lora_edge.bundle.manifest import GraphSpec
+from lora_edge.bundle.part import Part
 from lora_edge.errors import BundleError, DataError
-from lora_edge.names import LOGITS_POSITIONS, SELECT, parse_lora_input, past_name, present_name
+from lora_edge.names import LOGITS_POSITIONS, SELECT, parse_lora_input
 from lora_edge.runtime.adapters.binding import Binding
 from lora_edge.runtime.caches import ConcatenatedCache, SharedCache
 from lora_edge.runtime.decoding import Decoding
-from lora_edge.runtime.session import ModelSession
-from lora_edge.runtime.sizes import Sizes
+from lora_edge.runtime.session import ModelSession, past_names, present_names
 
 _FED = ("input_ids", "attention_mask", "position_ids", LOGITS_POSITIONS)
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
-class Decoder(ModelSession[GraphSpec]):
+class Decoder(ModelSession):
     """A session on a decoder graph, and the way its cache and padding are handled."""
 
-    def _open(self, path: Path) -> None:
-        layers = range(self.spec.layers)
-        self.past_names = tuple(
-            past_name(layer, part) for layer in layers for part in ("key", "value")
-        )
-        self.present_names = tuple(
-            present_name(layer, part) for layer in layers for part in ("key", "value")
-        )
-        graph = self._graph(
-            path,
-            {"input_ids", "attention_mask", *self.past_names},
-            {"logits", *self.present_names},
-        )
-        if self.spec.form == "fused" and not self.spec.shared_cache:
+    def __init__(self, folder: Path, parts: Mapping[str, Part], **options: Any) -> None:
+        """As :class:`~lora_edge.runtime.session.ModelSession`, of one part with a cache."""
+        super().__init__(folder, parts, **options)
+        self.part = parts["decoder"]
+        path = folder / self.part.name
+        if self.part.cache is None:
+            raise BundleError(f"{path}: a decoder needs a cache", "Export the bundle again.")
+        self.cache = self.part.cache
+        self.past_names = past_names(self.cache)
+        self.present_names = present_names(self.cache)
+        if self.part.form == "fused" and self.cache.kind != "shared":
             raise BundleError(
                 f"{path}: a fused graph must take a shared cache", "Export the bundle again."
             )
+        inputs = self.graphs["decoder"].inputs
         fed = {*_FED, *self.past_names}
-        odd = [x for x in graph.inputs if x not in fed and x != SELECT and not parse_lora_input(x)]
+        odd = [x for x in inputs if x not in fed and x != SELECT and not parse_lora_input(x)]
         if odd:
             raise BundleError(
-                f"{path} has the input {odd[0]}, which a decoder of {self.spec.layers} layers has "
+                f"{path} has the input {odd[0]}, which a decoder of {self.cache.layers} layers has "
                 "no value for",
                 "Export the bundle again.",
             )
-        self.session = graph.session
-        self.inputs = frozenset(graph.inputs)
-        kind = graph.inputs[self.past_names[0]]
+        self.inputs = frozenset(inputs)
+        kind = inputs[self.past_names[0]]
         if kind not in _DTYPES:
             raise BundleError(
                 f"{path}: {self.past_names[0]} is a {kind}, expected {' or '.join(_DTYPES)}",
                 "Export the bundle again.",
             )
         self.cache_dtype = np.dtype(_DTYPES[kind])
-
-    def _sizes(self) -> Sizes:
-        spec = self.spec
-        cache = (None, spec.kv_heads, None, spec.head_dim)
-        caches = dict.fromkeys((*self.past_names, *self.present_names), cache)
-        return {**caches, "logits": (None, None, spec.vocab_size)}
 
     @property
     def picks_positions(self) -> bool:
@@ -87,12 +78,12 @@ class Decoder(ModelSession[GraphSpec]):
         """
         if batch < 1:
             raise DataError(f"the batch has {batch} rows, expected at least 1", "Give a prompt.")
-        if not 1 <= max_length <= self.spec.max_length:
+        if not 1 <= max_length <= self.part.max_length:
             raise DataError(
-                f"{max_length} positions were asked for; the model has {self.spec.max_length}",
+                f"{max_length} positions were asked for; the model has {self.part.max_length}",
                 "Shorten the prompt, or lower max_new_tokens.",
             )
-        kind = SharedCache if self.spec.shared_cache else ConcatenatedCache
+        kind = SharedCache if self.cache.kind == "shared" else ConcatenatedCache
         try:
             return kind(self, batch, max_length, self._bound(binding, batch))
         except MemoryError as error:
@@ -109,9 +100,9 @@ class Decoder(ModelSession[GraphSpec]):
         """
         for index, row in enumerate(rows):
             for token in row:
-                if not 0 <= token < self.spec.vocab_size:
+                if not 0 <= token < self.part.vocab_size:
                     raise DataError(
                         f"token id {token} in row {index} is outside the vocabulary of "
-                        f"{self.spec.vocab_size}",
+                        f"{self.part.vocab_size}",
                         "Encode the text with the bundle's own tokenizer.",
                     )

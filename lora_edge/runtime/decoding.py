@@ -2,7 +2,7 @@
 
 The cache belongs to one :class:`Decoding`, and a Decoding to one binding of adapters: another
 adapter in the middle of a sequence means another cache (:meth:`Decoding.switch`). Rows may have
-unequal lengths; how they are padded is the graph's affair (``GraphSpec.padding``) and never seen
+unequal lengths; how they are padded is the graph's affair (``Part.padding``) and never seen
 from outside.
 """
 
@@ -240,7 +240,7 @@ class Decoding(ABC):
             io.bind_ortvalue_input(name, value)
         self._bind_gates(io, chunk, picked)
         kept = picked.shape[1] if decoder.picks_positions else width
-        shape = (batch, kept, decoder.spec.vocab_size)
+        shape = (batch, kept, decoder.part.vocab_size)
         if self._logits_array.shape != shape:
             self._logits_array = np.empty(shape, np.float32)
             self._logits = ort.OrtValue.ortvalue_from_numpy(self._logits_array)
@@ -271,7 +271,7 @@ class Decoding(ABC):
             return
         values = gates.values(active)
         if self.decoder.picks_positions:
-            values |= gates.values(seen, lora_input(self.decoder.spec.head, "gate"))
+            values |= gates.values(seen, lora_input(self.decoder.part.head, "gate"))
         for name, value in values.items():
             io.bind_ortvalue_input(name, value)
         self._gates_key, self._gates = key, values

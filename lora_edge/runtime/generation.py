@@ -10,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
+from lora_edge.bundle.part import Beginning
 from lora_edge.errors import DataError
 from lora_edge.maths.lora import FloatArray
 from lora_edge.runtime.sampling import Sampling
@@ -128,3 +129,22 @@ def _without(logits: FloatArray, barred: Sequence[int]) -> FloatArray:
         logits = logits.copy()
         logits[barred] = -np.inf
     return logits
+
+
+def begin(beginning: Beginning, start: Sequence[int] | None = None) -> Sequence[int]:
+    """What the decoder of an encoder-decoder begins with.
+
+    Args:
+        beginning: what the checkpoint says.
+        start: other tokens; None: those that the checkpoint says.
+
+    Raises:
+        DataError: the checkpoint leaves it open.
+    """
+    if start is None and beginning.open_language:
+        raise DataError(
+            "the checkpoint leaves the language of the speech open",
+            "Give start=[...]: the tokens <|startoftranscript|>, the language's, the task's "
+            "and <|notimestamps|>.",
+        )
+    return beginning.start if start is None else start

@@ -7,6 +7,7 @@ it is used.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from lora_edge.bundle.bundle import BASE_GRAPH_FILE, DATA_FILE, Bundle
-from lora_edge.bundle.manifest import SiteEntry, WeightEntry
+from lora_edge.bundle.part import SiteEntry, WeightEntry
 from lora_edge.errors import BundleError, DataError
 from lora_edge.maths.lora import Factors, SiteChange, delta
 from lora_edge.runtime.adapters.active import ActiveAdapters
@@ -111,7 +112,9 @@ class PinnedSessions:
         for name, _ in state:  # one, or none
             values = merged_values(data, sites, self._active.changes(name))
         fixed = Fixed(state, values)
-        return Decoder(graph, self._bundle.manifest.decoder, fixed=fixed, **self._options)
+        part = self._bundle.manifest.parts["decoder"]
+        plain = dataclasses.replace(part, file=BASE_GRAPH_FILE, sites={})
+        return Decoder(graph.parent, {"decoder": plain}, fixed=fixed, **self._options)
 
     def _check_opened(self, decoder: Decoder, state: State) -> None:
         """Compare a session with the switchable graph, on one prompt.
@@ -119,9 +122,9 @@ class PinnedSessions:
         Where a weight is, and that ONNX Runtime takes another in its place, is what no hash tells.
         """
         assert self._switchable is not None  # or nothing could be pinned
-        spec = decoder.spec
-        count = min(_CHECKED, spec.max_length)
-        rows = [np.random.default_rng(0).integers(0, spec.vocab_size, count).tolist()]
+        part = decoder.part
+        count = min(_CHECKED, part.max_length)
+        rows = [np.random.default_rng(0).integers(0, part.vocab_size, count).tolist()]
 
         def logits(session: Decoder, binding: Binding) -> NDArray[np.float64]:
             return session.start(1, count, binding).extend_all(rows)[0].astype(np.float64)
@@ -213,7 +216,7 @@ def _check_bundle(bundle: Bundle) -> None:
             "nothing can be pinned in a merged bundle: its one adapter is in the weights already",
             "Leave pinned out: a merged bundle runs at that speed.",
         )
-    if manifest.task != "text-generation":
+    if manifest.driver != "decoder":
         raise DataError(
             f"nothing can be pinned in a bundle for {manifest.task}: it has no graph without "
             "branches",

@@ -6,21 +6,14 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lora_edge import types as opt
-from lora_edge.bundle.bundle import (
-    DATA_FILE,
-    DECODER_FILE,
-    ENCODER_FILE,
-    GRAPH_FILE,
-    Bundle,
-    load_bundle,
-)
-from lora_edge.bundle.manifest import EncoderSpec, GraphSpec, Seq2SeqSpec
+from lora_edge.bundle.bundle import Bundle, load_bundle
+from lora_edge.bundle.part import Part
 from lora_edge.errors import BundleError, DataError, OptionError
 from lora_edge.maths.lora import FloatArray
 from lora_edge.names import NONE_ADAPTER
@@ -28,20 +21,25 @@ from lora_edge.runtime.adapters.active import ActiveAdapters, AdapterArgument, C
 from lora_edge.runtime.adapters.binding import Binding, State
 from lora_edge.runtime.decoder import Decoder
 from lora_edge.runtime.finite import finite
-from lora_edge.runtime.generation import Generation, check_room
+from lora_edge.runtime.generation import Generation, begin, check_room
+from lora_edge.runtime.opening import open_parts
 from lora_edge.runtime.pinned import PinnedSessions
 from lora_edge.runtime.providers import LEVELS
 from lora_edge.runtime.rows import token_rows
 from lora_edge.runtime.sampling import Sampling
+from lora_edge.runtime.session import ModelSession
 from lora_edge.runtime.text.completions import Prompt, as_list, encode, new_ids, pieces
 from lora_edge.runtime.text.defaults import GenerationDefaults, choices
 from lora_edge.runtime.text.texts import Texts
 from lora_edge.runtime.text.tokenizer import Tokenizer
+from lora_edge.tasks.task import Driver
 
 if TYPE_CHECKING:
     from lora_edge.runtime.encoder import Encoder
     from lora_edge.runtime.outputs.outputs import Label, Outputs, TextInput, TokenLabel
     from lora_edge.runtime.seq2seq import Seq2Seq
+
+Session = TypeVar("Session", bound=ModelSession)
 
 
 class Runner:
@@ -109,7 +107,6 @@ class Runner:
         self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
         if verify == "full":
             self.bundle.verify_all()
-        manifest = self.bundle.manifest
         options: dict[str, Any] = {
             "provider": provider,
             "threads": threads,
@@ -117,23 +114,7 @@ class Runner:
             "allow_fallback": allow_fallback,
             "provider_options": provider_options,
         }
-        self.session: Decoder | Encoder | Seq2Seq
-        if isinstance(manifest.graph, Seq2SeqSpec):
-            from lora_edge.runtime.seq2seq import Seq2Seq
-
-            for name in (ENCODER_FILE, DECODER_FILE):
-                folder = self.bundle.verify(name).parent
-                _check_data(self.bundle, f"{name}_data")
-            self.session = Seq2Seq(folder, manifest.graph, sites=manifest.sites, **options)
-        else:
-            graph = self.bundle.verify(GRAPH_FILE)
-            _check_data(self.bundle, DATA_FILE)
-            if isinstance(manifest.graph, GraphSpec):
-                self.session = Decoder(graph, manifest.graph, sites=manifest.sites, **options)
-            else:
-                from lora_edge.runtime.encoder import Encoder
-
-                self.session = Encoder(graph, manifest.graph, sites=manifest.sites, **options)
+        self.session = open_parts(self.bundle, options)
         self._active = ActiveAdapters(self.bundle, self.session.tensors)
         switchable = self.session if isinstance(self.session, Decoder) else None
         self._pinned = PinnedSessions(self.bundle, switchable, self._active, pinned, options)
@@ -150,15 +131,16 @@ class Runner:
         Raises:
             BundleError: the bundle has another task.
         """
-        if isinstance(self.session, Decoder):
-            return self.session
-        if isinstance(self.session.spec, Seq2SeqSpec):
-            raise _wrong_task(
-                self.bundle,
-                "has an encoder and a decoder",
-                "Use generate(), generate_ids() or seq2seq_logits().",
-            )
-        raise _wrong_task(self.bundle, "generates no text", "Use logits(), classify() or embed().")
+        return self._driven(
+            Decoder,
+            {
+                "encoder": ("generates no text", "Use logits(), classify() or embed()."),
+                "encoder-decoder": (
+                    "has an encoder and a decoder",
+                    "Use generate(), generate_ids() or seq2seq_logits().",
+                ),
+            },
+        )
 
     @property
     def encoder(self) -> Encoder:
@@ -167,9 +149,10 @@ class Runner:
         Raises:
             BundleError: the bundle generates text.
         """
-        if isinstance(self.session.spec, EncoderSpec):
-            return self.session
-        raise _wrong_task(self.bundle, "has no labels", "Use logits() or generate().")
+        from lora_edge.runtime.encoder import Encoder
+
+        said = ("has no labels", "Use logits() or generate().")
+        return self._driven(Encoder, {"decoder": said, "encoder-decoder": said})
 
     @property
     def seq2seq(self) -> Seq2Seq:
@@ -178,9 +161,21 @@ class Runner:
         Raises:
             BundleError: the bundle has another task.
         """
-        if isinstance(self.session.spec, Seq2SeqSpec):
+        from lora_edge.runtime.seq2seq import Seq2Seq
+
+        said = ("is one graph", "Use logits().")
+        return self._driven(Seq2Seq, {"decoder": said, "encoder": said})
+
+    def _driven(self, kind: type[Session], said: Mapping[Driver, tuple[str, str]]) -> Session:
+        """The session, if it is of this kind; else an error that says what there is instead."""
+        if isinstance(self.session, kind):
             return self.session
-        raise _wrong_task(self.bundle, "is one graph", "Use logits().")
+        raise _wrong_task(self.bundle, *said[self.driver])
+
+    @property
+    def driver(self) -> Driver:
+        """What runs the bundle's parts."""
+        return self.bundle.manifest.driver
 
     @cached_property
     def outputs(self) -> Outputs:
@@ -192,9 +187,9 @@ class Runner:
         )
 
     @property
-    def spec(self) -> GraphSpec:
-        """The graph's facts."""
-        return self.decoder.spec
+    def part(self) -> Part:
+        """The facts of the graph of a bundle that generates text."""
+        return self.decoder.part
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -319,18 +314,19 @@ class Runner:
             DataError: an empty or too long row, an id outside the vocabulary, a mask with holes;
                 logits that are NaN or infinite.
         """
-        if token_type_ids is not None and not isinstance(self.session.spec, EncoderSpec):
+        encodes = self.driver == "encoder"
+        if token_type_ids is not None and not encodes:
             raise OptionError(
                 "token_type_ids is for encoders, and this bundle's model takes none",
                 "Leave it out.",
             )
         rows, starts, width = token_rows(input_ids, attention_mask)
-        if isinstance(self.session.spec, EncoderSpec):
+        if encodes:
             binding = self.binding(adapter, len(rows))
             return finite(self.outputs.logits(rows, starts, width, token_type_ids, binding))
         decoder, bound = self._session_for(adapter, len(rows))
         decoding = decoder.start(len(rows), max(map(len, rows)), bound)
-        out = np.zeros((len(rows), width, self.spec.vocab_size), np.float32)
+        out = np.zeros((len(rows), width, decoder.part.vocab_size), np.float32)
         for index, values in enumerate(decoding.extend_all(rows)):
             out[index, starts[index] : starts[index] + len(values)] = finite(values)
         return out
@@ -347,7 +343,7 @@ class Runner:
             inputs: rows of token ids, special tokens included, which may be of unequal lengths; or
                 ``input_features [batch, mels, frames] float32``.
             decoder_input_ids: what the decoder has said so far, for each row, its start token
-                first (``bundle.manifest.seq2seq.start``); may be of unequal lengths.
+                first (``bundle.manifest.beginning.start``); may be of unequal lengths.
             adapter: see the class.
 
         Returns:
@@ -389,7 +385,7 @@ class Runner:
             DataError: an input that is none, or no adapter where the base has no task head.
         """
         task = self.bundle.manifest.task
-        if self.encoder.spec.output != "logits":
+        if self.encoder.part.output != "logits":
             raise _wrong_task(self.bundle, "has no labels", "Use embed() or logits().")
         if len(opt.listed("inputs", inputs)) == 0:
             raise DataError("there is nothing to classify", "Give at least one text or image.")
@@ -426,7 +422,7 @@ class Runner:
             OptionError: there is no such prompt, or both are given.
             As :meth:`classify`.
         """
-        if self.encoder.spec.output != "last_hidden_state":
+        if self.encoder.part.output != "last_hidden_state":
             raise _wrong_task(self.bundle, "gives no embeddings", "Use classify() or logits().")
         if len(opt.listed("texts", texts)) == 0:
             raise DataError("there is nothing to embed", "Give at least one text.")
@@ -580,28 +576,29 @@ class Runner:
         """What an encoder-decoder answers to rows or speech, or how a decoder goes on."""
         batch = len(opt.listed("inputs", rows))
         eos_ids = self._eos(self._active.states(adapter, batch))
-        if isinstance(self.session.spec, Seq2SeqSpec):
-            session, spec = self.seq2seq, self.session.spec
+        beginning = self.bundle.manifest.beginning
+        if beginning is not None:
+            session = self.seq2seq
             if start is not None:
                 (start,), _, _ = token_rows([start], None)
-            starts = session.starts(batch, start)
+            begun = begin(beginning, start)
             decoding = session.start(rows, self.binding(adapter, batch))
-            check_room(len(starts[0]), max_new_tokens, spec.max_target)
+            check_room(len(begun), max_new_tokens, session.decoder.max_length)
             return Generation(
                 decoding,
-                starts,
+                [begun] * batch,
                 max_new_tokens=max_new_tokens,
                 eos_ids=eos_ids,
                 sampling=sampling,
                 keys=session.keys(rows),
-                suppress=spec.suppress,
-                begin_suppress=spec.begin_suppress,
+                suppress=beginning.suppress,
+                begin_suppress=beginning.begin_suppress,
             )
         if start is not None:
             raise DataError("start is for encoder-decoders only", "Put it into the prompt.")
         decoder, bound = self._session_for(adapter, batch)
         longest = max(map(len, rows), default=0)
-        check_room(longest, max_new_tokens, decoder.spec.max_length)
+        check_room(longest, max_new_tokens, decoder.part.max_length)
         return Generation(
             decoder.start(batch, longest + max_new_tokens, bound),
             rows,
@@ -627,8 +624,8 @@ class Runner:
     @property
     def _hears(self) -> bool:
         """Whether prompts are speech."""
-        spec = self.session.spec
-        return isinstance(spec, Seq2SeqSpec) and bool(spec.features)
+        manifest = self.bundle.manifest
+        return manifest.beginning is not None and bool(manifest.reads.sample)
 
     def _read(self, prompts: Any, adapter: AdapterArgument, chat: bool, **context: Any) -> Any:
         """The token ids of prompts; speech as it is."""
@@ -641,7 +638,7 @@ class Runner:
     def _encode(
         self, prompts: Any, adapter: AdapterArgument, chat: bool, **context: Any
     ) -> list[list[int]]:
-        if isinstance(self.session.spec, EncoderSpec):
+        if self.driver == "encoder":
             _ = self.decoder  # says what the bundle does instead
         listed = as_list(prompts, chat)
         return encode(listed, self._tokenizers(adapter, len(listed), chat), chat, **context)
@@ -692,8 +689,3 @@ def _given(
 
 def _wrong_task(bundle: Bundle, what: str, hint: str) -> BundleError:
     return BundleError(f"the bundle's task is {bundle.manifest.task}: it {what}", hint)
-
-
-def _check_data(bundle: Bundle, relative: str) -> None:
-    if relative in bundle.manifest.files:  # small graphs carry their weights inside
-        bundle.verify_sample(relative)

@@ -16,8 +16,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from lora_edge.bundle.bundle import DECODER_FILE, ENCODER_FILE
-from lora_edge.bundle.manifest import Seq2SeqSpec
+from lora_edge.bundle.part import Part
 from lora_edge.errors import DataError
 from lora_edge.maths.lora import FloatArray
 from lora_edge.runtime.adapters.binding import Binding
@@ -69,19 +68,13 @@ class Recomputed:
         return np.stack([logits[-1] for logits in self._run(self._rows)])
 
 
-class Seq2Seq(ModelSession[Seq2SeqSpec]):
-    """Two sessions, on an encoder's graph and a decoder's.
+class Seq2Seq(ModelSession):
+    """Two sessions, on an encoder's graph and a decoder's."""
 
-    Its ``path`` is the folder of ``encoder_model.onnx`` and ``decoder_model.onnx``.
-    """
-
-    def _open(self, path: Path) -> None:
-        below = f"{self.spec.encoder}."
-        heard = {name: site for name, site in self.sites.items() if name.startswith(below)}
-        said = {name: site for name, site in self.sites.items() if name not in heard}
-        needed = set(self.spec.inputs), {"input_ids", _HIDDEN}
-        self._encoder = self._graph(path / Path(ENCODER_FILE).name, needed[0], set(), heard)
-        self._decoder = self._graph(path / Path(DECODER_FILE).name, needed[1], set(), said)
+    def __init__(self, folder: Path, parts: Mapping[str, Part], **options: Any) -> None:
+        """As :class:`~lora_edge.runtime.session.ModelSession`, of an encoder and a decoder."""
+        super().__init__(folder, parts, **options)
+        self.encoder, self.decoder = parts["encoder"], parts["decoder"]
 
     def logits(
         self,
@@ -107,24 +100,6 @@ class Seq2Seq(ModelSession[Seq2SeqSpec]):
         rows = self._targets(targets, heard.batch)
         return self._say(heard, rows)
 
-    def starts(self, batch: int, start: Sequence[int] | None = None) -> list[Sequence[int]]:
-        """What the decoder of each row begins with.
-
-        Args:
-            batch: number of rows.
-            start: the tokens; None: those that the checkpoint says.
-
-        Raises:
-            DataError: the checkpoint leaves it open.
-        """
-        if start is None and self.spec.open_language:
-            raise DataError(
-                "the checkpoint leaves the language of the speech open",
-                "Give start=[...]: the tokens <|startoftranscript|>, the language's, the task's "
-                "and <|notimestamps|>.",
-            )
-        return [self.spec.start if start is None else start] * batch
-
     def start(self, sources: Sources, binding: Binding | None = None) -> Recomputed:
         """A new batch of answers, with nothing said yet.
 
@@ -140,13 +115,13 @@ class Seq2Seq(ModelSession[Seq2SeqSpec]):
 
     def keys(self, sources: Sources) -> Sequence[Sequence[int]]:
         """Numbers that tell the inputs of a batch from each other."""
-        if not self.spec.features:
+        if not self.encoder.sample:
             return [list(row) for row in sources]
         rows = (np.asarray(row, np.float32).tobytes() for row in sources)
         return [list(hashlib.blake2b(row, digest_size=16).digest()) for row in rows]
 
     def _hear(self, sources: Sources, binding: Binding | None) -> _Heard:
-        if self.spec.features:
+        if self.encoder.sample:
             feeds = {"input_features": self._features(sources)}
         else:
             feeds = self._padded(sources)
@@ -157,32 +132,32 @@ class Seq2Seq(ModelSession[Seq2SeqSpec]):
                 "an activated LoRA does not work in an encoder-decoder", "Use another adapter."
             )
         values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
-        hidden = self._encoder.run(values, adapters, self._encoder.outputs[0])
+        hidden = self.graphs["encoder"].run(values, adapters, self.encoder.output)
         given = {_HIDDEN: ort.OrtValue.ortvalue_from_numpy(hidden)}
-        if _MASK in self._decoder.inputs:
+        if _MASK in self.graphs["decoder"].inputs:
             given[_MASK] = values["attention_mask"]
         return _Heard(given, batch, adapters)
 
     def _say(self, heard: _Heard, rows: Sequence[Sequence[int]]) -> list[FloatArray]:
         # The decoder is causal: what pads a row on the right is seen by no token of it.
-        ids = _right_padded(rows, self.spec.pad_token_id)
+        ids = _right_padded(rows, self.decoder.pad_token_id)
         values = {**heard.values, "input_ids": ort.OrtValue.ortvalue_from_numpy(ids)}
-        found = self._decoder.run(values, heard.binding, self._decoder.outputs[0])
+        found = self.graphs["decoder"].run(values, heard.binding, self.decoder.output)
         return [logits[: len(row)] for row, logits in zip(rows, found, strict=True)]
 
     def _padded(self, sources: Sources) -> dict[str, NDArray[Any]]:
         rows, _, width = token_rows(sources, None)
-        self._check(rows, self.spec.max_source, "the encoder")
+        _check(rows, self.encoder, "the encoder")
         mask = np.zeros((len(rows), width), np.int64)
         for index, row in enumerate(rows):
             mask[index, : len(row)] = 1
-        ids = _right_padded(rows, self.spec.pad_token_id)
+        ids = _right_padded(rows, self.encoder.pad_token_id)
         return {"input_ids": ids, "attention_mask": mask}
 
     def _features(self, sources: Sources) -> NDArray[np.float32]:
         array = np.asarray(sources)
-        if array.shape[1:] != self.spec.features or not len(array) or array.dtype != np.float32:
-            sizes = ", ".join(map(str, self.spec.features))
+        if array.shape[1:] != self.encoder.sample or not len(array) or array.dtype != np.float32:
+            sizes = ", ".join(map(str, self.encoder.sample))
             raise DataError(
                 f"input_features is {list(array.shape)} {array.dtype}, expected [batch, {sizes}] "
                 "float32",
@@ -197,21 +172,22 @@ class Seq2Seq(ModelSession[Seq2SeqSpec]):
                 f"{len(rows)} rows were given to the decoder and {batch} to the encoder",
                 "Give one for each.",
             )
-        self._check(rows, self.spec.max_target, "the decoder")
+        _check(rows, self.decoder, "the decoder")
         return rows
 
-    def _check(self, rows: Sequence[Sequence[int]], longest: int, who: str) -> None:
-        length = max(map(len, rows))
-        if longest and length > longest:
-            raise DataError(
-                f"a row has {length} tokens; {who} has {longest} positions", "Shorten it."
-            )
-        outside = [x for row in rows for x in row if not 0 <= x < self.spec.vocab_size]
-        if outside:
-            raise DataError(
-                f"token id {outside[0]} is outside the vocabulary of {self.spec.vocab_size}",
-                "Encode the text with the bundle's own tokenizer.",
-            )
+
+def _check(rows: Sequence[Sequence[int]], part: Part, who: str) -> None:
+    length = max(map(len, rows))
+    if part.max_length and length > part.max_length:
+        raise DataError(
+            f"a row has {length} tokens; {who} has {part.max_length} positions", "Shorten it."
+        )
+    outside = [x for row in rows for x in row if not 0 <= x < part.vocab_size]
+    if outside:
+        raise DataError(
+            f"token id {outside[0]} is outside the vocabulary of {part.vocab_size}",
+            "Encode the text with the bundle's own tokenizer.",
+        )
 
 
 def _right_padded(rows: Sequence[Sequence[int]], fill: int) -> NDArray[np.int64]:

@@ -5,16 +5,17 @@ Knows tensors; knows nothing of bundles, adapters' names or text.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Set
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic
+from typing import Any
 
 from numpy.typing import NDArray
 
-from lora_edge.bundle.manifest import SiteEntry, Spec
+from lora_edge.bundle.part import Cache, Part
 from lora_edge.errors import BundleError, DataError
+from lora_edge.names import past_name, present_name
 from lora_edge.runtime.adapters.binding import Binding, State, Tensors, check_adapter_inputs
 from lora_edge.runtime.providers import open_session, placement, resolve
 from lora_edge.runtime.sizes import Sizes, check_sizes, site_sizes
@@ -65,13 +66,12 @@ class Fixed:
     weights: Mapping[str, Any]
 
 
-class ModelSession(ABC, Generic[Spec]):
-    """A model's graphs on one execution provider. Graphs without adapter inputs run alike.
+class ModelSession:
+    """A model's parts on one execution provider. Graphs without adapter inputs run alike.
 
     Args:
-        path: the ONNX file, or the folder that holds several.
-        spec: the graph's facts.
-        sites: module path -> site, when the graph has adapter inputs.
+        folder: where the parts' files are.
+        parts: name -> part.
         provider: execution provider, strict (see :mod:`lora_edge.runtime.providers`).
         threads: intra-op threads; None leaves it to ONNX Runtime.
         optimization: ``disable``, ``basic``, ``extended`` or ``all`` (None).
@@ -82,16 +82,15 @@ class ModelSession(ABC, Generic[Spec]):
     Raises:
         ProviderError: the provider is missing, does not start, or would leave work on floats to
             the CPU.
-        BundleError: a graph cannot be loaded, or its inputs and their sizes are not what ``spec``
-            and ``sites`` say.
+        BundleError: a graph cannot be loaded, or its inputs and their sizes are not what its part
+            says.
     """
 
     def __init__(
         self,
-        path: Path,
-        spec: Spec,
+        folder: Path,
+        parts: Mapping[str, Part],
         *,
-        sites: Mapping[str, SiteEntry] | None = None,
         provider: str = "cpu",
         threads: int | None = None,
         optimization: str | None = None,
@@ -99,8 +98,7 @@ class ModelSession(ABC, Generic[Spec]):
         provider_options: Mapping[str, str] | None = None,
         fixed: Fixed | None = None,
     ) -> None:
-        self.spec: Spec = spec
-        self.sites = dict(sites or {})
+        self.sites = {path: site for part in parts.values() for path, site in part.sites.items()}
         self.provider = resolve(provider, provider_options)
         # Kept for as long as the sessions: those do not keep the weights alive.
         self._options: dict[str, Any] = {
@@ -109,35 +107,13 @@ class ModelSession(ABC, Generic[Spec]):
             "allow_fallback": allow_fallback,
             "weights": {} if fixed is None else fixed.weights,
         }
-        self._graphs: list[OpenGraph] = []
-        self._open(path)
+        self.graphs = {name: self._open(folder / part.name, part) for name, part in parts.items()}
         self.tensors = Tensors(self.sites, self.provider.device, zero_rank=self.provider.zero_rank)
         self._fixed = fixed
         self._off = self.tensors.off() if fixed is None else Binding((fixed.state,), {})
 
-    @abstractmethod
-    def _open(self, path: Path) -> None:
-        """Open the model's graphs by :meth:`_graph`."""
-
-    def _sizes(self) -> Sizes:
-        """What ``spec`` says of the sizes of inputs and outputs."""
-        return {}
-
-    def _graph(
-        self,
-        path: Path,
-        inputs: Set[str],
-        outputs: Set[str],
-        sites: Mapping[str, SiteEntry] | None = None,
-    ) -> OpenGraph:
-        """Open a graph and check that it has these inputs and outputs, and those of the sites.
-
-        Args:
-            path: the ONNX file.
-            inputs: names that it must have; it may have more.
-            outputs: the same of its outputs.
-            sites: the sites whose adapter inputs are in this graph; None is all.
-        """
+    def _open(self, path: Path, part: Part) -> OpenGraph:
+        """Open a graph, and check that it has the inputs and outputs that its part says."""
         session: Any = open_session(path, self.provider, **self._options)
         try:
             given: list[tuple[str, str, Any]] = [
@@ -153,15 +129,27 @@ class ModelSession(ABC, Generic[Spec]):
         graph = OpenGraph(
             session, {name: kind for name, kind, _ in given}, tuple(name for name, _, _ in made)
         )
+        inputs, outputs = set(part.inputs), {str(part.output)}
+        if part.cache is not None:
+            inputs |= set(past_names(part.cache))
+            outputs |= set(present_names(part.cache))
         missing = sorted(inputs - set(graph.inputs)) + sorted(outputs - set(graph.outputs))
         if missing:
             raise BundleError(f"{path} lacks {', '.join(missing)}", "Export the bundle again.")
-        own = self.sites if sites is None else sites
-        check_adapter_inputs(graph.inputs, own, path)
+        check_adapter_inputs(graph.inputs, part.sites, path)
         shapes = {name: shape for name, _, shape in (*given, *made)}
-        check_sizes(shapes, {**site_sizes(own), **self._sizes()}, path)
-        self._graphs.append(graph)
+        check_sizes(shapes, {**site_sizes(part.sites), **_sizes(part)}, path)
         return graph
+
+    @property
+    def session(self) -> Any:
+        """The ``onnxruntime.InferenceSession`` of the first graph; another may take its place."""
+        return next(iter(self.graphs.values())).session
+
+    @session.setter
+    def session(self, session: Any) -> None:
+        name = next(iter(self.graphs))
+        self.graphs[name] = dataclasses.replace(self.graphs[name], session=session)
 
     def placement(self) -> dict[str, dict[str, int]] | None:
         """Which provider runs which operators (:func:`lora_edge.runtime.providers.placement`).
@@ -169,7 +157,7 @@ class ModelSession(ABC, Generic[Spec]):
         Of several graphs, their nodes together.
         """
         together: dict[str, dict[str, int]] = {}
-        for graph in self._graphs:
+        for graph in self.graphs.values():
             placed = placement(graph.session)
             if placed is None:
                 return None
@@ -199,3 +187,25 @@ class ModelSession(ABC, Generic[Spec]):
                 "Give one adapter, or one per row.",
             )
         return binding
+
+
+def past_names(cache: Cache) -> Sequence[str]:
+    """The inputs of a cache, keys and values of each layer."""
+    return [past_name(layer, kind) for layer in range(cache.layers) for kind in ("key", "value")]
+
+
+def present_names(cache: Cache) -> Sequence[str]:
+    """The outputs of a cache, in the order of :func:`past_names`."""
+    return [present_name(layer, kind) for layer in range(cache.layers) for kind in ("key", "value")]
+
+
+def _sizes(part: Part) -> Sizes:
+    """What a part says of the sizes of inputs and outputs."""
+    found: dict[str, Sequence[int | None]] = {}
+    if part.sample:
+        found[part.inputs[0]] = (None, *part.sample)
+    if part.cache is not None:
+        shape = (None, part.cache.kv_heads, None, part.cache.head_dim)
+        found |= dict.fromkeys((*past_names(part.cache), *present_names(part.cache)), shape)
+        found[part.output] = (None, None, part.vocab_size)
+    return found

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_edge.bundle.manifest import SiteEntry
+from lora_edge.bundle.part import SiteEntry
 from lora_edge.errors import BundleError
 from lora_edge.names import STACKED_PARTS, lora_input
 

@@ -16,25 +16,22 @@ from numpy.typing import NDArray
 from lora_edge.errors import BaseModelError
 
 Output = Literal["logits", "last_hidden_state"]
+Driver = Literal["decoder", "encoder", "encoder-decoder"]
+"""What runs a model: token by token with a cache, at once, or an encoder before a decoder."""
 
 TEXT_GENERATION = "text-generation"
 EMBEDDING = "feature-extraction"
-TASKS: Mapping[str, str] = {
-    "text-classification": "AutoModelForSequenceClassification",
-    "token-classification": "AutoModelForTokenClassification",
-    EMBEDDING: "AutoModel",
-    "image-classification": "AutoModelForImageClassification",
-}
-"""Task -> the class of transformers that loads its model."""
-
 TEXT2TEXT, SPEECH = "text2text-generation", "automatic-speech-recognition"
-SEQ2SEQ: Mapping[str, str] = {
-    TEXT2TEXT: "AutoModelForSeq2SeqLM",
-    SPEECH: "AutoModelForSpeechSeq2Seq",
+TASKS: Mapping[str, tuple[str, Driver]] = {
+    TEXT_GENERATION: ("AutoModelForCausalLM", "decoder"),
+    "text-classification": ("AutoModelForSequenceClassification", "encoder"),
+    "token-classification": ("AutoModelForTokenClassification", "encoder"),
+    EMBEDDING: ("AutoModel", "encoder"),
+    "image-classification": ("AutoModelForImageClassification", "encoder"),
+    TEXT2TEXT: ("AutoModelForSeq2SeqLM", "encoder-decoder"),
+    SPEECH: ("AutoModelForSpeechSeq2Seq", "encoder-decoder"),
 }
-"""The same for encoder-decoders."""
-
-_LOADERS: Mapping[str, str] = {TEXT_GENERATION: "AutoModelForCausalLM", **TASKS, **SEQ2SEQ}
+"""Task -> the class of transformers that loads its model, and what runs it."""
 
 HEADS = ("classifier", "score")
 """What PEFT itself adds to ``modules_to_save`` for classification."""
@@ -47,7 +44,7 @@ class Task:
     """What a model is to do.
 
     Attributes:
-        name: ``text-generation``, or one of :data:`TASKS` or :data:`SEQ2SEQ`.
+        name: one of :data:`TASKS`.
         num_labels: size of the head; ``None`` for the checkpoint's own.
         heads: names of the modules that come with an adapter, so that the base need not have
             them; a name stands for every module path that it is a part of.
@@ -63,9 +60,9 @@ class Task:
         Raises:
             BaseModelError: names the tasks that are known.
         """
-        if self.name not in _LOADERS:
+        if self.name not in TASKS:
             raise BaseModelError(
-                f"the task {self.name!r} is unknown", f"Known are: {', '.join(_LOADERS)}."
+                f"the task {self.name!r} is unknown", f"Known are: {', '.join(TASKS)}."
             )
         if self.causal:
             object.__setattr__(self, "heads", ())
@@ -73,22 +70,32 @@ class Task:
     @property
     def loader(self) -> str:
         """The class of transformers that loads the model."""
-        return _LOADERS[self.name]
+        return TASKS[self.name][0]
+
+    @property
+    def driver(self) -> Driver:
+        """What runs the model."""
+        return TASKS[self.name][1]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of its graphs: the one that reads the inputs first."""
+        return tuple(self.driver.split("-"))
 
     @property
     def causal(self) -> bool:
         """Whether the model is a decoder that generates text."""
-        return self.name == TEXT_GENERATION
+        return self.driver == "decoder"
 
     @property
     def generates(self) -> bool:
         """Whether the model makes tokens, one after the other."""
-        return self.causal or self.seq2seq
+        return "decoder" in self.parts
 
     @property
     def seq2seq(self) -> bool:
         """Whether the model is an encoder-decoder."""
-        return self.name in SEQ2SEQ
+        return self.driver == "encoder-decoder"
 
     @property
     def output(self) -> Output:

@@ -28,7 +28,7 @@ from lora_edge.fit.changes import parameter_changes, site_changes
 from lora_edge.fit.check import check_modules
 from lora_edge.graph import branch, find_sites, merge
 from lora_edge.maths.lora import Factors, SiteChange
-from lora_edge.names import Part
+from lora_edge.names import InputPart
 from lora_edge.runtime.adapters.active import ActiveAdapters
 from lora_edge.runtime.adapters.binding import Tensors
 
@@ -296,7 +296,7 @@ def _switchable(net: Net, changes: dict[str, Changes]) -> Switchable:
     for path, entry in net.modules.items():
         needed = {part for each in changes.values() if path in each for part in each[path].parts()}
         if needed:
-            parts = tuple(part for part in get_args(Part) if part in needed)
+            parts = tuple(part for part in get_args(InputPart) if part in needed)
             sites[path] = dataclasses.replace(entry, parts=parts)
     model = net.graph()
     branch(model, find_sites(model, sites, net.weights))

@@ -34,7 +34,7 @@ from lora_edge.capture.weights import attach, placeholders
 from lora_edge.fit.changes import parameter_changes, site_changes
 from lora_edge.fit.check import check_copies, check_modules
 from lora_edge.maths.lora import SiteChange
-from lora_edge.names import Part
+from lora_edge.names import InputPart
 from lora_edge.runtime.adapters.active import ActiveAdapters, AdapterArgument
 from lora_edge.runtime.adapters.binding import Tensors
 
@@ -123,7 +123,7 @@ class Custom:
         for path, entry in self.modules.items():
             needed = {p for each in changes.values() for p in each.get(path, SiteChange()).parts()}
             if needed:
-                parts = tuple(part for part in get_args(Part) if part in needed)
+                parts = tuple(part for part in get_args(InputPart) if part in needed)
                 covered[path] = SiteEntry.of(entry, parts)
         model = passes.load(self.directory / "model.onnx")
         passes.branch(model, passes.find_sites(model, covered, self.weights))

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_edge.maths.lora import Factors
-from lora_edge.names import FACTOR_PARTS, Part
+from lora_edge.names import FACTOR_PARTS, InputPart
 
 BATCH, SEQ = 2, 3
 FLOAT = ir.TensorType(ir.DataType.FLOAT)
@@ -25,7 +25,7 @@ class Shape:
     kind: str = "linear"
     rank: int = 3
     transposed: bool = False
-    parts: tuple[Part, ...] = FACTOR_PARTS
+    parts: tuple[InputPart, ...] = FACTOR_PARTS
 
 
 def draw(*shape: int, seed: int = 0) -> Array:

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from lora_edge.bundle.adapter_files import graph_tensors, with_heads
 from lora_edge.bundle.bundle import Bundle
-from lora_edge.bundle.manifest import SiteEntry
 from lora_edge.bundle.onnx_adapter import read_adapter
+from lora_edge.bundle.part import SiteEntry
 from lora_edge.fit.changes import site_changes
 from lora_edge.maths.lora import Head
 from lora_edge.maths.quantization import rounded_weights

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_edge.bundle.manifest import EncoderSpec
+from lora_edge.bundle.manifest import Manifest
 from lora_edge.errors import BundleError, LoraEdgeError
 from lora_edge.files.json import read_object
 from lora_edge.names import NONE_ADAPTER
@@ -86,24 +86,30 @@ def _streamed(tokenizer: Tokenizer, ids: Sequence[int], stop: str) -> str:
     return "".join([*pieces, stream.close()])
 
 
+def takes_pixels(manifest: Manifest) -> bool:
+    """Whether the bundle takes images."""
+    return manifest.reads.inputs == ("pixel_values",)
+
+
 def has_tokenizer(runner: Runner) -> bool:
     """Whether the bundle takes texts and has a tokenizer for them."""
-    graph = runner.bundle.manifest.graph
-    image = isinstance(graph, EncoderSpec) and graph.image
-    return not image and (runner.bundle.directory / "tokenizer.json").is_file()
+    return (
+        not takes_pixels(runner.bundle.manifest)
+        and (runner.bundle.directory / "tokenizer.json").is_file()
+    )
 
 
 def takes_images(runner: Runner) -> bool:
     """Whether the bundle takes images and knows how they are prepared."""
-    graph = runner.bundle.manifest.graph
-    image = isinstance(graph, EncoderSpec) and graph.image
-    return bool(image) and (runner.bundle.directory / PROCESSOR_FILE).is_file()
+    return (
+        takes_pixels(runner.bundle.manifest)
+        and (runner.bundle.directory / PROCESSOR_FILE).is_file()
+    )
 
 
 def embeds(runner: Runner) -> bool:
     """Whether the bundle makes embeddings of texts."""
-    graph = runner.bundle.manifest.graph
-    hidden = isinstance(graph, EncoderSpec) and graph.output == "last_hidden_state"
+    hidden = runner.bundle.manifest.gives.output == "last_hidden_state"
     return hidden and has_tokenizer(runner)
 
 
@@ -183,7 +189,7 @@ def _labels(runner: Runner, wanted: Any) -> Any:
 
 
 def _lengths(runner: Runner, wanted: Any) -> Any:
-    return {field: getattr(runner.bundle.manifest.graph, field) for field in wanted}
+    return {field: getattr(runner.bundle.manifest.reads, field) for field in wanted}
 
 
 def _embeddings(runner: Runner, wanted: Any) -> Any:

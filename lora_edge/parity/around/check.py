@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from lora_edge.adapter.load import load_adapter
-from lora_edge.base.checkpoint import Base
-from lora_edge.fit.task import with_heads_of
 from lora_edge.parity.around import asked
 from lora_edge.parity.around.adapters import compare_tensors
 from lora_edge.parity.around.files import compare_files, first_difference
 from lora_edge.parity.around.golden import load_around
+from lora_edge.parity.ask import attach
+from lora_edge.parity.reference import Reference
 from lora_edge.parity.report import Case, CaseKind
 from lora_edge.runtime import Runner
-from lora_edge.tasks.task import Task
 
 _WEIGHTS = "weights"
 # How far numbers may be apart: of embeddings, float noise; of pixels, against goldens, a grey level
@@ -25,7 +23,7 @@ _GREY_LEVEL = 0.03
 
 def look_around(
     runner: Runner,
-    base: Base | None,
+    reference: Reference | None,
     sources: Mapping[str, Path],
     say: Callable[[str], None],
 ) -> tuple[list[Case], asked.Answers | None]:
@@ -33,9 +31,10 @@ def look_around(
 
     Args:
         runner: of the bundle.
-        base: its base, for PyTorch's answers; ``None``: those that the bundle keeps.
-        sources: adapter -> PEFT directory, of :func:`~lora_edge.parity.live.sources_of`; unused
-            without a base.
+        reference: its base in PyTorch, as the checkpoint is; the bundle's adapters are attached
+            on the way. ``None``: PyTorch's answers are those that the bundle keeps.
+        sources: adapter -> PEFT directory, of :func:`~lora_edge.parity.question.sources_of`; unused
+            without a reference.
         say: called with a line for each part.
 
     Returns:
@@ -44,7 +43,7 @@ def look_around(
     Raises:
         BaseModelError: transformers cannot read the base's files.
     """
-    if base is None:
+    if reference is None:
         kept = load_around(runner.bundle)
         if kept is None:
             return [], None
@@ -54,13 +53,10 @@ def look_around(
     from lora_edge.parity.around.reference import Parameters
     from lora_edge.parity.around.weights import compare_weights
 
+    base = reference.base
     say("checking what lies around the graph against transformers")
     cases = [_case(f"file {name}", said) for name, said in compare_files(runner.bundle, base)]
-    adapters = [load_adapter(path, name) for name, path in sources.items()]
-    task = with_heads_of(Task(runner.bundle.manifest.task), adapters)
-    parameters = Parameters(base, task)
-    wanted = expected_answers(runner, base, sources, parameters)
-    cases += _answered(runner, wanted, goldens=False)
+    parameters = Parameters(reference.bare, reference.task)
     say("checking every weight against the checkpoint")
     manifest = runner.bundle.manifest
     said = "; ".join(compare_weights(runner.bundle, base, sources, parameters))
@@ -70,6 +66,9 @@ def look_around(
         for name, directory in sources.items():
             said = compare_tensors(runner.bundle, name, directory, parameters.value)
             cases.append(_case(f"file of {name}", said, (name,), kind="weights"))
+    attach(reference, runner.bundle, sources)
+    wanted = expected_answers(runner, reference, sources, parameters)
+    cases += _answered(runner, wanted, goldens=False)
     wanted[asked.GRAPH_FILES] = asked.graph_files(runner)
     for aspect in [x for x in wanted if x.partition(asked.OF)[0] == asked.CHAT]:
         own = runner.tokenizer_of(aspect.partition(asked.OF)[2] or None)

@@ -9,7 +9,6 @@ from typing import Any
 from lora_edge.adapter.load import load_adapter
 from lora_edge.base.checkpoint import Base
 from lora_edge.base.quiet import quiet
-from lora_edge.bundle.manifest import EncoderSpec, GraphSpec
 from lora_edge.bundle.sentence import MODULES_FILE, SENTENCE_FOLDER
 from lora_edge.errors import BaseModelError, LoraEdgeError
 from lora_edge.files.tokenizer import read_templates
@@ -25,52 +24,54 @@ from lora_edge.parity.around.reference import (
     reference_tokenizer,
     rendered,
 )
-from lora_edge.parity.task_live import task_reference_of
-from lora_edge.parity.tasks import inputs_of_ids
+from lora_edge.parity.plan.states import state_of
+from lora_edge.parity.reference import Reference
+from lora_edge.parity.subjects.encoder import EncoderSubject
 from lora_edge.runtime import ImageProcessor, Runner, load_sentence_modules
 from lora_edge.runtime.text.corpus import CONVERSATIONS
 from lora_edge.runtime.text.texts import text_folder
-from lora_edge.tasks.task import TASKS, TEXT_GENERATION, Task
+from lora_edge.tasks.task import Task
 
 DATED = "strftime_now"
 """What a chat template calls whose text is another one tomorrow."""
 
 
 def expected_answers(
-    runner: Runner, base: Base, sources: Mapping[str, Path], parameters: Parameters
+    runner: Runner, reference: Reference, sources: Mapping[str, Path], parameters: Parameters
 ) -> asked.Answers:
     """What transformers and PyTorch answer, of everything that the bundle can be asked.
 
     Args:
         runner: of the bundle.
-        base: its base.
+        reference: its model in PyTorch, with the adapters.
         sources: adapter -> PEFT directory.
         parameters: the base's model.
 
     Raises:
         BaseModelError: transformers cannot read the base's files, and the bundle can.
     """
+    base = reference.base
     found: asked.Answers = {asked.LENGTHS: _lengths(runner, base, parameters)}
-    task = runner.bundle.manifest.task
-    if task not in TASKS:
+    task = Task(runner.bundle.manifest.task)
+    if task.generates:
         ends, defaults = reference_generation(base.directory)
         found[asked.ENDS] = ends
-        if task == TEXT_GENERATION:
+        if task.causal:
             found[asked.DEFAULTS] = defaults
-    elif Task(task).output == "logits":
+    elif task.output == "logits":
         found[asked.LABELS] = _labels(runner, base, sources, parameters)
     if asked.has_tokenizer(runner):
         tokenizers = dict(_tokenizers(runner, base, sources))
         for name, tokenizer in tokenizers.items():
             suffix = f"{asked.OF}{name}" if name else ""
-            found[asked.TOKENIZER + suffix] = _tokens(tokenizer, generates=task not in TASKS)
+            found[asked.TOKENIZER + suffix] = _tokens(tokenizer, generates=task.generates)
             if getattr(tokenizer, "chat_template", None):
                 found[asked.CHAT + suffix] = [
                     {"messages": list(chat), "text": rendered(tokenizer, chat)}
                     for chat in CONVERSATIONS
                 ]
         if asked.embeds(runner) and tokenizers:
-            found[asked.EMBEDDINGS] = _embeddings(runner, base, sources, tokenizers)
+            found[asked.EMBEDDINGS] = _embeddings(runner, reference, sources, tokenizers)
     if asked.takes_images(runner) and _prepares(base):
         found[asked.IMAGES] = _images(base)
     return found
@@ -124,14 +125,14 @@ def _tokens(tokenizer: Any, *, generates: bool) -> dict[str, Any]:
 
 
 def _lengths(runner: Runner, base: Base, parameters: Parameters) -> dict[str, int]:
-    graph = runner.bundle.manifest.graph
-    image = isinstance(graph, EncoderSpec) and graph.image
+    manifest = runner.bundle.manifest
     found: dict[str, int] = {}
-    if isinstance(graph, GraphSpec | EncoderSpec) and not image:
-        found["vocab_size"] = parameters.vocab_size
-        if parameters.positions is not None:
-            found["max_length"] = parameters.positions
-    if isinstance(graph, EncoderSpec) and not image:
+    if manifest.beginning is not None or asked.takes_pixels(manifest):
+        return found
+    found["vocab_size"] = parameters.vocab_size
+    if parameters.positions is not None:
+        found["max_length"] = parameters.positions
+    if manifest.driver == "encoder":
         text = base.config.get("text_config", base.config)
         found["pad_token_id"] = int(text.get("pad_token_id") or parameters.pad_token_id)
     return found
@@ -162,21 +163,23 @@ def _labels(
 
 
 def _embeddings(
-    runner: Runner, base: Base, sources: Mapping[str, Path], tokenizers: Mapping[str, Any]
+    runner: Runner,
+    reference: Reference,
+    sources: Mapping[str, Path],
+    tokenizers: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
-    spec = runner.bundle.manifest.encoder
-    reference = task_reference_of(base, runner.bundle.manifest.task, sources)
+    subject = EncoderSubject(runner.bundle.manifest.parts, None)
     found = []
     for name in asked.adapters_asked(runner):
         state = (
             next(iter(sources), None) if name is None else None if name == NONE_ADAPTER else name
         )
-        folder = _sentence_folder(runner, base, sources, state)
-        sentence = load_sentence_modules(folder, base.directory)
+        folder = _sentence_folder(runner, reference.base, sources, state)
+        sentence = load_sentence_modules(folder, reference.base.directory)
         own = tokenizers.get(state or "", tokenizers[""])
         if sentence.lower_case:
             own = lowered(own)
-        limit = min(x for x in (sentence.max_length, spec.max_length) if x is not None)
+        limit = min(x for x in (sentence.max_length, subject.reads.max_length) if x is not None)
         prompt = sentence.default_prompt
         skipped = 0
         if prompt and not sentence.pooling.include_prompt:
@@ -184,7 +187,9 @@ def _embeddings(
             skipped = len(ids) - (ids[-1] in own.all_special_ids)
         for text in asked.EMBEDDED:
             row = own(prompt + text, truncation=True, max_length=limit)
-            (hidden,) = reference.outputs([inputs_of_ids(spec, row)], state)
+            ids = row["input_ids"]
+            inputs = subject.inputs_of(ids, row.get("token_type_ids") or [0] * len(ids))
+            (hidden,) = reference.outputs([inputs], [state_of(state)])
             vector = pooled(
                 hidden,
                 list(sentence.pooling.modes),

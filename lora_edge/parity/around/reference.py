@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_edge.base.checkpoint import Base
 from lora_edge.base.quiet import quiet
 from lora_edge.errors import BaseModelError
 from lora_edge.tasks.task import Task
@@ -23,20 +22,20 @@ Array = NDArray[Any]
 
 
 class Parameters:
-    """The weights of a base as transformers loads them, in the checkpoint's own precision."""
+    """The weights of a base as transformers loads them."""
 
-    def __init__(self, base: Base, task: Task) -> None:
-        """Load the model.
+    def __init__(self, model: Any, task: Task) -> None:
+        """Note what the model has.
 
-        Raises:
-            BaseModelError: transformers cannot load it.
+        Args:
+            model: transformers' model, float32. What is attached to it later is not seen.
+            task: what it was loaded for.
         """
         import torch
 
-        from lora_edge.base.model import load_whole
-
-        self._task = task
-        self._model = load_whole(base, task, dtype="auto", pooler=True)
+        self._model = model
+        self.label_layer = task.label_layer(model)
+        self.positions = _positions(model)
         self._torch = torch
         self._tensors = {
             **dict(self._model.named_buffers(remove_duplicate=False)),
@@ -50,11 +49,6 @@ class Parameters:
         return tuple(sorted(self._parameters))
 
     @property
-    def label_layer(self) -> str:
-        """Module path of the layer that makes the labels; empty where there is none."""
-        return self._task.label_layer(self._model)
-
-    @property
     def vocab_size(self) -> int:
         """Rows of the embedding that the model's config tells of."""
         return int(self._model.config.get_text_config().vocab_size)
@@ -63,19 +57,6 @@ class Parameters:
     def pad_token_id(self) -> int:
         """What fills up short rows; 0 where the config does not say."""
         return int(self._model.config.get_text_config().pad_token_id or 0)
-
-    @property
-    def positions(self) -> int | None:
-        """The longest sequence; a RoBERTa's table begins behind the padding's position.
-
-        ``None`` where the config does not say.
-        """
-        for path, module in self._model.named_modules():
-            padding = getattr(module, "padding_idx", None)
-            if path.endswith("position_embeddings") and padding is not None:
-                return int(module.num_embeddings) - int(padding) - 1
-        found = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
-        return found if isinstance(found, int) else None
 
     def value(self, name: str) -> Array | None:
         """A parameter or buffer, float32 where it is a float; ``None``: there is none."""
@@ -123,6 +104,19 @@ class Parameters:
             half = whole.shape[1] // 2
             for part in (whole, whole[:, :half], whole[:, ::2]):
                 yield name, part
+
+
+def _positions(model: Any) -> int | None:
+    """The longest sequence; a RoBERTa's table begins behind the padding's position.
+
+    ``None`` where the config does not say.
+    """
+    for path, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if path.endswith("position_embeddings") and padding is not None:
+            return int(module.num_embeddings) - int(padding) - 1
+    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) else None
 
 
 def reference_tokenizer(directory: Path) -> Any:

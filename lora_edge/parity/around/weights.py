@@ -22,13 +22,12 @@ from lora_edge.base.checkpoint import Base
 from lora_edge.base.layer import Layer
 from lora_edge.base.layers import Layers, built_layers
 from lora_edge.bundle.bundle import BASE_GRAPH_FILE, DECODER_FILE, ENCODER_FILE, GRAPH_FILE, Bundle
-from lora_edge.bundle.manifest import GraphSpec
 from lora_edge.fit.changes import ParameterChange, parameter_changes
 from lora_edge.fit.rename import without_unread
 from lora_edge.graph.contents import Content, contents
 from lora_edge.maths.quantization import quantize
 from lora_edge.parity.around.reference import Parameters
-from lora_edge.parity.asking import silent
+from lora_edge.parity.ask import silent
 from lora_edge.tasks.task import Task
 
 GRAPHS = (GRAPH_FILE, BASE_GRAPH_FILE, ENCODER_FILE, DECODER_FILE)
@@ -92,8 +91,8 @@ class _Expected:
 
     @cached_property
     def _computed(self) -> list[tuple[str, Array]]:
-        graph = self.bundle.manifest.graph
-        positions = graph.max_length if isinstance(graph, GraphSpec) else 1
+        part = self.bundle.manifest.gives
+        positions = 1 if part.cache is None else part.max_length
         return list(self.parameters.computed(positions))
 
     @cached_property

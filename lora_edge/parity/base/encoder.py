@@ -1,4 +1,4 @@
-"""The base check of a graph without a cache: against eager PyTorch, before anything is built on it.
+"""The base check of a graph without a cache.
 
 Covers what captures are known to get wrong: rows of unequal lengths padded on the right, one row,
 rows longer than the traced one and than any attention window, token types, other sizes of batch.
@@ -6,146 +6,120 @@ rows longer than the traced one and than any attention window, token types, othe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lora_edge.base.checkpoint import Base
-from lora_edge.bundle.manifest import EncoderSpec
-from lora_edge.errors import CaptureError
-from lora_edge.parity.base.decoder import Captured, running, shortest_window
-from lora_edge.parity.compare import Tolerance, noise
-from lora_edge.parity.plan.states import prompts
-from lora_edge.parity.task_reference import Row, TaskReference
+from lora_edge.maths.lora import FloatArray
+from lora_edge.parity.base.trial import Captured, Observed, Trial
+from lora_edge.parity.compare import Floor, Tolerance
+from lora_edge.parity.plan.plan import shortest_window
+from lora_edge.parity.plan.states import Inputs, prompts
+from lora_edge.parity.subjects.encoder import EncoderSubject, by_position
 from lora_edge.runtime.encoder import Encoder
-from lora_edge.tasks.task import Task
 
 _LENGTHS = (11, 40, 3, 24, 17, 6, 31, 9)  # unequal; what is longer than the model is cut
 _IMAGES = 8
 _ALWAYS = 600  # a window up to this is always run past
 
 
-def check_encoder(
-    graph: Captured[EncoderSpec],
-    base: Base,
-    task: Task,
-    *,
-    seed: int = 0,
-    tolerance: Tolerance | None = None,
-) -> dict[str, Any]:
-    """Compare a captured graph, without adapters, with eager PyTorch in float32.
+class EncoderTrial(Trial):
+    """Some rows and a longer one, whose noise is not measured; or images."""
 
-    Args:
-        task: what it was captured for.
-        graph, base, seed, tolerance: as :func:`~lora_edge.parity.base.decoder.check_decoder`.
+    def __init__(self, graph: Captured, base: Base, parameters: int, seed: int) -> None:  # noqa: ARG002
+        """As :class:`Trial`."""
+        self._graph, self._base = graph, base
+        self._part = graph.parts["encoder"]
+        self._window = _window(base.config)
+        self.rows, self._covered = self._chosen(seed)
+        self.measured = len(self.rows) - 1
 
-    Returns:
-        JSON-ready figures: floor, limit, each case's error, and what was covered of the window.
-
-    Raises:
-        CaptureError: a case is beyond its limit, or proves nothing; names the case.
-    """
-    tolerance = tolerance or Tolerance()
-    spec = graph.spec
-    window = _window(base.config)
-    rows, longer, covered = _rows(spec, window, seed)
-    reference = TaskReference(base, task)
-    expected = reference.outputs([*rows, longer])
-    with reference.wide():
-        wide = reference.outputs(rows)
-    del reference
-    floor = noise([_table(x) for x in expected[:-1]], [_table(x) for x in wide])
-    limit = tolerance.multiple * floor.logit
-    whole = np.concatenate([_table(output) for output in expected])
-    spread = float(np.sqrt(np.mean((whole - whole.mean(0)) ** 2)))
-    if not spread * tolerance.sensitivity > floor.rms:
-        raise CaptureError(
-            f"the outputs of {base.name_or_path} differ from input to input by {spread:.1e} only "
-            f"(floor {floor.rms:.1e}), so that a comparison proves nothing",
-            "Are its weights trained?",
-        )
-    with running(base):
-        encoder = Encoder(graph.path, spec)
-    cases: dict[str, dict[str, float]] = {}
-    for name, first, last in _cases(spec, len(rows)):
-        batch = _batch(encoder, [*rows, longer][first:last])
-        with running(base):
-            got = encoder.run(batch)
-        error = 0.0
-        for row, output in zip(expected[first:last], got, strict=True):
-            own = output[: len(row)] if row.ndim == 2 else output
-            # fmax would drop a NaN; a NaN must reach the verdict
-            error = float(np.maximum(error, np.abs(own - row).max()))
-        if not error <= limit:
-            raise CaptureError(
-                f"the captured graph of {base.name_or_path} differs from PyTorch: {name}: error "
-                f"{error:.1e} exceeds the limit {limit:.1e} (floor {floor.logit:.1e})",
-                "Report the model; this capture is not used.",
-            )
-        cases[name] = {"error": error}
-    return {
-        "cases": cases,
-        "floor": floor.logit,
-        "limit": limit,
-        "spread": spread,
-        "longest_row": 0 if spec.image else len(longer["input_ids"]),
-        "window": window,
-        "window_covered": covered,
-    }
-
-
-def _cases(spec: EncoderSpec, rows: int) -> list[tuple[str, int, int]]:
-    """Name, first and last of the rows."""
-    if spec.image:
-        return [(f"{rows} images", 0, rows), ("one image", rows, rows + 1)]
-    return [
-        ("rows padded on the right", 0, rows),
-        ("one row", 0, 1),
-        ("one longer row", rows, rows + 1),
-    ]
-
-
-def _rows(spec: EncoderSpec, window: int | None, seed: int) -> tuple[list[Row], Row, bool]:
-    """Some rows, a longer one, and whether that one is past the window (true without one)."""
-    random = np.random.default_rng(seed)
-    if spec.image:
-        shape = (_IMAGES + 1, *spec.image)
-        images = random.standard_normal(shape).astype(np.float32)
-        found: list[Row] = [{"pixel_values": image} for image in images]
-        return found[:-1], found[-1], True
-    length = 2 * max(_LENGTHS) + 5
-    if window is not None and window <= _ALWAYS:
-        length = max(length, window + 7)
-    length = min(length, spec.max_length)
-    ids = prompts(spec.vocab_size, (*_LENGTHS, length), seed=seed, longest=spec.max_length)
-    rows: list[Row] = []
-    for row in ids:
-        arrays = {
-            "input_ids": np.array(row, np.int64),
-            "attention_mask": np.ones(len(row), np.int64),
+    def _chosen(self, seed: int) -> tuple[list[Inputs], bool]:
+        """The rows, and whether the last is past the window (true without one)."""
+        part, random = self._part, np.random.default_rng(seed)
+        if part.sample:
+            shape = (_IMAGES + 1, *part.sample)
+            images = random.standard_normal(shape).astype(np.float32)
+            return [{"pixel_values": image} for image in images], True
+        length = 2 * max(_LENGTHS) + 5
+        if self._window is not None and self._window <= _ALWAYS:
+            length = max(length, self._window + 7)
+        length = min(length, part.max_length)
+        subject = EncoderSubject(self._graph.parts, None)
+        rows = []
+        for row in prompts(
+            part.vocab_size, (*_LENGTHS, length), seed=seed, longest=part.max_length
+        ):
             # The end of the row is of the second text.
-            "token_type_ids": (np.arange(len(row)) >= random.integers(1, len(row) + 1)).astype(
-                np.int64
-            ),
+            types = np.arange(len(row)) >= random.integers(1, len(row) + 1)
+            rows.append(subject.inputs_of(row, types.astype(np.int64).tolist()))
+        return rows, self._window is None or length > self._window
+
+    def senseless(self, expected: Sequence[FloatArray], floor: Floor, tolerance: Tolerance) -> str:
+        """The outputs must differ from input to input by far more than the floor."""
+        whole = np.concatenate([row.reshape(-1, row.shape[-1]) for row in expected])
+        self._spread = float(np.sqrt(np.mean((whole - whole.mean(0)) ** 2)))
+        if self._spread * tolerance.sensitivity > floor.rms:
+            return ""
+        return (
+            f"the outputs of {self._base.name_or_path} differ from input to input by "
+            f"{self._spread:.1e} only (floor {floor.rms:.1e}), so that a comparison proves nothing"
+        )
+
+    def cases(self) -> Iterator[Observed]:
+        """A batch, one row, and the longer row."""
+        encoder = Encoder(self._graph.folder, self._graph.parts)
+        last = len(self.rows) - 1
+        cases = {
+            "rows padded on the right": range(last),
+            "one row": range(1),
+            "one longer row": range(last, last + 1),
         }
-        rows.append({name: arrays[name] for name in spec.inputs})
-    return rows[:-1], rows[-1], window is None or length > window
+        if self._part.sample:
+            cases = {f"{last} images": range(last), "one image": range(last, last + 1)}
+        for name, chosen in cases.items():
+            outputs = encoder.run(self._batch(encoder, [self.rows[i] for i in chosen]))
+            lengths = [len(self.rows[i].get("input_ids", ())) for i in chosen]
+            by_token = outputs.ndim > 2 and not self._part.sample
+            own = [
+                by_position(output[:length] if by_token else output)
+                for output, length in zip(outputs, lengths, strict=True)
+            ]
+            yield Observed(name, [(i, 0) for i in chosen], own)
 
+    def _batch(self, encoder: Encoder, rows: Sequence[Inputs]) -> Mapping[str, NDArray[Any]]:
+        if self._part.sample:
+            return {"pixel_values": np.stack([row["pixel_values"] for row in rows])}
+        types = None
+        if "token_type_ids" in self._part.inputs:
+            types = [row["token_type_ids"].tolist() for row in rows]
+        return encoder.feeds([row["input_ids"].tolist() for row in rows], types)
 
-def _batch(encoder: Encoder, rows: Sequence[Row]) -> Mapping[str, NDArray[Any]]:
-    if encoder.spec.image:
-        return {"pixel_values": np.stack([row["pixel_values"] for row in rows])}
-    types = None
-    if "token_type_ids" in encoder.spec.inputs:
-        types = [row["token_type_ids"].tolist() for row in rows]
-    return encoder.feeds([row["input_ids"].tolist() for row in rows], types)
+    def judged(
+        self, case: Observed, wanted: Sequence[FloatArray], floor: Floor, tolerance: Tolerance
+    ) -> tuple[str, dict[str, float]]:
+        """By the largest error: a head of one label has no spread to be compared with."""
+        error, limit = 0.0, tolerance.multiple * floor.logit
+        for row, output in zip(wanted, case.outputs, strict=True):
+            # fmax would drop a NaN; a NaN must reach the verdict
+            error = float(np.maximum(error, np.abs(output - row).max()))
+        said = (
+            f"{case.name}: error {error:.1e} exceeds the limit {limit:.1e} "
+            f"(floor {floor.logit:.1e})"
+        )
+        return "" if error <= limit else said, {"error": error}
 
-
-def _table(output: NDArray[Any]) -> NDArray[Any]:
-    """``[positions, features]``."""
-    return output.reshape(-1, output.shape[-1])
+    def facts(self) -> dict[str, Any]:
+        """How far the outputs are spread, how long the rows were, and the window."""
+        return {
+            "spread": self._spread,
+            "longest_row": len(self.rows[-1].get("input_ids", ())),
+            "window": self._window,
+            "window_covered": self._covered,
+        }
 
 
 def _window(config: Mapping[str, Any]) -> int | None:

@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
-from lora_edge.base.checkpoint import Base
 from lora_edge.bundle.bundle import Bundle
 from lora_edge.errors import DataError
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.parity.compare import Floor, Status, Tolerance
 from lora_edge.parity.evaluate.metrics import Metric, Scores, check_metric, choose, right_labels
 from lora_edge.parity.plan.examples import Example
+from lora_edge.parity.reference import Reference
 from lora_edge.parity.report import Case, TaskFigures
 from lora_edge.runtime import Runner
 
@@ -29,8 +28,7 @@ _SIGNIFICANT = 0.05
 
 def evaluate(
     runner: Runner,
-    base: Base,
-    sources: Mapping[str, Path],
+    reference: Reference,
     examples: Sequence[Example],
     metric: str | None,
     floors: Mapping[str, Floor],
@@ -41,8 +39,7 @@ def evaluate(
 
     Args:
         runner: of the bundle.
-        base: its base model.
-        sources: PEFT directories of its adapters.
+        reference: its model in PyTorch, with the adapters.
         examples: the user's own.
         metric: ``exact_match`` or ``perplexity`` of a bundle that generates text, ``accuracy`` of
             one that labels texts; ``None``: the first that the task has.
@@ -57,7 +54,7 @@ def evaluate(
         DataError: the bundle's task has no such metric, or no example is for one of its adapters.
     """
     check_examples(runner.bundle, examples, metric)
-    measure = choose(runner, base, sources, metric)
+    measure = choose(runner, reference, metric)
     cases = []
     for name in runner.adapters:
         own = [example for example in examples if example.adapter in {None, name}]

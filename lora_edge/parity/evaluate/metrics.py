@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_edge.base.checkpoint import Base
 from lora_edge.bundle.bundle import Bundle
-from lora_edge.bundle.manifest import GraphSpec
 from lora_edge.errors import DataError
 from lora_edge.parity.compare import log_total
-from lora_edge.parity.live import reference_of
 from lora_edge.parity.plan.examples import Example
 from lora_edge.parity.plan.states import BASE, Row, State, only
-from lora_edge.parity.task_live import task_reference_of
+from lora_edge.parity.reference import Reference
+from lora_edge.parity.subjects.encoder import EncoderSubject
 from lora_edge.runtime import Runner
-from lora_edge.runtime.text.tokenizer import Encoded
 
 Scores = NDArray[np.float64]
 """``[examples]``."""
@@ -54,7 +50,7 @@ def check_metric(bundle: Bundle, metric: str | None) -> str:
     """
     manifest = bundle.manifest
     known: tuple[str, ...] = ()
-    if isinstance(manifest.graph, GraphSpec):
+    if manifest.driver == "decoder":
         known = ("exact_match", "perplexity")
     elif manifest.task == "text-classification":
         known = ("accuracy",)
@@ -88,17 +84,17 @@ def right_labels(bundle: Bundle, name: str, examples: Sequence[Example]) -> list
     return right
 
 
-def choose(runner: Runner, base: Base, sources: Mapping[str, Path], metric: str | None) -> Metric:
+def choose(runner: Runner, reference: Reference, metric: str | None) -> Metric:
     """The metric, ready to measure; raises as :func:`check_metric`."""
-    return _KINDS[check_metric(runner.bundle, metric)](runner, base, sources)
+    return _KINDS[check_metric(runner.bundle, metric)](runner, reference)
 
 
 class _Generated(Metric):
     """A text generator."""
 
-    def __init__(self, runner: Runner, base: Base, sources: Mapping[str, Path]) -> None:
+    def __init__(self, runner: Runner, reference: Reference) -> None:
         self._runner = runner
-        self._reference = reference_of(runner.bundle, base, sources)
+        self._reference = reference
         self._tokenizer = runner.tokenizer
         self._ends = runner.eos_ids
 
@@ -220,9 +216,10 @@ class _Accuracy(Metric):
 
     metric = "accuracy"
 
-    def __init__(self, runner: Runner, base: Base, sources: Mapping[str, Path]) -> None:
+    def __init__(self, runner: Runner, reference: Reference) -> None:
         self._runner = runner
-        self._reference = task_reference_of(base, runner.bundle.manifest.task, sources)
+        self._reference = reference
+        self._subject = EncoderSubject(runner.bundle.manifest.parts, None)
 
     def scores(self, name: str, examples: Sequence[Example]) -> tuple[Scores, Scores, Scores]:
         states = self._runner.states(name, len(examples))
@@ -234,22 +231,15 @@ class _Accuracy(Metric):
             binding = self._runner.binding(name, len(part))
             ids, types = [x.ids for x in part], [x.type_ids for x in part]
             ours += self._runner.outputs.rows(ids, types, binding)
-        rows = [self._inputs(one) for one in coded]
+        rows = [self._subject.inputs_of(one.ids, one.type_ids) for one in coded]
+        active = [only(name)] * len(rows)
         theirs, without = (
-            self._reference.outputs(rows, name, low_rank=low_rank) for low_rank in (True, False)
+            self._reference.outputs(rows, active, low_rank=low_rank) for low_rank in (True, False)
         )
         right = np.array(right_labels(self._runner.bundle, name, examples), np.int64)
         found = (np.array([row.argmax() for row in side]) for side in (ours, theirs, without))
         first, second, third = ((side == right).astype(np.float64) for side in found)
         return first, second, third
-
-    def _inputs(self, one: Encoded) -> dict[str, NDArray[np.int64]]:
-        arrays = {
-            "input_ids": np.array(one.ids, np.int64),
-            "attention_mask": np.ones(len(one.ids), np.int64),
-            "token_type_ids": np.array(one.type_ids, np.int64),
-        }
-        return {key: arrays[key] for key in self._runner.encoder.spec.inputs}
 
 
 _KINDS: dict[str, type[_ExactMatch] | type[_Perplexity] | type[_Accuracy]] = {

@@ -5,22 +5,20 @@ Knows runners, adapter files and PEFT directories; judges nothing (see ``diagnos
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from lora_edge.adapter.load import Adapter, load_adapter
-from lora_edge.bundle.manifest import EncoderSpec, GraphSpec
 from lora_edge.bundle.onnx_adapter import read_adapter
 from lora_edge.maths.lora import FloatArray
 from lora_edge.names import lora_input
 from lora_edge.parity.explain.failure import Outputs, Run, Scaled
 from lora_edge.parity.explain.repairs import Tensors, repairs
 from lora_edge.parity.plan.states import BASE, Probe, Row, State, label, only
+from lora_edge.parity.subjects import Subject
 from lora_edge.runtime import Runner
-
-Observe = Callable[[Runner, Probe, Sequence[Row]], list[FloatArray]]
 
 _SAME = 1e-5  # of a tensor's largest value
 _NAMED = 3
@@ -34,7 +32,7 @@ class Experiments:
 
     Attributes:
         runner: the bundle in a session.
-        observe: a probe and its continuations -> the bundle's logits of each row.
+        subject: how the bundle is asked.
         probe: what failed.
         tails: the continuation of each of its rows.
         row: the one row of a mixed batch that failed; None for other batches.
@@ -44,7 +42,7 @@ class Experiments:
     """
 
     runner: Runner
-    observe: Observe
+    subject: Subject
     probe: Probe
     tails: Sequence[Row]
     row: int | None
@@ -72,7 +70,7 @@ class Experiments:
         """
         if not self._switchable or not self.state:
             return None
-        if isinstance(self.runner.bundle.manifest.graph, EncoderSpec):
+        if self.subject.headed:
             bench = replace(self, tensors={name: self._headed(name) for name, _ in self.state})
         else:
             bench = replace(self, state=BASE)
@@ -111,9 +109,8 @@ class Experiments:
 
     def at_once(self) -> Outputs | None:
         """Each row alone, its continuation as part of the prompt."""
-        manifest = self.runner.bundle.manifest
         invoked = any(self._invocation(name) for name, _ in self.state)
-        if not isinstance(manifest.graph, GraphSpec) or not any(self.tails) or invoked:
+        if not self.subject.behind or not any(self.tails) or invoked:
             return None  # an aLoRA begins where the prompt says
         pairs = zip(self.rows, self._own_tails, strict=True)
         return [self._run(((*row, *tail),), ((),))[0] for row, tail in pairs]
@@ -212,7 +209,7 @@ class Experiments:
         try:
             for name, tensors in self.tensors.items():
                 self.runner.override(name, tensors)
-            return self.observe(self.runner, probe, tails)
+            return self.subject.observe(self.runner, probe, tails)
         finally:
             for name in self.tensors:
                 self.runner.override(name, None)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from lora_edge.base.checkpoint import Base
 from lora_edge.errors import BundleError
 from lora_edge.parity.compare import Tolerance
-from lora_edge.parity.explain.localise import Divergence, localise, open_reference
+from lora_edge.parity.explain.localise import Divergence, localise
 from lora_edge.parity.explain.repro import worst_row, write_repro
-from lora_edge.parity.live import sources_of
 from lora_edge.parity.record.golden import Golden
+from lora_edge.parity.reference import Reference
 from lora_edge.parity.report import Case
+from lora_edge.parity.subjects import subject_of
 from lora_edge.runtime import Runner
-from lora_edge.runtime.seq2seq import Seq2Seq
 
 _MOST = 4  # probes whose layers are compared: each costs a run in float64
 
@@ -25,8 +23,7 @@ def explain(
     runner: Runner,
     cases: Sequence[Case],
     goldens: Sequence[Golden],
-    base: Base | None,
-    directories: Mapping[str, str | os.PathLike[str]],
+    reference: Reference | None,
     repro: Path | None,
     tolerance: Tolerance,
     progress: Callable[[str], None],
@@ -40,8 +37,7 @@ def explain(
         runner: of the session in which they failed.
         cases: of that session.
         goldens: what they were compared with; reduced ones will do.
-        base: the base model; ``None``: layers are not compared.
-        directories: PEFT directories of adapters whose files the bundle does not hold.
+        reference: the bundle's model in PyTorch; ``None``: layers are not compared.
         repro: folder of the reproduction; ``None``: none is wanted.
         tolerance: gives the multiple.
         progress: called with a line for each probe.
@@ -49,15 +45,11 @@ def explain(
     Returns:
         The cases, with layers, and where the reproduction is (empty: there is none).
     """
-    if isinstance(runner.session, Seq2Seq):
+    if not subject_of(runner.bundle.manifest).layered:
         return list(cases), ""
     todo = list(_first_failures(cases, goldens))[:_MOST]
     if not todo:
         return list(cases), ""
-    reference = None
-    if base is not None:
-        sources = sources_of(runner.bundle, base, runner.adapters, directories)
-        reference = open_reference(runner, base, sources)
     found = list(cases)
     left = ""
     for index, golden, row in todo:

@@ -10,13 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_edge.base.checkpoint import Base
 from lora_edge.bundle.bundle import GRAPH_FILE
 from lora_edge.maths.lora import FloatArray
 from lora_edge.parity.compare import Tolerance
@@ -25,12 +23,10 @@ from lora_edge.parity.plan.states import Probe, Row, schedule
 from lora_edge.parity.record.golden import Golden
 from lora_edge.parity.reference import LOGITS, Reference
 from lora_edge.parity.report import Layer
-from lora_edge.parity.task_reference import TaskReference
-from lora_edge.parity.tasks import by_position, inputs_of
+from lora_edge.parity.subjects import subject_of
+from lora_edge.parity.subjects.encoder import by_position
 from lora_edge.runtime import Runner
-from lora_edge.runtime.encoder import Encoder
 from lora_edge.runtime.providers import open_like
-from lora_edge.runtime.seq2seq import Seq2Seq
 
 Outputs = Mapping[str, NDArray[np.floating]]
 """Module path -> ``[positions, out]`` of one row; the graph's own output by ``LOGITS``."""
@@ -65,7 +61,7 @@ class Divergence:
 
 def localise(
     runner: Runner,
-    reference: Reference | TaskReference,
+    reference: Reference,
     golden: Golden,
     row: int,
     tolerance: Tolerance | None = None,
@@ -77,12 +73,12 @@ def localise(
 
     Args:
         runner: of the bundle.
-        reference: of :func:`open_reference`, the same base with the same adapters.
+        reference: the same base with the same adapters.
         golden: the case; its expected outputs are not read, so that a reduced one will do.
         row: which of its rows.
         tolerance: gives the multiple.
     """
-    if isinstance(runner.session, Seq2Seq):
+    if not subject_of(runner.bundle.manifest).layered:
         return Divergence((), None, "the layers of an encoder-decoder are not compared")
     limits = tolerance or Tolerance()
     bench = _Bench(runner, reference, golden, row, limits.multiple)
@@ -107,26 +103,6 @@ def localise(
     else:
         said = f"all {len(found.layers)} layers that were compared agree, and so do the outputs"
     return Divergence(found.layers, None, said, found.skipped)
-
-
-def open_reference(
-    runner: Runner, base: Base, sources: Mapping[str, Path]
-) -> Reference | TaskReference | None:
-    """The bundle's model in PyTorch with its adapters; ``None`` for an encoder-decoder.
-
-    Args:
-        runner: of the bundle.
-        base: its base model.
-        sources: PEFT directories by name, of :func:`lora_edge.parity.live.sources_of`.
-    """
-    from lora_edge.parity.live import reference_of
-    from lora_edge.parity.task_live import task_reference_of
-
-    if isinstance(runner.session, Seq2Seq):
-        return None
-    if isinstance(runner.session, Encoder):
-        return task_reference_of(base, runner.bundle.manifest.task, sources)
-    return reference_of(runner.bundle, base, sources)
 
 
 @dataclass(frozen=True)
@@ -180,22 +156,20 @@ class _Bench:
     def __init__(
         self,
         runner: Runner,
-        reference: Reference | TaskReference,
+        reference: Reference,
         golden: Golden,
         row: int,
         multiple: float,
     ) -> None:
         from lora_edge.graph.taps import tap
 
-        assert not isinstance(runner.session, Seq2Seq)
         self._runner = runner
+        self._subject = subject_of(runner.bundle.manifest)
         self._golden = golden
         self._reference = reference
         self._row = row
         self._multiple = multiple
-        self._output = "logits"
-        if isinstance(runner.session, Encoder):
-            self._output = runner.session.spec.output
+        self._output = self._subject.gives.output
         graph = tap(runner.bundle.directory / GRAPH_FILE)
         self._taps = graph.layers
         self._names = [self._output, *dict.fromkeys(x.value for x in graph.layers.values())]
@@ -211,12 +185,9 @@ class _Bench:
     def _ask(self) -> Outputs:
         probe = self._golden.probe
         row, state = probe.rows[self._row], probe.states[self._row]
-        if isinstance(self._reference, TaskReference):
-            inputs = inputs_of(self._runner.encoder.spec, row)
-            found = self._reference.module_outputs(inputs, dict(state), self._taps)
-            return {path: by_position(values) for path, values in found.items()}
-        whole = (*row, *self._golden.tails[self._row])
-        return self._reference.module_outputs(whole, state, self._taps, len(row))
+        inputs = self._subject.inputs(row, self._golden.tails[self._row])
+        found = self._reference.module_outputs(inputs, state, self._taps, len(row))
+        return {path: by_position(values) for path, values in found.items()}
 
     def compare(self, probe: Probe, index: int, *, tails: bool) -> _Comparison:
         """Run a batch and compare one of its rows: its prompt, or what follows the prompt."""
@@ -235,7 +206,7 @@ class _Bench:
         plain = rerun(self._runner, probe, fed, listen)[index]
         actual = {path: np.concatenate([part[path] for part in parts]) for path in parts[0]}
         span = slice(None)
-        if isinstance(self._reference, Reference):
+        if self._subject.behind:
             span = slice(length, None) if tails else slice(length)
         return self._compared(actual, plain[span], span)
 
@@ -250,11 +221,7 @@ class _Bench:
             return "", []
         probe = self._golden.probe
         row, state = probe.rows[self._row], probe.states[self._row]
-        if isinstance(self._reference, TaskReference):
-            inputs = inputs_of(self._runner.encoder.spec, row)
-            order = self._reference.called(inputs, dict(state))
-        else:
-            order = self._reference.called(row, state)
+        order = self._reference.called(self._subject.inputs(row), state)
         compared = {layer.path for layer in found.layers}
         between: list[str] = []
         for path in reversed(order[: order.index(first.path)] if first.path in order else []):

@@ -26,10 +26,8 @@ from lora_edge.parity.explain.failure import kept, place_of
 from lora_edge.parity.explain.rerun import alone, new_columns, rerun, run_of
 from lora_edge.parity.plan.states import Probe, Row, label
 from lora_edge.parity.record.golden import Golden
+from lora_edge.parity.subjects import subject_of
 from lora_edge.runtime import Runner
-from lora_edge.runtime.decoder import Decoder
-from lora_edge.runtime.encoder import Encoder
-from lora_edge.runtime.seq2seq import Seq2Seq
 
 if TYPE_CHECKING:
     from lora_edge.parity.explain.localise import Divergence
@@ -101,7 +99,7 @@ def write_repro(
     Raises:
         BundleError: the folder cannot be written, or holds something else.
     """
-    if isinstance(runner.session, Seq2Seq):
+    if not subject_of(runner.bundle.manifest).layered:
         return None
     limits = tolerance or Tolerance()
     index = worst_row(runner, golden, limits) if row is None else row
@@ -136,7 +134,7 @@ def _found(runner: Runner, golden: Golden, row: int, tolerance: Tolerance) -> It
     """Runs that differ, the smallest first."""
     probe, tails = alone(golden, row), golden.tails[row]
     whole = dataclasses.replace(probe, rows=((*probe.rows[0], *tails),))
-    if isinstance(runner.session, Encoder):
+    if not subject_of(runner.bundle.manifest).behind:
         yield from _runs(runner, golden, probe, [()], 0, row, tolerance, "one row")
     else:
         (outputs,) = rerun(runner, whole, [()])
@@ -157,7 +155,6 @@ def _prefix(
 
     Not for an aLoRA: where it begins is decided by the whole prompt.
     """
-    assert isinstance(runner.session, Decoder)
     if any(runner.bundle.adapter(name).invocation for name in whole.adapters):
         return
     cut = dataclasses.replace(whole, rows=(whole.rows[0][: position + 1],))
@@ -195,17 +192,12 @@ def _index(
     runner: Runner, feeds: Mapping[str, NDArray[Any]], row: int, offset: int, count: int
 ) -> tuple[int, ...]:
     """Where the ``offset``-th of the last ``count`` tokens of a row is in the graph's output."""
-    assert not isinstance(runner.session, Seq2Seq)
-    name = _output(runner)
+    name = runner.bundle.manifest.gives.output
     shape = next(x.shape for x in runner.session.session.get_outputs() if x.name == name)
     if len(shape) < 3:
         return (row,)  # labels of the whole row
     columns = new_columns(feeds, row, count)
     return row, offset if columns is None else columns.start + offset
-
-
-def _output(runner: Runner) -> str:
-    return runner.session.spec.output if isinstance(runner.session, Encoder) else "logits"
 
 
 def _feeds(
@@ -258,7 +250,6 @@ def _write(
     shown: _Shown,
     divergence: Divergence | None,
 ) -> None:
-    assert not isinstance(runner.session, Seq2Seq)
     expected = golden.expected[row].first(shown.position + 1)
     position = len(expected.top1) - 1
     whole = np.arange(expected.reference.shape[1])
@@ -275,7 +266,7 @@ def _write(
         "file": GRAPH_FILE,
         "provider": session.get_providers()[0],
         "optimization": level,
-        "output": _output(runner),
+        "output": runner.bundle.manifest.gives.output,
         "index": list(shown.index),
         "best": int(expected.top1[position]),
         "limit": limit,

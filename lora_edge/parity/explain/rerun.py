@@ -14,11 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_edge.maths.lora import FloatArray
-from lora_edge.parity.checks import observe
 from lora_edge.parity.plan.states import Probe, Row, schedule
 from lora_edge.parity.record.golden import Golden
+from lora_edge.parity.subjects import subject_of
 from lora_edge.runtime import Runner
-from lora_edge.runtime.seq2seq import Seq2Seq
 
 Listener = Callable[[int, Mapping[str, Any]], None]
 """Called before each run of the graph: which run it is, and graph input name -> OrtValue."""
@@ -47,7 +46,7 @@ def rerun(
         listener: told of each run.
     """
     with _told(runner, listener) if listener is not None else contextlib.nullcontext():
-        return observe(runner, probe, tails)
+        return subject_of(runner.bundle.manifest).observe(runner, probe, tails)
 
 
 def run_of(probe: Probe, tails: Sequence[Row], row: int, token: int) -> int:
@@ -79,7 +78,6 @@ def new_columns(feeds: Mapping[str, NDArray[Any]], row: int, count: int) -> slic
 @contextlib.contextmanager
 def _told(runner: Runner, listener: Listener) -> Iterator[None]:
     """Let a listener stand between the runner and its session."""
-    assert not isinstance(runner.session, Seq2Seq)
     session = runner.session.session
     runner.session.session = _Watched(session, listener)
     try:

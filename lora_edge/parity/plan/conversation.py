@@ -47,7 +47,7 @@ def chat_row(runner: Runner, length: int, seed: int) -> Row | None:
                     most = count - 1
         except LoraEdgeError:  # no tokenizer, no template, or one that takes no system prompt
             continue
-        if best and max(best) < runner.spec.vocab_size:
+        if best and max(best) < runner.part.vocab_size:
             return best
     return None
 

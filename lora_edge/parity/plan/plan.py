@@ -6,7 +6,7 @@ Knows nothing of runtimes or PyTorch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from lora_edge.parity.plan.far import Ground, Shaped, crowd, far_blend_of, long_decode, longer, pair
 from lora_edge.parity.plan.far import sweep as sweep_of
@@ -135,3 +135,11 @@ def lengths_for(window: int | None) -> tuple[int, ...]:
     if window is None or window > _LONGEST_WINDOW:
         return _LENGTHS
     return (_LENGTHS[0], window + 3, max(2, window - 3), *_LENGTHS[3:])
+
+
+def shortest_window(config: Mapping[str, Any]) -> int | None:
+    """The attention window of a ``config.json``, if any layer has one."""
+    text = config.get("text_config", config)
+    window = text.get("sliding_window")
+    used = text.get("use_sliding_window", True)
+    return int(window) if isinstance(window, int) and window > 0 and used else None

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_edge.bundle.bundle import Bundle
-from lora_edge.bundle.manifest import EncoderSpec, GraphSpec
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.parity.plan.states import label
 from lora_edge.parity.record.golden import Golden
@@ -93,13 +92,8 @@ class Reach:
 def reach_of(bundle: Bundle, goldens: Iterable[Golden]) -> Reach:
     """How far the golden cases go that a run compared."""
     manifest = bundle.manifest
-    graph = manifest.graph
-    if isinstance(graph, EncoderSpec):
-        by_token, model = not graph.image, graph.max_length
-    elif isinstance(graph, GraphSpec):
-        by_token, model = True, graph.max_length
-    else:
-        by_token, model = not graph.features, graph.max_source
+    reads = manifest.reads
+    by_token = not reads.sample
     found = list(goldens)
     probes = [golden.probe for golden in found]
     fed = {
@@ -109,7 +103,7 @@ def reach_of(bundle: Bundle, goldens: Iterable[Golden]) -> Reach:
         for token in row
     }
     # An encoder-decoder's continuation is beside the prompt, not behind it.
-    behind = isinstance(graph, GraphSpec)
+    behind = reads is manifest.gives
     rows = [
         (len(row), len(tail), state)
         for golden in found
@@ -124,10 +118,10 @@ def reach_of(bundle: Bundle, goldens: Iterable[Golden]) -> Reach:
         prompt=max((length for length, _, _ in rows), default=0) if by_token else 0,
         decoded=max((tail for _, tail, _ in rows), default=0),
         row=max((n + behind * tail for n, tail, _ in rows), default=0) if by_token else 0,
-        model=model or None if by_token else None,
+        model=reads.max_length or None if by_token else None,
         batches=tuple(sorted({len(probe.rows) for probe in probes})),
         tokens=len(fed) if by_token else 0,
-        vocabulary=graph.vocab_size if by_token else 0,
+        vocabulary=reads.vocab_size if by_token else 0,
         adapters=len(names),
         long=len({name for length, _, state in rows if length > _LONG for name, _ in state}),
         blends=tuple(dict.fromkeys(label(s) for p in probes for s in p.states if s in weighted)),

@@ -11,9 +11,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 State = tuple[tuple[str, float], ...]
 """What is active on a row: ``()`` the base, ``(("a", 1.0),)`` one adapter, longer: a blend."""
+
+Inputs = Mapping[str, NDArray[Any]]
+"""One row's inputs by name, without the batch's axis: ``[seq] int64``, or images or speech."""
 
 Kind = Literal["base", "adapter", "blend", "mixed"]
 Row = tuple[int, ...]

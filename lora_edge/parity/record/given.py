@@ -13,15 +13,16 @@ from lora_edge.bundle.manifest import Manifest
 from lora_edge.errors import BundleError, DataError, ParityError
 from lora_edge.files.transaction import preparing, recover
 from lora_edge.names import NONE_ADAPTER
-from lora_edge.parity.asking import ask, longest_prompt, silent, tokens_of
+from lora_edge.parity.ask import ask, attach, open_reference, silent
 from lora_edge.parity.checks import compare
 from lora_edge.parity.compare import Tolerance
 from lora_edge.parity.plan.examples import Prompt
 from lora_edge.parity.plan.states import BASE, Kind, Probe, Row, only
+from lora_edge.parity.question import sources_of
 from lora_edge.parity.record.golden import recorded, reduce, save_golden, stem_of
 from lora_edge.parity.record.record import is_same_adapter
+from lora_edge.parity.subjects import subject_of
 from lora_edge.runtime import Runner
-from lora_edge.tasks.task import TEXT_GENERATION
 
 _ROWS = 8  # of a batch: whole logits of one batch are in memory at a time
 _STEPS = 16
@@ -114,14 +115,19 @@ def add_goldens(
     named = target.manifest.base["name_or_path"] if reference is None else reference
     base = named if isinstance(named, Base) else resolve_base(named)
     runner = Runner(target)
-    longest = longest_prompt(runner)
-    if longest is not None and target.manifest.task == TEXT_GENERATION:
+    subject = subject_of(target.manifest)
+    longest = subject.reads.max_length or None
+    if longest is not None and subject.behind:
         longest -= _STEPS if steps is None else steps
-    probes = given_probes(target, prompts, partial(tokens_of, runner), steps=steps, longest=longest)
+    probes = given_probes(
+        target, prompts, partial(subject.tokens_of, runner), steps=steps, longest=longest
+    )
     goldens = []
     say = progress or silent
-    asked = ask(runner, base, adapters or {}, say, given=probes, planned=False)
-    for golden in asked:
+    sources = sources_of(target, base, runner.adapters, adapters or {})
+    model = open_reference(target, base, sources)
+    attach(model, target, sources)
+    for golden in ask(runner, model, sources, say, given=probes, planned=False):
         for case in compare(runner, golden, Tolerance()):
             if case.status != "passed":
                 raise ParityError(

@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from lora_edge.bundle.manifest import SiteEntry
+from lora_edge.bundle.part import SiteEntry
 from lora_edge.errors import BundleError
 from lora_edge.maths.lora import FloatArray, Head, SiteChange, row_gate, zeros
 from lora_edge.names import SELECT, STACKED_PARTS, lora_input, parse_lora_input

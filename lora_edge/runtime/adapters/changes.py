@@ -10,10 +10,10 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_edge.bundle.manifest import SiteEntry
+from lora_edge.bundle.part import SiteEntry
 from lora_edge.errors import BundleError
 from lora_edge.maths.lora import Factors, FloatArray, Head, SiteChange
-from lora_edge.names import SELECT, STACKED_PARTS, Part, lora_input
+from lora_edge.names import SELECT, STACKED_PARTS, InputPart, lora_input
 from lora_edge.runtime.adapters.binding import Changes
 
 _HINT = "The file is not of this bundle; add the adapter again."
@@ -65,7 +65,7 @@ class _Site:
 
     def change(self) -> SiteChange:
         site = self._site
-        vectors: dict[Part, FloatArray | None] = {}
+        vectors: dict[InputPart, FloatArray | None] = {}
         for part in STACKED_PARTS:
             vectors[part] = None
             if part in site.parts:
@@ -101,13 +101,13 @@ class _Site:
         self._check("c", c.shape, (1, 1, w.shape[-1]))
         return Head(w[0], c[0, 0])
 
-    def _array(self, part: Part) -> FloatArray:
+    def _array(self, part: InputPart) -> FloatArray:
         name = lora_input(self._path, part)
         if name not in self._tensors:
             raise BundleError(f"{self._source}: {name} is missing", _HINT)
         return np.ascontiguousarray(self._tensors[name], np.float32)
 
-    def _check(self, part: Part, got: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    def _check(self, part: InputPart, got: tuple[int, ...], expected: tuple[int, ...]) -> None:
         if got != expected:
             raise BundleError(
                 f"{self._source}: {lora_input(self._path, part)} is {list(got)}, expected "

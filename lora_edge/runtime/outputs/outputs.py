@@ -155,7 +155,7 @@ class Outputs:
         Raises:
             DataError: a text that is none.
         """
-        limit = min(x for x in (max_length, self._encoder.spec.max_length) if x is not None)
+        limit = min(x for x in (max_length, self._encoder.part.max_length) if x is not None)
         found = []
         for text, state in zip(texts, states or [()] * len(texts), strict=True):
             pair = text if isinstance(text, tuple) else (text, None)
@@ -216,7 +216,7 @@ class Outputs:
         return out
 
     def pixels(self, pixels: NDArray[np.float32], binding: Binding) -> list[FloatArray]:
-        """As :meth:`rows`, of ``[batch, *spec.image] float32``."""
+        """As :meth:`rows`, of ``[batch, *part.sample] float32``."""
         found = self._encoder.run({"pixel_values": pixels}, binding)
         return self._trimmed(found, binding, None)
 

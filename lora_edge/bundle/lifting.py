@@ -1,0 +1,90 @@
+"""A manifest of format version 1 in the shape of version 2: its one graph's facts become parts.
+
+Knows JSON; checks nothing: what is not as it has to be is refused when the result is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lora_edge.tasks.task import TASKS
+
+_COMMON = ("form", "backend", "vocab_size", "pad_token_id")
+
+
+def lift(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The data of a manifest of version 1, as version 2 has it.
+
+    Version 1 says of a decoder's inputs only what the runtime does not find in the graph.
+    """
+    found = {name: value for name, value in data.items() if name not in ("graph", "sites")}
+    graph, sites, task = data.get("graph"), data.get("sites"), data.get("task")
+    if not isinstance(graph, Mapping) or not isinstance(sites, Mapping) or task not in TASKS:
+        return {**found, "parts": graph}
+    driver = TASKS[str(task)][1]
+    own = {name: graph[name] for name in _COMMON if name in graph}
+    lifted = _decoder if driver == "decoder" else _encoder if driver == "encoder" else _both
+    found |= lifted(graph, own, sites)
+    return {**found, "format_version": 2}
+
+
+def _decoder(
+    graph: Mapping[str, Any], own: Mapping[str, Any], sites: Mapping[str, Any]
+) -> dict[str, Any]:
+    cache = {name: graph.get(name) for name in ("layers", "kv_heads", "head_dim")}
+    part = {
+        **own,
+        "file": "onnx/model.onnx",
+        "inputs": ["input_ids", "attention_mask"],
+        "output": "logits",
+        "max_length": graph.get("max_length"),
+        "padding": graph.get("padding"),
+        "head": graph.get("head", ""),
+        "cache": {**cache, "kind": "shared" if graph.get("shared_cache") else "concatenated"},
+        "sites": sites,
+    }
+    return {"parts": {"decoder": part}}
+
+
+def _encoder(
+    graph: Mapping[str, Any], own: Mapping[str, Any], sites: Mapping[str, Any]
+) -> dict[str, Any]:
+    part = {
+        **own,
+        "file": "onnx/model.onnx",
+        "inputs": graph.get("inputs"),
+        "output": graph.get("output"),
+        "max_length": graph.get("max_length"),
+        "sample": graph.get("image", []),
+        "sites": sites,
+    }
+    return {"parts": {"encoder": part}}
+
+
+def _both(
+    graph: Mapping[str, Any], own: Mapping[str, Any], sites: Mapping[str, Any]
+) -> dict[str, Any]:
+    sample, below = graph.get("features", []), f"{graph.get('encoder')}."
+    heard = {path: site for path, site in sites.items() if path.startswith(below)}
+    encoder = {
+        **own,
+        "file": "onnx/encoder_model.onnx",
+        "vocab_size": 0 if sample else graph.get("vocab_size"),
+        "inputs": graph.get("inputs"),
+        "output": "last_hidden_state",
+        "max_length": graph.get("max_source"),
+        "sample": sample,
+        "sites": heard,
+    }
+    decoder = {
+        **own,
+        "file": "onnx/decoder_model.onnx",
+        "inputs": ["input_ids", "encoder_hidden_states"],
+        "output": "logits",
+        "max_length": graph.get("max_target"),
+        "sites": {path: site for path, site in sites.items() if path not in heard},
+    }
+    names = ("start", "open_language", "suppress", "begin_suppress")
+    beginning = {name: graph[name] for name in names if name in graph}
+    return {"parts": {"encoder": encoder, "decoder": decoder}, "beginning": beginning}

@@ -1,0 +1,83 @@
+"""A decoder with a cache: prompts at once, their continuations token by token.
+
+The prompt runs at once and its continuation token by token through the cache, so that one
+comparison covers both, and the greedy tokens: where the best token is PyTorch's at every position
+of a greedy continuation, the whole continuation is PyTorch's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from lora_edge.maths.lora import FloatArray
+from lora_edge.parity.plan.plan import shortest_window
+from lora_edge.parity.plan.states import Inputs, Probe, Row, schedule
+from lora_edge.parity.question import Question
+from lora_edge.parity.reference import Reference
+from lora_edge.parity.subjects.subject import LARGE, Subject, binding_of, continued, reach_of
+from lora_edge.runtime import Decoding, Runner
+
+_STEPS, _STEPS_OF_LARGE = 64, 16
+_DECODED, _DECODED_OF_LARGE = 256, 128  # of the long continuation in ``full``
+# Of one long row: parameters x tokens, a layer's eager attention scores, and its logits, in bytes.
+_WORK, _SCORES, _LOGITS = 1e12, 1 << 30, 1 << 30
+
+
+class DecoderSubject(Subject):
+    """A text generator."""
+
+    behind = True
+    remeasured = False
+
+    def probes(self, question: Question, reference: Reference) -> Sequence[Probe]:
+        """64 greedy tokens after each prompt, or 16 above 20 M parameters."""
+        small = reference.parameters <= LARGE
+        steps = question.steps
+        if steps is None:
+            steps = _STEPS if small else _STEPS_OF_LARGE
+        return self._planned(
+            question,
+            reference,
+            vocab_size=self.reads.vocab_size,
+            max_length=self.reads.max_length,
+            steps=steps,
+            window=shortest_window(question.base.config),
+            reach=reach_of(question),
+            shaped=question.shaped,
+            affordable=self._affordable(question, reference.parameters),
+            decoded=_DECODED if small else _DECODED_OF_LARGE,
+        )
+
+    def _affordable(self, question: Question, parameters: int) -> int:
+        """Tokens beyond which one row costs too much."""
+        config = question.base.config
+        heads = int(config.get("text_config", config).get("num_attention_heads", 32))
+        by_scores = math.isqrt(_SCORES // (4 * heads))
+        return int(min(_WORK / parameters, by_scores, _LOGITS / (4 * self.reads.vocab_size)))
+
+    def inputs(self, row: Row, tail: Row = ()) -> Inputs:
+        """Its token ids."""
+        return {"input_ids": np.array((*row, *tail), np.int64)}
+
+    def observe(self, runner: Runner, probe: Probe, tails: Sequence[Row]) -> list[FloatArray]:
+        """Prompts at once, tails token by token; rows rest where the probe says so."""
+        longest = max(len(row) + len(tail) for row, tail in zip(probe.rows, tails, strict=True))
+        decoding = _start(runner, probe, longest)
+        parts = [[row] for row in decoding.extend_all(probe.rows)]
+        for tokens in schedule(tails, probe.rests):
+            for part, token, logits in zip(parts, tokens, decoding.step(tokens), strict=True):
+                if token is not None:
+                    part.append(logits[None])
+        return [np.concatenate(part) for part in parts]
+
+    def propose(self, runner: Runner, probe: Probe) -> list[Row]:
+        """Greedy, through the cache."""
+        decoding = _start(runner, probe, max(map(len, probe.rows)) + probe.steps)
+        return continued(decoding.prefill(probe.rows), decoding.step, probe)
+
+
+def _start(runner: Runner, probe: Probe, longest: int) -> Decoding:
+    return runner.decoder.start(len(probe.rows), longest, binding_of(runner, probe))

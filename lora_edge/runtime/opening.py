@@ -1,0 +1,43 @@
+"""A bundle's parts in a session: its files checked, its driver chosen by the task.
+
+Knows bundles; knows nothing of text or adapters' names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lora_edge.bundle.bundle import Bundle
+from lora_edge.runtime.decoder import Decoder
+from lora_edge.runtime.session import ModelSession
+from lora_edge.tasks.task import Driver
+
+
+def open_parts(bundle: Bundle, options: Mapping[str, Any]) -> ModelSession:
+    """The session of a bundle.
+
+    Args:
+        bundle: the bundle; its graphs are checked against their hashes, their data by samples.
+        options: of :class:`~lora_edge.runtime.session.ModelSession`.
+
+    Raises:
+        BundleError, ProviderError: as a session.
+    """
+    manifest = bundle.manifest
+    for part in manifest.parts.values():
+        folder = bundle.verify(part.file).parent
+        data = f"{part.file}_data"
+        if data in manifest.files:  # small graphs carry their weights inside
+            bundle.verify_sample(data)
+    return _driver(manifest.driver)(folder, manifest.parts, **options)
+
+
+def _driver(name: Driver) -> Callable[..., ModelSession]:
+    if name == "decoder":
+        return Decoder
+    # Imported when needed: most bundles generate text.
+    from lora_edge.runtime.encoder import Encoder
+    from lora_edge.runtime.seq2seq import Seq2Seq
+
+    return Encoder if name == "encoder" else Seq2Seq
