@@ -43,7 +43,7 @@ def make_random(folder: Path) -> tuple[Path, Path]:
 def main(folder: Path) -> None:
     base, adapter = map(Path, sys.argv[1:3]) if len(sys.argv) > 2 else make_random(folder)
     bundle = lora_edge.export(base, {"accent": adapter}, output=folder / "b", backend="optimum")
-    mels, frames = bundle.manifest.seq2seq.features
+    mels, frames = bundle.manifest.reads.sample
     print(f"{bundle.manifest.task}: features [batch, {mels}, {frames}]")
 
     # Features are yours to compute, with transformers' WhisperFeatureExtractor for one.

@@ -14,10 +14,12 @@ from safetensors.numpy import load_file
 
 from lora_edge.base.checkpoint import resolve_base
 from lora_edge.capture import capture
-from lora_edge.parity.base.encoder import check_encoder
-from lora_edge.parity.task_reference import TaskReference
+from lora_edge.parity.plan.states import BASE as OFF
+from lora_edge.parity.plan.states import only
+from lora_edge.parity.reference import Reference
 from lora_edge.runtime.text.tokenizer import Tokenizer
 from lora_edge.tasks.task import Task
+from tests.support.checks import checked
 from tests.support.paths import MODELS
 
 BASE = MODELS / "tiny-bert"
@@ -39,16 +41,16 @@ def _lines(name: str) -> list[dict[str, str]]:
 def test_the_base_is_small_and_well_conditioned() -> None:
     base = resolve_base(BASE)
     task = Task("feature-extraction")
-    reference = TaskReference(base, task)
+    reference = Reference(base, task)
     assert reference.parameters <= 1_000_000
     tokenizer = Tokenizer(BASE)
     rows = [
         {"input_ids": np.array(coded.ids), "token_type_ids": np.array(coded.type_ids)}
         for coded in (tokenizer.encode_input(line["text"]) for line in _lines("claims")[:20])
     ]
-    narrow = reference.outputs(rows)
+    narrow = reference.outputs(rows, [OFF] * len(rows))
     with reference.wide():
-        wide = reference.outputs(rows)
+        wide = reference.outputs(rows, [OFF] * len(rows))
     assert max(np.abs(a - b).max() for a, b in zip(narrow, wide, strict=True)) <= 1e-5
 
 
@@ -90,7 +92,7 @@ def test_the_adapter_brings_its_head_and_its_labels(name: str) -> None:
 @pytest.mark.parametrize("name", LABELS)
 def test_the_adapter_tells_apart_what_the_base_does_not(name: str) -> None:
     labels, lines, tokenizer = LABELS[name], _lines(name), Tokenizer(BASE)
-    reference = TaskReference(resolve_base(BASE), Task("text-classification", len(labels)))
+    reference = Reference(resolve_base(BASE), Task("text-classification", len(labels)))
     reference.attach(name, MODELS / "classifiers" / name, len(labels))
     rows = [
         {"input_ids": np.array(coded.ids), "token_type_ids": np.array(coded.type_ids)}
@@ -101,8 +103,8 @@ def test_the_adapter_tells_apart_what_the_base_does_not(name: str) -> None:
         hits = [labels[o.argmax()] == line["label"] for o, line in zip(outputs, lines, strict=True)]
         return sum(hits) / len(hits)
 
-    assert share(reference.outputs(rows, name)) >= 0.95
-    assert abs(share(reference.outputs(rows)) - 1 / len(labels)) <= 0.1
+    assert share(reference.outputs(rows, [only(name)] * len(rows))) >= 0.95
+    assert abs(share(reference.outputs(rows, [OFF] * len(rows))) - 1 / len(labels)) <= 0.1
 
 
 @pytest.mark.parametrize("name", LABELS)
@@ -126,6 +128,6 @@ def test_held_out_lines_are_those_of_the_recipe(
 def test_the_base_is_captured(task: Task, tmp_path: Path) -> None:
     base = resolve_base(BASE)
     graph = capture(base, tmp_path, task)
-    figures = check_encoder(graph, base, task)
+    figures = checked(graph, base, task)
     assert figures["limit"] <= 1e-4
-    assert graph.spec.max_length == 128
+    assert graph.reads.max_length == 128

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -14,7 +15,7 @@ from prepare import Graphs
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from lora_edge.adapter.load import load_adapter
-from lora_edge.bundle.manifest import GraphSpec, SiteEntry
+from lora_edge.bundle.part import Part, SiteEntry
 from lora_edge.maths.lora import SiteChange
 from lora_edge.runtime.adapters.binding import Binding
 from lora_edge.runtime.decoder import Decoder
@@ -47,13 +48,14 @@ class Graph:
     def __init__(
         self,
         path: Path,
-        spec: GraphSpec,
+        part: Part,
         threads: int,
         sites: dict[str, SiteEntry] | None = None,
         adapter: Path | None = None,
         fixed: Fixed | None = None,
     ) -> None:
-        self._decoder = Decoder(path, spec, sites=sites, threads=threads, fixed=fixed)
+        own = replace(part, file=path.name, sites=sites or {})
+        self._decoder = Decoder(path.parent, {"decoder": own}, threads=threads, fixed=fixed)
         self._binding: Binding | None = None
         if adapter is not None:
             tensors, changes = self._decoder.tensors, _changes(adapter)
@@ -108,18 +110,18 @@ def _pinned(graphs: Graphs, changes: dict[str, SiteChange]) -> Fixed:
 def makers(graphs: Graphs, threads: int) -> dict[str, Callable[[], Contestant]]:
     """How each contestant is made, by name; genai's only where its graph is."""
     found: dict[str, Callable[[], Contestant]] = {
-        MERGED: lambda: Graph(graphs.merged, graphs.spec, threads),
-        ON: lambda: Graph(graphs.switchable, graphs.spec, threads, graphs.sites, graphs.adapter),
-        OFF: lambda: Graph(graphs.switchable, graphs.spec, threads, graphs.sites),
+        MERGED: lambda: Graph(graphs.merged, graphs.part, threads),
+        ON: lambda: Graph(graphs.switchable, graphs.part, threads, graphs.sites, graphs.adapter),
+        OFF: lambda: Graph(graphs.switchable, graphs.part, threads, graphs.sites),
         ON_PINNED: lambda: Graph(
-            graphs.plain, graphs.spec, threads, fixed=_pinned(graphs, _changes(graphs.adapter))
+            graphs.plain, graphs.part, threads, fixed=_pinned(graphs, _changes(graphs.adapter))
         ),
-        OFF_PINNED: lambda: Graph(graphs.plain, graphs.spec, threads, fixed=Fixed((), {})),
+        OFF_PINNED: lambda: Graph(graphs.plain, graphs.part, threads, fixed=Fixed((), {})),
         PEFT: lambda: Eager(graphs.base, graphs.adapter),
         EAGER: lambda: Eager(graphs.base),
     }
     genai = graphs.genai
     if genai is not None:
         for name in (REFERENCE, AGAIN):
-            found[name] = lambda: Graph(genai, graphs.genai_spec, threads)
+            found[name] = lambda: Graph(genai, graphs.genai_part, threads)
     return found

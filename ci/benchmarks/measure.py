@@ -45,7 +45,7 @@ def measure(
     order.shuffle(making)
     contestants = [(name, make()) for name, make in making]
 
-    tokens = np.random.default_rng(seed).integers(0, graphs.spec.vocab_size, PROMPT + 2 * steps)
+    tokens = np.random.default_rng(seed).integers(0, graphs.part.vocab_size, PROMPT + 2 * steps)
     prompt, rest = tokens[:PROMPT].tolist(), tokens[PROMPT:].tolist()
     logits = {name: entry.start(prompt, len(tokens)) for name, entry in contestants}
     seconds: dict[str, list[float]] = {name: [] for name in logits}

@@ -22,7 +22,7 @@ from transformers.utils import logging
 from lora_edge import graph as passes
 from lora_edge.adapter.load import load_adapter
 from lora_edge.base.checkpoint import resolve_base
-from lora_edge.bundle.manifest import GraphSpec, SiteEntry
+from lora_edge.bundle.part import Part, SiteEntry
 from lora_edge.capture import capture
 from lora_edge.exporting.build import with_weights
 from lora_edge.fit.changes import parameter_changes
@@ -61,8 +61,8 @@ class Graphs:
         switchable: our graph with a branch on every linear layer but the head.
         plain: the same without any branch, what a bundle's ``onnx/base.onnx`` is.
         genai: onnxruntime-genai's graph of the merged weights; None if it is not installed.
-        spec: facts of our two graphs.
-        genai_spec: facts of genai's.
+        part: facts of our two graphs.
+        genai_part: facts of genai's.
         sites: the branches of ``switchable``, with where ``plain`` has their weights.
     """
 
@@ -72,8 +72,8 @@ class Graphs:
     switchable: Path
     plain: Path
     genai: Path | None
-    spec: GraphSpec
-    genai_spec: GraphSpec
+    part: Part
+    genai_part: Part
     sites: dict[str, SiteEntry]
 
 
@@ -96,27 +96,27 @@ def prepare(folder: Path, shape: Shape) -> Graphs:
         for path, layer in captured.modules.items()
         if layer.kind == "linear" and path != captured.head
     }
-    model = passes.load(captured.path)
+    model = passes.load(captured.path())
     passes.fuse(model)
     passes.merge(model, passes.find_sites(model, sites), changes)
     passes.save_with_data(model, merged / "model.onnx")
-    model = passes.load(captured.path)
+    model = passes.load(captured.path())
     passes.fuse(model)
-    plain = captured.path.with_name("base.onnx")
+    plain = captured.path().with_name("base.onnx")
     passes.save_graph(model, plain)
     found = passes.find_sites(model, sites)
     sites = with_weights(sites, found)
     passes.branch(model, found)
-    passes.save_graph(model, captured.path)
+    passes.save_graph(model, captured.path())
     return Graphs(
         base=base,
         adapter=adapter,
         merged=merged / "model.onnx",
-        switchable=captured.path,
+        switchable=captured.path(),
         plain=plain,
         genai=genai,
-        spec=captured.spec,
-        genai_spec=replace(captured.spec, form="foreign", backend="genai"),
+        part=captured.reads,
+        genai_part=replace(captured.reads, form="foreign", backend="genai"),
         sites=sites,
     )
 

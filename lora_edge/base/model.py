@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -19,6 +20,10 @@ from lora_edge.base.linear import is_linear
 from lora_edge.base.quiet import quiet
 from lora_edge.errors import BaseModelError, UnsupportedModelError
 from lora_edge.tasks.task import Task
+
+_LAYERS = 1024  # more only where the checkpoint has more tensors
+_LARGEST = 1 << 40
+_COUNTS_LAYERS = re.compile(r"layers?$|blocks?$|depth$|groups$")
 
 
 def load_model(base: Base, attention: str | None, task: Task) -> Any:
@@ -143,10 +148,35 @@ def loading(base: Base, task: Task, attention: str | None) -> Iterator[None]:
 
 
 def read_config(base: Base, task: Task) -> Any:
-    """transformers' config of a base, its head sized for the task."""
+    """transformers' config of a base, its head sized for the task.
+
+    Raises:
+        BaseModelError: it counts more layers than a checkpoint of so few tensors has.
+    """
     import transformers
 
+    _refuse_counts(base)
     return transformers.AutoConfig.from_pretrained(base.directory, **task.labels)
+
+
+def _refuse_counts(base: Base) -> None:
+    """Building a model takes time for each layer, and nothing else would say how many there are."""
+    most = max(_LAYERS, len(base.keys()))
+    for name, value in _numbers(base.config):
+        if value > _LARGEST or (_COUNTS_LAYERS.search(name) and value > most):
+            raise BaseModelError(
+                f"{base.name_or_path}: config.json has {name} {value:,}, and the checkpoint has "
+                f"{len(base.keys())} tensors",
+                "Download config.json again; it is not of this checkpoint.",
+            )
+
+
+def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value)
+        elif isinstance(value, int):
+            yield name, value
 
 
 def empty_model(config: Any, task: Task) -> Any:

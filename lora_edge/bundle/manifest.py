@@ -179,9 +179,10 @@ class Manifest:
                 raise BundleError(f"{what}: base.{name} is missing", _HINT)
         wanted = Task(self.task).parts
         if set(self.parts) != set(wanted) or (self.beginning is not None) != (len(wanted) > 1):
+            more = " and a beginning" if len(wanted) > 1 else ""
             raise BundleError(
-                f"{what}: a bundle of {self.task} has the parts {' and '.join(wanted)}"
-                f"{' and a beginning' if len(wanted) > 1 else ''}, got {', '.join(self.parts)}",
+                f"{what}: a bundle of {self.task} has the parts {' and '.join(wanted)}{more}, got "
+                f"{', '.join(self.parts) or 'none'}",
                 _HINT,
             )
         for name, part in self.parts.items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Literal
 
 from lora_edge.base.layer import Layer
@@ -93,7 +92,7 @@ class Part:
     """One ONNX graph of a bundle, whoever made it.
 
     Attributes:
-        file: path of the graph, relative to the bundle.
+        file: path of the graph, relative to the bundle, or to the folder of a capture.
         form: ``fused`` (GroupQueryAttention), ``portable`` (standard operators) or ``foreign``
             (someone else's graph).
         backend: what made the base graph: ``trace`` or ``optimum``.
@@ -124,11 +123,6 @@ class Part:
     head: str = ""
     cache: Cache | None = None
     sites: Mapping[str, SiteEntry] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """The file's name without its folder."""
-        return Path(self.file).name
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from lora_edge.errors import (
     UnsupportedModelError,
 )
 from lora_edge.files.json import read_json, read_object
+from lora_edge.files.paths import path_inside
 from lora_edge.maths.pooling import MODES, Mode, Pooling
 
 MODULES_FILE = "modules.json"
@@ -171,11 +172,11 @@ def _modules(directory: Path) -> list[tuple[str, str]]:
         raise BundleError(f"{path} is not a JSON list of modules", _COPY)
     found = []
     for entry in data:
-        kind, folder = str(entry.get("type", "")), str(entry.get("path", ""))
-        parts = PurePosixPath(folder).parts
-        outside = folder.startswith("/") or ".." in parts or "\\" in folder or "\0" in folder
-        if outside or not (directory / folder).resolve().is_relative_to(directory.resolve()):
-            raise BundleError(f"{path} names a folder outside: {folder!r}", _COPY)
+        kind, folder = entry.get("type", ""), entry.get("path", "")
+        if not isinstance(kind, str):
+            raise BundleError(f"{path} has the type {kind!r:.100}, expected a name", _COPY)
+        if folder != "":  # the model's own
+            path_inside(directory, folder, f"{path}: a module's path", BundleError, _COPY)
         found.append((kind.rpartition(".")[2] if kind.startswith(_PACKAGE) else kind, folder))
     return found
 

@@ -56,9 +56,14 @@ class BaseGraph:
     beginning: Beginning | None = None
     encoder: str = ""
 
-    def path(self, part: str) -> Path:
-        """The ONNX file of a part."""
-        return self.folder / self.parts[part].name
+    @property
+    def reads(self) -> Part:
+        """The part that reads the inputs."""
+        return next(iter(self.parts.values()))
+
+    def path(self, part: str = "") -> Path:
+        """The ONNX file of a part; by default of the one that reads the inputs."""
+        return self.folder / (self.parts[part] if part else self.reads).file
 
     def part_of(self, module: str) -> str:
         """Name of the part that a module is in."""

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from lora_edge.base.checkpoint import Base
 from lora_edge.base.layer import Layer
 from lora_edge.base.model import load_model, model_layers
-from lora_edge.bundle.bundle import GRAPH_FILE
 from lora_edge.bundle.part import Part
 from lora_edge.capture.attention import MASKED, RegisteredAttention, explicit_attention
 from lora_edge.capture.refusing import max_length, noted_activations, refusing
@@ -207,7 +206,7 @@ def _as_untraced(part: Part) -> Iterator[None]:
 def _part(model: Any, task: Task, base: Base) -> Part:
     if task.name == "image-classification" or model.main_input_name == "pixel_values":
         return Part(
-            file=GRAPH_FILE,
+            file="model.onnx",
             form="portable",
             backend="trace",
             inputs=("pixel_values",),
@@ -235,7 +234,7 @@ def _part(model: Any, task: Task, base: Base) -> Part:
             "Set pad_token_id in its config.json to the one that the adapter was trained with.",
         )
     return Part(
-        file=GRAPH_FILE,
+        file="model.onnx",
         form="portable",
         backend="trace",
         inputs=tuple(inputs),

@@ -20,7 +20,6 @@ import torch
 from lora_edge.base.checkpoint import Base
 from lora_edge.base.layer import Layer
 from lora_edge.base.model import load_model, model_layers, path_of, tied_pair
-from lora_edge.bundle.bundle import DECODER_FILE, ENCODER_FILE, GRAPH_FILE
 from lora_edge.bundle.part import Beginning, Cache, Part
 from lora_edge.capture.refusing import max_length
 from lora_edge.errors import (
@@ -62,7 +61,7 @@ def export_with_optimum(
     path = directory / "model.onnx"
     kv_heads, head_dim, layers = _cache(graph)
     part = Part(
-        file=GRAPH_FILE,
+        file="model.onnx",
         form="foreign",
         backend="optimum",
         inputs=("input_ids", "attention_mask"),
@@ -96,7 +95,7 @@ def export_seq2seq(
     shapes = {}
     if getattr(model.config, "max_source_positions", None) and task.name.endswith("recognition"):
         shapes["nb_max_frames"] = 2 * model.config.max_source_positions
-    files = directory / Path(ENCODER_FILE).name, directory / Path(DECODER_FILE).name
+    files = directory / "encoder_model.onnx", directory / "decoder_model.onnx"
     with _exported(base, model, directory, task.name, shapes) as scratch:
         graphs = [onnx.load(str(scratch / file.name)) for file in files]
     inputs, features = _sources(graphs[0], base)
@@ -110,7 +109,7 @@ def export_seq2seq(
     vocab_size = int(model.config.vocab_size)
     parts = {
         "encoder": Part(
-            file=ENCODER_FILE,
+            file=files[0].name,
             inputs=inputs,
             output="last_hidden_state",
             vocab_size=0 if features else vocab_size,
@@ -119,7 +118,7 @@ def export_seq2seq(
             **common,
         ),
         "decoder": Part(
-            file=DECODER_FILE,
+            file=files[1].name,
             inputs=("input_ids", "encoder_hidden_states"),
             output="logits",
             vocab_size=vocab_size,

@@ -20,7 +20,6 @@ from lora_edge.base.experts import parameter_modules
 from lora_edge.base.families import OPTIMUM
 from lora_edge.base.layer import Layer
 from lora_edge.base.model import load_model, model_layers, path_of, tied_pair
-from lora_edge.bundle.bundle import GRAPH_FILE
 from lora_edge.bundle.part import Cache, Part
 from lora_edge.capture.attention import (
     AttentionSwap,
@@ -135,7 +134,7 @@ def trace(
     onnx.save(graph, directory / "model.onnx")
     first = facts[0]
     part = Part(
-        file=GRAPH_FILE,
+        file="model.onnx",
         form=form,
         backend="trace",
         inputs=("input_ids", "attention_mask"),

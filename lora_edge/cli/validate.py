@@ -100,7 +100,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option(
     "--baseline",
     type=_FILE,
-    help="A report of earlier (--json): fail also where a figure got worse by more than its own "
+    help="An earlier report (--json): fail also where a figure got worse by more than its own "
     "spread.",
 )
 @click.pass_context

@@ -179,7 +179,8 @@ def build(
     parts = {
         name: dataclasses.replace(
             part,
-            inputs=passes.own_inputs(passes.load(stage / part.file)),
+            file=_published(part),
+            inputs=passes.own_inputs(passes.load(stage / _published(part))),
             sites={path: x for path, x in covered.items() if captured.part_of(path) == name},
         )
         for name, part in captured.parts.items()
@@ -219,6 +220,11 @@ def _weights(base: Base, captured: Any, models: Mapping[str, Any]) -> Weights:
     return value
 
 
+def _published(part: Part) -> str:
+    """Where a captured graph will be in the bundle."""
+    return f"onnx/{part.file}"
+
+
 def _merge(
     captured: Any,
     models: Mapping[str, Any],
@@ -249,7 +255,7 @@ def _merge(
         owners = {path.rpartition(".")[0] for path in own} & set(modules)
         layers = {path: SiteEntry.of(modules[path]) for path in sorted(owners)}
         passes.merge(model, passes.find_sites(model, layers, weights), own, weights)
-        passes.save_with_data(model, stage / captured.parts[part].file)
+        passes.save_with_data(model, stage / _published(captured.parts[part]))
 
 
 def _branch(
@@ -287,7 +293,7 @@ def _branch(
         passes.branch(model, found)
         # Beside its data, which is moved and never rewritten.
         passes.save_graph(model, path)
-        target = stage / captured.parts[part].file
+        target = stage / _published(captured.parts[part])
         path.rename(target)
         data = path.with_name(f"{path.name}_data")
         data.rename(target.with_name(data.name))

@@ -32,6 +32,13 @@ _FLOOR_TOKENS_OF_LARGE = 40
 
 
 def open_reference(bundle: Bundle, base: Base, sources: Mapping[str, Path]) -> Reference:
+    """The bundle's model in PyTorch, with its adapters; arguments as :func:`open_base`."""
+    reference = open_base(bundle, base, sources)
+    attach(reference, bundle, sources)
+    return reference
+
+
+def open_base(bundle: Bundle, base: Base, sources: Mapping[str, Path]) -> Reference:
     """The bundle's base in PyTorch, as its checkpoint is; :func:`attach` makes it the bundle's.
 
     Args:

@@ -18,7 +18,7 @@ from lora_edge.bundle.bundle import GRAPH_FILE, Bundle, load_bundle
 from lora_edge.errors import DataError, MissingDependencyError
 from lora_edge.files.transaction import check_free, staging
 from lora_edge.names import LOGITS_POSITIONS, past_name, present_name
-from lora_edge.parity.ask import attach, open_reference
+from lora_edge.parity.ask import open_reference
 from lora_edge.parity.explain.rerun import rerun
 from lora_edge.parity.plan.states import Probe
 from lora_edge.parity.question import sources_of
@@ -75,7 +75,6 @@ def write_onnx_test_data(
     runner = Runner(target)
     sources = sources_of(target, base, runner.adapters, adapters or {})
     model = open_reference(target, base, sources)
-    attach(model, target, sources)
     plain = [golden for golden in recorded(target) if not golden.probe.part]
     goldens = [golden for golden in plain if golden.probe.kind in {"base", "adapter"}]
     covered = {name for golden in goldens for name in golden.probe.adapters}

@@ -18,7 +18,7 @@ from lora_edge.errors import DataError
 from lora_edge.files.transaction import recover
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.parity.around import look_around
-from lora_edge.parity.ask import ask, open_reference, silent
+from lora_edge.parity.ask import ask, open_base, silent
 from lora_edge.parity.checks import Broken, broken_by, compare, switching
 from lora_edge.parity.compare import Tolerance
 from lora_edge.parity.entries import check_entries
@@ -198,7 +198,7 @@ def validate(
         if index == 0:
             if base is not None:
                 sources = sources_of(target, base, names, adapters or {})
-                model = model or open_reference(target, base, sources)
+                model = model or open_base(target, base, sources)
             around, answers = look_around(runner, model, sources, say)
             cases += [dataclasses.replace(case, session=session.name) for case in around]
         asked: Iterable[Golden] = goldens

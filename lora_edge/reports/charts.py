@@ -36,8 +36,11 @@ class _Axis:
         return _Axis(low, low + step * math.ceil((high - low) / step), step, start, end)
 
     def at(self, value: float) -> float:
-        part = (math.log10(value) - self.low) / (self.high - self.low)
-        return self.start + part * (self.end - self.start)
+        return self.at_power(math.log10(value))
+
+    def at_power(self, power: float) -> float:
+        """The place of ten to this power, which may be no float."""
+        return self.start + (power - self.low) / (self.high - self.low) * (self.end - self.start)
 
     @property
     def decades(self) -> list[int]:
@@ -71,11 +74,11 @@ def effect_chart(cases: Sequence[Case]) -> str:
         f'<rect class="lane" x="{_LEFT}" y="{_TOP}" width="{_LANE}" height="{foot - _TOP}"/>',
     ]
     for decade in y.decades:
-        at = y.at(10.0**decade)
+        at = y.at_power(decade)
         lines.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" {_level(at)}/>')
         lines.append(_text("tick", _LEFT - 7, at + 4, _power(decade), "end"))
     for decade in x.decades if effects else []:
-        at = x.at(10.0**decade)
+        at = x.at_power(decade)
         lines.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{_TOP}" y2="{foot}"/>')
         anchor = "end" if at > _WIDTH - 2 * _RIGHT else "middle"
         lines.append(_text("tick", at, foot + 18, _power(decade), anchor))

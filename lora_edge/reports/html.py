@@ -165,7 +165,7 @@ def _layers(case: Case) -> dict[str, Any]:
     paths = [layer["path"] for layer in layers]
     at = paths.index(first["path"]) if first else len(layers) - 1
     shown = layers[max(0, at - _BEFORE) : at + _BEHIND + 1]
-    values = [x for each in shown for x in (each["error"], each["limit"]) if x]
+    values = [x for each in shown for x in (each["error"], each["limit"]) if x and x > 0]
     low = math.floor(math.log10(min(values, default=1e-9)) - 0.1)
     high = max(low + 1, math.ceil(math.log10(max(values, default=1.0))))
 

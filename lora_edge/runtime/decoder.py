@@ -30,7 +30,7 @@ class Decoder(ModelSession):
         """As :class:`~lora_edge.runtime.session.ModelSession`, of one part with a cache."""
         super().__init__(folder, parts, **options)
         self.part = parts["decoder"]
-        path = folder / self.part.name
+        path = folder / self.part.file
         if self.part.cache is None:
             raise BundleError(f"{path}: a decoder needs a cache", "Export the bundle again.")
         self.cache = self.part.cache

@@ -26,11 +26,11 @@ def open_parts(bundle: Bundle, options: Mapping[str, Any]) -> ModelSession:
     """
     manifest = bundle.manifest
     for part in manifest.parts.values():
-        folder = bundle.verify(part.file).parent
+        bundle.verify(part.file)
         data = f"{part.file}_data"
         if data in manifest.files:  # small graphs carry their weights inside
             bundle.verify_sample(data)
-    return _driver(manifest.driver)(folder, manifest.parts, **options)
+    return _driver(manifest.driver)(bundle.directory, manifest.parts, **options)
 
 
 def _driver(name: Driver) -> Callable[..., ModelSession]:

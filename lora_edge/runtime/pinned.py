@@ -105,7 +105,7 @@ class PinnedSessions:
         return self._opened[state], Binding((state,), {})
 
     def _open(self, state: State) -> Decoder:
-        graph = self._bundle.verify(BASE_GRAPH_FILE)
+        self._bundle.verify(BASE_GRAPH_FILE)
         sites = self._bundle.manifest.sites
         data = self._bundle.directory / DATA_FILE
         values: Values = {}
@@ -114,7 +114,7 @@ class PinnedSessions:
         fixed = Fixed(state, values)
         part = self._bundle.manifest.parts["decoder"]
         plain = dataclasses.replace(part, file=BASE_GRAPH_FILE, sites={})
-        return Decoder(graph.parent, {"decoder": plain}, fixed=fixed, **self._options)
+        return Decoder(self._bundle.directory, {"decoder": plain}, fixed=fixed, **self._options)
 
     def _check_opened(self, decoder: Decoder, state: State) -> None:
         """Compare a session with the switchable graph, on one prompt.

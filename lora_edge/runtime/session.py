@@ -70,7 +70,7 @@ class ModelSession:
     """A model's parts on one execution provider. Graphs without adapter inputs run alike.
 
     Args:
-        folder: where the parts' files are.
+        folder: what the parts' files are relative to.
         parts: name -> part.
         provider: execution provider, strict (see :mod:`lora_edge.runtime.providers`).
         threads: intra-op threads; None leaves it to ONNX Runtime.
@@ -107,7 +107,7 @@ class ModelSession:
             "allow_fallback": allow_fallback,
             "weights": {} if fixed is None else fixed.weights,
         }
-        self.graphs = {name: self._open(folder / part.name, part) for name, part in parts.items()}
+        self.graphs = {name: self._open(folder / part.file, part) for name, part in parts.items()}
         self.tensors = Tensors(self.sites, self.provider.device, zero_rank=self.provider.zero_rank)
         self._fixed = fixed
         self._off = self.tensors.off() if fixed is None else Binding((fixed.state,), {})

@@ -121,7 +121,7 @@ def check_recipe(recipe: Recipe, base: str, data: Path, evaluation: Path | None)
         raise AdapterError(
             f"the record was made with a base of fingerprint {recipe.base_fingerprint[:12]}, "
             f"{base} has {found[:12]}",
-            "Give the base of then as BASE.",
+            "Give the base that the record was made with as BASE.",
         )
     for path, wanted in ((data, recipe.data_sha256), (evaluation, recipe.evaluation_sha256)):
         digest = None if path is None else read_source(path).sha256

@@ -22,6 +22,8 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
 BASE_FORMATS = ("fp32", "bf16", "4bit")
 
+_LARGEST_SEED = (1 << 32) - 1  # of numpy's random numbers, which transformers seeds too
+
 _DEFAULT = "Correct it, or leave it out for the default."
 _CHOICES = {
     "bias": BIASES,
@@ -158,8 +160,9 @@ class Settings:
                 opt.listed(name, value)
 
     def _check_numbers(self) -> None:
-        for name, least in (("rank", 1), ("batch_size", 1), ("accumulate", 1), ("seed", 0)):
-            _require(name, getattr(self, name), at_least=least)
+        for name in ("rank", "batch_size", "accumulate"):
+            _require(name, getattr(self, name), at_least=1)
+        opt.whole("seed", self.seed, 0, _LARGEST_SEED)
         for name in ("max_steps", "eval_every", "save_every", "patience"):
             if getattr(self, name) is not None:
                 _require(name, getattr(self, name), at_least=1)

@@ -26,7 +26,7 @@ from lora_edge.adapter.load import load_adapter
 from lora_edge.adapter.refusals import MODES, Mode
 from lora_edge.adapter.tensors import LowRank, TokenRows
 from lora_edge.adapter.types import MERGE_FIRST
-from lora_edge.bundle.manifest import SiteEntry
+from lora_edge.bundle.part import SiteEntry
 from lora_edge.cli import main
 from lora_edge.errors import AdapterError, UnsupportedAdapterError
 from lora_edge.fit.check import check_copies, check_modules

@@ -15,7 +15,7 @@ from transformers.utils import logging as settings
 from lora_edge.base.checkpoint import resolve_base
 from lora_edge.base.model import load_model
 from lora_edge.base.quiet import quiet
-from lora_edge.parity.task_reference import TaskReference
+from lora_edge.parity.reference import Reference
 from lora_edge.tasks.task import Task
 from tests.support.paths import ROOT
 
@@ -48,7 +48,7 @@ def _capture() -> None:
 
 
 def _reference() -> None:
-    TaskReference(resolve_base(BASE), TASK)
+    Reference(resolve_base(BASE), TASK)
 
 
 @pytest.mark.parametrize("load", [_capture, _reference])

@@ -5,28 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lora_edge.bundle.bundle import MANIFEST_NAME, load_bundle
-from lora_edge.bundle.manifest import _TASKS, GraphSpec, Manifest
+from lora_edge.bundle.manifest import Manifest
 from lora_edge.errors import BundleError
-from lora_edge.tasks.task import SEQ2SEQ, TASKS, TEXT_GENERATION
 
-GRAPH: dict[str, Any] = {
-    "form": "fused",
-    "backend": "trace",
-    "padding": "right",
-    "shared_cache": True,
-    "layers": 2,
-    "kv_heads": 2,
-    "head_dim": 8,
-    "vocab_size": 64,
-    "max_length": 128,
-    "head": "lm_head",
-}
+CACHE = {"kind": "shared", "layers": 2, "kv_heads": 2, "head_dim": 8}
 SITE = {"in_features": 4, "out_features": 6}
 ADAPTER = {
     "name": "a",
@@ -37,15 +26,27 @@ ADAPTER = {
     "base_fingerprint": "f",
     "proved": True,
 }
+PART: dict[str, Any] = {
+    "file": "onnx/model.onnx",
+    "form": "fused",
+    "backend": "trace",
+    "inputs": ["input_ids", "attention_mask"],
+    "output": "logits",
+    "vocab_size": 64,
+    "max_length": 128,
+    "padding": "right",
+    "head": "lm_head",
+    "cache": CACHE,
+    "sites": {"x": SITE},
+}
 WHOLE: dict[str, Any] = {
-    "format_version": 1,
+    "format_version": 2,
     "mode": "switchable",
     "task": "text-generation",
     "precision": "fp32",
-    "graph": GRAPH,
+    "parts": {"decoder": PART},
     "base": {"name_or_path": "b", "model_type": "llama", "fingerprint": "f"},
     "kinds": ["lora"],
-    "sites": {"x": SITE},
     "adapters": {"a": ADAPTER},
     "base_check": {},
     "versions": {"lora-edge": "0.1"},
@@ -65,13 +66,10 @@ def _set(path: str, value: object) -> Callable[[dict[str, Any]], None]:
 
 def test_a_whole_manifest_is_read() -> None:
     manifest = Manifest.from_json(json.dumps(WHOLE))
-    assert isinstance(manifest.graph, GraphSpec)
+    assert manifest.reads is manifest.gives is manifest.parts["decoder"]
+    assert manifest.sites == manifest.reads.sites
     assert Manifest.from_json(manifest.to_json()) == manifest
     assert Manifest.from_json(b"\xef\xbb\xbf" + manifest.to_json().encode()) == manifest
-
-
-def test_the_tasks_are_those_that_there_are() -> None:
-    assert set(_TASKS) == {TEXT_GENERATION, *TASKS, *SEQ2SEQ}
 
 
 @pytest.mark.parametrize(
@@ -81,26 +79,39 @@ def test_the_tasks_are_those_that_there_are() -> None:
         (_set("mode", []), "mode is"),
         (_set("task", "poetry"), "task is 'poetry', expected one of"),
         (_set("task", {}), "task is"),
-        (_set("task", "text-classification"), "graph"),
+        (_set("task", "text-classification"), "has the parts encoder, got decoder"),
         (_set("precision", "fp8"), "precision is 'fp8'"),
-        (_set("graph/layers", 10**7), "graph.layers is 10000000, expected 1 to"),
-        (_set("graph/layers", "2"), "graph.layers is '2'"),
-        (_set("graph/max_length", 2**40), "graph.max_length is"),
-        (_set("graph/kv_heads", -1), "graph.kv_heads is -1"),
-        (_set("graph/vocab_size", 10**12), "graph.vocab_size is"),
-        (_set("graph/head_dim", True), "graph.head_dim is True"),
-        (_set("graph/shared_cache", "no"), "graph.shared_cache is 'no'"),
-        (_set("graph/form", None), "graph.form is None"),
-        (_set("graph", []), r"graph is \[\]"),
+        (
+            _set("parts/decoder/cache/layers", 10**7),
+            "parts.decoder.cache.layers is 10000000, expected 1 to",
+        ),
+        (_set("parts/decoder/cache/layers", "2"), "parts.decoder.cache.layers is '2'"),
+        (_set("parts/decoder/max_length", 2**40), "parts.decoder.max_length is"),
+        (_set("parts/decoder/cache/kv_heads", -1), "parts.decoder.cache.kv_heads is -1"),
+        (_set("parts/decoder/vocab_size", 10**12), "parts.decoder.vocab_size is"),
+        (_set("parts/decoder/cache/head_dim", True), "parts.decoder.cache.head_dim is True"),
+        (_set("parts/decoder/cache/kind", "none"), "parts.decoder.cache.kind is 'none'"),
+        (_set("parts/decoder/cache", None), "parts.decoder.cache is not of text-generation"),
+        (_set("parts/decoder/inputs", []), "parts.decoder.inputs is empty"),
+        (_set("parts/decoder/file", "../x.onnx"), "parts.decoder.file is '../x.onnx'"),
+        (_set("parts", {"encoder": PART}), "has the parts decoder, got encoder"),
+        (_set("parts", {}), "has the parts decoder, got none"),
+        (_set("beginning", {"start": [1]}), "has the parts decoder"),
+        (_set("task", "text2text-generation"), "has the parts encoder and decoder and a beginning"),
+        (_set("parts/decoder/form", None), "parts.decoder.form is None"),
+        (_set("parts", []), r"parts is \[\]"),
         (_set("base", {}), "base.fingerprint is missing"),
         (_set("base", {"fingerprint": "f", "model_type": "m"}), "base.name_or_path is missing"),
         (_set("base/fingerprint", 3), "base.fingerprint is 3"),
         (_set("kinds", "lora"), "kinds is 'lora'"),
-        (_set("sites", [SITE]), "sites is"),
-        (_set("sites/x/in_features", -4), "sites.x.in_features is -4"),
-        (_set("sites/x/kind", "lstm"), "sites.x.kind is 'lstm'"),
-        (_set("sites/x/parts", ["A", "Z"]), r"sites.x.parts\[1\] is 'Z'"),
-        (_set("sites/x/weight", {"name": "w"}), "sites.x.weight"),
+        (_set("parts/decoder/sites", [SITE]), "parts.decoder.sites is"),
+        (_set("parts/decoder/sites/x/in_features", -4), "parts.decoder.sites.x.in_features is -4"),
+        (_set("parts/decoder/sites/x/kind", "lstm"), "parts.decoder.sites.x.kind is 'lstm'"),
+        (
+            _set("parts/decoder/sites/x/parts", ["A", "Z"]),
+            r"parts.decoder.sites.x.parts\[1\] is 'Z'",
+        ),
+        (_set("parts/decoder/sites/x/weight", {"name": "w"}), "parts.decoder.sites.x.weight"),
         (_set("adapters/a", None), "adapters.a is None"),
         (_set("adapters/a/ranks", {"x": -1}), "adapters.a.ranks.x is -1"),
         (_set("adapters/a/name", "b"), "is called 'b'"),
@@ -113,9 +124,9 @@ def test_the_tasks_are_those_that_there_are() -> None:
         (_set("files", {"x": {"sha256": "0", "bytes": 1}}), "files.x.sha256 is '0'"),
         (_set("files", {"x": {"sha256": "0" * 64, "bytes": -1}}), "files.x.bytes is -1"),
         (_set("quantization", {"bits": 3, "block_size": 32, "layers": []}), "bits is 3"),
-        (_set("format_version", 2), "format_version 2, expected 1"),
-        (_set("format_version", True), "format_version True, expected 1"),
-        (_set("format_version", None), "format_version None, expected 1"),
+        (_set("format_version", 3), "format_version 3, expected 2"),
+        (_set("format_version", True), "format_version True, expected 2"),
+        (_set("format_version", None), "format_version None, expected 2"),
         (_set("surprise", 1), "surprise is no field"),
         (lambda data: data.pop("versions"), "versions is missing"),
     ],
@@ -170,7 +181,7 @@ def test_links_that_lead_out_are_refused(tmp_path: Path) -> None:
 def test_a_manifest_that_could_not_be_read_is_not_written(tmp_path: Path) -> None:
     (tmp_path / MANIFEST_NAME).write_text(json.dumps(WHOLE))
     bundle = load_bundle(tmp_path)
-    wrong = Manifest(**{**vars(bundle.manifest), "mode": "both"})
+    wrong: Any = replace(bundle.manifest, mode="both")  # type: ignore[arg-type]
     with pytest.raises(BundleError, match="mode is 'both'"):
         bundle.write_manifest(wrong)
     assert load_bundle(tmp_path).manifest == bundle.manifest

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from lora_edge.base.layer import Layer
-from lora_edge.bundle.manifest import SiteEntry, WeightEntry
+from lora_edge.bundle.part import SiteEntry, WeightEntry
 from lora_edge.names import FACTOR_PARTS
 
 

@@ -13,12 +13,11 @@ import torch
 import transformers
 
 from lora_edge.base.checkpoint import resolve_base
-from lora_edge.bundle.manifest import EncoderSpec
 from lora_edge.capture import BaseGraph, capture
 from lora_edge.errors import BaseModelError, CaptureError, UnsupportedModelError
 from lora_edge.graph import check
-from lora_edge.parity.base.encoder import check_encoder
 from lora_edge.tasks.task import Task, fresh_head
+from tests.support.checks import checked
 from tests.support.encoders import IMAGE_FAMILIES, TEXT_FAMILIES, TEXT_TASKS, make_encoder
 
 # transformers 4 gives these no attention interface.
@@ -34,10 +33,10 @@ CASES = [(family, task) for family in TEXT_FAMILIES for task in TEXT_TASKS] + [
 needs_5 = pytest.mark.skipif(OLD, reason="transformers 4's BERT has no attention interface")
 
 
-def _capture(base: Path, folder: Path, task: Task) -> BaseGraph[EncoderSpec]:
+def _capture(base: Path, folder: Path, task: Task) -> BaseGraph:
     folder.mkdir()
     graph = capture(resolve_base(base), folder, task)
-    check(graph.path)
+    check(graph.path())
     return graph
 
 
@@ -53,15 +52,15 @@ def test_family_equals_pytorch_or_is_refused(family: str, name: str, tmp_path: P
             _capture(base, tmp_path / "out", task)
         return
     graph = _capture(base, tmp_path / "out", task)
-    figures = check_encoder(graph, resolve_base(base), task)
-    assert len(figures["cases"]) == (2 if graph.spec.image else 3)
+    figures = checked(graph, resolve_base(base), task)
+    assert len(figures["cases"]) == (2 if graph.reads.sample else 3)
     assert max(case["error"] for case in figures["cases"].values()) <= 1e-5
     assert figures["window_covered"]
-    assert figures["longest_row"] == (0 if graph.spec.image else 85)
-    model = onnx.load(graph.path, load_external_data=False)
+    assert figures["longest_row"] == (0 if graph.reads.sample else 85)
+    model = onnx.load(graph.path(), load_external_data=False)
     assert {node.domain for node in model.graph.node} == {""}
-    assert tuple(value.name for value in model.graph.input) == graph.spec.inputs
-    assert [value.name for value in model.graph.output] == [graph.spec.output]
+    assert tuple(value.name for value in model.graph.input) == graph.reads.inputs
+    assert [value.name for value in model.graph.output] == [graph.reads.output]
 
 
 @pytest.mark.parametrize(
@@ -105,13 +104,13 @@ def test_a_model_of_another_task_is_refused(tmp_path: Path) -> None:
 def test_each_linear_is_one_named_matmul_on_three_axes(tmp_path: Path) -> None:
     base = make_encoder("bert", "text-classification", tmp_path / "base")
     graph = _capture(base, tmp_path / "out", Task("text-classification"))
-    model = onnx.shape_inference.infer_shapes(onnx.load(graph.path))
+    model = onnx.shape_inference.infer_shapes(onnx.load(graph.path()))
     ranks = {
         value.name: len(value.type.tensor_type.shape.dim)
         for value in (*model.graph.value_info, *model.graph.output)
     }
     nodes = {node.name: node for node in model.graph.node}
-    tensors = _initializers(graph.path)
+    tensors = _initializers(graph.path())
     assert graph.head == "classifier"
     linears = {p: x for p, x in graph.modules.items() if x.kind in ("linear", "head")}
     assert {"bert.pooler.dense", "classifier"} < set(linears)
@@ -129,12 +128,12 @@ def test_the_patch_embedding_is_one_convolution(tmp_path: Path) -> None:
     base = make_encoder("vit", "image-classification", tmp_path / "base")
     graph = _capture(base, tmp_path / "out", Task("image-classification"))
     path = "vit.embeddings.patch_embeddings.projection"
-    (conv,) = [n for n in onnx.load(graph.path).graph.node if n.op_type == "Conv"]
+    (conv,) = [n for n in onnx.load(graph.path()).graph.node if n.op_type == "Conv"]
     assert conv.name == path
     assert list(conv.input[1:]) == [f"{path}.weight", f"{path}.bias"]
-    assert _initializers(graph.path)[f"{path}.weight"].shape == (32, 3, 8, 8)
-    assert graph.spec.image == (3, 24, 24)
-    dims = onnx.load(graph.path).graph.input[0].type.tensor_type.shape.dim
+    assert _initializers(graph.path())[f"{path}.weight"].shape == (32, 3, 8, 8)
+    assert graph.reads.sample == (3, 24, 24)
+    dims = onnx.load(graph.path()).graph.input[0].type.tensor_type.shape.dim
     assert [dim.dim_param or dim.dim_value for dim in dims] == ["batch", 3, 24, 24]
 
 
@@ -144,10 +143,10 @@ def test_the_head_alone_may_be_missing(family: str, tmp_path: Path) -> None:
     encoder = make_encoder(family, "feature-extraction", tmp_path / "base")
     task = Task("text-classification", num_labels=5)
     graph = _capture(encoder, tmp_path / "out", task)
-    figures = check_encoder(graph, resolve_base(encoder), task)
+    figures = checked(graph, resolve_base(encoder), task)
     assert max(case["error"] for case in figures["cases"].values()) <= 1e-6
     made = fresh_head(f"{graph.head}.weight", (5, 32))
-    np.testing.assert_array_equal(_initializers(graph.path)[f"{graph.head}.weight"], made.T)
+    np.testing.assert_array_equal(_initializers(graph.path())[f"{graph.head}.weight"], made.T)
     assert np.ptp(made) > 0.01
 
 
@@ -160,7 +159,7 @@ def test_a_head_of_another_size_is_replaced(tmp_path: Path) -> None:
     assert own.modules["classifier"].out_features == 3
     saved = transformers.AutoModelForTokenClassification.from_pretrained(base)
     np.testing.assert_array_equal(
-        _initializers(own.path)["classifier.weight"], saved.classifier.weight.detach().numpy().T
+        _initializers(own.path())["classifier.weight"], saved.classifier.weight.detach().numpy().T
     )
 
 
@@ -174,7 +173,7 @@ def test_anything_else_that_is_missing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BaseModelError, match=r"bert\.pooler\.dense\.bias"):
         _capture(tmp_path / "masked", tmp_path / "out", task)
     with pytest.raises(BaseModelError, match="pooler"):
-        check_encoder(_capture(base, tmp_path / "c", task), resolve_base(tmp_path / "masked"), task)
+        checked(_capture(base, tmp_path / "c", task), resolve_base(tmp_path / "masked"), task)
     # Without a pooler there is nothing to miss.
     _capture(tmp_path / "masked", tmp_path / "tokens", Task("token-classification", num_labels=2))
     _capture(tmp_path / "masked", tmp_path / "features", Task("feature-extraction"))
@@ -188,7 +187,7 @@ def test_further_modules_may_come_with_the_adapter_if_they_are_named(tmp_path: P
         _capture(base, tmp_path / "out", Task("text-classification", 2))
     named = Task("text-classification", 2, heads=("classifier", "pre_classifier"))
     graph = _capture(base, tmp_path / "named", named)
-    check_encoder(graph, resolve_base(base), named)
+    checked(graph, resolve_base(base), named)
 
 
 def test_a_capture_without_its_window_is_refused(tmp_path: Path) -> None:
@@ -198,7 +197,7 @@ def test_a_capture_without_its_window_is_refused(tmp_path: Path) -> None:
     other = make_encoder("mistral", task.name, tmp_path / "other", sliding_window=None)
     graph = _capture(other, tmp_path / "out", task)
     with pytest.raises(CaptureError, match="rows padded on the right"):
-        check_encoder(graph, resolve_base(base), task)
+        checked(graph, resolve_base(base), task)
 
 
 @needs_5
@@ -207,8 +206,8 @@ def test_a_capture_that_ignores_an_input_is_refused(name: str, value: int, tmp_p
     task = Task("text-classification")
     base = make_encoder("bert", task.name, tmp_path / "base")
     graph = _capture(base, tmp_path / "out", task)
-    check_encoder(graph, resolve_base(base), task)
-    model = onnx.load(graph.path)
+    checked(graph, resolve_base(base), task)
+    model = onnx.load(graph.path())
     nodes = [
         onnx.helper.make_node("Shape", [name], ["its_shape"]),
         onnx.helper.make_node(
@@ -222,9 +221,9 @@ def test_a_capture_that_ignores_an_input_is_refused(name: str, value: int, tmp_p
         node.input[:] = ["ignored" if i == name else i for i in node.input]
     for node in reversed(nodes):
         model.graph.node.insert(0, node)
-    onnx.save(model, graph.path)
+    onnx.save(model, graph.path())
     with pytest.raises(CaptureError, match="differs from PyTorch"):
-        check_encoder(graph, resolve_base(base), task)
+        checked(graph, resolve_base(base), task)
 
 
 def test_a_model_that_always_says_the_same_proves_nothing(tmp_path: Path) -> None:
@@ -236,7 +235,7 @@ def test_a_model_that_always_says_the_same_proves_nothing(tmp_path: Path) -> Non
     model.save_pretrained(tmp_path / "zero")
     graph = _capture(tmp_path / "zero", tmp_path / "out", task)
     with pytest.raises(CaptureError, match="proves nothing"):
-        check_encoder(graph, resolve_base(tmp_path / "zero"), task)
+        checked(graph, resolve_base(tmp_path / "zero"), task)
 
 
 def test_nothing_global_is_left_behind(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from lora_edge.base.checkpoint import resolve_base
 from lora_edge.capture import BaseGraph, capture
 from lora_edge.errors import CaptureError, UnsupportedModelError
 from lora_edge.graph import check, fuse, load, save_graph
-from lora_edge.parity.base.decoder import check_decoder
 from lora_edge.tasks.task import Task
+from tests.support.checks import checked
 from tests.support.families import MOE, make_base
 
 Form = Literal["fused", "portable"]
@@ -32,10 +32,10 @@ def _capture(directory: Path, form: Form, folder: Path) -> BaseGraph:
     folder.mkdir()
     graph = capture(resolve_base(directory), folder, form=form)
     if form == "fused":
-        model = load(graph.path)
+        model = load(graph.path())
         fuse(model)
-        save_graph(model, graph.path)
-    check(graph.path)
+        save_graph(model, graph.path())
+    check(graph.path())
     return graph
 
 
@@ -55,7 +55,7 @@ def _nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
 def test_family_equals_pytorch(family: str, form: Form, tmp_path: Path) -> None:
     base = make_base(family, tmp_path / "base")
     graph = _capture(base, form, tmp_path / form)
-    figures = check_decoder(graph, resolve_base(base))
+    figures = checked(graph, resolve_base(base))
     assert max(case["logit_error"] for case in figures["cases"].values()) <= 1e-5
     assert figures["window_covered"]
     assert "decode, one row" in figures["cases"]
@@ -67,7 +67,7 @@ def test_family_equals_pytorch(family: str, form: Form, tmp_path: Path) -> None:
 def test_experts_are_the_checkpoints_own_tensors(family: str, form: Form, tmp_path: Path) -> None:
     base = make_base(family, tmp_path / "base")
     graph = _capture(base, form, tmp_path / "out")
-    model = onnx.load(graph.path)
+    model = onnx.load(graph.path())
     tensors = {x.name: onnx.numpy_helper.to_array(x) for x in model.graph.initializer}
     reference = AutoModelForCausalLM.from_pretrained(base)
     state = reference.state_dict()
@@ -86,14 +86,14 @@ def test_experts_are_the_checkpoints_own_tensors(family: str, form: Form, tmp_pa
     assert sum(x.size for x in tensors.values() if x.dtype == np.float32) < 1.2 * sum(
         x.numel() for x in reference.parameters()
     )
-    assert graph.path.stat().st_size < 200_000
+    assert graph.path().stat().st_size < 200_000
 
 
 @_stacked
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "glm4_moe"])
 def test_no_weight_of_an_expert_is_transposed(family: str, tmp_path: Path) -> None:
     graph = _capture(make_base(family, tmp_path / "base"), "portable", tmp_path / "out")
-    model = onnx.load(graph.path, load_external_data=False)
+    model = onnx.load(graph.path(), load_external_data=False)
     readers = [
         (node.op_type, name)
         for node in _nodes(model.graph)
@@ -112,7 +112,7 @@ def test_a_few_tokens_take_their_own_experts_only(tmp_path: Path) -> None:
     """The two branches agree, and each holds its own work."""
     base = make_base("qwen3_moe", tmp_path / "base", num_experts=12, num_experts_per_tok=3)
     graph = _capture(base, "fused", tmp_path / "out")
-    model = onnx.load(graph.path)
+    model = onnx.load(graph.path())
     choices = [node for node in model.graph.node if node.op_type == "If"]
     assert len(choices) == 2
     for node in choices:
@@ -128,7 +128,7 @@ def test_a_few_tokens_take_their_own_experts_only(tmp_path: Path) -> None:
         if node.op_type == "Constant" and node.output[0].endswith(".limit")
     ]
     assert limits == [6, 6]
-    figures = check_decoder(graph, resolve_base(base))
+    figures = checked(graph, resolve_base(base))
     assert figures["cases"]["decode, one row"]["logit_error"] <= 1e-5
 
 
@@ -141,7 +141,7 @@ def test_another_routing_is_noticed(change: dict[str, Any], form: Form, tmp_path
     other = make_base("qwen3_moe", tmp_path / "other", **{"num_experts_per_tok": 2, **change})
     graph = _capture(other, form, tmp_path / "out")
     with pytest.raises(CaptureError, match="differs"):
-        check_decoder(graph, resolve_base(base))
+        checked(graph, resolve_base(base))
 
 
 @_stacked
@@ -149,14 +149,14 @@ def test_another_routing_is_noticed(change: dict[str, Any], form: Form, tmp_path
 def test_a_forgotten_correction_of_scores_is_noticed(form: Form, tmp_path: Path) -> None:
     base = make_base("glm4_moe", tmp_path / "base")
     graph = _capture(base, form, tmp_path / "out")
-    model = onnx.load(graph.path)
+    model = onnx.load(graph.path())
     (bias,) = [x for x in model.graph.initializer if x.name.endswith("e_score_correction_bias")]
     array = onnx.numpy_helper.to_array(bias)
     assert np.abs(array).min() > 0
     bias.CopyFrom(onnx.numpy_helper.from_array(array[::-1] * 20, bias.name))
-    onnx.save(model, graph.path)
+    onnx.save(model, graph.path())
     with pytest.raises(CaptureError, match="differs"):
-        check_decoder(graph, resolve_base(base))
+        checked(graph, resolve_base(base))
 
 
 @_stacked
@@ -168,7 +168,7 @@ def test_only_layers_on_unflattened_tokens_are_sites(tmp_path: Path) -> None:
     shared = {"gate_proj", "up_proj", "down_proj"}
     assert {f"mlp.shared_expert.{name}" for name in shared} | {"mlp.shared_expert_gate"} <= sites
     assert not [path for path in sites if path.endswith((".gate", "experts"))]
-    model = onnx.shape_inference.infer_shapes(onnx.load(graph.path))
+    model = onnx.shape_inference.infer_shapes(onnx.load(graph.path()))
     ranks = {x.name: len(x.type.tensor_type.shape.dim) for x in model.graph.value_info}
     for node in model.graph.node:
         if node.name in linears:

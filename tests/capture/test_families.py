@@ -12,7 +12,7 @@ from lora_edge.base.checkpoint import resolve_base
 from lora_edge.capture import BaseGraph, capture
 from lora_edge.errors import CaptureError, UnsupportedModelError
 from lora_edge.graph import check, fuse, load, save_graph
-from lora_edge.parity.base.decoder import check_decoder
+from tests.support.checks import checked
 from tests.support.families import OTHER_ROTARIES, REFUSED, SUPPORTED, make_base
 
 
@@ -20,10 +20,10 @@ def _capture(directory: Path, form: str, folder: Path) -> BaseGraph:
     folder.mkdir()
     graph = capture(resolve_base(directory), folder, form=form)  # type: ignore[arg-type]
     if form == "fused":
-        model = load(graph.path)
+        model = load(graph.path())
         fuse(model)
-        save_graph(model, graph.path)
-    check(graph.path)
+        save_graph(model, graph.path())
+    check(graph.path())
     return graph
 
 
@@ -32,7 +32,7 @@ def _capture(directory: Path, form: str, folder: Path) -> BaseGraph:
 def test_family_equals_pytorch(family: str, form: str, tmp_path: Path) -> None:
     base = make_base(family, tmp_path / "base")
     graph = _capture(base, form, tmp_path / form)
-    figures = check_decoder(graph, resolve_base(base))
+    figures = checked(graph, resolve_base(base))
     worst = max(case["logit_error"] for case in figures["cases"].values())
     assert worst <= 1e-5
     assert figures["window_covered"]
@@ -40,7 +40,7 @@ def test_family_equals_pytorch(family: str, form: str, tmp_path: Path) -> None:
 
 def test_portable_form_has_standard_operators_only(tmp_path: Path) -> None:
     graph = _capture(make_base("qwen3", tmp_path / "base"), "portable", tmp_path / "out")
-    model = onnx.load(graph.path, load_external_data=False)
+    model = onnx.load(graph.path(), load_external_data=False)
     assert {node.domain for node in model.graph.node} == {""}
 
 
@@ -50,13 +50,13 @@ def test_a_wrong_capture_is_refused(tmp_path: Path) -> None:
     other = make_base("mistral", tmp_path / "other", sliding_window=None)
     graph = _capture(other, "fused", tmp_path / "out")
     with pytest.raises(CaptureError):
-        check_decoder(graph, resolve_base(base))
+        checked(graph, resolve_base(base))
 
 
 def test_tied_embedding_is_one_tensor_and_the_cache_has_static_heads(tmp_path: Path) -> None:
     base = make_base("llama", tmp_path / "base", tie_word_embeddings=True)
     graph = _capture(base, "fused", tmp_path / "out")
-    model = onnx.load(graph.path, load_external_data=False)
+    model = onnx.load(graph.path(), load_external_data=False)
     names = {tensor.name for tensor in model.graph.initializer}
     assert graph.tied
     assert "model.embed_tokens.weight" in names

@@ -25,7 +25,7 @@ Form = Literal["fused", "portable"]
 def _capture(base: Path, form: Form, folder: Path) -> tuple[BaseGraph, onnx.ModelProto]:
     folder.mkdir()
     graph = capture(resolve_base(base), folder, form=form)
-    return graph, onnx.load(graph.path)
+    return graph, onnx.load(graph.path())
 
 
 def _tensors(model: onnx.ModelProto) -> dict[str, Any]:
@@ -70,12 +70,12 @@ def test_weights_are_the_checkpoints(form: Form, tmp_path: Path) -> None:
 def test_large_tensors_are_in_the_data_file(tmp_path: Path) -> None:
     base = make_base("llama", tmp_path / "base", max_position_embeddings=4096)
     graph, _ = _capture(base, "fused", tmp_path / "out")
-    assert sorted(path.name for path in graph.path.parent.iterdir()) == [
+    assert sorted(path.name for path in graph.path().parent.iterdir()) == [
         "model.onnx",
         "model.onnx_data",
     ]
-    assert graph.path.stat().st_size < 100_000
-    model = onnx.load(graph.path, load_external_data=False)
+    assert graph.path().stat().st_size < 100_000
+    model = onnx.load(graph.path(), load_external_data=False)
     assert not [x.name for x in model.graph.initializer if len(x.raw_data) > 1024]
     places = [
         {entry.key: entry.value for entry in x.external_data} for x in model.graph.initializer
@@ -92,18 +92,18 @@ def test_interface_of_the_two_forms(tmp_path: Path) -> None:
         "attention_mask",
         "logits_positions",
     ]
-    assert (fused.spec.padding, fused.spec.shared_cache) == ("right", True)
+    assert (fused.reads.padding, fused.reads.cache.kind) == ("right", "shared")
     portable, portable_model = _capture(base, "portable", tmp_path / "portable")
     assert [x.name for x in portable_model.graph.input if x.name not in cache] == [
         "input_ids",
         "attention_mask",
         "position_ids",
     ]
-    assert (portable.spec.padding, portable.spec.shared_cache) == ("either", False)
+    assert (portable.reads.padding, portable.reads.cache.kind) == ("either", "concatenated")
     for graph in (fused, portable):
-        spec = graph.spec
-        assert (spec.layers, spec.kv_heads, spec.head_dim) == (2, 2, 32)
-        assert (spec.vocab_size, spec.max_length, spec.backend) == (256, 128, "trace")
+        part, cache = graph.reads, graph.reads.cache
+        assert (cache.layers, cache.kv_heads, cache.head_dim) == (2, 2, 32)
+        assert (part.vocab_size, part.max_length, part.backend) == (256, 128, "trace")
         assert set(graph.versions) == {"torch", "transformers", "onnx"}
 
 
@@ -135,7 +135,7 @@ def test_rotary_is_inside_the_operator_where_it_can_be(
 
 def test_logits_are_those_of_the_chosen_positions(tmp_path: Path) -> None:
     graph, _ = _capture(make_base("llama", tmp_path / "base"), "fused", tmp_path / "out")
-    session = onnxruntime.InferenceSession(graph.path, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(graph.path(), providers=["CPUExecutionProvider"])
     ids = np.random.default_rng(0).integers(3, 256, (2, 6))
     empty = np.zeros((2, 2, 0, 32), np.float32)
     feeds = {

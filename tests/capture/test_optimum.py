@@ -11,7 +11,7 @@ import pytest
 from lora_edge.base.checkpoint import resolve_base
 from lora_edge.capture import capture
 from lora_edge.errors import CaptureError, MissingDependencyError, UnsupportedModelError
-from lora_edge.parity.base.decoder import check_decoder
+from tests.support.checks import checked
 from tests.support.families import make_base
 
 _INSTALLED = importlib.util.find_spec("optimum") is not None
@@ -35,15 +35,15 @@ def test_family_equals_pytorch(family: str, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     folder.mkdir()
     graph = capture(base, folder, backend="optimum")
-    assert (graph.spec.form, graph.spec.backend, graph.spec.padding) == (
+    assert (graph.reads.form, graph.reads.backend, graph.reads.padding) == (
         "foreign",
         "optimum",
         "left",
     )
-    assert not graph.spec.shared_cache
+    assert graph.reads.cache.kind == "concatenated"
     assert sorted(path.name for path in folder.iterdir()) == ["model.onnx", "model.onnx_data"]
-    onnx.checker.check_model(str(graph.path))
-    figures = check_decoder(graph, base)
+    onnx.checker.check_model(str(graph.path()))
+    figures = checked(graph, base)
     assert max(case["logit_error"] for case in figures["cases"].values()) <= 1e-5
     assert figures["window_covered"]
     assert graph.versions["transformers"].startswith("4.57")
@@ -60,7 +60,7 @@ def test_another_softcap_is_noticed(tmp_path: Path) -> None:
     folder.mkdir()
     graph = capture(other, folder, backend="optimum")
     with pytest.raises(CaptureError):
-        check_decoder(graph, base)
+        checked(graph, base)
 
 
 @_needed

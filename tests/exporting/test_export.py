@@ -26,7 +26,7 @@ def test_published_bundle_is_whole_and_proved(exported: Path) -> None:
     bundle = lora_edge.load_bundle(exported)
     bundle.verify_all()
     assert all(entry.proved for entry in bundle.manifest.adapters.values())
-    onnx.checker.check_model(str(bundle.graph_path))
+    onnx.checker.check_model(str(bundle.directory / "onnx/model.onnx"))
     size = sum(file.stat().st_size for file in (exported / "parity").iterdir())
     assert size <= 1 << 20
     assert not list(exported.parent.glob(".*partial"))

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 import lora_edge
 from lora_edge.errors import LoraEdgeError
-from lora_edge.tasks.task import TASKS
+from lora_edge.tasks.task import Task
 from tests.support.encoders import make_encoder
 
 pytestmark = pytest.mark.skipif(
@@ -31,7 +31,7 @@ def _adapter(base: Path, task: str, directory: Path, labels: int = 0, **settings
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        model = getattr(transformers, TASKS[task]).from_pretrained(base, **sized).eval()
+        model = getattr(transformers, Task(task).loader).from_pretrained(base, **sized).eval()
     finally:
         logging.set_verbosity(level)
         logging.enable_progress_bar()

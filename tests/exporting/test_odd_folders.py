@@ -175,7 +175,7 @@ def test_missing_and_unexpected_keys_are_pefts(name: str, world: World) -> None:
         return
     manifest = load_bundle(world.bundle).manifest
     layers = {**manifest.uncovered, **manifest.sites}
-    view = BaseView(layers, manifest.tied, manifest.decoder.head)
+    view = BaseView(layers, manifest.tied, manifest.head)
     config = read_config(world.folders[name])
     if config["target_modules"] is None:
         return  # refused: PEFT's own table decides

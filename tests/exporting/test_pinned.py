@@ -14,8 +14,8 @@ import pytest
 
 import lora_edge
 from lora_edge.bundle.bundle import Manifest, load_bundle
-from lora_edge.bundle.manifest import SiteEntry, WeightEntry
 from lora_edge.bundle.onnx_adapter import read_adapter
+from lora_edge.bundle.part import SiteEntry, WeightEntry
 from lora_edge.maths.lora import Factors, SiteChange
 from lora_edge.runtime.pinned import merged_values
 from tests.support.families import make_base

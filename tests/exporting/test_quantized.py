@@ -74,7 +74,7 @@ def test_every_kind_is_exact_on_rounded_weights(key: str, made: Callable[[str], 
     linear = {
         path
         for path, site in {**manifest.sites, **manifest.uncovered}.items()
-        if site.kind == "linear" and path != manifest.decoder.head
+        if site.kind == "linear" and path != manifest.head
     }
     assert set(manifest.quantization.layers) == linear
     assert _quantized(found.bundle) == len(linear)

@@ -15,7 +15,6 @@ import pytest
 from click.testing import CliRunner
 
 import lora_edge
-from lora_edge.bundle.manifest import Seq2SeqSpec
 from lora_edge.bundle.onnx_adapter import read_adapter, write_adapter
 from lora_edge.cli.export import command as export
 from lora_edge.cli.run import command as run
@@ -137,7 +136,8 @@ class TestWithOptimum:
         from peft import PeftModel
 
         runner = lora_edge.Runner(exported.output)
-        spec = runner.bundle.manifest.seq2seq
+        manifest = runner.bundle.manifest
+        speech, start = manifest.reads.sample, manifest.beginning.start
         loader = getattr(transformers, Task(runner.bundle.manifest.task).loader)
         inputs = exported.inputs(3)
         said = []
@@ -146,7 +146,7 @@ class TestWithOptimum:
             model = PeftModel.from_pretrained(model, exported.adapters[name]).eval()
             ours = runner.generate_ids(inputs, name, 10)  # type: ignore[arg-type]
             for row, own in zip(inputs, ours, strict=True):  # type: ignore[call-overload]
-                key = "input_features" if spec.features else "input_ids"
+                key = "input_features" if speech else "input_ids"
                 with torch.inference_mode():
                     found = model.generate(
                         **{key: torch.tensor(row)[None]},
@@ -156,7 +156,7 @@ class TestWithOptimum:
                         forced_eos_token_id=None,  # BART's, in the last place of a full answer
                     )[0].tolist()
                 # Whisper's own generate() leaves out what the decoder began with.
-                theirs = found if spec.features else found[len(spec.start) :]
+                theirs = found if speech else found[len(start) :]
                 assert own == theirs[: len(own)], (name, own, found)
                 assert len(own) == 10 or own[-1] in runner.eos_ids
             said.append(ours)
@@ -176,10 +176,11 @@ class TestWithOptimum:
         inputs = exported.inputs(3)
         sampling = Sampling(temperature=0.8, top_k=9, seed=5, repetition_penalty=1.3)
         generators = sampling.generators(session.keys(inputs))
-        key = "input_features" if session.spec.features else "input_ids"
+        beginning = runner.bundle.manifest.beginning
+        key = "input_features" if session.encoder.sample else "input_ids"
         expected = []
-        for row, generator, start in zip(inputs, generators, session.starts(3), strict=True):  # type: ignore[call-overload]
-            said = list(start)
+        for row, generator in zip(inputs, generators, strict=True):  # type: ignore[call-overload]
+            said = list(beginning.start)
             for step in range(8):
                 with torch.inference_mode():
                     feeds = {
@@ -188,14 +189,14 @@ class TestWithOptimum:
                     }
                     logits = model.base_model(**feeds).logits[0, -1].numpy()
                 barred = [
-                    *session.spec.suppress,
-                    *(session.spec.begin_suppress if not step else ()),
+                    *beginning.suppress,
+                    *(beginning.begin_suppress if not step else ()),
                 ]
                 logits[barred] = -np.inf
                 said.append(sampling.choose(logits, generator, set(said)))
                 if said[-1] in runner.eos_ids:
                     break
-            expected.append(said[len(start) :])
+            expected.append(said[len(beginning.start) :])
         options: Any = {
             "temperature": 0.8, "top_k": 9, "seed": 5, "repetition_penalty": 1.3,
         }  # fmt: skip
@@ -223,16 +224,18 @@ class TestWithOptimum:
 
     def test_the_facts_are_kept(self, exported: Exported) -> None:
         manifest = lora_edge.Runner(exported.output).bundle.manifest
-        assert isinstance(manifest.graph, Seq2SeqSpec)
+        assert set(manifest.parts) == {"encoder", "decoder"}
         whisper = exported.family == "whisper"
         assert manifest.task == (
             "automatic-speech-recognition" if whisper else "text2text-generation"
         )
-        spec = manifest.seq2seq
-        assert spec.features == ((16, 40) if whisper else ())
-        assert spec.suppress == ((5, 9) if whisper else ())
-        assert spec.begin_suppress == ((7, 2) if whisper else ())
-        assert {path.startswith(f"{spec.encoder}.") for path in manifest.sites} == {True, False}
+        assert manifest.reads.sample == ((16, 40) if whisper else ())
+        assert manifest.beginning is not None
+        assert manifest.beginning.suppress == ((5, 9) if whisper else ())
+        assert manifest.beginning.begin_suppress == ((7, 2) if whisper else ())
+        assert all("encoder." in path for path in manifest.parts["encoder"].sites)
+        assert not any(".encoder." in path for path in manifest.parts["decoder"].sites)
+        assert all(part.sites for part in manifest.parts.values())
         assert "optimum" in manifest.versions["optimum-onnx"] or manifest.versions["optimum-onnx"]
 
     def test_an_adapter_added_later_is_proved(self, exported: Exported, tmp_path: Path) -> None:

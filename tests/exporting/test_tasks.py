@@ -24,7 +24,7 @@ from lora_edge.cli import main
 from lora_edge.parity.checks import compare
 from lora_edge.parity.compare import Tolerance
 from lora_edge.parity.record.golden import recorded
-from lora_edge.tasks.task import TASKS
+from lora_edge.tasks.task import Task
 from tests.support.blends import asked_of
 from tests.support.encoders import make_encoder
 from tests.support.paths import MODELS
@@ -103,7 +103,7 @@ def _load(base: Path, task: str, labels: int) -> Any:
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        return getattr(transformers, TASKS[task]).from_pretrained(base, **sized).eval()
+        return getattr(transformers, Task(task).loader).from_pretrained(base, **sized).eval()
     finally:
         logging.set_verbosity(level)
         logging.enable_progress_bar()

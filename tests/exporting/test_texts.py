@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -15,7 +16,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from lora_edge.base.checkpoint import Base
 from lora_edge.bundle.bundle import file_entries
-from lora_edge.bundle.manifest import AdapterEntry, GraphSpec, Manifest
+from lora_edge.bundle.manifest import AdapterEntry, Manifest
+from lora_edge.bundle.part import Cache, Part
 from lora_edge.errors import AdapterError, BaseModelError, MissingDependencyError
 from lora_edge.exporting.texts import write_adapter_texts, write_base_text
 from lora_edge.runtime.text.corpus import TEXTS
@@ -133,10 +135,21 @@ KINDS: dict[str, Callable[..., None]] = {
 
 
 def _manifest(stage: Path, *names: str, mode: Any = "switchable", rows: int = 2000) -> Manifest:
-    spec = GraphSpec("fused", "trace", "right", True, 1, 1, 8, rows, 64)
+    inputs = ("input_ids", "attention_mask")
+    part = Part("onnx/model.onnx", "fused", "trace", inputs, "logits", rows, 64)
+    part = dataclasses.replace(part, cache=Cache("shared", 1, 1, 8))
     entries = {x: AdapterEntry(x, f"{x}.f", "LoRA", {}, "d", "f", True) for x in names}
     return Manifest(
-        mode, "text-generation", "fp32", spec, {}, (), {}, entries, {}, {}, file_entries(stage)
+        mode,
+        "text-generation",
+        "fp32",
+        {"decoder": part},
+        {},
+        (),
+        entries,
+        {},
+        {},
+        file_entries(stage),
     )
 
 

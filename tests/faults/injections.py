@@ -468,7 +468,7 @@ def cache_layers_turned() -> AbstractContextManager[Any]:
 
 
 def _moved_on(decoding: Decoding, chunk: Any) -> Any:
-    last = decoding.decoder.spec.max_length - 1
+    last = decoding.decoder.part.max_length - 1
     return dataclasses.replace(chunk, positions=np.minimum(chunk.positions + 1, last))
 
 
@@ -517,7 +517,7 @@ def rows_lost(most: int) -> Patch:
 
     def chunk(real: Any, self: Any, rows: Any, history: Any) -> Any:
         made = real(self, rows, history)
-        made.ids[most:] = (made.ids[most:] + 1) % self.decoder.spec.vocab_size
+        made.ids[most:] = (made.ids[most:] + 1) % self.decoder.part.vocab_size
         return made
 
     return lambda: replaced(SharedCache, "_chunk", chunk)

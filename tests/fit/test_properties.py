@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 
 from lora_edge.adapter.load import Adapter, load_adapter
 from lora_edge.bundle.adapter_files import graph_tensors
-from lora_edge.bundle.manifest import SiteEntry
+from lora_edge.bundle.part import SiteEntry
 from lora_edge.fit.changes import parameter_changes, site_changes
 from lora_edge.fit.check import check_modules
 from lora_edge.graph import branch, find_sites, merge

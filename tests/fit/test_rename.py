@@ -23,7 +23,7 @@ from lora_edge.bundle.onnx_adapter import read_adapter
 from lora_edge.errors import UnsupportedAdapterError
 from lora_edge.fit.compare import Fit
 from lora_edge.fit.rename import SINCE_5, fitted_to, new_names
-from lora_edge.tasks.task import TASKS, TEXT, Task
+from lora_edge.tasks.task import TEXT, Task
 
 pytestmark = pytest.mark.skipif(
     transformers.__version__ < "5", reason="transformers 5 has renamed the modules"
@@ -99,7 +99,7 @@ def _with_names(adapter: Path, rules: Any, folder: Path, **config: Any) -> Path:
 @pytest.mark.parametrize("family", sorted(_BEFORE_5))
 def test_adapters_from_before_transformers_5(family: str, tmp_path: Path) -> None:
     """Exported as the same adapter with today's names is, and proved against PEFT with those."""
-    auto = TASKS["image-classification"]
+    auto = Task("image-classification").loader
     base = _make(family, auto, _IMAGE, tmp_path / "base")
     names = ["q_proj", "v_proj", "o_proj", "fc1"]
     made = _adapter(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,18 +12,12 @@ import pytest
 from onnx import numpy_helper
 
 from lora_edge.base.checkpoint import Base, resolve_base
-from lora_edge.bundle.manifest import GraphSpec
 from lora_edge.capture import BaseGraph, capture
 from lora_edge.errors import CaptureError
-from lora_edge.parity.base.decoder import check_decoder, shortest_window
+from lora_edge.parity.plan.plan import shortest_window
+from tests.support.checks import checked
 
 WINDOW = 16
-
-
-@dataclass(frozen=True)
-class Graph:
-    path: Path
-    spec: GraphSpec
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +62,7 @@ def _captured(base: Base, directory: Path, form: Literal["fused", "portable"]) -
 def test_a_right_capture_passes(
     windowed: Base, tmp_path: Path, form: Literal["fused", "portable"]
 ) -> None:
-    figures = check_decoder(_captured(windowed, tmp_path / "c", form), windowed)
+    figures = checked(_captured(windowed, tmp_path / "c", form), windowed)
     assert figures["window"] == WINDOW
     assert figures["window_covered"]
     assert figures["longest_row"] > WINDOW
@@ -87,20 +81,22 @@ def test_a_capture_that_forgot_the_window_is_found(
     """Right below the window, wrong beyond it."""
     graph = _captured(unwindowed, tmp_path / "c", form)
     with pytest.raises(CaptureError, match="prompt, padded on the right"):
-        check_decoder(graph, windowed)
+        checked(graph, windowed)
 
 
 def test_a_weight_that_is_slightly_off_is_found(windowed: Base, tmp_path: Path) -> None:
     graph = _captured(windowed, tmp_path / "c", "portable")
-    model = onnx.load(graph.path)
+    model = onnx.load(graph.path())
+    off = replace(graph, folder=tmp_path / "off")
+    off.folder.mkdir()
     for tensor in model.graph.initializer:
         if tensor.name == "model.layers.1.mlp.down_proj.weight":
             values = numpy_helper.to_array(tensor) * np.float32(1.0001)
             tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
-    onnx.save(model, tmp_path / "off.onnx")
-    check_decoder(graph, windowed)
+    onnx.save(model, off.path())
+    checked(graph, windowed)
     with pytest.raises(CaptureError, match="differs from PyTorch"):
-        check_decoder(Graph(tmp_path / "off.onnx", graph.spec), windowed)
+        checked(off, windowed)
 
 
 def test_which_window_a_config_means() -> None:
@@ -112,12 +108,12 @@ def test_which_window_a_config_means() -> None:
 
 def test_a_capture_that_cannot_be_run_is_refused_by_name(unwindowed: Base, tmp_path: Path) -> None:
     graph = capture(unwindowed, tmp_path, form="portable")
-    model = onnx.load(graph.path, load_external_data=False)
+    model = onnx.load(graph.path(), load_external_data=False)
     view = next(node for node in model.graph.node if node.op_type == "Reshape")
     shape = numpy_helper.from_array(np.array([7, 7], np.int64), "wrong")
     model.graph.initializer.append(shape)
     view.input[1] = "wrong"
-    onnx.save(model, graph.path)
+    onnx.save(model, graph.path())
     with pytest.raises(CaptureError, match=r"mistral models are refused.*cannot run") as caught:
-        check_decoder(graph, unwindowed)
+        checked(graph, unwindowed)
     assert "other form or backend" in caught.value.hint

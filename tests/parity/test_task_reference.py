@@ -15,7 +15,8 @@ from transformers import AutoModelForSequenceClassification
 
 from lora_edge.base.checkpoint import Base, resolve_base
 from lora_edge.errors import AdapterError, BaseModelError
-from lora_edge.parity.task_reference import TaskReference
+from lora_edge.parity.plan.states import BASE, only, state_of
+from lora_edge.parity.reference import Reference
 from lora_edge.tasks.task import SPEECH, TEXT2TEXT, Task
 from tests.support.encoders import make_encoder
 from tests.support.seq2seq import ALL, ATTENTION, make_seq2seq
@@ -28,6 +29,10 @@ ROWS = [{"input_ids": np.array(row)} for row in ([5, 6, 7, 8], [9, 10], [11] * 7
 def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
     directory = tmp_path_factory.mktemp("bases") / "bert"
     return resolve_base(make_encoder("bert", "feature-extraction", directory))
+
+
+OFF = [BASE] * len(ROWS)
+ON = [only("a")] * len(ROWS)
 
 
 def _adapter(base: Base, directory: Path, labels: int, **options: Any) -> tuple[Path, Any]:
@@ -55,17 +60,17 @@ def _logits(model: Any) -> list[np.ndarray]:
 
 
 def test_adapters_with_heads_of_unequal_sizes(base: Base, tmp_path: Path) -> None:
-    reference = TaskReference(base, TASK)
+    reference = Reference(base, TASK)
     wrapped = {}
     for name, labels, options in (("two", 2, {}), ("five", 5, {"use_dora": True})):
         folder, wrapped[name] = _adapter(base, tmp_path / name, labels, **options)
         reference.attach(name, folder, labels)
     for name, labels in (("two", 2), ("five", 5)):
-        found = reference.outputs(ROWS, name)
+        found = reference.outputs(ROWS, [only(name)] * len(ROWS))
         assert [output.shape for output in found] == [(labels,)] * len(ROWS)
         for output, wanted in zip(found, _logits(wrapped[name]), strict=True):
             np.testing.assert_allclose(output, wanted, atol=1e-6)
-    assert [output.shape for output in reference.outputs(ROWS)] == [(3,)] * len(ROWS)
+    assert [output.shape for output in reference.outputs(ROWS, OFF)] == [(3,)] * len(ROWS)
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True}])
@@ -74,31 +79,31 @@ def test_without_the_low_rank_parts_the_adapters_head_stays(
 ) -> None:
     """Else an adapter whose low-rank parts are lost would hide behind its head."""
     folder, wrapped = _adapter(base, tmp_path / "a", 3, **options)
-    reference = TaskReference(base, TASK)
+    reference = Reference(base, TASK)
     reference.attach("a", folder, 3)
     plain = AutoModelForSequenceClassification.from_pretrained(base.directory, num_labels=3).eval()
     plain.classifier.load_state_dict(
         wrapped.base_model.model.classifier.modules_to_save["default"].state_dict()
     )
-    without = reference.outputs(ROWS, "a", low_rank=False)
+    without = reference.outputs(ROWS, ON, low_rank=False)
     for output, wanted in zip(without, _logits(plain), strict=True):
         np.testing.assert_allclose(output, wanted, atol=1e-6)
-    with_all = reference.outputs(ROWS, "a")
+    with_all = reference.outputs(ROWS, ON)
     assert np.abs(np.array(with_all) - np.array(without)).max() > 0.05
-    assert np.abs(np.array(without) - np.array(reference.outputs(ROWS))).max() > 0.05
-    for output, wanted in zip(reference.outputs(ROWS, "a"), _logits(wrapped), strict=True):
+    assert np.abs(np.array(without) - np.array(reference.outputs(ROWS, OFF))).max() > 0.05
+    for output, wanted in zip(reference.outputs(ROWS, ON), _logits(wrapped), strict=True):
         np.testing.assert_allclose(output, wanted, atol=1e-6)  # and they come back
 
 
 def test_float64_is_near_and_leaves_the_weights_as_they_were(base: Base, tmp_path: Path) -> None:
-    reference = TaskReference(base, TASK)
+    reference = Reference(base, TASK)
     reference.attach("a", _adapter(base, tmp_path / "a", 3)[0], 3)
-    before = reference.outputs(ROWS, "a")
+    before = reference.outputs(ROWS, ON)
     with reference.wide():
-        wide = reference.outputs(ROWS, "a")
+        wide = reference.outputs(ROWS, ON)
     assert {output.dtype for output in wide} == {np.dtype(np.float64)}
     assert 0 < np.abs(np.array(wide) - np.array(before)).max() < 1e-5
-    np.testing.assert_array_equal(np.array(reference.outputs(ROWS, "a")), np.array(before))
+    np.testing.assert_array_equal(np.array(reference.outputs(ROWS, ON)), np.array(before))
 
 
 def test_a_head_that_peft_misses_is_an_error_of_the_adapter(base: Base, tmp_path: Path) -> None:
@@ -106,7 +111,7 @@ def test_a_head_that_peft_misses_is_an_error_of_the_adapter(base: Base, tmp_path
     file = directory / "adapter_model.safetensors"
     tensors = load_file(file)
     save_file({name: x for name, x in tensors.items() if "classifier" not in name}, file)
-    reference = TaskReference(base, TASK)
+    reference = Reference(base, TASK)
     with pytest.raises(AdapterError, match=r"PEFT cannot load .*KeyError.*classifier\.weight"):
         reference.attach("a", directory, 3)
 
@@ -115,7 +120,7 @@ BLEND = {"some": 0.7, "every": 0.25}
 
 
 @pytest.fixture(params=["bert", "t5", "whisper"])
-def blended(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[TaskReference, Any, Any]:
+def blended(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Reference, Any, Any]:
     """A reference with two adapters of plain LoRA, PEFT's model with both, and a row."""
     family = request.param
     name = {"bert": "feature-extraction", "t5": TEXT2TEXT, "whisper": SPEECH}[family]
@@ -133,7 +138,7 @@ def blended(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[TaskReferen
         row = {"input_features": random.astype(np.float32), **row}
         del row["input_ids"]
     base = resolve_base(made)
-    reference = TaskReference(base, task)
+    reference = Reference(base, task)
     model: Any = None
     for index, (adapter, modules) in enumerate(zip(BLEND, targets, strict=True)):
         torch.manual_seed(index)
@@ -151,40 +156,40 @@ def blended(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[TaskReferen
     return reference, model, row
 
 
-def test_a_blend_is_pefts_cat(blended: tuple[TaskReference, Any, Any]) -> None:
+def test_a_blend_is_pefts_cat(blended: tuple[Reference, Any, Any]) -> None:
     reference, model, row = blended
     model.add_weighted_adapter(list(BLEND), list(BLEND.values()), "cat", combination_type="cat")
     model.set_adapter("cat")
     feeds = {name: torch.from_numpy(value)[None] for name, value in row.items()}
     with torch.inference_mode():
         wanted = getattr(model.base_model(**feeds), reference.task.output)[0].numpy()
-    (alone,) = reference.outputs([row], "some")
-    (found,) = reference.outputs([row], BLEND)
+    (alone,) = reference.outputs([row], [state_of("some")])
+    (found,) = reference.outputs([row], [state_of(BLEND)])
     np.testing.assert_allclose(found, wanted, atol=1e-5)
     with reference.wide():
-        (wide,) = reference.outputs([row], BLEND)
+        (wide,) = reference.outputs([row], [state_of(BLEND)])
     assert wide.dtype == np.float64
     np.testing.assert_allclose(wide, wanted, atol=1e-5)
     for other in ({"some": 0.7}, {"some": 0.25, "every": 0.7}, {"some": 0.7, "every": 0.3}):
-        assert np.abs(reference.outputs([row], other)[0] - wanted).max() > 1e-3, other
-    (off,) = reference.outputs([row], BLEND, low_rank=False)
-    np.testing.assert_allclose(off, reference.outputs([row])[0], atol=1e-6)
-    np.testing.assert_array_equal(reference.outputs([row], "some")[0], alone)
-    np.testing.assert_array_equal(reference.outputs([row], BLEND)[0], found)
+        assert np.abs(reference.outputs([row], [state_of(other)])[0] - wanted).max() > 1e-3, other
+    (off,) = reference.outputs([row], [state_of(BLEND)], low_rank=False)
+    np.testing.assert_allclose(off, reference.outputs([row], [BASE])[0], atol=1e-6)
+    np.testing.assert_array_equal(reference.outputs([row], [state_of("some")])[0], alone)
+    np.testing.assert_array_equal(reference.outputs([row], [state_of(BLEND)])[0], found)
 
 
 def test_a_head_is_not_blended(base: Base, tmp_path: Path) -> None:
-    reference = TaskReference(base, TASK)
+    reference = Reference(base, TASK)
     reference.attach("a", _adapter(base, tmp_path / "a", 3)[0], 3)
     assert not reference.can_blend("a")
     with pytest.raises(ValueError, match="cannot blend or weight a"):
-        reference.outputs(ROWS, {"a": 0.5})
+        reference.outputs(ROWS, [state_of({"a": 0.5})] * len(ROWS))
 
 
 def test_what_cannot_be_loaded_is_refused(base: Base) -> None:
     with pytest.raises(
         BaseModelError, match=r"cannot be loaded as a model for image-classification"
     ):
-        TaskReference(base, Task("image-classification"))
+        Reference(base, Task("image-classification"))
     with pytest.raises(BaseModelError, match=r"lacks 2 of its weights.*: classifier\.bias"):
-        TaskReference(base, Task("text-classification", 3, heads=("score",)))
+        Reference(base, Task("text-classification", 3, heads=("score",)))

@@ -19,10 +19,12 @@ import tokenizers
 from onnx import TensorProto, helper, numpy_helper
 
 from lora_edge.bundle.bundle import Bundle, file_entries, hash_file
-from lora_edge.bundle.manifest import AdapterEntry, FileEntry, GraphSpec, Manifest, SiteEntry
+from lora_edge.bundle.manifest import AdapterEntry, FileEntry, Manifest
+from lora_edge.bundle.part import Cache, Part, SiteEntry
 from lora_edge.maths.lora import Factors
 from lora_edge.names import lora_input
 from lora_edge.runtime import write_adapter
+from lora_edge.runtime.decoder import Decoder
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, INNER, VOCAB, LENGTH, WINDOW = 2, 4, 2, 8, 40, 264, 96, 4
 HIDDEN, KV = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
@@ -255,18 +257,31 @@ def build_graph(form: str, *, sites: bool = True, picks: bool | None = None) -> 
     return helper.make_model(graph, opset_imports=opsets, ir_version=8)
 
 
-def make_spec(form: str) -> GraphSpec:
-    return GraphSpec(
+def make_part(form: str, *, sites: bool = True) -> Part:
+    return Part(
+        file="onnx/model.onnx",
         form=form,
         backend="trace",
+        inputs=("input_ids", "attention_mask"),
+        output="logits",
         padding={"fused": "right", "portable": "either", "foreign": "left"}[form],
-        shared_cache=form == "fused",
-        layers=LAYERS,
-        kv_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
         vocab_size=VOCAB,
         max_length=LENGTH,
+        cache=Cache(
+            kind="shared" if form == "fused" else "concatenated",
+            layers=LAYERS,
+            kv_heads=KV_HEADS,
+            head_dim=HEAD_DIM,
+        ),
+        sites=SITES if sites else {},
     )
+
+
+def open_decoder(path: Path, form: str, *, sites: bool = True, **options: Any) -> Decoder:
+    """A session on a graph of this form; options of the part are changed, others are its own."""
+    fields = {x: options.pop(x) for x in list(options) if x in Part.__dataclass_fields__}
+    part = replace(make_part(form, sites=sites), file=path.name, **fields)
+    return Decoder(path.parent, {"decoder": part}, **options)
 
 
 def make_tokenizer() -> tokenizers.Tokenizer:
@@ -325,10 +340,9 @@ def make_bundle(directory: Path, form: str, *, mode: str = "switchable") -> Bund
         mode=mode,
         task="text-generation",
         precision="fp32",
-        graph=make_spec(form),
+        parts={"decoder": make_part(form, sites=switchable)},
         base={"name_or_path": "tiny", "model_type": "tiny", "fingerprint": "base-1"},
         kinds=("lora",),
-        sites=SITES if switchable else {},
         adapters=entries,
         base_check={},
         versions={},
@@ -355,7 +369,8 @@ class Tiny:
     eos = EOS
     vocab = VOCAB
     length = LENGTH
-    spec = staticmethod(make_spec)
+    part = staticmethod(make_part)
+    decoder = staticmethod(open_decoder)
     graph = staticmethod(build_graph)
     bundle = staticmethod(make_bundle)
     rehash = staticmethod(rehash)

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lora_edge.errors import BundleError, DataError
-from lora_edge.runtime import Decoder, Decoding, Runner
+from lora_edge.runtime import Decoding, Runner
 
 FORMS = ["fused", "portable", "foreign"]
 LIMIT = 2e-5  # fp32 against float64 at logits of about 3
@@ -48,7 +48,7 @@ def runners(bundles: dict[str, Any]) -> dict[str, Runner]:
 def start(tiny: Any, runner: Runner, states: Any = STATES, length: int = 60) -> Sequences:
     binding = runner.binding(list(states), len(states))
     decoding = runner.decoder.start(len(states), length, binding)
-    return Sequences(tiny, runner.spec.form, decoding, states)
+    return Sequences(tiny, runner.part.form, decoding, states)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -101,8 +101,8 @@ def test_gaps_in_a_foreign_mask_would_be_wrong(tiny: Any, runners: dict[str, Run
 def test_every_padding_side_that_a_graph_may_take(
     tiny: Any, bundles: dict[str, Any], padding: Any, form: str
 ) -> None:
-    spec = replace(tiny.spec(form), padding=padding)
-    decoder = Decoder(bundles[form].graph_path, spec, sites=tiny.sites, threads=1)
+    path = bundles[form].directory / "onnx/model.onnx"
+    decoder = tiny.decoder(path, form, padding=padding, threads=1)
     rows = Sequences(tiny, form, decoder.start(3, 40), [{}, {}, {}])
     assert rows.feed(tiny.rows(7, 2, 9)) < LIMIT
     assert rows.feed(tiny.rows(1, 1, 1, seed=1)) < LIMIT
@@ -142,7 +142,7 @@ def test_a_graph_without_adapter_inputs(tiny: Any, tmp_path: Path) -> None:
     for form in FORMS:
         graph = tmp_path / f"{form}.onnx"
         onnx.save(tiny.graph(form, sites=False, picks=form != "fused"), graph)
-        decoder = Decoder(graph, tiny.spec(form), threads=1)
+        decoder = tiny.decoder(graph, form, sites=False, threads=1)
         assert decoder.picks_positions == (form != "fused")
         rows = Sequences(tiny, form, decoder.start(2, 30), [{}, {}])
         assert rows.feed(tiny.rows(7, 3)) < LIMIT
@@ -217,10 +217,11 @@ def test_bad_calls_say_the_numbers(tiny: Any, runners: dict[str, Runner]) -> Non
 
 
 def test_graphs_that_are_not_what_the_manifest_says(tiny: Any, bundles: dict[str, Any]) -> None:
-    path = bundles["fused"].graph_path
+    path = bundles["fused"].directory / "onnx/model.onnx"
+    cache = tiny.part("fused").cache
     with pytest.raises(BundleError, match="adapter inputs differ from the sites"):
-        Decoder(path, tiny.spec("fused"))
+        tiny.decoder(path, "fused", sites=False)
     with pytest.raises(BundleError, match=r"lacks past_key_values\.2\.key"):
-        Decoder(path, replace(tiny.spec("fused"), layers=3), sites=tiny.sites)
+        tiny.decoder(path, "fused", cache=replace(cache, layers=3))
     with pytest.raises(BundleError, match="shared cache"):
-        Decoder(path, replace(tiny.spec("fused"), shared_cache=False), sites=tiny.sites)
+        tiny.decoder(path, "fused", cache=replace(cache, kind="concatenated"))

@@ -11,7 +11,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from lora_edge.bundle.manifest import EncoderSpec, Manifest, SiteEntry
+from lora_edge.bundle.manifest import Manifest
+from lora_edge.bundle.part import Part, SiteEntry
 from lora_edge.errors import BundleError, DataError
 from lora_edge.maths.lora import Factors, SiteChange
 from lora_edge.runtime.adapters.binding import Binding
@@ -19,7 +20,8 @@ from lora_edge.runtime.encoder import Encoder
 
 VOCAB, HIDDEN, LABELS, LENGTH = 23, 6, 3, 12
 SITES = {"classifier": SiteEntry(HIDDEN, LABELS)}
-SPEC = EncoderSpec(
+PART = Part(
+    file="onnx/model.onnx",
     form="portable",
     backend="trace",
     inputs=("input_ids", "attention_mask", "token_type_ids"),
@@ -27,10 +29,15 @@ SPEC = EncoderSpec(
     vocab_size=VOCAB,
     max_length=LENGTH,
     pad_token_id=4,
+    sites=SITES,
 )
 IMAGES = replace(
-    SPEC, inputs=("pixel_values",), vocab_size=0, max_length=0, pad_token_id=0, image=(3, 2, 4)
+    PART, inputs=("pixel_values",), vocab_size=0, max_length=0, pad_token_id=0, sample=(3, 2, 4)
 )
+
+
+def _open(path: Path, part: Part) -> Encoder:
+    return Encoder(path.parent, {"encoder": replace(part, file=path.name)})
 
 
 def _draw(seed: int, *shape: int) -> np.ndarray:
@@ -101,13 +108,13 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
         node("Div", ["total", "count"], ["mean"]),
         *_branch("mean"),
     ]
-    inputs = [_info(name, i64, "batch", "seq") for name in SPEC.inputs]
+    inputs = [_info(name, i64, "batch", "seq") for name in PART.inputs]
     return _save(tmp_path_factory.mktemp("graph") / "model.onnx", nodes, inputs)
 
 
 @pytest.fixture(scope="module")
 def encoder(graph: Path) -> Encoder:
-    return Encoder(graph, SPEC, sites=SITES)
+    return _open(graph, PART)
 
 
 def _reference(ids: list[int], types: list[int], adapter: str | None = None) -> np.ndarray:
@@ -190,7 +197,7 @@ def test_results_are_the_callers_own(encoder: Encoder) -> None:
     ],
 )
 def test_refused_feeds(encoder: Encoder, changes: dict[str, Any], message: str) -> None:
-    feeds = {name: np.array([[1, 1]]) for name in SPEC.inputs}
+    feeds = {name: np.array([[1, 1]]) for name in PART.inputs}
     encoder.run(feeds)  # the control
     for name, value in changes.items():
         feeds[name] = np.array(value)
@@ -201,7 +208,7 @@ def test_refused_feeds(encoder: Encoder, changes: dict[str, Any], message: str) 
 
 
 def test_a_mask_with_a_hole_and_a_long_row_are_refused(encoder: Encoder) -> None:
-    feeds = {name: np.array([[1, 0, 1]]) for name in SPEC.inputs}
+    feeds = {name: np.array([[1, 0, 1]]) for name in PART.inputs}
     with pytest.raises(DataError, match="not ones followed by zeros"):
         encoder.run(feeds)
     encoder.run(encoder.feeds([[1] * LENGTH]))
@@ -222,11 +229,11 @@ def test_types_of_another_length_are_refused(encoder: Encoder) -> None:
 
 def test_a_graph_that_is_not_what_the_manifest_says_is_refused(graph: Path) -> None:
     with pytest.raises(BundleError, match=r"the first is lora\.classifier\.A"):
-        Encoder(graph, SPEC)
+        _open(graph, replace(PART, sites={}))
     with pytest.raises(BundleError, match="lacks last_hidden_state"):
-        Encoder(graph, replace(SPEC, output="last_hidden_state"), sites=SITES)
+        _open(graph, replace(PART, output="last_hidden_state"))
     with pytest.raises(BundleError, match="lacks pixel_values"):
-        Encoder(graph, IMAGES, sites=SITES)
+        _open(graph, IMAGES)
 
 
 def test_images(tmp_path: Path) -> None:
@@ -244,7 +251,7 @@ def test_images(tmp_path: Path) -> None:
     for name, value in (("zero", 0), ("six", HIDDEN)):
         model.graph.initializer.append(numpy_helper.from_array(np.array([value]), name))
     onnx.save(model, path)
-    encoder = Encoder(path, IMAGES, sites=SITES)
+    encoder = _open(path, IMAGES)
     pixels = _draw(9, 2, 3, 2, 4)
     wanted = pixels.mean(2).reshape(2, -1)[:, :HIDDEN] @ WEIGHTS["classifier.weight"]
     np.testing.assert_allclose(encoder.run({"pixel_values": pixels}), wanted, atol=1e-5)
@@ -255,22 +262,19 @@ def test_images(tmp_path: Path) -> None:
         encoder.feeds([[1]])
 
 
-@pytest.mark.parametrize("spec", [SPEC, IMAGES])
-def test_the_manifest_keeps_the_facts(spec: EncoderSpec) -> None:
+@pytest.mark.parametrize("part", [PART, IMAGES])
+def test_the_manifest_keeps_the_facts(part: Part) -> None:
     manifest = Manifest(
         mode="switchable",
-        task="image-classification" if spec.image else "text-classification",
+        task="image-classification" if part.sample else "text-classification",
         precision="fp32",
-        graph=spec,
+        parts={"encoder": part},
         base={"fingerprint": "f", "model_type": "m", "name_or_path": "n"},
         kinds=(),
-        sites=SITES,
         adapters={},
         base_check={},
         versions={},
     )
     read = Manifest.from_json(manifest.to_json())
     assert read == manifest
-    assert read.encoder == spec
-    with pytest.raises(BundleError, match="it generates no text"):
-        _ = read.decoder
+    assert read.reads == read.gives == part

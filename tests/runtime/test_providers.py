@@ -14,7 +14,6 @@ from lora_edge.cli.run import command as run
 from lora_edge.cli.validate import command as validate
 from lora_edge.errors import BundleError, OptionError, ProviderError
 from lora_edge.runtime import providers
-from lora_edge.runtime.decoder import Decoder
 
 
 @pytest.mark.parametrize("name", ["cpu", "CPU", "CPUExecutionProvider"])
@@ -208,7 +207,7 @@ def test_options_that_a_provider_cannot_know_are_named(
 def test_placement_names_every_operator(tiny: Any, tmp_path: Path) -> None:
     graph = tmp_path / "model.onnx"
     onnx.save(tiny.graph("fused", sites=False), graph)
-    decoder = Decoder(graph, tiny.spec("fused"))
+    decoder = tiny.decoder(graph, "fused", sites=False)
     placed = decoder.placement()
     if not hasattr(decoder.session, "get_provider_graph_assignment_info"):  # an older release
         assert placed is None
@@ -222,6 +221,6 @@ def test_bad_settings_and_bad_graphs(tiny: Any, tmp_path: Path) -> None:
     graph = tmp_path / "model.onnx"
     graph.write_bytes(b"nothing")
     with pytest.raises(OptionError, match="optimization is 'best', expected one of disable"):
-        Decoder(graph, tiny.spec("fused"), optimization="best")
+        tiny.decoder(graph, "fused", sites=False, optimization="best")
     with pytest.raises(BundleError, match="cannot be loaded"):
-        Decoder(graph, tiny.spec("fused"))
+        tiny.decoder(graph, "fused", sites=False)

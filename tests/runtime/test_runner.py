@@ -200,7 +200,7 @@ def test_bad_prompts_say_the_numbers(runners: dict[str, Runner]) -> None:
 def test_what_a_runner_tells(runners: dict[str, Runner], tiny: Any) -> None:
     runner = runners["portable"]
     assert runner.adapters == ("alpha", "beta", "readout")
-    assert runner.spec == tiny.spec("portable")
+    assert runner.part == tiny.part("portable")
     assert runner.eos_ids == {tiny.eos}
     assert isinstance(Runner(str(runner.bundle.directory), threads=1).bundle, Bundle)
 
@@ -220,7 +220,7 @@ def test_damaged_bundles_are_refused(tiny: Any, bundle: Bundle) -> None:
     data.unlink()
     with pytest.raises(BundleError, match=r"model\.onnx_data is missing"):
         Runner(cut)
-    graph = bundle.graph_path
+    graph = bundle.directory / "onnx/model.onnx"
     graph.write_bytes(graph.read_bytes()[:-1])
     with pytest.raises(BundleError, match=r"model\.onnx differs from its hash"):
         Runner(bundle)

@@ -27,9 +27,12 @@ def test_a_decoder_of_other_sizes_is_refused(
     bundles: dict[str, Any], form: str, changes: dict[str, int], words: str
 ) -> None:
     bundle = bundles[form]
-    spec = replace(bundle.manifest.graph, **changes)
+    part = bundle.manifest.parts["decoder"]
+    sizes = {name: value for name, value in changes.items() if name != "vocab_size"}
+    others = {name: value for name, value in changes.items() if name == "vocab_size"}
+    manifest = bundle.manifest.with_parts(cache=replace(part.cache, **sizes), **others)
     with pytest.raises(BundleError, match=words):
-        Runner(replace(bundle, manifest=replace(bundle.manifest, graph=spec)))
+        Runner(replace(bundle, manifest=manifest))
 
 
 def test_a_site_of_another_size_is_refused(bundles: dict[str, Any]) -> None:
@@ -38,16 +41,14 @@ def test_a_site_of_another_size_is_refused(bundles: dict[str, Any]) -> None:
     for changes in ({"in_features": 1 << 31}, {"out_features": 1 << 31}):
         sites = {**bundle.manifest.sites, path: replace(site, **changes)}
         with pytest.raises(BundleError, match=f"{path}.* is .*, but the manifest says"):
-            Runner(replace(bundle, manifest=replace(bundle.manifest, sites=sites)))
+            Runner(replace(bundle, manifest=bundle.manifest.with_parts(sites=sites)))
 
 
 def test_a_cache_that_no_memory_holds_is_refused(bundles: dict[str, Any]) -> None:
 
     bundle = bundles["fused"]
-    spec = replace(bundle.manifest.graph, max_length=1 << 31)
-    decoder = Decoder(
-        bundle.directory / "onnx/model.onnx", spec, sites=bundle.manifest.sites, threads=1
-    )
+    parts = bundle.manifest.with_parts(max_length=1 << 31).parts
+    decoder = Decoder(bundle.directory, parts, threads=1)
     with pytest.raises(DataError, match="does not fit in the memory"):
         decoder.start(1 << 20, 1 << 31)
 

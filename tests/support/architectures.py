@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 import lora_edge
 from lora_edge.errors import LoraEdgeError
-from lora_edge.tasks.task import SEQ2SEQ, TASKS, TEXT_GENERATION
+from lora_edge.tasks.task import TEXT_GENERATION, Task
 
 Verdict = Literal["right", "refused", "fault", "not made"]
 MOST_PARAMETERS = 30_000_000
@@ -273,7 +273,7 @@ _TYPES = {
 
 def make(cell: Cell, folder: Path) -> tuple[Path, Path]:
     """Save a random base and a LoRA on all its linear layers (or convolutions) into a folder."""
-    loader = {TEXT_GENERATION: "AutoModelForCausalLM", **TASKS, **SEQ2SEQ}[cell.task]
+    loader = Task(cell.task).loader
     auto = getattr(transformers, loader)
     config = tiny_config(cell.model_type)
     classes: Mapping[str, Any] = modeling_auto.MODEL_MAPPING_NAMES

@@ -26,7 +26,7 @@ from lora_edge import graph as passes
 from lora_edge.adapter.load import Adapter
 from lora_edge.base.model import model_layers
 from lora_edge.bundle.adapter_files import graph_tensors
-from lora_edge.bundle.manifest import SiteEntry
+from lora_edge.bundle.part import SiteEntry
 from lora_edge.capture.refusing import noted_activations
 from lora_edge.capture.swaps import swapped_linears
 from lora_edge.capture.torchscript import name_nodes, to_onnx

@@ -10,8 +10,6 @@ import torch
 import transformers
 from transformers.utils import logging
 
-from lora_edge.tasks.task import TASKS
-
 _TEXT: dict[str, Any] = {
     "vocab_size": 99,
     "hidden_size": 32,
@@ -87,4 +85,4 @@ def _random_model(family: str, task: str, fields: dict[str, Any]) -> Any:
     if family == "deit" and task == "image-classification":
         # transformers' auto class asks for the head with a teacher's beside it
         return transformers.DeiTForImageClassification(config)
-    return getattr(transformers, TASKS[task]).from_config(config)
+    return getattr(transformers, Task(task).loader).from_config(config)

@@ -13,7 +13,7 @@ from lora_edge.bundle.manifest import Manifest
 from lora_edge.errors import BundleError, DataError, ParityError
 from lora_edge.files.transaction import preparing, recover
 from lora_edge.names import NONE_ADAPTER
-from lora_edge.parity.ask import ask, attach, open_reference, silent
+from lora_edge.parity.ask import ask, open_reference, silent
 from lora_edge.parity.checks import compare
 from lora_edge.parity.compare import Tolerance
 from lora_edge.parity.plan.examples import Prompt
@@ -126,7 +126,6 @@ def add_goldens(
     say = progress or silent
     sources = sources_of(target, base, runner.adapters, adapters or {})
     model = open_reference(target, base, sources)
-    attach(model, target, sources)
     for golden in ask(runner, model, sources, say, given=probes, planned=False):
         for case in compare(runner, golden, Tolerance()):
             if case.status != "passed":

@@ -136,6 +136,7 @@ class ImageProcessor:
 
         Raises:
             DataError: no images, one that cannot be read, or images that come out unequal in size.
+        UnsupportedModelError: the settings make pixels that are not finite.
         """
         pixels = [self._one(_open(image)) for image in images]
         shapes = sorted({array.shape for array in pixels})
@@ -163,7 +164,10 @@ class ImageProcessor:
                 np.broadcast_to(np.asarray(config[name], np.float32), 3).reshape(3, 1, 1)
                 for name in ("image_mean", "image_std")
             )
-            found = (found - mean) / std
+            with np.errstate(over="ignore", invalid="ignore"):
+                found = (found - mean) / std
+        if not np.isfinite(found).all():
+            _refuse("its numbers make pixels that are not finite")
         return found
 
 

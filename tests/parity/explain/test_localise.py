@@ -24,13 +24,14 @@ from lora_edge.bundle.bundle import Bundle, file_entries, load_bundle
 from lora_edge.bundle.onnx_adapter import read_adapter
 from lora_edge.exporting.export import export
 from lora_edge.graph import taps
-from lora_edge.parity.explain.localise import Divergence, localise, open_reference
+from lora_edge.parity.ask import open_reference
+from lora_edge.parity.explain.localise import Divergence, localise
 from lora_edge.parity.explain.repro import write_repro
-from lora_edge.parity.live import sources_of
+from lora_edge.parity.question import sources_of
 from lora_edge.parity.record.golden import Golden, recorded, shortened
 from lora_edge.runtime import Binding, Runner
 from lora_edge.runtime.caches import ConcatenatedCache
-from lora_edge.tasks.task import TASKS
+from lora_edge.tasks.task import Task
 from tests.parity.conftest import Made
 from tests.support.encoders import make_encoder
 from tests.support.failing import Array, with_graph, with_tensor, with_weight
@@ -51,7 +52,7 @@ def find(made: Made) -> Find:
         runner = Runner(bundle)
         if runner.adapters not in references:
             sources = sources_of(runner.bundle, made.base, runner.adapters, {})
-            references[runner.adapters] = open_reference(runner, made.base, sources)
+            references[runner.adapters] = open_reference(runner.bundle, made.base, sources)
         reference = references[runner.adapters]
         return localise(runner, reference, golden_of(runner.bundle, case), row)
 
@@ -222,7 +223,7 @@ def test_a_bundle_without_a_cache(
     root = make_encoder(family, task, tmp_path / "base")
     torch.manual_seed(1)
     logging.disable_progress_bar()
-    model = getattr(transformers, TASKS[task]).from_pretrained(root)
+    model = getattr(transformers, Task(task).loader).from_pretrained(root)
     logging.enable_progress_bar()
     targets = [path.rpartition(".")[2], other]
     kind = {"text-classification": "SEQ_CLS", "token-classification": "TOKEN_CLS"}[task]
@@ -231,7 +232,7 @@ def test_a_bundle_without_a_cache(
     export(root, {"own": tmp_path / "own"}, output=tmp_path / "good", task=task)
     good, base = load_bundle(tmp_path / "good"), resolve_base(root)
     runner = Runner(good)
-    reference = open_reference(runner, base, sources_of(good, base, runner.adapters, {}))
+    reference = open_reference(good, base, sources_of(good, base, runner.adapters, {}))
     for golden in recorded(good):
         found = localise(runner, reference, golden, len(golden.probe.rows) - 1)
         assert found.first is None, found.text
@@ -267,7 +268,9 @@ def test_what_is_not_compared_is_named_where_it_begins_there(tmp_path: Path) -> 
     bundle = load_bundle(directory)
     bundle.write_manifest(replace(bundle.manifest, files=file_entries(directory)))
     runner = Runner(load_bundle(directory))
-    found = localise(runner, open_reference(runner, base, {}), golden_of(runner.bundle, "base"), 1)
+    found = localise(
+        runner, open_reference(runner.bundle, base, {}), golden_of(runner.bundle, "base"), 1
+    )
     assert found.first == "model.layers.1.input_layernorm"
     assert "it begins between model.layers.0.post_attention_layernorm and there" in found.text
     assert "model.layers.0.mlp.experts are not compared" in found.text

@@ -10,7 +10,7 @@ import pytest
 
 from lora_edge.bundle.bundle import Bundle
 from lora_edge.errors import AdapterNotFoundError, BundleError, DataError
-from lora_edge.runtime import Decoder, Runner, write_adapter
+from lora_edge.runtime import Runner, write_adapter
 from lora_edge.runtime.adapters.active import ActiveAdapters
 from lora_edge.runtime.adapters.binding import Tensors
 
@@ -54,7 +54,7 @@ def test_off_is_the_base_graph_bit_for_bit(
     graph = tmp_path / "base.onnx"
     onnx.save(tiny.graph(form, sites=False), graph)
     rows = tiny.rows(9, 9)
-    base = Decoder(graph, tiny.spec(form), threads=1).start(2, 9).extend_all(rows)
+    base = tiny.decoder(graph, form, sites=False, threads=1).start(2, 9).extend_all(rows)
     np.testing.assert_array_equal(runners[form].logits(rows, adapter=off), np.stack(base))
     assert np.abs(runners[form].logits(rows, adapter="beta") - np.stack(base)).max() > 0.5
 
@@ -144,7 +144,7 @@ def test_providers_without_zero_ranks_get_zeros_of_rank_one(
     for state in (None, "alpha", ["alpha", None]):
         binding = adapters.binding(state, 2)
         assert all(0 not in value.shape() for value in binding.values.values())
-    decoder = Decoder(bundles["fused"].graph_path, tiny.spec("fused"), sites=tiny.sites)
+    decoder = tiny.decoder(bundles["fused"].directory / "onnx/model.onnx", "fused")
     rows = tiny.rows(5, 5)
     logits = decoder.start(2, 5, adapters.binding(["beta", None], 2)).extend_all(rows)
     for row, state in enumerate(({"beta": 1.0}, {})):
