@@ -276,8 +276,8 @@ def _start_hint(log: NativeLog) -> str:
 def _fallback_hint(found: Target) -> str:
     """What to do about nodes that a provider leaves to the CPU: allow it, or export for it."""
     export = "a bundle of --form portable has operators that more providers take."
-    if found.merged_only:
-        export = "its products take constant weights only, which --mode merged gives."
+    if found.constant_weights:
+        export = "it multiplies by constant weights only; --mode merged leaves fewer nodes."
     elif found.form is not None:
         export = f"the form to export for it is --form {found.form}."
     fixed = " It takes fixed shapes only, which no bundle has yet." if found.fixed_shapes else ""

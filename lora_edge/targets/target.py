@@ -1,7 +1,7 @@
 """One table of the devices: what ONNX Runtime calls each one's provider, and what that takes.
 
-A field says what is known from a run, from ONNX Runtime's tools or from its documentation. Where
-nothing is known, it has its default. ``docs/devices.md`` shows the table.
+A field says what is known from a run, or from ONNX Runtime's tools, documentation or source.
+Where nothing is known, it has its default. ``docs/devices.md`` shows the table.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ class Target:
         zero_rank: it takes tensors with a zero-size dimension, so that "no adapter" costs nothing.
         form: the form of a text generator to export for it; None where that is not known.
         fixed_shapes: it takes graphs without symbolic dimensions only.
-        merged_only: it multiplies by constant weights only, which no branch's are.
+        constant_weights: it multiplies by constant weights only, so that a merged bundle leaves
+            less to the CPU: no branch's weights are constant.
         options: names of options of its own; not all of them.
     """
 
@@ -33,7 +34,7 @@ class Target:
     zero_rank: bool = False
     form: Literal["fused", "portable"] | None = None
     fixed_shapes: bool = False
-    merged_only: bool = False
+    constant_weights: bool = False
     options: tuple[str, ...] = ()
 
 
@@ -67,7 +68,7 @@ TARGETS = (
     Target(
         "xnnpack",
         "XnnpackExecutionProvider",
-        merged_only=True,
+        constant_weights=True,
         options=("intra_op_num_threads",),
     ),
 )

@@ -54,7 +54,7 @@ def test_what_is_to_be_exported_can_be() -> None:
 
 def _row(known: Target) -> str:
     made = [f"`--form {known.form}`"] if known.form else []
-    made += ["`--mode merged`"] if known.merged_only else []
+    made += ["`--mode merged`"] if known.constant_weights else []
     cells = [
         f"`{known.name}`",
         f"`{known.ort_name}`",
