@@ -14,7 +14,7 @@ from tests.support.paths import ROOT
 PACKAGE = ROOT / "lora_edge"
 # Bottom to top; each folder sees those that are named, and itself.
 _BELOW_FIT = {"files", "maths", "tasks", "base", "adapter"}
-_BELOW_BUNDLE = {*_BELOW_FIT, "fit"}
+_BELOW_BUNDLE = {*_BELOW_FIT, "fit", "targets"}
 _BELOW_RUN = {*_BELOW_BUNDLE, "bundle"}
 ALLOWED: dict[str, set[str]] = {
     "files": set(),
@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "base": {"files", "maths", "tasks"},
     "adapter": {"files", "maths", "base"},
     "fit": _BELOW_FIT,
+    "targets": set(),
     "bundle": _BELOW_BUNDLE,
     "capture": _BELOW_RUN,
     "graph": _BELOW_RUN,

@@ -20,22 +20,9 @@ from lora_edge.errors import BundleError, OptionError, ProviderError
 from lora_edge.runtime import installed, plugins
 from lora_edge.runtime.graph_types import float_work
 from lora_edge.runtime.native_log import NativeLog, captured, release, without_status
+from lora_edge.targets.target import TARGETS, Target, target, unknown
 
 _CPU = "CPUExecutionProvider"
-# name -> (ONNX Runtime's name, memory its tensors live in, takes zero-size dimensions)
-_KNOWN: Mapping[str, tuple[str, str, bool]] = {
-    "cpu": (_CPU, "cpu", True),
-    "cuda": ("CUDAExecutionProvider", "cuda", False),
-    "coreml": ("CoreMLExecutionProvider", "cpu", False),
-    "directml": ("DmlExecutionProvider", "cpu", False),
-    "migraphx": ("MIGraphXExecutionProvider", "cpu", False),
-    "nnapi": ("NnapiExecutionProvider", "cpu", False),
-    "openvino": ("OpenVINOExecutionProvider", "cpu", True),
-    "qnn": ("QNNExecutionProvider", "cpu", False),
-    "tensorrt": ("TensorrtExecutionProvider", "cuda", False),
-    "webgpu": ("WebGpuExecutionProvider", "cpu", False),
-    "xnnpack": ("XnnpackExecutionProvider", "cpu", False),
-}
 _DEVICE = "device"  # an option of ours: which of a plugin's devices
 
 LEVELS = {
@@ -48,10 +35,7 @@ LEVELS = {
 # Shape picks its entries by a Gather. Of any other the file does not know what it reads.
 _MADE = re.compile(r"Gather Gather(_token_\d+)?$|Shape |Size |Memcpy")
 _DATA_FOLDER = "session.model_external_initializers_file_folder_path"
-_ALLOW = (
-    "Pass --allow-fallback (allow_fallback=True in Python) to let the CPU run them; a bundle of "
-    "--form portable has operators that more providers take."
-)
+_ALLOW = "Pass --allow-fallback (allow_fallback=True in Python) to let the CPU run them"
 
 
 @dataclass(frozen=True)
@@ -59,28 +43,47 @@ class Provider:
     """An execution provider that this installation of ONNX Runtime has.
 
     Attributes:
-        name: short name, e.g. ``cpu``, ``cuda``.
-        ort_name: ONNX Runtime's name.
-        device: memory where tensors are placed, as ``OrtValue`` names it.
-        zero_rank: it takes tensors with a zero-size dimension, so that "no adapter" costs nothing.
+        target: what is known of it.
         options: the provider's own options, as ONNX Runtime takes them.
         devices: where it runs, of a provider from a package of its own.
     """
 
-    name: str
-    ort_name: str
-    device: str
-    zero_rank: bool
+    target: Target
     options: Mapping[str, str] = field(default_factory=dict)
     devices: tuple[Any, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Short name, e.g. ``cpu``, ``cuda``."""
+        return self.target.name
+
+    @property
+    def ort_name(self) -> str:
+        """ONNX Runtime's name."""
+        return self.target.ort_name
+
+    @property
+    def device(self) -> str:
+        """Memory where tensors are placed, as ``OrtValue`` names it."""
+        return self.target.memory
+
+    @property
+    def zero_rank(self) -> bool:
+        """It takes tensors with a zero-size dimension."""
+        return self.target.zero_rank
 
 
 def available() -> tuple[str, ...]:
     """Short names of the providers that this installation has, those of plugins included."""
+    return tuple(each.name for each in _installed())
+
+
+def _installed() -> tuple[Target, ...]:
+    """The targets that this installation has a provider for: those of the table, then others."""
     names = {*ort.get_available_providers(), *plugins.packages()} - {"AzureExecutionProvider"}
-    known = [name for name, entry in _KNOWN.items() if entry[0] in names]
-    others = names - {entry[0] for entry in _KNOWN.values()}
-    return (*known, *sorted(_short(name) for name in others))
+    known = [each for each in TARGETS if each.ort_name in names]
+    others = [unknown(name) for name in names if target(name) is None]
+    return (*known, *sorted(others, key=lambda each: each.name))
 
 
 def resolve(name: str, options: Mapping[str, str] | None = None) -> Provider:
@@ -95,10 +98,10 @@ def resolve(name: str, options: Mapping[str, str] | None = None) -> Provider:
         ProviderError: unknown, or not in this installation; the message lists those that are.
         OptionError: an option that the provider does not know.
     """
-    entry = _entry(name)
-    plugin = entry[0] != _CPU and entry[0] in plugins.packages()
-    if not plugin and entry[0] not in ort.get_available_providers():
-        known = entry[0] in {each[0] for each in _KNOWN.values()}
+    found = target(name) or _untabled(name)
+    plugin = found.ort_name != _CPU and found.ort_name in plugins.packages()
+    if not plugin and found.ort_name not in ort.get_available_providers():
+        known = target(name) is not None
         what = "is not in this installation of ONNX Runtime" if known else "is unknown"
         raise ProviderError(
             f"the execution provider {name!r} {what}; available: {', '.join(available())}",
@@ -107,27 +110,18 @@ def resolve(name: str, options: Mapping[str, str] | None = None) -> Provider:
         )
     given = {str(key): str(value) for key, value in (options or {}).items()}
     if not plugin:
-        _check_options(entry[0], given, _libraries(entry[0]))
-        return Provider(_short(entry[0]), *entry, options=given)
+        _check_options(found, given, _libraries(found.ort_name))
+        return Provider(found, given)
     kind = given.pop(_DEVICE, None)
-    _check_options(entry[0], given, [Path(plugins.library(entry[0]))])
-    devices = tuple(plugins.choose(entry[0], kind))
-    return Provider(_short(entry[0]), *entry, options=given, devices=devices)
+    _check_options(found, given, [Path(plugins.library(found.ort_name))])
+    return Provider(found, given, tuple(plugins.choose(found.ort_name, kind)))
 
 
-def _entry(name: str) -> tuple[str, str, bool]:
-    known = {**_KNOWN, **{entry[0]: entry for entry in _KNOWN.values()}}
-    entry = known.get(name) or known.get(name.lower())
-    if entry is not None:
-        return entry
-    others = {*ort.get_available_providers(), *plugins.packages()} - {"AzureExecutionProvider"}
-    full = next((x for x in others if name.lower() in (x.lower(), _short(x))), name)
-    return full, "cpu", False
-
-
-def _short(ort_name: str) -> str:
-    short = next((key for key, value in _KNOWN.items() if value[0] == ort_name), "")
-    return short or ort_name.removesuffix("ExecutionProvider").lower()
+def _untabled(name: str) -> Target:
+    """The target of a name that is not in the table; one of this installation, if it has it."""
+    wanted = name.lower()
+    here = (x for x in _installed() if wanted in (x.name, x.ort_name.lower()))
+    return next(here, unknown(name))
 
 
 def _libraries(ort_name: str) -> list[Path]:
@@ -140,21 +134,22 @@ def _libraries(ort_name: str) -> list[Path]:
     ]
 
 
-def _check_options(ort_name: str, options: Mapping[str, str], libraries: list[Path]) -> None:
+def _check_options(found: Target, options: Mapping[str, str], libraries: list[Path]) -> None:
     """Refuse an option that the provider cannot know: its name is nowhere in its library.
 
     Many providers pass over what they do not know without a word.
     """
-    if ort_name == _CPU and options:
+    if found.ort_name == _CPU and options:
         raise OptionError(
             f"the CPU provider takes no options, got {', '.join(sorted(options))}",
             "Leave them out, or name the provider that they are for.",
         )
+    some = f"Some that it has: {', '.join(found.options)}. " if found.options else ""
     for key in options:
         if libraries and not any(_mentions(file, key) for file in libraries):
             raise OptionError(
-                f"{ort_name} has no option {key!r}",
-                f"The documentation of {ort_name} lists its options.",
+                f"{found.ort_name} has no option {key!r}",
+                f"{some}The documentation of {found.ort_name} lists its options.",
             )
 
 
@@ -228,7 +223,7 @@ def open_session(
         more = f" and {len(left) - 4} more" if len(left) > 4 else ""
         raise ProviderError(
             f"{provider.ort_name} leaves {count} {what} with floats to the CPU: {named}{more}",
-            _ALLOW,
+            _fallback_hint(provider.target),
         )
     return session
 
@@ -252,7 +247,8 @@ def _started(graph: Path, provider: Provider, options: Any) -> Any:
             failure = error
     if session is None:
         reason = _reason(log) or _first_line(failure)
-        hint = _ALLOW if "fallback" in reason else _start_hint(log)
+        fallback = "fallback" in reason
+        hint = _fallback_hint(provider.target) if fallback else _start_hint(log)
         raise ProviderError(f"{provider.ort_name} cannot run {graph}: {reason}", hint) from failure
     if provider.ort_name not in session.get_providers():
         fallen = f"ONNX Runtime fell back to {', '.join(session.get_providers())}"
@@ -275,6 +271,17 @@ def _start_hint(log: NativeLog) -> str:
     needed = next((text for text in log.warnings() if "equire" in text), "")
     said = f"ONNX Runtime says: {needed} " if needed else ""
     return f"{said}Install what is missing, or choose --provider cpu (provider='cpu' in Python)."
+
+
+def _fallback_hint(found: Target) -> str:
+    """What to do about nodes that a provider leaves to the CPU: allow it, or export for it."""
+    export = "a bundle of --form portable has operators that more providers take."
+    if found.constant_weights:
+        export = "it multiplies by constant weights only; --mode merged leaves fewer nodes."
+    elif found.form is not None:
+        export = f"the form to export for it is --form {found.form}."
+    fixed = " It takes fixed shapes only, which no bundle has yet." if found.fixed_shapes else ""
+    return f"{_ALLOW}; {export}{fixed}"
 
 
 def _left_to_cpu(session: Any, graph: Path) -> dict[str, int]:

@@ -14,9 +14,17 @@ from lora_edge.cli.run import command as run
 from lora_edge.cli.validate import command as validate
 from lora_edge.errors import BundleError, OptionError, ProviderError
 from lora_edge.runtime import providers
+from lora_edge.targets.target import Target, unknown
+from lora_edge.targets.target import target as find
 
 
-@pytest.mark.parametrize("name", ["cpu", "CPU", "CPUExecutionProvider"])
+def named(name: str) -> Target:
+    found = find(name)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("name", ["cpu", "CPU", "CPUExecutionProvider", "cpuexecutionprovider"])
 def test_the_cpu_is_found_under_its_names(name: str) -> None:
     provider = providers.resolve(name)
     assert (provider.name, provider.ort_name) == ("cpu", "CPUExecutionProvider")
@@ -24,7 +32,12 @@ def test_the_cpu_is_found_under_its_names(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "what"), [("abacus", "is unknown"), ("coreml", "is not in this installation")]
+    ("name", "what"),
+    [
+        ("abacus", "is unknown"),
+        ("coreml", "is not in this installation"),
+        ("COREMLExecutionProvider", "is not in this installation"),
+    ],
 )
 def test_what_is_not_there_is_refused_with_what_is(
     name: str, what: str, monkeypatch: pytest.MonkeyPatch
@@ -35,7 +48,18 @@ def test_what_is_not_there_is_refused_with_what_is(
     assert error.value.hint
 
 
-CUDA = providers.Provider("cuda", "CUDAExecutionProvider", "cuda", False)
+def test_short_names_are_those_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = ["AbacusExecutionProvider", "AzureExecutionProvider", "DmlExecutionProvider"]
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [*here, "CPUExecutionProvider"])
+    monkeypatch.setattr(providers.plugins, "packages", dict)
+    assert providers.available() == ("cpu", "directml", "abacus")
+    assert providers.resolve("abacus").target == unknown("AbacusExecutionProvider")
+    assert providers.resolve("directml") == providers.resolve("DmlExecutionProvider")
+    with pytest.raises(ProviderError, match="'dml' is unknown"):
+        providers.resolve("dml")
+
+
+CUDA = providers.Provider(named("cuda"))
 # What onnxruntime-gpu 1.31.1 writes to stderr where CUDA is not installed.
 NO_CUBLAS = (
     "\x1b[1;31m2026-11-28 18:43:59 [E:onnxruntime:Default, provider_bridge_ort.cc:2458 operator()] "
@@ -152,6 +176,35 @@ def test_only_work_on_floats_may_not_stay_on_the_cpu(
         _opened(monkeypatch, portable, lambda: _Fake(placed), allow_fallback=True)
 
 
+@pytest.mark.parametrize(
+    ("target", "there", "absent"),
+    [
+        (named("openvino"), ["the form to export for it is --form portable"], ["fixed", "merged"]),
+        (named("qnn"), ["--form portable", "fixed shapes only"], ["merged"]),
+        (
+            named("xnnpack"),
+            ["--mode merged leaves fewer", "constant weights only"],
+            ["--form", "fixed"],
+        ),
+        (named("cuda"), ["--form portable has operators that more"], ["fixed", "merged"]),
+        (unknown("AbacusExecutionProvider"), ["--form portable has operators"], ["fixed"]),
+    ],
+)
+def test_the_hint_names_what_the_target_takes(
+    target: Target,
+    there: list[str],
+    absent: list[str],
+    portable: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    placed = {target.ort_name: [], "CPUExecutionProvider": _nodes(portable, "Softmax")}
+    provider = providers.Provider(target)
+    with pytest.raises(ProviderError) as error:
+        _opened(monkeypatch, portable, lambda: _Fake(placed), provider=provider)
+    assert all(words in error.value.hint for words in ["--allow-fallback", *there])
+    assert not any(words in error.value.hint for words in absent)
+
+
 def test_the_hinted_option_is_one_of_the_commands() -> None:
     for verb in (run, validate):
         names = {name for parameter in verb.params for name in parameter.opts}
@@ -200,8 +253,11 @@ def test_options_that_a_provider_cannot_know_are_named(
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     assert providers.resolve("cuda", {"device_id": "1"}).options == {"device_id": "1"}
     for odd in ("nonsense", ""):
-        with pytest.raises(OptionError, match=f"CUDAExecutionProvider has no option {odd!r}"):
+        with pytest.raises(
+            OptionError, match=f"CUDAExecutionProvider has no option {odd!r}"
+        ) as error:
             providers.resolve("cuda", {"device_id": "1", odd: "3"})
+        assert "Some that it has: device_id, gpu_mem_limit." in error.value.hint
 
 
 def test_placement_names_every_operator(tiny: Any, tmp_path: Path) -> None:

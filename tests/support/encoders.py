@@ -10,6 +10,8 @@ import torch
 import transformers
 from transformers.utils import logging
 
+from lora_edge.tasks.task import Task
+
 _TEXT: dict[str, Any] = {
     "vocab_size": 99,
     "hidden_size": 32,
