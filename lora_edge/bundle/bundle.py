@@ -14,7 +14,6 @@ Knows files; knows nothing of graphs, adapters' maths or runtimes. The layout is
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from lora_edge.bundle.manifest import (
     SiteEntry,
 )
 from lora_edge.errors import AdapterNotFoundError, BundleError
+from lora_edge.files.hashes import hash_file
 from lora_edge.files.json import read_bytes
 from lora_edge.files.paths import path_inside
 from lora_edge.files.sample import SMALL, sample_file
@@ -253,15 +253,6 @@ def _check_links(bundle: Bundle) -> None:
     for name in bundle.manifest.files:
         if (bundle.directory / name).is_symlink():
             bundle.path(name)
-
-
-def hash_file(path: Path) -> str:
-    """sha256 of a file's content, hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def file_entry(path: Path) -> FileEntry:

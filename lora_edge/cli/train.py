@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lora_edge.cli import options
 from lora_edge.cli.progress import Bar, Lines
 from lora_edge.training.presets import PRESETS
 from lora_edge.training.settings import (
@@ -57,27 +58,39 @@ def _names(_context: Any, _parameter: Any, text: str | None) -> tuple[str, ...] 
     return None if text is None else tuple(x.strip() for x in text.split(",") if x.strip())
 
 
-def _setting(name: str, help: str, **options: Any) -> Callable[[Command], Command]:
+def _setting(name: str, help: str, **more: Any) -> Callable[[Command], Command]:
     """An option that is a field of Settings: not given, a preset or the default decides."""
     field = name.removeprefix("--").partition("/")[0].replace("-", "_")
     usual = {entry.name: entry.default for entry in fields(Settings)}[field]
     if isinstance(usual, bool):
-        options |= {"is_flag": True, "flag_value": True}
+        more |= {"is_flag": True, "flag_value": True}
     elif usual is not None and not isinstance(usual, tuple):
-        options.setdefault("type", type(usual))
+        more.setdefault("type", type(usual))
         help = f"{help}  [default: {usual}]"
-    return click.option(name, field, default=None, help=help, **options)
+    return click.option(name, field, default=None, help=help, **more)
+
+
+def _patterns(what: str) -> Callable[[Command], Command]:
+    """A setting of its own for some modules."""
+    return click.option(
+        f"--{what}-pattern",
+        f"{what}_patterns",
+        multiple=True,
+        type=_pattern,
+        metavar=f"KEY={what.upper()}",
+        help=f"Another {what} for the modules of this name or regex. Repeatable; the first match "
+        "wins.",
+    )
 
 
 @click.command()
 @click.argument("base", required=False)
 @click.argument("data", required=False, type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="The adapter's folder.")
-@click.option(
+@options.path("-o", "--output", help="The adapter's folder.")
+@options.path(
     "--eval",
     "evaluation",
     metavar="DATA",
-    type=click.Path(path_type=Path),
     help="Data to evaluate on; the weights that do best on it are kept.",
 )
 @_setting("--eval-split", "Or keep this share of the data for that.")
@@ -88,11 +101,10 @@ def _setting(name: str, help: str, **options: Any) -> Callable[[Command], Comman
     type=click.Choice(list(PRESETS)),
     help="Other defaults: " + "; ".join(f"{x}: {', '.join(y)}" for x, y in PRESETS.items()) + ".",
 )
-@click.option(
+@options.path(
     "--from",
     "recipe",
     metavar="RECORD",
-    type=click.Path(path_type=Path),
     help="An adapter's training.json: its base, data and options, unless others are given.",
 )
 @_setting("--rank", "r of every adapted module.")
@@ -106,22 +118,8 @@ def _setting(name: str, help: str, **options: Any) -> Callable[[Command], Comman
 @_setting("--rslora", "Scale by alpha / sqrt(rank).")
 @_setting("--dora", "Train a magnitude for each output besides.")
 @_setting("--loraplus-ratio", "LoRA+: learning rate of B over that of A; 4 to 16 is common.")
-@click.option(
-    "--rank-pattern",
-    "rank_patterns",
-    multiple=True,
-    type=_pattern,
-    metavar="KEY=RANK",
-    help="Another rank for the modules of this name or regex. Repeatable; the first match wins.",
-)
-@click.option(
-    "--alpha-pattern",
-    "alpha_patterns",
-    multiple=True,
-    type=_pattern,
-    metavar="KEY=ALPHA",
-    help="Another alpha for the modules of this name or regex. Repeatable; the first match wins.",
-)
+@_patterns("rank")
+@_patterns("alpha")
 @_setting("--dropout", "On the input of lora_A.")
 @_setting("--bias", "Which of the base's biases are trained.", type=click.Choice(BIASES))
 @_setting(
@@ -163,20 +161,13 @@ def _setting(name: str, help: str, **options: Any) -> Callable[[Command], Comman
 @_setting("--deterministic", "Deterministic algorithms only; a CPU's are in any case.")
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint of an interrupted run.")
 @click.option("--dry-run", is_flag=True, help="Say what would be trained, and stop.")
-@click.option(
+@options.path(
     "--export",
     "bundle",
     metavar="DIR",
-    type=click.Path(path_type=Path),
     help="Export base and adapter to this bundle afterwards, and validate it.",
 )
-@click.option(
-    "--export-mode",
-    type=click.Choice(["switchable", "merged"]),
-    default="switchable",
-    show_default=True,
-    help="As export's --mode.",
-)
+@options.choice("--export-mode", ["switchable", "merged"], "As export's --mode.")
 @click.option("--force", is_flag=True, help="Replace an adapter that is already in the folder.")
 def command(
     base: str | None,
@@ -194,7 +185,7 @@ def command(
     bundle: Path | None,
     export_mode: str,
     force: bool,
-    **options: Any,
+    **values: Any,
 ) -> None:
     """Train a LoRA adapter for BASE (a folder or hub id) on DATA.
 
@@ -206,7 +197,7 @@ def command(
     Ctrl-C ends the run after its step and keeps a checkpoint: --resume goes on. Several processes:
     accelerate launch -m lora_edge.cli train …, or torchrun.
     """
-    given = {key: value for key, value in options.items() if value is not None}
+    given = {key: value for key, value in values.items() if value is not None}
     if target_modules is not None:
         given["target_modules"] = split_targets(target_modules)
     if rank_patterns:
@@ -262,8 +253,9 @@ def _run(
     resume: bool,
     force: bool,
 ) -> None:
+    from lora_edge.files.hashes import hash_file
     from lora_edge.training import train
-    from lora_edge.training.record import check_recipe, file_sha256, versions
+    from lora_edge.training.record import check_recipe, versions
 
     def notify(line: str) -> None:
         click.echo(line, err=True)
@@ -289,7 +281,7 @@ def _run(
     finally:
         shown.close()
     if known is not None and not changed and known.adapter_sha256 and _first_process():
-        same = file_sha256(output / "adapter_model.safetensors") == known.adapter_sha256
+        same = hash_file(output / "adapter_model.safetensors") == known.adapter_sha256
         notify("the same bytes as the record's" if same else "OTHER BYTES than the record's")
 
 
