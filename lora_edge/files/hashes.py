@@ -7,7 +7,7 @@ from pathlib import Path
 
 def hash_file(path: Path) -> str:
     """sha256 of a file's content, hexadecimal."""
-    import hashlib  # takes milliseconds, which running a bundle has no need of
+    import hashlib  # takes milliseconds, which importing the runtime has no need of
 
     digest = hashlib.sha256()
     with path.open("rb") as stream:
