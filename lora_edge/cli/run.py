@@ -195,17 +195,17 @@ def _read(file: Path, field: str, default: dict[str, float] | None) -> list[tupl
     Raises:
         DataError: the file is missing, empty, or has a line that is not as expected.
     """
-    from lora_edge.files.json import parse_object, read_lines
+    from lora_edge.files.jsonl import read_jsonl
 
     like = f'Like {{"{field}": "..."}}, one object a line, in UTF-8.'
     rows: list[tuple[Any, Any]] = []
-    for number, line in read_lines(file, DataError, "Give a jsonl file in UTF-8."):
-        data = parse_object(line, f"{file}:{number}", DataError, like)
+    for line in read_jsonl(file, DataError, "Give a jsonl file in UTF-8."):
+        data = line.object(DataError, like)
         if not isinstance(data.get(field), str):
-            raise DataError(f"{file}:{number} has no text in {field!r}", like)
+            raise DataError(f"{line.where}: {field!r} is missing or no text", like)
         pair = data.get("pair") if field == "text" else None
         if not isinstance(pair, str | None):
-            raise DataError(f"{file}:{number} has a 'pair' that is no text", like)
+            raise DataError(f"{line.where}: 'pair' is no text", like)
         value = data[field] if pair is None else (data[field], pair)
         rows.append((value, data.get("adapter", default)))
     if not rows:
