@@ -174,7 +174,7 @@ class Bundle:
         """Change the bundle in one step, whoever else has changed it since it was opened.
 
         Args:
-            prepared: a folder of :func:`~lora_edge.files.transaction.preparing`, with the files
+            prepared: a folder of :func:`~lora_edge.files.changing.preparing`, with the files
                 that are new.
             edit: the manifest as it is now, read under the bundle's lock -> the new one. Files
                 that only the new one names are put in place, those that only the old one names go.
@@ -182,7 +182,7 @@ class Bundle:
         Raises:
             BundleError: another process holds the bundle, or has replaced it.
         """
-        from lora_edge.files.transaction import writing
+        from lora_edge.files.changing import writing
 
         with writing(self.directory) as lock:
             now = load_bundle(self.directory).manifest
@@ -263,7 +263,7 @@ def file_entry(path: Path) -> FileEntry:
 
 def file_entries(directory: Path) -> dict[str, FileEntry]:
     """Hash every file below a folder except the manifest, by relative path."""
-    from lora_edge.files.transaction import is_hidden
+    from lora_edge.files.hidden import is_hidden
 
     return {
         path.relative_to(directory).as_posix(): file_entry(path)
