@@ -6,9 +6,8 @@ name is loaded when it is first used.
 
 from __future__ import annotations
 
-import importlib
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 # ONNX Runtime's official builds upload telemetry unless this is set before they are imported.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -31,6 +30,7 @@ from lora_edge.errors import (
     UnsupportedAdapterError,
     UnsupportedModelError,
 )
+from lora_edge.lazy import attributes
 
 if TYPE_CHECKING:
     from lora_edge.adapter.load import Adapter, load_adapter
@@ -89,13 +89,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    module = _LAZY.get(name)
-    if module is None:
-        raise AttributeError(f"module 'lora_edge' has no attribute {name!r}")
-    value = getattr(importlib.import_module(module), name)
-    globals()[name] = value
-    return value
+__getattr__ = attributes(__name__, _LAZY)
 
 
 def __dir__() -> list[str]:

@@ -29,13 +29,10 @@ from lora_edge.adapter.directory import (
     tensor_keys,
 )
 from lora_edge.adapter.loading import check_keys
+from lora_edge.adapter.parts import LowRank, StackedFactors, TokenRows
 from lora_edge.adapter.refusals import Mode, Refusal, config_refusals
 from lora_edge.adapter.targets import Targets
 from lora_edge.adapter.tensors import (
-    FloatArray,
-    LowRank,
-    StackedFactors,
-    TokenRows,
     check_biases,
     low_rank_modules,
     saved_parameters,
@@ -45,6 +42,7 @@ from lora_edge.adapter.tensors import (
 from lora_edge.base.layer import Layer
 from lora_edge.errors import AdapterError, UnsupportedAdapterError
 from lora_edge.files.portable import unportable
+from lora_edge.maths.lora import FloatArray
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.types import path as checked_path
 from lora_edge.types import text

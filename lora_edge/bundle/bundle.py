@@ -14,7 +14,6 @@ Knows files; knows nothing of graphs, adapters' maths or runtimes. The layout is
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from lora_edge.bundle.manifest import (
     Manifest,
 )
 from lora_edge.errors import AdapterNotFoundError, BundleError
+from lora_edge.files.hashes import hash_file
 from lora_edge.files.json import read_bytes
 from lora_edge.files.paths import path_inside
 from lora_edge.files.sample import SMALL, sample_file
@@ -161,7 +161,7 @@ class Bundle:
         """Change the bundle in one step, whoever else has changed it since it was opened.
 
         Args:
-            prepared: a folder of :func:`~lora_edge.files.transaction.preparing`, with the files
+            prepared: a folder of :func:`~lora_edge.files.changing.preparing`, with the files
                 that are new.
             edit: the manifest as it is now, read under the bundle's lock -> the new one. Files
                 that only the new one names are put in place, those that only the old one names go.
@@ -169,7 +169,7 @@ class Bundle:
         Raises:
             BundleError: another process holds the bundle, or has replaced it.
         """
-        from lora_edge.files.transaction import writing
+        from lora_edge.files.changing import writing
 
         with writing(self.directory) as lock:
             now = load_bundle(self.directory).manifest
@@ -242,15 +242,6 @@ def _check_links(bundle: Bundle) -> None:
             bundle.path(name)
 
 
-def hash_file(path: Path) -> str:
-    """sha256 of a file's content, hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def file_entry(path: Path) -> FileEntry:
     """The manifest's entry of one file."""
     size = path.stat().st_size
@@ -259,7 +250,7 @@ def file_entry(path: Path) -> FileEntry:
 
 def file_entries(directory: Path) -> dict[str, FileEntry]:
     """Hash every file below a folder except the manifest, by relative path."""
-    from lora_edge.files.transaction import is_hidden
+    from lora_edge.files.hidden import is_hidden
 
     return {
         path.relative_to(directory).as_posix(): file_entry(path)

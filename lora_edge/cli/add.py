@@ -5,19 +5,14 @@ from __future__ import annotations
 import click
 
 from lora_edge.bundle.manifest import aspect_names
+from lora_edge.cli import options
 from lora_edge.cli.arguments import named_paths
 
 
 @click.command()
 @click.argument("bundle")
-@click.option(
-    "-a",
-    "--adapter",
-    "adapters",
-    multiple=True,
-    required=True,
-    metavar="NAME=DIR",
-    help="A PEFT directory, a hub id or a folder of MLX-LM, and what to call it. Repeatable.",
+@options.adapters(
+    "A PEFT directory, a hub id or a folder of MLX-LM, and what to call it.", required=True
 )
 @click.option(
     "--base",

@@ -1,4 +1,4 @@
-"""Arguments that several verbs share."""
+"""The values of options that several verbs share: text -> what is meant."""
 
 from __future__ import annotations
 
@@ -6,31 +6,11 @@ import contextlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import click
 
-peft_files = click.option(
-    "-a",
-    "--adapter",
-    "adapters",
-    multiple=True,
-    metavar="NAME=DIR",
-    help="PEFT files of an adapter, where the bundle does not hold them. Repeatable.",
-)
-
-
-provider_options = click.option(
-    "--provider-option",
-    "provider_options",
-    multiple=True,
-    metavar="K=V",
-    help="An option of the execution provider itself, such as device_id=1. Repeatable.",
-)
-allow_fallback = click.option(
-    "--allow-fallback",
-    is_flag=True,
-    help="Let the CPU run what the provider does not take.  [default: refuse]",
-)
+_Value = TypeVar("_Value")
 
 
 def named_options(pairs: Sequence[str]) -> dict[str, str]:
@@ -44,9 +24,7 @@ def named_options(pairs: Sequence[str]) -> dict[str, str]:
         key, separator, value = pair.partition("=")
         if not (key and separator):
             raise click.BadParameter(f"--provider-option {pair!r} is not K=V")
-        if key in found:
-            raise click.BadParameter(f"--provider-option {key} is given twice")
-        found[key] = value
+        _add(found, key, value, f"--provider-option {key}")
     return found
 
 
@@ -61,9 +39,7 @@ def named_paths(pairs: Sequence[str]) -> dict[str, str]:
         name, separator, path = pair.partition("=")
         if not (name and separator and path):
             raise click.BadParameter(f"{pair!r} is not NAME=DIR")
-        if name in found:
-            raise click.BadParameter(f"the adapter {name!r} is given twice")
-        found[name] = path
+        _add(found, name, path, f"the adapter {name!r}")
     return found
 
 
@@ -109,7 +85,11 @@ def weighted_names(pairs: Sequence[str]) -> dict[str, float] | None:
             weight = math.nan
         if not name or not math.isfinite(weight):
             raise click.BadParameter(f"{pair!r} is not NAME or NAME=WEIGHT")
-        if name in found:
-            raise click.BadParameter(f"the adapter {name!r} is given twice")
-        found[name] = weight
+        _add(found, name, weight, f"the adapter {name!r}")
     return found or None
+
+
+def _add(found: dict[str, _Value], key: str, value: _Value, what: str) -> None:
+    if key in found:
+        raise click.BadParameter(f"{what} is given twice")
+    found[key] = value

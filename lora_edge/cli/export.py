@@ -9,30 +9,22 @@ from typing import Any
 
 import click
 
+from lora_edge.cli import options
 from lora_edge.cli.arguments import conversion_rank, named_paths
 from lora_edge.tasks.task import TASKS
 
 
 @click.command()
 @click.argument("base")
-@click.option(
-    "-a",
-    "--adapter",
-    "adapters",
-    multiple=True,
-    metavar="NAME=DIR",
-    help="A PEFT directory, a hub id or a folder of MLX-LM, and what to call it; `lora-edge "
-    "inspect DIR` says what it carries and which mode takes it. Repeatable.",
+@options.adapters(
+    "A PEFT directory, a hub id or a folder of MLX-LM, and what to call it; `lora-edge inspect "
+    "DIR` says what it carries and which mode takes it."
 )
-@click.option(
-    "-o", "--output", required=True, type=click.Path(path_type=Path), help="The bundle's folder."
-)
-@click.option(
+@options.path("-o", "--output", required=True, help="The bundle's folder.")
+@options.choice(
     "--mode",
-    type=click.Choice(["switchable", "merged"]),
-    default="switchable",
-    show_default=True,
-    help="Adapters as inputs of one graph, or one adapter merged into the weights. Activated LoRAs "
+    ["switchable", "merged"],
+    "Adapters as inputs of one graph, or one adapter merged into the weights. Activated LoRAs "
     "are switchable only, experts (target_parameters) merged only.",
 )
 @click.option(
@@ -40,26 +32,20 @@ from lora_edge.tasks.task import TASKS
     type=click.Choice(list(TASKS)),
     help="What the model is to do.  [default: what the adapters were trained for, or the base is]",
 )
-@click.option(
+@options.choice(
     "--form",
-    type=click.Choice(["fused", "portable"]),
-    default="fused",
-    show_default=True,
-    help="Fast operators of ONNX Runtime, or standard ONNX operators only.",
+    ["fused", "portable"],
+    "Fast operators of ONNX Runtime, or standard ONNX operators only.",
 )
-@click.option(
+@options.choice(
     "--backend",
-    type=click.Choice(["trace", "optimum"]),
-    default="trace",
-    show_default=True,
-    help="What makes the base graph; optimum needs lora-edge[optimum] and ignores --form.",
+    ["trace", "optimum"],
+    "What makes the base graph; optimum needs lora-edge[optimum] and ignores --form.",
 )
-@click.option(
+@options.choice(
     "--sites",
-    type=click.Choice(["all", "adapters"]),
-    default="all",
-    show_default=True,
-    help="Branches on all linear layers of the decoder, or only where the adapters need them.",
+    ["all", "adapters"],
+    "Branches on all linear layers of the decoder, or only where the adapters need them.",
 )
 @click.option(
     "--kinds",
@@ -76,17 +62,15 @@ from lora_edge.tasks.task import TASKS
     "rank, or of the ranks that keep this share (0 to 1) of each delta's energy, and say how far "
     "off they are.",
 )
-@click.option(
+@options.choice(
     "--precision",
-    type=click.Choice(["fp32", "int8", "int4"]),
-    default="fp32",
-    show_default=True,
-    help="Of the linear layers, but for the head and mixtures' experts. int8 and int4 are for text "
+    ["fp32", "int8", "int4"],
+    "Of the linear layers, but for the head and mixtures' experts. int8 and int4 are for text "
     "generation in the fused form; adapters stay in fp32, and so do the layers that a merged one "
     "changes.",
 )
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
-def command(adapters: tuple[str, ...], output: Path, **options: Any) -> None:
+def command(adapters: tuple[str, ...], output: Path, **given: Any) -> None:
     """Export BASE (a Hugging Face folder or hub id) and PEFT adapters to one ONNX bundle.
 
     The bundle is published only if every adapter does in it what it does in PyTorch. What cannot be
@@ -96,14 +80,14 @@ def command(adapters: tuple[str, ...], output: Path, **options: Any) -> None:
     from lora_edge.exporting.export import export
 
     started = time.monotonic()
-    base = options.pop("base")
-    options["kinds"] = [kind.strip() for kind in options["kinds"].split(",") if kind.strip()]
+    base = given.pop("base")
+    given["kinds"] = [kind.strip() for kind in given["kinds"].split(",") if kind.strip()]
     bundle = export(
         base,
         named_paths(adapters),
         output=output,
         progress=lambda line: click.echo(line, err=True),
-        **options,
+        **given,
     )
     written = sum(entry.bytes for entry in bundle.manifest.files.values())
     click.echo(

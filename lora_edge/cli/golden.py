@@ -6,14 +6,14 @@ from pathlib import Path
 
 import click
 
-from lora_edge.cli.arguments import named_paths, peft_files
+from lora_edge.cli import options
+from lora_edge.cli.arguments import named_paths
 
 
 @click.command()
 @click.argument("bundle")
-@click.option(
+@options.path(
     "--prompts",
-    type=click.Path(path_type=Path),
     help='A prompt in each line, or a .jsonl of {"prompt", "adapter"}; without an adapter, it is '
     "run with all of them and with none.",
 )
@@ -22,7 +22,7 @@ from lora_edge.cli.arguments import named_paths, peft_files
     metavar="BASE",
     help="The base's folder or id, where it is not the one that the bundle names.",
 )
-@peft_files
+@options.peft_files
 @click.option(
     "--steps", type=click.IntRange(1), help="Greedy tokens after each prompt (default 16)."
 )

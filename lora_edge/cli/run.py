@@ -12,12 +12,8 @@ from typing import Any, Literal
 
 import click
 
-from lora_edge.cli.arguments import (
-    allow_fallback,
-    named_options,
-    provider_options,
-    weighted_names,
-)
+from lora_edge.cli import options
+from lora_edge.cli.arguments import named_options, weighted_names
 from lora_edge.errors import DataError
 
 
@@ -35,10 +31,9 @@ from lora_edge.errors import DataError
 @click.option("--text", help="The text to label or embed; - reads it from stdin.")
 @click.option("--pair", help="A second text that belongs to --text.")
 @click.option("--image", type=click.Path(), help="The image to label (needs lora-edge[image]).")
-@click.option(
+@options.path(
     "--input",
     "input_file",
-    type=click.Path(path_type=Path),
     help='jsonl of {"prompt" | "text" | "image": ..., "adapter": name | null | {name: weight}}, '
     "run as one batch.",
 )
@@ -50,7 +45,7 @@ from lora_edge.errors import DataError
 @click.option("--min-p", type=float, help="0 is all.  [default: 0]")
 @click.option("--repetition-penalty", type=float, help="1 is none.  [default: 1]")
 @click.option("--seed", type=int)
-@click.option("--stop", multiple=True, help="End before this string. Repeatable.")
+@options.repeatable("--stop", help="End before this string.")
 @click.option(
     "--chat",
     is_flag=True,
@@ -61,22 +56,19 @@ from lora_edge.errors import DataError
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 @click.option("--provider", default="cpu", show_default=True, help="Execution provider.")
 @click.option("--threads", type=click.IntRange(1), help="Of each operator.  [default: the cores]")
-@provider_options
-@allow_fallback
-@click.option(
+@options.provider_options
+@options.allow_fallback
+@options.choice(
     "--verify",
-    type=click.Choice(["sampled", "full"]),
-    default="sampled",
-    show_default=True,
-    help="Check large weights by some of their blocks, or every byte of the bundle, before.",
+    ["sampled", "full"],
+    "Check large weights by some of their blocks, or every byte of the bundle, before.",
 )
-@click.option(
+@options.repeatable(
     "--pin",
     "pinned",
-    multiple=True,
     metavar="NAME",
     help="Run batches of this adapter alone (none: no adapter) as fast as merged, for one more "
-    "copy of the weights in memory. Repeatable.",
+    "copy of the weights in memory.",
 )
 def command(
     bundle: str,
@@ -203,17 +195,17 @@ def _read(file: Path, field: str, default: dict[str, float] | None) -> list[tupl
     Raises:
         DataError: the file is missing, empty, or has a line that is not as expected.
     """
-    from lora_edge.files.json import parse_object, read_lines
+    from lora_edge.files.jsonl import read_jsonl
 
     like = f'Like {{"{field}": "..."}}, one object a line, in UTF-8.'
     rows: list[tuple[Any, Any]] = []
-    for number, line in read_lines(file, DataError, "Give a jsonl file in UTF-8."):
-        data = parse_object(line, f"{file}:{number}", DataError, like)
+    for line in read_jsonl(file, DataError, "Give a jsonl file in UTF-8."):
+        data = line.object(DataError, like)
         if not isinstance(data.get(field), str):
-            raise DataError(f"{file}:{number} has no text in {field!r}", like)
+            raise DataError(f"{line.where}: {field!r} is missing or no text", like)
         pair = data.get("pair") if field == "text" else None
         if not isinstance(pair, str | None):
-            raise DataError(f"{file}:{number} has a 'pair' that is no text", like)
+            raise DataError(f"{line.where}: 'pair' is no text", like)
         value = data[field] if pair is None else (data[field], pair)
         rows.append((value, data.get("adapter", default)))
     if not rows:

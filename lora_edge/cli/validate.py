@@ -8,14 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lora_edge.cli.arguments import (
-    allow_fallback,
-    named_options,
-    named_paths,
-    optional_name,
-    peft_files,
-    provider_options,
-)
+from lora_edge.cli import options
+from lora_edge.cli.arguments import named_options, named_paths, optional_name
 
 if TYPE_CHECKING:
     from lora_edge.parity.plan.plan import Depth
@@ -36,23 +30,21 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     flag_value="full",
     help="Every level of ONNX Runtime's optimization, and a switch between every two adapters.",
 )
-@click.option(
+@options.repeatable(
     "--provider",
     "providers",
-    multiple=True,
     metavar="NAME",
-    help="Execution provider, strict (default cpu). Repeatable.",
+    help="Execution provider, strict (default cpu).",
 )
-@provider_options
-@allow_fallback
-@click.option(
+@options.provider_options
+@options.allow_fallback
+@options.repeatable(
     "--optimization",
     "optimizations",
-    multiple=True,
     type=click.Choice(["disable", "basic", "extended", "all"]),
-    help="Level of ONNX Runtime's graph optimization (default all). Repeatable.",
+    help="Level of ONNX Runtime's graph optimization (default all).",
 )
-@peft_files
+@options.peft_files
 @click.option(
     "--steps",
     type=click.IntRange(1),
@@ -61,18 +53,16 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the random prompts."
 )
-@click.option(
+@options.path(
     "--prompts",
-    type=click.Path(path_type=Path),
     help="Texts, one in each line, to run instead of random ones (with --reference).",
 )
-@click.option(
+@options.repeatable(
     "--eval",
     "data",
-    multiple=True,
     metavar="[NAME=]FILE",
     help='A .jsonl of {"prompt", "completion"} or {"text", "label"} for an adapter, or for all: '
-    "compare a metric on it, under PyTorch and under the bundle (with --reference). Repeatable.",
+    "compare a metric on it, under PyTorch and under the bundle (with --reference).",
 )
 @click.option(
     "--metric",

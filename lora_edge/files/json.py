@@ -12,9 +12,12 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, TypedDict
 
 from lora_edge.errors import LoraEdgeError
+
+if TYPE_CHECKING:
+    from typing import Unpack  # from Python 3.11 on
 
 MAX_BYTES = 64 << 20
 """Longest file that is read, in bytes."""
@@ -30,75 +33,54 @@ _LONG = re.compile(rf"\d{{{MAX_DIGITS}}}")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 
 
+class Limits(TypedDict, total=False):
+    """What a caller may allow beyond the rule.
+
+    Attributes:
+        nonfinite: take ``NaN`` and ``Infinity``, which transformers and PEFT write.
+        max_bytes: longest file or text that is read; bytes, or characters of a text.
+    """
+
+    nonfinite: bool
+    max_bytes: int
+
+
 class _RefusedError(ValueError):
     """JSON that Python's reader would take."""
 
 
-def read_json(
-    file: Path,
-    error: type[LoraEdgeError],
-    hint: str,
-    *,
-    nonfinite: bool = False,
-    max_bytes: int = MAX_BYTES,
-) -> Any:
+def read_json(file: Path, error: type[LoraEdgeError], hint: str, **limits: Unpack[Limits]) -> Any:
     """What a JSON file holds.
 
     Args:
         file: the file; a pipe or a device is refused.
         error: what is raised where the file is not read.
         hint: of that error: what to do.
-        nonfinite: take ``NaN`` and ``Infinity``, which transformers and PEFT write.
-        max_bytes: longest file that is read.
+        limits: what is allowed beyond the rule.
 
     Raises:
         LoraEdgeError: of type ``error``: the file is missing, too long, or no JSON as said above.
     """
-    return parse_json(
-        read_bytes(file, error, hint, max_bytes=max_bytes),
-        str(file),
-        error,
-        hint,
-        nonfinite=nonfinite,
-        max_bytes=max_bytes,
-    )
+    data = read_bytes(file, error, hint, max_bytes=limits.get("max_bytes", MAX_BYTES))
+    return parse_json(data, str(file), error, hint, **limits)
 
 
 def read_object(
-    file: Path,
-    error: type[LoraEdgeError],
-    hint: str,
-    *,
-    nonfinite: bool = False,
-    max_bytes: int = MAX_BYTES,
+    file: Path, error: type[LoraEdgeError], hint: str, **limits: Unpack[Limits]
 ) -> dict[str, Any]:
     """As :func:`read_json`; what the file holds is an object."""
-    data = read_json(file, error, hint, nonfinite=nonfinite, max_bytes=max_bytes)
-    return _object(data, str(file), error, hint)
+    return _object(read_json(file, error, hint, **limits), str(file), error, hint)
 
 
 def parse_object(
-    data: bytes | str,
-    what: str,
-    error: type[LoraEdgeError],
-    hint: str,
-    *,
-    nonfinite: bool = False,
-    max_bytes: int = MAX_BYTES,
+    data: bytes | str, what: str, error: type[LoraEdgeError], hint: str, **limits: Unpack[Limits]
 ) -> dict[str, Any]:
     """As :func:`parse_json`; what the text holds is an object."""
-    parsed = parse_json(data, what, error, hint, nonfinite=nonfinite, max_bytes=max_bytes)
-    return _object(parsed, what, error, hint)
+    return _object(parse_json(data, what, error, hint, **limits), what, error, hint)
 
 
 def parse_json(
-    data: bytes | str,
-    what: str,
-    error: type[LoraEdgeError],
-    hint: str,
-    *,
-    nonfinite: bool = False,
-    max_bytes: int = MAX_BYTES,
+    data: bytes | str, what: str, error: type[LoraEdgeError], hint: str, **limits: Unpack[Limits]
 ) -> Any:
     """What a JSON text holds.
 
@@ -107,12 +89,12 @@ def parse_json(
         what: what it is called in an error: a file, or a file and a line.
         error: what is raised where it is refused.
         hint: of that error: what to do.
-        nonfinite: take ``NaN`` and ``Infinity``.
-        max_bytes: longest text that is read; bytes, or characters of a text.
+        limits: what is allowed beyond the rule.
 
     Raises:
         LoraEdgeError: of type ``error``: it is no JSON as said above.
     """
+    nonfinite, max_bytes = limits.get("nonfinite", False), limits.get("max_bytes", MAX_BYTES)
     if len(data) > max_bytes:
         raise error(f"{what} is longer than {max_bytes} bytes", hint)
     if isinstance(data, bytes):

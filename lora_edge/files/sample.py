@@ -6,7 +6,6 @@ more than 512 MiB the blocks are as many, and lie farther apart.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 SMALL = 16 << 20
@@ -19,6 +18,8 @@ _MOST = 8192
 
 def sample_file(path: Path) -> str:
     """sha256 over the file's size and its sampled blocks, hexadecimal; the last block is one."""
+    import hashlib  # takes milliseconds, which importing the runtime has no need of
+
     size = path.stat().st_size
     apart = max(_APART, -(-size // _MOST))
     digest = hashlib.sha256(f"{size}\n".encode())

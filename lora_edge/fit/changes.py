@@ -8,24 +8,25 @@ maths and the kinds of layers; knows nothing of graphs, files or PyTorch.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lora_edge.adapter.load import Adapter
-from lora_edge.adapter.tensors import LowRank, TokenRows
+from lora_edge.adapter.parts import LowRank, TokenRows
 from lora_edge.base.layer import Layer
 from lora_edge.errors import AdapterError, UnsupportedAdapterError
 from lora_edge.fit.check import Weights, base_value
-from lora_edge.maths.experts import (
-    ExpertLora,
-    ExpertPlace,
-    ParameterModule,
-    assign,
-    expert_lora,
-    place_of,
+from lora_edge.fit.values import (
+    Adapted,
+    Constant,
+    Experts,
+    OneExpert,
+    Rows,
+    Shift,
+    dense_kernel,
 )
+from lora_edge.maths.experts import ParameterModule, assign, expert_lora, place_of
 from lora_edge.maths.lora import (
     Factors,
     FloatArray,
@@ -182,7 +183,7 @@ class _SiteChanges:
             return
         if weight is None:
             own = self._matrix(path)
-            weight = (own if module is None else _Adapted(module)(own)).astype(np.float32)
+            weight = (own if module is None else Adapted(module)(own)).astype(np.float32)
         if weight.shape[1] != self._modules[path].in_features:
             raise AdapterError(
                 f"adapter {self._adapter.name}: its head {path} is {weight.shape}, expected "
@@ -241,19 +242,19 @@ def parameter_changes(
 
     for path, value in adapter.saved.items():
         turned = value.ndim == 2 and modules[path.rpartition(".")[0]].transposed
-        then(path, _Constant(value.T if turned else value))
+        then(path, Constant(value.T if turned else value))
     for path, tokens in adapter.tokens.items():
         outputs = _output_layers(path, adapter, modules, tied)
         for owner in {path, *outputs} if modules[path].kind == "embedding" else set(outputs):
-            then(f"{owner}.weight", _Rows(tokens))
+            then(f"{owner}.weight", Rows(tokens))
     for path, module in adapter.modules.items():
         place = place_of(path, stacks or {})
         if place is not None:
-            then(place.parameter, _OneExpert(place, module))
+            then(place.parameter, OneExpert(place, module))
             continue
-        then(f"{path}.weight", _Adapted(module))
+        then(f"{path}.weight", Adapted(module))
         if module.bias is not None:
-            then(f"{path}.bias", _Shift(module.scaling * module.bias.astype(np.float64)))
+            then(f"{path}.bias", Shift(module.scaling * module.bias.astype(np.float64)))
     for path, stacked in adapter.stacked.items():
         module_of = (stacks or {})[path]
         targets = [str(x) for x in adapter.config.get("target_parameters") or ()]
@@ -273,101 +274,8 @@ def parameter_changes(
                     f"says {rank}",
                     "The config and the tensors are from different adapters; save it again.",
                 )
-            then(f"{path}.{name}", _Experts(expert))
+            then(f"{path}.{name}", Experts(expert))
     return changes
-
-
-@dataclass(frozen=True)
-class _Experts:
-    lora: ExpertLora
-
-    def __call__(self, base: WideArray | None) -> WideArray:
-        assert base is not None
-        if base.ndim == 2:
-            return base + self.lora.delta(0)
-        return np.stack([matrix + self.lora.delta(i) for i, matrix in enumerate(base)])
-
-
-@dataclass(frozen=True)
-class _OneExpert:
-    place: ExpertPlace
-    module: LowRank
-
-    def __call__(self, base: WideArray | None) -> WideArray:
-        assert base is not None
-        changed = base.copy()
-        rows = slice(self.place.first, self.place.first + self.place.size[0])
-        part = changed[self.place.expert, rows]
-        changed[self.place.expert, rows] = _Adapted(self.module)(part)
-        return changed
-
-
-@dataclass(frozen=True)
-class _Constant:
-    value: FloatArray
-
-    def __call__(self, base: WideArray | None) -> WideArray:  # noqa: ARG002
-        return self.value.astype(np.float64)
-
-
-@dataclass(frozen=True)
-class _Rows:
-    tokens: TokenRows
-
-    def __call__(self, base: WideArray | None) -> WideArray:
-        assert base is not None
-        changed = base.copy()
-        changed[list(self.tokens.indices)] = self.tokens.rows
-        return changed
-
-
-@dataclass(frozen=True)
-class _Shift:
-    change: WideArray
-
-    def __call__(self, base: WideArray | None) -> WideArray:
-        return self.change if base is None else base + self.change
-
-
-@dataclass(frozen=True)
-class _Adapted:
-    module: LowRank
-
-    def __call__(self, base: WideArray | None) -> WideArray:
-        assert base is not None
-        module = self.module
-        if module.kind == "embedding":
-            return self._adapted(base.T, module.gain(base.T)).T
-        if module.kind == "conv":
-            kernel = dense_kernel(base, module.in_features)
-            gain = module.gain(base.reshape(len(base), -1))
-            return self._adapted(kernel.reshape(len(kernel), -1), gain).reshape(kernel.shape)
-        return self._adapted(base, module.gain(base))
-
-    def _adapted(self, weight: WideArray, gain: WideArray | None) -> WideArray:
-        adapted = weight + self.module.delta()
-        return adapted if gain is None else adapted * gain[:, None]
-
-
-def dense_kernel(kernel: WideArray, in_features: int) -> WideArray:
-    """A convolution's kernel ``[out, channels / groups, *k]`` without groups, block by block.
-
-    PEFT's A reads all channels, so a change of a grouped convolution is dense.
-
-    Args:
-        kernel: of any number of groups.
-        in_features: all channels times the size of ``k``.
-    """
-    out, share, *size = kernel.shape
-    channels = in_features // int(np.prod(size))
-    if share == channels:
-        return kernel
-    groups = channels // share
-    dense = np.zeros((out, channels, *size))
-    for group in range(groups):
-        rows = slice(group * out // groups, (group + 1) * out // groups)
-        dense[rows, group * share : (group + 1) * share] = kernel[rows]
-    return dense
 
 
 def _output_layers(

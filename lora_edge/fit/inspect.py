@@ -15,9 +15,9 @@ from typing import Literal
 
 from lora_edge.adapter.directory import read_config, text_aspects
 from lora_edge.adapter.load import examine
+from lora_edge.adapter.parts import LowRank
 from lora_edge.adapter.refusals import MODES, Mode, Refusal
 from lora_edge.adapter.source import peft_directory
-from lora_edge.adapter.tensors import LowRank
 from lora_edge.base.checkpoint import Base
 from lora_edge.base.layer import Layer
 from lora_edge.errors import BundleError

@@ -30,10 +30,9 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from lora_edge.errors import GraphError
+from lora_edge.graph.site_nodes import FLOAT, SiteNodes, graph_input, take_place
 from lora_edge.graph.sites import Site, effective_weight
-from lora_edge.names import SELECT, STACKED_PARTS, InputPart, lora_input
-
-_FLOAT = ir.TensorType(ir.DataType.FLOAT)
+from lora_edge.names import SELECT, STACKED_PARTS, lora_input
 
 
 def branch(model: ir.Model, sites: Mapping[str, Site]) -> None:
@@ -51,7 +50,7 @@ def branch(model: ir.Model, sites: Mapping[str, Site]) -> None:
     """
     select = None
     if any(set(STACKED_PARTS) & set(site.layer.parts) for site in sites.values()):
-        select = _graph_input(model.graph, SELECT, [f"{SELECT}.{x}" for x in ("batch", "seq", "S")])
+        select = graph_input(model.graph, SELECT, [f"{SELECT}.{x}" for x in ("batch", "seq", "S")])
     groups: dict[int, list[Site]] = {}
     for site in sites.values():
         groups.setdefault(id(site.y), []).append(site)
@@ -59,83 +58,12 @@ def branch(model: ir.Model, sites: Mapping[str, Site]) -> None:
         ordered = sorted(group, key=lambda site: site.start)
         kind = ordered[0].layer.kind
         if kind == "norm":
-            _branch_norm(_Branch(model.graph, ordered[0], select))
+            _branch_norm(SiteNodes(model.graph, ordered[0], select))
         elif kind == "head":
-            _replace_head(_Branch(model.graph, ordered[0], select))
+            _replace_head(SiteNodes(model.graph, ordered[0], select))
             RemoveUnusedNodesPass()(model)  # the base's own head
         else:
             _branch_node(model.graph, ordered, select)
-
-
-class _Branch:
-    """The nodes that one site gets, in order, and the inputs that it makes on the way."""
-
-    def __init__(self, graph: ir.Graph, site: Site, select: ir.Value | None) -> None:
-        self.graph = graph
-        self.site = site
-        self.nodes: list[ir.Node] = []
-        self._select = select
-
-    def node(
-        self,
-        operator: str,
-        inputs: Sequence[ir.Value | None],
-        name: str,
-        attributes: Mapping[str, object] | None = None,
-    ) -> ir.Value:
-        """Add a node; its output is called by the site, the name and nothing else."""
-        node = ir.node(
-            operator,
-            inputs,
-            attributes or {},
-            name=f"lora.{self.site.path}.{name}",
-        )
-        node.outputs[0].name = f"{node.name}_out"
-        self.nodes.append(node)
-        return node.outputs[0]
-
-    def constant(self, name: str, values: Sequence[int]) -> ir.Value:
-        """A small integer tensor."""
-        full_name = f"lora.{self.site.path}.{name}"
-        tensor = ir.tensor(np.array(values, np.int64), name=full_name)
-        value = ir.Value(
-            name=full_name,
-            shape=ir.Shape([len(values)]),
-            type=ir.TensorType(tensor.dtype),
-            const_value=tensor,
-        )
-        self.graph.register_initializer(value)
-        return value
-
-    def input(self, part: InputPart, shape: Sequence[int | str]) -> ir.Value:
-        """Make one of the site's inputs; a string is a symbolic dimension of its own."""
-        name = lora_input(self.site.path, part)
-        return _graph_input(
-            self.graph, name, [x if isinstance(x, int) else f"{name}.{x}" for x in shape]
-        )
-
-    def pair(self) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """A, B, whose rank is A's, and the gate."""
-        site = self.site
-        a = self.input("A", [site.in_features, "rank"])
-        shape: list[int | str] = [f"{a.name}.rank", site.out_features]
-        b = _graph_input(self.graph, lora_input(site.path, "B"), shape)
-        return a, b, self.input("gate", ["batch", "seq", "rank"])
-
-    def selected(self, part: InputPart, size: int) -> ir.Value:
-        """``select @ part``, ``[batch | 1, seq | 1, size]``."""
-        stacked = self.input(part, ["S", size])
-        return self.node("MatMul", [self._select, stacked], f"{part}.selected")
-
-    def has(self, part: InputPart) -> bool:
-        """Whether the site is to have an input."""
-        return part in self.site.layer.parts
-
-
-def _graph_input(graph: ir.Graph, name: str, shape: Sequence[int | str]) -> ir.Value:
-    value = ir.Value(name=name, shape=ir.Shape(shape), type=_FLOAT)
-    graph.inputs.append(value)
-    return value
 
 
 def _branch_node(graph: ir.Graph, group: Sequence[Site], select: ir.Value | None) -> None:
@@ -148,18 +76,18 @@ def _branch_node(graph: ir.Graph, group: Sequence[Site], select: ir.Value | None
     nodes: list[ir.Node] = []
     deltas = []
     for site in group:
-        made = _Branch(graph, site, select)
+        made = SiteNodes(graph, site, select)
         delta = _convolution_delta(made) if site.layer.kind == "conv" else _delta(made)
         nodes += made.nodes
         deltas.append(delta)
-    last = _Branch(graph, group[0], select)
+    last = SiteNodes(graph, group[0], select)
     total = deltas[0]
     if len(deltas) > 1:
         total = last.node("Concat", deltas, "packed", {"axis": -1})
     total = last.node("Add", [y, total], "add")
     nodes += last.nodes
     total.shape = y.shape
-    _take_place(graph, y, total, nodes, anchor)
+    take_place(graph, y, total, nodes, anchor)
 
 
 def _check_covered(group: Sequence[Site]) -> None:
@@ -183,7 +111,7 @@ def _check_covered(group: Sequence[Site]) -> None:
         )
 
 
-def _delta(made: _Branch) -> ir.Value:
+def _delta(made: SiteNodes) -> ir.Value:
     """What is added to a linear layer's or an embedding's output."""
     site = made.site
     terms: list[ir.Value] = []
@@ -203,7 +131,7 @@ def _delta(made: _Branch) -> ir.Value:
     return _sum(made, terms)
 
 
-def _sum(made: _Branch, terms: list[ir.Value]) -> ir.Value:
+def _sum(made: SiteNodes, terms: list[ir.Value]) -> ir.Value:
     if not terms:
         raise GraphError(f"{made.site.path} has no inputs", "Name a kind of adapter.")
     total = terms[0]
@@ -212,7 +140,7 @@ def _sum(made: _Branch, terms: list[ir.Value]) -> ir.Value:
     return total
 
 
-def _without_bias(made: _Branch) -> ir.Value:
+def _without_bias(made: SiteNodes) -> ir.Value:
     """The site's columns of the base's output, less a bias that its own node adds."""
     site, value = made.site, made.site.y
     bias = site.own_bias
@@ -231,7 +159,7 @@ def _without_bias(made: _Branch) -> ir.Value:
     return made.node("Slice", [value, starts, ends, axes_], "columns")
 
 
-def _convolution_delta(made: _Branch) -> ir.Value:
+def _convolution_delta(made: SiteNodes) -> ir.Value:
     """What is added to a convolution's output ``[batch, out, *size]``: as its kernel's change."""
     site, spatial = made.site, _spatial(made.site)
     terms: list[ir.Value] = []
@@ -269,7 +197,7 @@ def _spatial(site: Site) -> int:
     return len(site.weight.shape) - 2
 
 
-def _channels(made: _Branch, value: ir.Value, name: str, spatial: int) -> ir.Value:
+def _channels(made: SiteNodes, value: ir.Value, name: str, spatial: int) -> ir.Value:
     """``[batch, 1, n]`` -> ``[batch, n, 1 …]``, beside a convolution's channels."""
     turned = made.node("Transpose", [value], f"{name}.channels", {"perm": [0, 2, 1]})
     if spatial == 1:
@@ -278,7 +206,7 @@ def _channels(made: _Branch, value: ir.Value, name: str, spatial: int) -> ir.Val
     return made.node("Unsqueeze", [turned, axes], f"{name}.column")
 
 
-def _branch_norm(made: _Branch) -> None:
+def _branch_norm(made: SiteNodes) -> None:
     """A norm's weight (and bias) become the base's plus the selected changes.
 
     ``x̂ * weight + bias`` is taken apart where one operator computes it: the operator gets a weight
@@ -309,10 +237,10 @@ def _branch_norm(made: _Branch) -> None:
             node.resize_inputs(2)
     node.replace_input_with(index, ones)
     total.shape = site.y.shape
-    _take_place(graph, site.y, total, made.nodes, node)
+    take_place(graph, site.y, total, made.nodes, node)
 
 
-def _beside(made: _Branch, value: ir.Value, name: str) -> ir.Value:
+def _beside(made: SiteNodes, value: ir.Value, name: str) -> ir.Value:
     """``[batch | 1, seq | 1, n]`` beside activations ``[batch, n]`` or ``[batch, …, seq, n]``."""
     extra = made.site.layer.rank - 3
     if not extra:
@@ -325,12 +253,12 @@ def _ones(graph: ir.Graph, size: int) -> ir.Value:
     name = f"lora.ones.{size}"
     if name not in graph.initializers:
         tensor = ir.tensor(np.ones(size, np.float32), name=name)
-        value = ir.Value(name=name, shape=ir.Shape([size]), type=_FLOAT, const_value=tensor)
+        value = ir.Value(name=name, shape=ir.Shape([size]), type=FLOAT, const_value=tensor)
         graph.register_initializer(value)
     return graph.initializers[name]
 
 
-def _replace_head(made: _Branch) -> None:
+def _replace_head(made: SiteNodes) -> None:
     """``x @ W + c`` takes the place of the base's head and of the bias that follows it."""
     site, graph = made.site, made.graph
     y = site.y
@@ -345,7 +273,7 @@ def _replace_head(made: _Branch) -> None:
     total = made.node("Add", [product, c], "total")
     anchor = y.producer()
     assert anchor is not None
-    _take_place(graph, y, total, made.nodes, anchor)
+    take_place(graph, y, total, made.nodes, anchor)
     labels = f"{lora_input(site.path, 'W')}.labels"
     if y.shape is not None:
         total.shape = ir.Shape([*list(y.shape)[:-1], labels])
@@ -360,20 +288,3 @@ def _rename_last_dimension(value: ir.Value, size: int, name: str) -> None:
             if shape is not None and len(shape) and shape[len(shape) - 1] == size:
                 output.shape = ir.Shape([*list(shape)[:-1], name])
                 _rename_last_dimension(output, size, name)
-
-
-def _take_place(
-    graph: ir.Graph, y: ir.Value, total: ir.Value, nodes: Sequence[ir.Node], anchor: ir.Node
-) -> None:
-    """Let everything that reads ``y`` read ``total`` instead, except the new nodes."""
-    total.type = y.type
-    own = set(map(id, nodes))
-    for use in list(y.uses()):
-        if id(use.node) not in own:
-            use.node.replace_input_with(use.idx, total)
-    for index, output in enumerate(graph.outputs):
-        if output is y:
-            graph.outputs[index] = total
-    # The sum takes over the name, so that graph outputs and what people look for keep theirs.
-    total.name, y.name = y.name, f"{y.name}.base"
-    graph.insert_after(anchor, nodes)

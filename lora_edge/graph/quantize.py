@@ -59,11 +59,7 @@ def round_layers(
 ) -> None:
     """Put rounded weights in the place of weights, which stay matrices of floats.
 
-    Args:
-        model: the graph; changed in place.
-        layers: module path -> layer.
-        paths: of those, which to round; each is :func:`quantizable`.
-        quantization: bits and size of a block.
+    Arguments as of :func:`quantize_layers`.
     """
     found = _own(model, layers)
     for path in paths:

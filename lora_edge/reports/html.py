@@ -12,13 +12,11 @@ from lora_edge.reports.baseline import Regression
 from lora_edge.reports.charts import drawn, effect_chart
 from lora_edge.reports.load import Data
 from lora_edge.reports.words import (
-    COLUMNS,
-    NO_ADAPTER,
     Case,
-    column,
     failures,
     figure,
     first_layer,
+    grid,
     number,
     ratio,
     reach_line,
@@ -29,9 +27,9 @@ from lora_edge.reports.words import (
     unsaid_layer,
     verdict,
     within,
+    worst,
 )
 
-_WORST = ("failed", "unproved", "passed")
 _OPEN = 3  # failures that are shown unfolded
 _BEFORE, _BEHIND = 4, 4  # layers shown around the first that differs
 _WORDS = {
@@ -98,15 +96,10 @@ def _failure(case: Case) -> dict[str, Any]:
 
 def _map(cases: Sequence[Case], adapters: Sequence[str], session: str) -> dict[str, Any]:
     """Adapter x state: the worst status, and the largest part of a limit that an error takes."""
-    cells: dict[tuple[str, str], list[Case]] = {}
-    for case in cases:
-        for row in rows_of(case):
-            cells.setdefault((row, column(case)), []).append(case)
-    columns = [name for name in COLUMNS if any(state == name for _, state in cells)]
+    names, columns, cells = grid(cases, adapters)
     rows = [
         {"name": name, "cells": [_cell(cells.get((name, state), [])) for state in columns]}
-        for name in (NO_ADAPTER, *adapters)
-        if any(row == name for row, _ in cells)
+        for name in names
     ]
     return {"session": session, "columns": columns, "rows": rows}
 
@@ -114,7 +107,7 @@ def _map(cases: Sequence[Case], adapters: Sequence[str], session: str) -> dict[s
 def _cell(cases: Sequence[Case]) -> dict[str, Any] | None:
     if not cases:
         return None
-    status = min((case["status"] for case in cases), key=_WORST.index)
+    status = worst(cases)
     own = [case for case in cases if case["status"] == status]
     ratios = [value for case in own if (value := ratio(case)) is not None]
     text = {"passed": "equal", "failed": "differs", "unproved": "unproved"}[status]

@@ -8,24 +8,21 @@ from collections.abc import Sequence
 from lora_edge.reports.baseline import Regression
 from lora_edge.reports.load import Data
 from lora_edge.reports.words import (
-    COLUMNS,
-    NO_ADAPTER,
     Case,
-    column,
     failures,
+    grid,
     number,
     ratio,
     reach_line,
-    rows_of,
     share,
     telling_first,
     times,
     unsaid_layer,
     verdict,
+    worst,
 )
 
 _SIGNS = {"passed": "✅", "failed": "❌", "unproved": "⚠️"}
-_WORST = ("failed", "unproved", "passed")
 _MOST = 20  # failures that are listed
 
 
@@ -75,12 +72,7 @@ def markdown(data: Data, worse: Sequence[Regression] = ()) -> str:
 
 
 def _table(data: Data) -> list[str]:
-    cells: dict[tuple[str, str], list[Case]] = {}
-    for case in data["cases"]:
-        for row in rows_of(case):
-            cells.setdefault((row, column(case)), []).append(case)
-    names = [name for name in (NO_ADAPTER, *data["adapters"]) if any(x == name for x, _ in cells)]
-    used = [name for name in COLUMNS if any(x == name for _, x in cells)]
+    names, used, cells = grid(data["cases"], data["adapters"])
     lines = ["| adapter | " + " | ".join(used) + " |", "|---|" + "---|" * len(used)]
     for name in names:
         shown = [_cell(cells.get((name, state), [])) for state in used]
@@ -88,12 +80,12 @@ def _table(data: Data) -> list[str]:
     return lines
 
 
-def _cell(cases: list[Case]) -> str:
+def _cell(cases: Sequence[Case]) -> str:
     if not cases:
         return ""
-    worst = min((case["status"] for case in cases), key=_WORST.index)
+    sign = _SIGNS[worst(cases)]
     ratios = [value for case in cases if (value := ratio(case)) is not None]
-    return f"{_SIGNS[worst]} {times(max(ratios))} of limit" if ratios else _SIGNS[worst]
+    return f"{sign} {times(max(ratios))} of limit" if ratios else sign
 
 
 def _figures(data: Data) -> list[str]:

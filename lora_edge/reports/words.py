@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from lora_edge.reports.load import Data
 
@@ -31,7 +31,22 @@ _PARTS = {
     ", long prompt": "long prompts",
     ", prompt of ": "long prompts",
 }
+_WORST = ("failed", "unproved", "passed")
 NO_ADAPTER = "no adapter"
+
+
+class Grid(NamedTuple):
+    """Adapters x states.
+
+    Attributes:
+        rows: the adapters.
+        columns: the states.
+        cells: (adapter, state) -> its cases; without those that have none.
+    """
+
+    rows: Sequence[str]
+    columns: Sequence[str]
+    cells: Mapping[tuple[str, str], Sequence[Case]]
 
 
 def column(case: Case) -> str:
@@ -51,6 +66,29 @@ def reach_line(data: Data) -> str:
 def rows_of(case: Case) -> tuple[str, ...]:
     """The adapters whose rows of a table a case belongs in."""
     return tuple(case["adapters"]) or (NO_ADAPTER,)
+
+
+def grid(cases: Sequence[Case], adapters: Sequence[str]) -> Grid:
+    """The cases by adapter and state: the rows and columns that have any, in order, and the cells.
+
+    Args:
+        cases: of a report.
+        adapters: of that report, in the order of their rows.
+    """
+    cells: dict[tuple[str, str], list[Case]] = {}
+    for case in cases:
+        for row in rows_of(case):
+            cells.setdefault((row, column(case)), []).append(case)
+    return Grid(
+        [name for name in (NO_ADAPTER, *adapters) if any(row == name for row, _ in cells)],
+        [name for name in COLUMNS if any(state == name for _, state in cells)],
+        cells,
+    )
+
+
+def worst(cases: Sequence[Case]) -> str:
+    """The worst status of some cases."""
+    return min((str(case["status"]) for case in cases), key=_WORST.index)
 
 
 def failures(data: Data) -> list[Case]:

@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -46,6 +45,8 @@ def captured() -> Iterator[NativeLog]:
 
     The whole process's: what other threads write meanwhile is kept too.
     """
+    import tempfile  # with all that it imports, it takes milliseconds
+
     log = NativeLog()
     try:
         before = os.dup(2)

@@ -8,7 +8,6 @@ loaded into the process when a provider is asked for that ONNX Runtime itself do
 from __future__ import annotations
 
 import importlib
-import pkgutil
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -27,6 +26,8 @@ def packages() -> Mapping[str, Any]:
     found: dict[str, Any] = {}
     if not hasattr(ort, "register_execution_provider_library"):
         return found
+    import pkgutil
+
     for module in pkgutil.iter_modules():
         if not module.name.startswith("onnxruntime_") or module.name in _NO_PLUGINS:
             continue

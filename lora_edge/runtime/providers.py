@@ -18,7 +18,6 @@ import onnxruntime as ort
 
 from lora_edge.errors import BundleError, OptionError, ProviderError
 from lora_edge.runtime import installed, plugins
-from lora_edge.runtime.graph_types import float_work
 from lora_edge.runtime.native_log import NativeLog, captured, release, without_status
 from lora_edge.targets.target import TARGETS, Target, target, unknown
 
@@ -294,6 +293,8 @@ def _left_to_cpu(session: Any, graph: Path) -> dict[str, int]:
     ]
     if not nodes:
         return {}
+    from lora_edge.runtime.graph_types import float_work
+
     reads = float_work(graph)
     return dict(
         Counter(

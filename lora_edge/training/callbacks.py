@@ -21,7 +21,7 @@ import torch
 from transformers import TrainerCallback
 
 from lora_edge.errors import AdapterError, DataError
-from lora_edge.files.json import parse_object, read_lines
+from lora_edge.files.jsonl import read_jsonl
 from lora_edge.files.schema import decode
 from lora_edge.files.transaction import write_atomically
 from lora_edge.training.record import METRICS_NAME
@@ -174,10 +174,10 @@ def read_metrics(file: Path) -> list[dict[str, float]]:
     if not file.is_file():
         return []
     rows = []
-    for _, line in read_lines(file, DataError, _HINT):
+    for line in read_jsonl(file, DataError, _HINT):
         with contextlib.suppress(DataError):
-            row = parse_object(line, str(file), DataError, _HINT, nonfinite=True)
-            found = decode(dict[str, float], row, str(file), DataError, _HINT)
+            row = line.object(DataError, _HINT, nonfinite=True)
+            found = decode(dict[str, float], row, line.where, DataError, _HINT)
             if "step" in found:
                 rows.append(found)
     return rows

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from lora_edge.errors import DataError
 from lora_edge.files.disk import remove, sync_folder, sync_tree
+from lora_edge.files.hashes import hash_file
 from lora_edge.files.json import read_object
 from lora_edge.files.transaction import write_atomically
-from lora_edge.training.record import file_sha256
 
 SEAL_NAME = "lora_edge_checkpoint.json"
 KEPT = 2
@@ -49,7 +49,7 @@ def seal(checkpoint: Path) -> None:
     (checkpoint / SEAL_NAME).unlink(missing_ok=True)
     sync_tree(checkpoint)
     files = {
-        path.relative_to(checkpoint).as_posix(): [path.stat().st_size, file_sha256(path)]
+        path.relative_to(checkpoint).as_posix(): [path.stat().st_size, hash_file(path)]
         for path in sorted(checkpoint.rglob("*"))
         if path.is_file()
     }
@@ -68,7 +68,7 @@ def damage(checkpoint: Path) -> str:
             if not path.is_file():
                 return f"{name} is missing"
             size = path.stat().st_size
-            if [size, file_sha256(path)] != sealed:
+            if [size, hash_file(path)] != sealed:
                 return f"{name} is damaged ({size} bytes)"
         best = read_object(checkpoint / _STATE, DataError, "").get("best_model_checkpoint")
     except (DataError, OSError) as error:

@@ -8,13 +8,15 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from lora_edge.errors import DataError
-from lora_edge.files.json import parse_json, parse_object
+from lora_edge.files.json import parse_json, read_bytes
+from lora_edge.files.jsonl import split_lines
 
 Kind = Literal["text", "pair", "chat", "labelled", "image"]
 
@@ -113,17 +115,19 @@ def read_data(path: Path, labels: Sequence[str] | None = None) -> DataFile:
             JSON object, or lacks a field; the message names the first such line and counts the
             others.
     """
-    content = _content(path)
+    content = read_bytes(
+        path, DataError, "Give a jsonl or csv file.", max_bytes=sys.maxsize, pipe=True
+    )
     parsed = _csv_rows if path.suffix.lower() == ".csv" else _json_rows
     rows: list[Row] = []
     numbers: set[bool] = set()
     problems: list[str] = []
     kind: Kind | None = None
-    for number, row in parsed(content):
-        where = f"{path}:{number}"
+    for where, row in parsed(content, path):
+        if isinstance(row, DataError):
+            problems.append(str(row))
+            continue
         try:
-            if isinstance(row, ValueError):
-                raise row
             found = _kind(row, kind)
             made, is_number = _row(found, row, where)
             if labels is not None and isinstance(made, LabelledExample):
@@ -168,32 +172,23 @@ def label_order(path: Path, rows: Sequence[Row], numbers: set[bool]) -> tuple[st
     return tuple(sorted(found, key=int if numbers == {True} else str))
 
 
-def _content(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be read: {error.strerror or error}", "Give a jsonl or csv file."
-        ) from error
+def _json_rows(content: bytes, path: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
+    """Where each line is, and what it holds or what is wrong with it."""
+    for line in split_lines(content, path):
+        try:
+            yield line.where, line.object(DataError, _FORMAT_HINT)
+        except DataError as error:
+            yield line.where, error
 
 
-def _json_rows(content: bytes) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if line.strip():
-            try:
-                yield number, _json(line)
-            except ValueError as error:
-                yield number, error
+def _csv_rows(content: bytes, path: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
+    """As :func:`_json_rows`."""
+    for number, row in _csv_cells(content):
+        where = f"{path}:{number}"
+        yield where, DataError(f"{where}: {row}") if isinstance(row, ValueError) else row
 
 
-def _json(line: bytes) -> dict[str, Any]:
-    try:
-        return parse_object(line, "the line", DataError, _FORMAT_HINT)
-    except DataError as error:
-        raise ValueError(str(error)) from error
-
-
-def _csv_rows(content: bytes) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+def _csv_cells(content: bytes) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

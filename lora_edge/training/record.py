@@ -5,7 +5,6 @@ Knows files; knows nothing of torch or PEFT.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import platform
@@ -151,15 +150,6 @@ def write_json(file: Path, record: Mapping[str, Any]) -> None:
     """Write a record for people to read too."""
     text = json.dumps(record, indent=2, ensure_ascii=False)
     write_atomically(file, text + "\n")
-
-
-def file_sha256(file: Path) -> str:
-    """sha256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while chunk := opened.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def card(record: Mapping[str, Any]) -> str:

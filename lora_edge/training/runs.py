@@ -14,8 +14,9 @@ from typing import Any
 from lora_edge.base.checkpoint import Base
 from lora_edge.errors import AdapterError, BundleError
 from lora_edge.files.disk import remove
+from lora_edge.files.hidden import LOCK_NAME, is_hidden
 from lora_edge.files.lock import Lock
-from lora_edge.files.transaction import LOCK_NAME, is_hidden, parents
+from lora_edge.files.transaction import parents
 from lora_edge.training.checkpoints import checkpoints, latest_checkpoint, step_of
 from lora_edge.training.data import DataFile
 from lora_edge.training.record import (

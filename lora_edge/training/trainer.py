@@ -17,6 +17,7 @@ from lora_edge.adapter.refusals import Mode, Refusal
 from lora_edge.base.checkpoint import resolve_base
 from lora_edge.base.quiet import quiet
 from lora_edge.errors import AdapterError, MissingDependencyError
+from lora_edge.files.hashes import hash_file
 from lora_edge.files.transaction import check_free, staging
 from lora_edge.training.data import DataFile
 from lora_edge.training.images import read_source
@@ -26,7 +27,6 @@ from lora_edge.training.record import (
     RECORD_NAME,
     TENSORBOARD_NAME,
     card,
-    file_sha256,
     plot,
     write_json,
 )
@@ -360,6 +360,6 @@ def _record(
         "best_step": outcome.best_step,
         "evaluation": outcome.evaluation,
         "trainable_parameters": trainable,
-        "adapter_sha256": file_sha256(stage / WEIGHTS_NAME),
+        "adapter_sha256": hash_file(stage / WEIGHTS_NAME),
     }
     return record

@@ -23,8 +23,8 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lora_edge.adapter.load import load_adapter
+from lora_edge.adapter.parts import LowRank, TokenRows
 from lora_edge.adapter.refusals import MODES, Mode
-from lora_edge.adapter.tensors import LowRank, TokenRows
 from lora_edge.adapter.types import MERGE_FIRST
 from lora_edge.bundle.part import SiteEntry
 from lora_edge.cli import main

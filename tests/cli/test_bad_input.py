@@ -100,8 +100,8 @@ def test_a_byte_order_mark_is_taken(cli: Cli, bundle: Path, tmp_path: Path) -> N
     ("lines", "words"),
     [
         ("", "has no lines"),
-        ('{"prompt": "a"}\n{"prompt": ', ":2 is not JSON"),
-        ('{"prompt": 3}\n', ":1 has no text in 'prompt'"),
+        ('{"prompt": "a"}\n{"prompt": ', ":2: the line is not JSON"),
+        ('{"prompt": 3}\n', ":1: 'prompt' is missing or no text"),
         ('{"prompt": "a", "adapter": "nobody"}', "nobody"),
         ('{"prompt": "a", "adapter": {"shout": NaN}}', "holds NaN"),
         ('{"prompt": "a", "adapter": {"shout": "much"}}', "expected a number"),

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from lora_edge.errors import BundleError
+from lora_edge.files.hidden import LOCK_NAME
 from lora_edge.files.lock import Lock
-from lora_edge.files.transaction import LOCK_NAME
 from lora_edge.training import train
 from lora_edge.training.checkpoints import (
     SEAL_NAME,

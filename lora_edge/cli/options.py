@@ -1,0 +1,48 @@
+"""Options that several verbs share, and the shapes that options have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+Option = Callable[[Any], Any]
+"""What gives a command an option: a decorator."""
+
+
+def choice(name: str, values: Sequence[str], help: str) -> Option:
+    """One of ``values``; the first is the default, and the help says so."""
+    return click.option(
+        name, type=click.Choice(values), default=values[0], show_default=True, help=help
+    )
+
+
+def path(*names: str, help: str, **options: Any) -> Option:
+    """A file or a folder."""
+    return click.option(*names, type=click.Path(path_type=Path), help=help, **options)
+
+
+def repeatable(*names: str, help: str, **options: Any) -> Option:
+    """May be given several times; the help says so."""
+    return click.option(*names, multiple=True, help=f"{help} Repeatable.", **options)
+
+
+def adapters(help: str, **options: Any) -> Option:
+    """``-a NAME=DIR``, for :func:`~lora_edge.cli.arguments.named_paths`."""
+    return repeatable("-a", "--adapter", "adapters", metavar="NAME=DIR", help=help, **options)
+
+
+peft_files = adapters("PEFT files of an adapter, where the bundle does not hold them.")
+provider_options = repeatable(
+    "--provider-option",
+    "provider_options",
+    metavar="K=V",
+    help="An option of the execution provider itself, such as device_id=1.",
+)
+allow_fallback = click.option(
+    "--allow-fallback",
+    is_flag=True,
+    help="Let the CPU run what the provider does not take.  [default: refuse]",
+)
