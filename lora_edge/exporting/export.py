@@ -31,8 +31,9 @@ from lora_edge.errors import (
 )
 from lora_edge.exporting.build import Options, Progress, build, check_precision
 from lora_edge.exporting.texts import own_folders, write_adapter_texts, write_base_text
+from lora_edge.files.changing import preparing, recover
 from lora_edge.files.portable import check_apart
-from lora_edge.files.transaction import preparing, recover, staging
+from lora_edge.files.transaction import staging
 from lora_edge.fit.changes import site_changes
 from lora_edge.fit.check import (
     check_base_of,

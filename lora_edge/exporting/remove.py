@@ -12,8 +12,8 @@ from lora_edge import types as opt
 from lora_edge.bundle.bundle import Bundle, load_bundle
 from lora_edge.bundle.manifest import Manifest
 from lora_edge.errors import BundleError, OptionError
+from lora_edge.files.changing import preparing, recover
 from lora_edge.files.json import read_object
-from lora_edge.files.transaction import preparing, recover
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.parity.around.golden import is_around
 from lora_edge.parity.record.golden import is_report, load_golden, stem_of

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lora_edge.errors import BundleError
-from lora_edge.files.changing import folder_lock, preparing, recover, writing
+from lora_edge.files.changing import folder_lock, recover, writing
 from lora_edge.files.disk import (
     exchange,
     is_mounted,
@@ -31,7 +31,6 @@ from lora_edge.files.disk import (
 from lora_edge.files.hidden import OWN, RETIRED, WAIT, clear, is_hidden, scratch
 
 # What a folder is changed with can be had here too.
-__all__ = ["check_free", "parents", "preparing", "recover", "staging", "write_atomically"]
 
 _IN_PLACE = {errno.EBUSY, errno.EACCES, errno.EPERM}
 _IN_THE_WAY = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}

@@ -15,7 +15,7 @@ from lora_edge import types as opt
 from lora_edge.base.checkpoint import Base, resolve_base
 from lora_edge.bundle.bundle import Bundle, hash_file, load_bundle
 from lora_edge.errors import DataError
-from lora_edge.files.transaction import recover
+from lora_edge.files.changing import recover
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.parity.around import look_around
 from lora_edge.parity.ask import ask, open_base, silent

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 from lora_edge.errors import DataError
-from lora_edge.files.json import parse_object, read_lines
+from lora_edge.files.json import read_lines
+from lora_edge.files.jsonl import read_jsonl
+
+_HINT = "Give a jsonl file."
 
 
 @dataclass(frozen=True)
@@ -36,15 +38,16 @@ def read_prompts(path: Path) -> list[Prompt]:
     """
     if path.suffix != ".jsonl":
         found = [
-            Prompt(line) for _, line in read_lines(path, DataError, "Give a text or jsonl file.")
+            Prompt(text) for _, text in read_lines(path, DataError, "Give a text or jsonl file.")
         ]
     else:
         found = []
-        for number, data in _objects(path):
+        for line in read_jsonl(path, DataError, _HINT):
+            data = line.object(DataError, _HINT)
             text, adapter = data.get("prompt"), data.get("adapter")
             if not _is_text(text) or not isinstance(adapter, str | None):
                 raise DataError(
-                    f"{path}, line {number}: expected a text 'prompt', and an 'adapter' or none",
+                    f"{line.where}: expected a text 'prompt', and an 'adapter' or none",
                     'For example {"prompt": "Dear Sir", "adapter": "polite"}.',
                 )
             found.append(Prompt(text, adapter))
@@ -62,14 +65,15 @@ def read_examples(path: Path) -> list[Example]:
         DataError: the file is missing, is no UTF-8, holds no example, or a line is none.
     """
     found = []
-    for number, data in _objects(path):
+    for line in read_jsonl(path, DataError, _HINT):
+        data = line.object(DataError, _HINT)
         text = data.get("prompt", data.get("text"))
         answer = data.get("completion", data.get("label"))
         answer = str(answer) if isinstance(answer, int) else answer
         adapter = data.get("adapter")
         if not (_is_text(text) and _is_text(answer)) or not isinstance(adapter, str | None):
             raise DataError(
-                f"{path}, line {number}: expected 'prompt' and 'completion', or 'text' and 'label'",
+                f"{line.where}: expected 'prompt' and 'completion', or 'text' and 'label'",
                 'For example {"prompt": "Word: river Answer:", "completion": " river river"}.',
             )
         found.append(Example(text, answer, adapter))
@@ -80,8 +84,3 @@ def read_examples(path: Path) -> list[Example]:
 
 def _is_text(value: object) -> TypeGuard[str]:
     return isinstance(value, str) and bool(value)
-
-
-def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in read_lines(path, DataError, "Give a jsonl file."):
-        yield number, parse_object(line, f"{path}, line {number}", DataError, "Give a jsonl file.")

@@ -11,7 +11,7 @@ from lora_edge.base.checkpoint import Base, resolve_base
 from lora_edge.bundle.bundle import Bundle, file_entry, load_bundle
 from lora_edge.bundle.manifest import Manifest
 from lora_edge.errors import BundleError, DataError, ParityError
-from lora_edge.files.transaction import preparing, recover
+from lora_edge.files.changing import preparing, recover
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.parity.ask import ask, open_reference, silent
 from lora_edge.parity.checks import compare

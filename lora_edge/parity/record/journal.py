@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from lora_edge.errors import DataError
-from lora_edge.files.json import parse_object, read_bytes, read_text
+from lora_edge.files.json import read_bytes
+from lora_edge.files.jsonl import split_lines
 from lora_edge.files.paths import path_inside
 from lora_edge.files.schema import decode
 from lora_edge.parity.record.golden import FOLDER, Golden, load_golden, save_golden
@@ -62,13 +63,13 @@ class Journal:
 
     def _read(self, directory: Path) -> None:
         file = directory / _PARTS
-        text = read_text(file, DataError, _HINT, max_bytes=_MOST) if file.is_file() else ""
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:  # the line that was being written when it was cut off
-            file.write_text(whole, encoding="utf-8")
-        for number, line in enumerate(whole.splitlines(), 1):
-            what = f"{file}, line {number}"
-            data = parse_object(line, what, DataError, _HINT, nonfinite=True)
+        content = read_bytes(file, DataError, _HINT, max_bytes=_MOST) if file.is_file() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        if whole != content:  # the line that was being written when it was cut off
+            file.write_bytes(whole)
+        for line in split_lines(whole, file):
+            what = line.where
+            data = line.object(DataError, _HINT, nonfinite=True)
             part = decode(_Part, data, what, DataError, _HINT)
             self._parts[part["session"], part["probe"]] = list(part["cases"])
             if part["golden"]:

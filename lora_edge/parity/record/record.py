@@ -11,7 +11,7 @@ from pathlib import Path
 from lora_edge.bundle.bundle import Bundle, file_entry
 from lora_edge.bundle.manifest import AdapterEntry, Manifest
 from lora_edge.errors import BundleError
-from lora_edge.files.transaction import preparing
+from lora_edge.files.changing import preparing
 from lora_edge.parity.around.asked import Answers
 from lora_edge.parity.around.golden import is_around, load_around, save_around
 from lora_edge.parity.record.golden import (
