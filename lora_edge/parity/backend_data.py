@@ -117,7 +117,7 @@ def _tensors(
             fed.update({name: value.numpy().copy() for name, value in values.items()})
 
     rerun(runner, probe, [()], listen)
-    layers = runner.decoder.cache.layers
+    layers = runner.decoder.kept.layers
     logits, cache = model.prefill(probe.rows[0], probe.states[0])
     outputs: dict[str, NDArray[Any]] = {"logits": logits[None]}
     if LOGITS_POSITIONS in fed:

@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime as ort
 
 from lora_edge.maths.lora import FloatArray
-from lora_edge.runtime.adapters.binding import Binding
+from lora_edge.runtime.adapters.binding import Binding, Values
 from lora_edge.runtime.decoding import Chunk, Decoding, IntArray, Rows
 
 if TYPE_CHECKING:
@@ -26,9 +26,11 @@ class SharedCache(Decoding):
     by its next tokens.
     """
 
-    def __init__(self, decoder: Decoder, batch: int, max_length: int, binding: Binding) -> None:
-        super().__init__(decoder, batch, max_length, binding)
-        cache = decoder.cache
+    def __init__(
+        self, decoder: Decoder, batch: int, max_length: int, binding: Binding, context: Values
+    ) -> None:
+        super().__init__(decoder, batch, max_length, binding, context)
+        cache = decoder.kept
         shape = (batch, cache.kv_heads, max_length, cache.head_dim)
         arrays = [np.zeros(shape, decoder.cache_dtype) for _ in decoder.past_names]
         device = decoder.provider.device
@@ -61,10 +63,6 @@ class SharedCache(Decoding):
         self._bind_cache(io, views)
         chunk = replace(self._chunk([row], [self.history[index]]), row=index)
         return self._run(io, chunk, every)[0]
-
-    def _copy_cache(self, other: SharedCache) -> None:
-        for mine, theirs in zip(self.cache, other.cache, strict=True):
-            mine.update_inplace(theirs.numpy())
 
     def _feed_by_token(self, rows: Rows, every: bool) -> list[FloatArray]:
         """For a cache in device memory, of which no row view can be had."""
@@ -106,8 +104,10 @@ class ConcatenatedCache(Decoding):
     again.
     """
 
-    def __init__(self, decoder: Decoder, batch: int, max_length: int, binding: Binding) -> None:
-        super().__init__(decoder, batch, max_length, binding)
+    def __init__(
+        self, decoder: Decoder, batch: int, max_length: int, binding: Binding, context: Values
+    ) -> None:
+        super().__init__(decoder, batch, max_length, binding, context)
         part = decoder.part
         self._gaps = part.form == "portable"
         self._left = part.padding == "left" or (part.padding == "either" and not self._gaps)
@@ -115,20 +115,17 @@ class ConcatenatedCache(Decoding):
         self._clear()
 
     def _clear(self) -> None:
-        cache = self.decoder.cache
+        cache = self.decoder.kept
         empty = np.zeros((self.batch, cache.kv_heads, 0, cache.head_dim), self.decoder.cache_dtype)
         self._past = [ort.OrtValue.ortvalue_from_numpy(empty) for _ in self.decoder.past_names]
         self._mask: IntArray = np.zeros((self.batch, 0), np.int64)
 
     def _present(self, length: int) -> Any:
         """Room for the keys or values of one layer: ``[batch, kv_heads, length, head_dim]``."""
-        cache = self.decoder.cache
+        cache = self.decoder.kept
         shape = [self.batch, cache.kv_heads, length, cache.head_dim]
         kind, device = self.decoder.cache_dtype.type, self.decoder.provider.device
         return ort.OrtValue.ortvalue_from_shape_and_type(shape, kind, device)
-
-    def _copy_cache(self, other: ConcatenatedCache) -> None:
-        self._past, self._mask = list(other._past), other._mask
 
     def _feed(self, rows: Rows, every: bool) -> list[FloatArray]:
         width = max(len(row) for row in rows)
@@ -171,3 +168,25 @@ class ConcatenatedCache(Decoding):
         self._past = presents
         self._mask = mask
         return logits
+
+
+@final
+class NoCache(Decoding):
+    """Nothing is kept: each step runs the whole of every row again.
+
+    The graph is causal: what pads a row on the right is seen by no token of it.
+    """
+
+    def _feed(self, rows: Rows, every: bool) -> list[FloatArray]:  # noqa: ARG002
+        whole = [[*old, *row] for old, row in zip(self.history, rows, strict=True)]
+        lengths = [len(row) for row in whole]
+        shape = self.batch, max(lengths)
+        ids = np.full(shape, self.decoder.part.pad_token_id, np.int64)
+        for index, row in enumerate(whole):
+            ids[index, : len(row)] = row
+        columns = np.arange(shape[1])
+        mask = (columns < np.array(lengths)[:, None]).astype(np.int64)
+        positions = np.broadcast_to(columns, shape).astype(np.int64)
+        chunk = Chunk(ids, mask, positions, [0] * self.batch, lengths)
+        found = self._run(self._bind_adapters(self.binding), chunk, every=True)
+        return [values[-max(len(row), 1) :] for values, row in zip(found, rows, strict=True)]

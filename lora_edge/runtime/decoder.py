@@ -5,65 +5,97 @@ Knows tensors and token ids; knows nothing of bundles, adapters' names or text.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lora_edge.bundle.part import Part
+from lora_edge.bundle.part import Cache, Part
 from lora_edge.errors import BundleError, DataError
 from lora_edge.names import LOGITS_POSITIONS, SELECT, parse_lora_input
-from lora_edge.runtime.adapters.binding import Binding
-from lora_edge.runtime.caches import ConcatenatedCache, SharedCache
+from lora_edge.runtime.adapters.binding import Binding, Values
+from lora_edge.runtime.caches import ConcatenatedCache, NoCache, SharedCache
 from lora_edge.runtime.decoding import Decoding
 from lora_edge.runtime.session import ModelSession, past_names, present_names
 
 _FED = ("input_ids", "attention_mask", "position_ids", LOGITS_POSITIONS)
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
+_CACHES: Mapping[str | None, Callable[..., Decoding]] = {
+    None: NoCache,
+    "shared": SharedCache,
+    "concatenated": ConcatenatedCache,
+}
+_ANY_LENGTH = 1 << 31  # where positions are relative
+
 
 class Decoder(ModelSession):
     """A session on a decoder graph, and the way its cache and padding are handled."""
 
     def __init__(self, folder: Path, parts: Mapping[str, Part], **options: Any) -> None:
-        """As :class:`~lora_edge.runtime.session.ModelSession`, of one part with a cache."""
+        """As :class:`~lora_edge.runtime.session.ModelSession`; one of the parts is a decoder."""
         super().__init__(folder, parts, **options)
         self.part = parts["decoder"]
         path = folder / self.part.file
-        if self.part.cache is None:
-            raise BundleError(f"{path}: a decoder needs a cache", "Export the bundle again.")
-        self.cache = self.part.cache
-        self.past_names = past_names(self.cache)
-        self.present_names = present_names(self.cache)
-        if self.part.form == "fused" and self.cache.kind != "shared":
+        cache = self.part.cache
+        self.past_names = () if cache is None else past_names(cache)
+        self.present_names = () if cache is None else present_names(cache)
+        if self.part.form == "fused" and (cache is None or cache.kind != "shared"):
             raise BundleError(
                 f"{path}: a fused graph must take a shared cache", "Export the bundle again."
             )
         inputs = self.graphs["decoder"].inputs
-        fed = {*_FED, *self.past_names}
+        fed = {*_FED, *self.past_names, *(() if cache else self.part.inputs)}
         odd = [x for x in inputs if x not in fed and x != SELECT and not parse_lora_input(x)]
         if odd:
+            what = f" of {cache.layers} layers" if cache else ""
             raise BundleError(
-                f"{path} has the input {odd[0]}, which a decoder of {self.cache.layers} layers has "
-                "no value for",
+                f"{path} has the input {odd[0]}, which a decoder{what} has no value for",
                 "Export the bundle again.",
             )
         self.inputs = frozenset(inputs)
-        kind = inputs[self.past_names[0]]
-        if kind not in _DTYPES:
+        kinds = {inputs[name] for name in self.past_names}
+        if kinds - set(_DTYPES):
             raise BundleError(
-                f"{path}: {self.past_names[0]} is a {kind}, expected {' or '.join(_DTYPES)}",
+                f"{path}: {self.past_names[0]} is a {min(kinds)}, expected {' or '.join(_DTYPES)}",
                 "Export the bundle again.",
             )
-        self.cache_dtype = np.dtype(_DTYPES[kind])
+        self.cache_dtype = np.dtype(_DTYPES[min(kinds, default="tensor(float)")])
+
+    @property
+    def session(self) -> Any:
+        """The decoder's ``onnxruntime.InferenceSession``; another may take its place."""
+        return self.graphs["decoder"].session
+
+    @session.setter
+    def session(self, session: Any) -> None:
+        self.graphs["decoder"] = dataclasses.replace(self.graphs["decoder"], session=session)
+
+    @property
+    def kept(self) -> Cache:
+        """The sizes of its cache.
+
+        Raises:
+            ValueError: it has none.
+        """
+        if self.part.cache is None:
+            raise ValueError("this decoder has no cache")
+        return self.part.cache
 
     @property
     def picks_positions(self) -> bool:
         """The graph computes the logits of chosen positions only."""
         return LOGITS_POSITIONS in self.inputs
 
-    def start(self, batch: int, max_length: int, binding: Binding | None = None) -> Decoding:
+    def start(
+        self,
+        batch: int,
+        max_length: int,
+        binding: Binding | None = None,
+        context: Values | None = None,
+    ) -> Decoding:
         """A new batch of sequences with an empty cache.
 
         Args:
@@ -71,6 +103,8 @@ class Decoder(ModelSession):
             max_length: longest sequence, prompt and new tokens together; the shared cache is
                 allocated for it.
             binding: the adapters of the rows; None is off on every row.
+            context: what else the graph reads, the same at every step: input name -> OrtValue, such
+                as an encoder's states.
 
         Raises:
             DataError: no rows, more positions than the model has or the memory holds, or a binding
@@ -78,14 +112,15 @@ class Decoder(ModelSession):
         """
         if batch < 1:
             raise DataError(f"the batch has {batch} rows, expected at least 1", "Give a prompt.")
-        if not 1 <= max_length <= self.part.max_length:
+        most = self.part.max_length or _ANY_LENGTH
+        if not 1 <= max_length <= most:
             raise DataError(
-                f"{max_length} positions were asked for; the model has {self.part.max_length}",
+                f"{max_length} positions were asked for; the model has {most}",
                 "Shorten the prompt, or lower max_new_tokens.",
             )
-        kind = SharedCache if self.cache.kind == "shared" else ConcatenatedCache
+        kind = _CACHES[None if self.part.cache is None else self.part.cache.kind]
         try:
-            return kind(self, batch, max_length, self._bound(binding, batch))
+            return kind(self, batch, max_length, self._bound(binding, batch), context or {})
         except MemoryError as error:
             raise DataError(
                 f"a cache of {max_length} positions for {batch} rows does not fit in the memory",

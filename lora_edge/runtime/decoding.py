@@ -1,9 +1,9 @@
 """A batch of sequences in a decoder: token ids in, logits out, the KV cache in between.
 
 The cache belongs to one :class:`Decoding`, and a Decoding to one binding of adapters: another
-adapter in the middle of a sequence means another cache (:meth:`Decoding.switch`). Rows may have
-unequal lengths; how they are padded is the graph's affair (``Part.padding``) and never seen
-from outside.
+adapter in the middle of a sequence means another Decoding. Rows may have unequal lengths; how they
+are padded is the graph's affair (``Part.padding``) and never seen from outside. What else a graph
+reads, the same at every step, is its context.
 """
 
 from __future__ import annotations
@@ -58,11 +58,20 @@ class Decoding(ABC):
         batch: number of rows.
         max_length: longest sequence allowed, in tokens.
         binding: the adapters of the rows; ``binding.states`` is the key of the cache.
+        context: what else the graph reads, the same at every step: input name -> OrtValue.
         history: the token ids of each row that are in the cache.
     """
 
-    def __init__(self, decoder: Decoder, batch: int, max_length: int, binding: Binding) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        batch: int,
+        max_length: int,
+        binding: Binding,
+        context: Values,
+    ) -> None:
         self.decoder = decoder
+        self.context = context
         self.batch = batch
         self.max_length = max_length
         self.binding = binding
@@ -123,59 +132,6 @@ class Decoding(ABC):
             raise DataError("step() needs a prompt and a token", "Call prefill() first.")
         return np.stack([logits[-1] for logits in self._checked(rows, every=False, rest=True)])
 
-    def switch(self, binding: Binding | None, upcoming: Rows | None = None) -> Decoding:
-        """The same sequences under other adapters, in a new cache; this decoding stays as it is.
-
-        Keys and values that one adapter made are wrong under another, so the tokens are run again:
-        all but each row's last one, which is for :meth:`extend` of the result; or all of them, when
-        ``upcoming`` says what comes after them.
-
-        An aLoRA leaves everything before its invocation as the base made it. Where this decoding
-        has no adapter and ``upcoming`` holds every row's invocation, the cache is copied and
-        nothing is run again.
-
-        Args:
-            binding: the adapters to switch to.
-            upcoming: the tokens of each row that :meth:`extend` will be given next.
-        """
-        fresh = self.decoder.start(self.batch, self.max_length, binding)
-        if upcoming is None:
-            if min(self.lengths) > 1:
-                upcoming = [row[-1:] for row in self.history]
-                fresh._run_again([row[:-1] for row in self.history], upcoming)
-            elif any(self.history):
-                raise DataError(
-                    "a row is shorter than two tokens",
-                    "Start a new decoding with the prompt instead.",
-                )
-        elif not self._kept_for(fresh, upcoming):
-            fresh._run_again(self.history, upcoming)
-        return fresh
-
-    def _kept_for(self, fresh: Decoding, upcoming: Rows) -> bool:
-        """Copy the cache if no adapter made it and none of the new ones begins within it."""
-        gates = fresh.binding.token_gates
-        if gates is None or any(self.binding.states):
-            return False
-        starts = gates.starts(_joined(self.history, upcoming))
-        later = starts >= np.array(self.lengths)[:, None]
-        if not (later | (gates.weights == 0)).all():
-            return False
-        fresh.history = [list(row) for row in self.history]
-        fresh._starts = starts
-        fresh._copy_cache(self)
-        return True
-
-    def _run_again(self, rows: Rows, upcoming: Rows) -> None:
-        """Fill the empty cache; where an aLoRA begins is decided by the whole prompt."""
-        if self.binding.token_gates is not None:
-            self._starts = self.binding.token_gates.starts(_joined(rows, upcoming))
-        self.extend(rows)
-
-    @abstractmethod
-    def _copy_cache(self, other: Any) -> None:
-        """Take over the keys and values of another decoding of the same kind."""
-
     @abstractmethod
     def _feed(self, rows: Rows, every: bool) -> list[FloatArray]:
         """Run checked rows through the graph; an empty row rests."""
@@ -206,10 +162,11 @@ class Decoding(ABC):
         return logits
 
     def _bind_adapters(self, binding: Binding) -> Any:
-        """An IO binding with the adapters' tensors bound; they stay bound for its life."""
+        """An IO binding with the adapters and the context bound; they stay bound for its life."""
         io = self.decoder.session.io_binding()
-        for name, value in binding.values.items():
-            io.bind_ortvalue_input(name, value)
+        for name, value in (*binding.values.items(), *self.context.items()):
+            if name in self.decoder.inputs:  # others are of the encoder
+                io.bind_ortvalue_input(name, value)
         return io
 
     def _run(self, io: Any, chunk: Chunk, every: bool) -> list[FloatArray]:
@@ -275,7 +232,3 @@ class Decoding(ABC):
         for name, value in values.items():
             io.bind_ortvalue_input(name, value)
         self._gates_key, self._gates = key, values
-
-
-def _joined(rows: Rows, more: Rows) -> list[list[int]]:
-    return [[*row, *rest] for row, rest in zip(rows, more, strict=True)]

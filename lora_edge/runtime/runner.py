@@ -116,7 +116,7 @@ class Runner:
         }
         self.session = open_parts(self.bundle, options)
         self._active = ActiveAdapters(self.bundle, self.session.tensors)
-        switchable = self.session if isinstance(self.session, Decoder) else None
+        switchable = self.decoder if self.driver == "decoder" else None
         self._pinned = PinnedSessions(self.bundle, switchable, self._active, pinned, options)
 
     def _session_for(self, adapter: AdapterArgument, batch: int) -> tuple[Decoder, Binding]:
@@ -168,7 +168,7 @@ class Runner:
 
     def _driven(self, kind: type[Session], said: Mapping[Driver, tuple[str, str]]) -> Session:
         """The session, if it is of this kind; else an error that says what there is instead."""
-        if isinstance(self.session, kind):
+        if type(self.session) is kind:
             return self.session
         raise _wrong_task(self.bundle, *said[self.driver])
 
@@ -582,8 +582,8 @@ class Runner:
             if start is not None:
                 (start,), _, _ = token_rows([start], None)
             begun = begin(beginning, start)
-            decoding = session.start(rows, self.binding(adapter, batch))
-            check_room(len(begun), max_new_tokens, session.decoder.max_length)
+            decoding = session.answer(rows, self.binding(adapter, batch))
+            check_room(len(begun), max_new_tokens, session.part.max_length)
             return Generation(
                 decoding,
                 [begun] * batch,

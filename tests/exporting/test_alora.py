@@ -12,7 +12,6 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import lora_edge
-from lora_edge.runtime import Decoding
 from tests.support.kinds import ROWS, make_kind, make_kind_base
 
 INVOCATION = [7, 9, 11]
@@ -75,59 +74,6 @@ def test_before_the_last_invocation_it_is_the_base(runner: lora_edge.Runner) -> 
     np.testing.assert_array_equal(
         runner.logits([without], adapter="alora"), runner.logits([without])
     )
-
-
-class _Counted:
-    """Counts the tokens that a decoding runs."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.tokens = 0
-        original = Decoding._run
-
-        def run(decoding: Decoding, io: Any, chunk: Any, every: bool) -> Any:
-            self.tokens += sum(chunk.counts)
-            return original(decoding, io, chunk, every)
-
-        monkeypatch.setattr(Decoding, "_run", run)
-
-
-def test_the_bases_cache_before_the_invocation_is_kept(
-    runner: lora_edge.Runner, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Rows of unequal length; what comes next holds the invocation of each."""
-    history = [[5, 17, 90, 6], [44, 8]]
-    upcoming = [[*INVOCATION, 3], [12, *INVOCATION]]
-    whole = [[*a, *b] for a, b in zip(history, upcoming, strict=True)]
-    expected = [runner.logits([row], adapter="alora")[0, -1] for row in whole]
-    plain = runner.decoder.start(2, 40)
-    plain.prefill(history)
-    counted = _Counted(monkeypatch)
-    switched = plain.switch(runner.binding("alora", 2), upcoming)
-    assert counted.tokens == 0
-    np.testing.assert_allclose(switched.extend(upcoming), np.stack(expected), atol=1e-5)
-    assert counted.tokens == sum(map(len, upcoming))
-    # The one it came from goes on as the base.
-    after = plain.extend(upcoming)
-    base = [runner.logits([row])[0, -1] for row in whole]
-    np.testing.assert_allclose(after, np.stack(base), atol=1e-5)
-    assert np.abs(after - np.stack(expected)).max() > 1e-2
-
-
-@pytest.mark.parametrize(
-    ("adapter", "history"), [("plain", [5, 17, 90, 6]), ("alora", [5, *INVOCATION, 6])]
-)
-def test_what_an_adapter_would_have_changed_is_run_again(
-    adapter: str, history: list[int], runner: lora_edge.Runner, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A plain LoRA, and an aLoRA that was invoked before: the base's cache is wrong for both."""
-    upcoming = [8, 3]
-    expected = runner.logits([[*history, *upcoming]], adapter=adapter)[0, -1]
-    plain = runner.decoder.start(1, 40)
-    plain.prefill([history])
-    counted = _Counted(monkeypatch)
-    switched = plain.switch(runner.binding(adapter, 1), [upcoming])
-    assert counted.tokens == len(history)
-    np.testing.assert_allclose(switched.extend([upcoming])[0], expected, atol=1e-5)
 
 
 def test_rows_of_one_batch_are_invoked_each_at_its_own_place(runner: lora_edge.Runner) -> None:

@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lora_edge.bundle.part import Part
 from lora_edge.errors import BundleError, DataError
-from lora_edge.runtime import Decoding, Runner
+from lora_edge.runtime import Decoder, Decoding, Runner
 
 FORMS = ["fused", "portable", "foreign"]
 LIMIT = 2e-5  # fp32 against float64 at logits of about 3
@@ -153,33 +155,19 @@ def test_a_graph_without_adapter_inputs(tiny: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_switching_in_mid_sequence_starts_a_new_cache(
+def test_a_cache_of_one_adapter_is_wrong_under_another(
     tiny: Any, runners: dict[str, Runner], form: str
 ) -> None:
+    """Why a decoding has one binding for its life."""
     runner = runners[form]
     prompts = tiny.rows(9, 4)
-    decoding = runner.decoder.start(2, 40, runner.binding("alpha", 2))
-    decoding.prefill(prompts)
-    switched = decoding.switch(runner.binding("beta", 2))
-    logits = switched.step([row[-1] for row in decoding.history])
-    for row, prompt in enumerate(prompts):
-        expected = tiny.reference(form, prompt, {"beta": 1.0})[-1]
-        np.testing.assert_allclose(logits[row], expected, atol=LIMIT)
-    assert decoding.binding.states != switched.binding.states
-    # Control: the old cache under the new adapter is what must never happen.
+    right = runner.decoder.start(2, 40, runner.binding("beta", 2)).prefill(prompts)
     stale = runner.decoder.start(2, 40, runner.binding("alpha", 2))
     stale.prefill([row[:-1] for row in prompts])
     for name, value in runner.binding("beta", 2).values.items():
         stale._io.bind_ortvalue_input(name, value)  # type: ignore[attr-defined]
     wrong = stale.step([row[-1] for row in prompts])
-    assert np.abs(wrong - logits).max() > 1000 * LIMIT
-
-
-def test_switch_of_a_sequence_of_one_token_is_refused(runners: dict[str, Runner]) -> None:
-    decoding = runners["fused"].decoder.start(2, 8)
-    decoding.prefill([[1, 2], [3]])
-    with pytest.raises(DataError, match="shorter than two tokens"):
-        decoding.switch(None)
+    assert np.abs(wrong - right).max() > 1000 * LIMIT
 
 
 def test_optimization_levels_agree(tiny: Any, bundles: dict[str, Any]) -> None:
@@ -225,3 +213,70 @@ def test_graphs_that_are_not_what_the_manifest_says(tiny: Any, bundles: dict[str
         tiny.decoder(path, "fused", cache=replace(cache, layers=3))
     with pytest.raises(BundleError, match="shared cache"):
         tiny.decoder(path, "fused", cache=replace(cache, kind="concatenated"))
+
+
+VOCAB = 6
+
+
+class TestContext:
+    """A decoder without a cache that adds what it is given of an encoder at every step."""
+
+    @pytest.fixture
+    def decoder(self, tmp_path: Path) -> Decoder:
+        """Logits: one-hot rows of the tokens, times their place from 1, plus the context's mean."""
+        floats, ints = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
+        node, info = onnx.helper.make_node, onnx.helper.make_tensor_value_info
+        values = {"depth": np.array([VOCAB]), "off_on": np.array([0, 1], np.float32)}
+        graph = onnx.helper.make_graph(
+            [
+                node("OneHot", ["input_ids", "depth", "off_on"], ["hot"]),
+                node("CumSum", ["hot", "one"], ["seen"]),
+                node("ReduceMean", ["encoder_hidden_states", "one1"], ["mean"], keepdims=1),
+                node("Add", ["seen", "mean"], ["logits"]),
+            ],
+            "context",
+            [
+                info("input_ids", ints, ["batch", "seq"]),
+                info("encoder_hidden_states", floats, ["batch", "heard", VOCAB]),
+            ],
+            [info("logits", floats, ["batch", "seq", VOCAB])],
+            [
+                onnx.numpy_helper.from_array(value, name)
+                for name, value in {**values, "one": np.array(1), "one1": np.array([1])}.items()
+            ],
+        )
+        opset = [onnx.helper.make_opsetid("", 18)]
+        model = onnx.helper.make_model(graph, opset_imports=opset, ir_version=8)
+        onnx.save(model, tmp_path / "decoder.onnx")
+        inputs = ("input_ids", "encoder_hidden_states")
+        part = Part("decoder.onnx", "foreign", "optimum", inputs, "logits", VOCAB, 12)
+        return Decoder(tmp_path, {"decoder": part}, threads=1)
+
+    def test_it_is_bound_at_every_step(self, decoder: Decoder) -> None:
+        """Rows of unequal lengths, and one that rests; each sees its own context and no padding."""
+        heard = np.random.default_rng(0).standard_normal((2, 3, VOCAB)).astype(np.float32)
+        context = {"encoder_hidden_states": ort.OrtValue.ortvalue_from_numpy(heard)}
+        decoding = decoder.start(2, 12, context=context)
+        rows: list[list[int]] = [[1, 2, 2], [4]]
+
+        def wanted(row: int) -> np.ndarray:
+            counts = np.bincount(rows[row], minlength=VOCAB)
+            return np.asarray(counts + heard[row].mean(0), np.float32)
+
+        found = decoding.prefill(rows)
+        np.testing.assert_allclose(found, [wanted(0), wanted(1)], atol=1e-6)
+        for tokens in ((3, None), (None, 2), (1, 1)):
+            found = decoding.step(tokens)
+            for row, token in enumerate(tokens):
+                if token is not None:
+                    rows[row].append(token)
+                    np.testing.assert_allclose(found[row], wanted(row), atol=1e-6)
+        every = decoding.extend_all([[1, 2], [3]])
+        assert [len(part) for part in every] == [2, 1]
+        assert decoding.lengths == [7, 4]
+
+    def test_it_has_no_cache_to_ask_for(self, decoder: Decoder) -> None:
+        with pytest.raises(ValueError, match="no cache"):
+            _ = decoder.kept
+        with pytest.raises(DataError, match="13 positions were asked for; the model has 12"):
+            decoder.start(1, 13)

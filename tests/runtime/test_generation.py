@@ -11,7 +11,6 @@ from lora_edge.errors import DataError
 from lora_edge.maths.lora import FloatArray
 from lora_edge.runtime.generation import Generation, check_room
 from lora_edge.runtime.sampling import Sampling
-from lora_edge.runtime.seq2seq import Recomputed
 
 VOCAB = 7
 
@@ -28,9 +27,30 @@ def _counting(rows: Sequence[Sequence[int]]) -> list[FloatArray]:
     return found
 
 
+class Counting:
+    """Steps that count, whose logits are those of the last token of each row."""
+
+    def __init__(self) -> None:
+        self.rows: list[list[int]] = []
+        self.seen: list[list[int]] = []
+
+    def prefill(self, rows: Sequence[Sequence[int]]) -> FloatArray:
+        self.rows = [list(row) for row in rows]
+        return self._last()
+
+    def step(self, tokens: Sequence[int | None]) -> FloatArray:
+        for row, token in zip(self.rows, tokens, strict=True):
+            row.extend([] if token is None else [token])
+        return self._last()
+
+    def _last(self) -> FloatArray:
+        self.seen.append([len(row) for row in self.rows])
+        return np.stack([logits[-1] for logits in _counting(self.rows)])
+
+
 def _run(count: int, eos: set[int], **options: Sequence[int]) -> list[list[int | None]]:
     generation = Generation(
-        Recomputed(_counting),
+        Counting(),
         [[0], [3, 4]],
         max_new_tokens=count,
         eos_ids=[eos, eos],
@@ -54,7 +74,7 @@ def test_samples_follow_from_the_keys_and_not_from_the_neighbours() -> None:
     def sampled(keys: list[list[int]]) -> list[list[int | None]]:
         return list(
             Generation(
-                Recomputed(_counting),
+                Counting(),
                 [[0]] * len(keys),
                 max_new_tokens=12,
                 eos_ids=[set()] * len(keys),
@@ -70,14 +90,9 @@ def test_samples_follow_from_the_keys_and_not_from_the_neighbours() -> None:
 
 
 def test_a_finished_row_rests() -> None:
-    seen: list[list[int]] = []
-
-    def run(rows: Sequence[Sequence[int]]) -> list[FloatArray]:
-        seen.append([len(row) for row in rows])
-        return _counting(rows)
-
+    steps = Counting()
     generation = Generation(
-        Recomputed(run),
+        steps,
         [[0], [0]],
         max_new_tokens=4,
         eos_ids=[set(), set()],
@@ -85,7 +100,7 @@ def test_a_finished_row_rests() -> None:
     )
     for _ in generation:
         generation.finish(1)
-    assert seen == [[1, 1], [2, 1], [3, 1], [4, 1]]
+    assert steps.seen == [[1, 1], [2, 1], [3, 1], [4, 1]]
 
 
 def test_room() -> None:

@@ -80,6 +80,6 @@ class EncoderDecoderSubject(Subject):
 
     def propose(self, runner: Runner, probe: Probe) -> list[Row]:
         """Greedy, each row after its own beginning."""
-        decoding = runner.seq2seq.start(self.sources(probe.rows), binding_of(runner, probe))
+        decoding = runner.seq2seq.answer(self.sources(probe.rows), binding_of(runner, probe))
         first = decoding.prefill([self.begun(row) for row in probe.rows])
         return continued(first, decoding.step, probe)
