@@ -121,6 +121,10 @@ def past_name(layer: int, part: Literal["key", "value"]) -> str:
     return f"past_key_values.{layer}.{part}"
 
 
+ENCODER_STATES, ENCODER_MASK = "encoder_hidden_states", "encoder_attention_mask"
+"""What a decoder reads of an encoder."""
+
+
 def is_past(name: str) -> bool:
     """Whether a graph input is of the KV cache."""
     return name.startswith("past_key_values.")

@@ -14,7 +14,13 @@ import numpy as np
 
 from lora_edge.bundle.part import Cache, Part
 from lora_edge.errors import BundleError, DataError
-from lora_edge.names import LOGITS_POSITIONS, SELECT, parse_lora_input
+from lora_edge.names import (
+    ENCODER_MASK,
+    ENCODER_STATES,
+    LOGITS_POSITIONS,
+    SELECT,
+    parse_lora_input,
+)
 from lora_edge.runtime.adapters.binding import Binding, Values
 from lora_edge.runtime.caches import ConcatenatedCache, NoCache, SharedCache
 from lora_edge.runtime.decoding import Decoding
@@ -47,7 +53,8 @@ class Decoder(ModelSession):
                 f"{path}: a fused graph must take a shared cache", "Export the bundle again."
             )
         inputs = self.graphs["decoder"].inputs
-        fed = {*_FED, *self.past_names, *(() if cache else self.part.inputs)}
+        context = () if cache else (ENCODER_STATES, ENCODER_MASK)
+        fed = {*_FED, *self.past_names, *context}
         odd = [x for x in inputs if x not in fed and x != SELECT and not parse_lora_input(x)]
         if odd:
             what = f" of {cache.layers} layers" if cache else ""

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from lora_edge.bundle.part import Part
 from lora_edge.errors import DataError
 from lora_edge.maths.lora import FloatArray
+from lora_edge.names import ENCODER_MASK, ENCODER_STATES
 from lora_edge.runtime.adapters.binding import Binding
 from lora_edge.runtime.decoder import Decoder
 from lora_edge.runtime.decoding import Decoding
@@ -25,8 +26,6 @@ from lora_edge.runtime.rows import token_rows
 Sources = Sequence[Sequence[int]] | NDArray[np.float32]
 """Rows of token ids, special tokens included; or features ``[batch, mels, frames]``."""
 
-_HIDDEN = "encoder_hidden_states"
-_MASK = "encoder_attention_mask"
 _ANY_LENGTH = 1 << 31  # where positions are relative
 
 
@@ -89,9 +88,9 @@ class Seq2Seq(Decoder):
             )
         values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
         hidden = self.graphs["encoder"].run(values, adapters, self.encoder.output)
-        context = {_HIDDEN: ort.OrtValue.ortvalue_from_numpy(hidden)}
-        if _MASK in self.inputs:
-            context[_MASK] = values["attention_mask"]
+        context = {ENCODER_STATES: ort.OrtValue.ortvalue_from_numpy(hidden)}
+        if ENCODER_MASK in self.inputs:
+            context[ENCODER_MASK] = values["attention_mask"]
         longest = self.part.max_length or _ANY_LENGTH
         return self.start(batch, longest, adapters, context)
 
