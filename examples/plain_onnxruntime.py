@@ -35,10 +35,8 @@ def run_with_adapter(
 def logits(bundle: Path, name: str, ids: list[int]) -> Any:
     """The logits ``[vocab]`` after the last token, with the adapter; ``none`` is the base."""
     manifest = json.loads((bundle / "lora_edge.json").read_text(encoding="utf-8"))
-    graph = manifest["graph"]
-    session = ort.InferenceSession(
-        str(bundle / "onnx" / "model.onnx"), providers=["CPUExecutionProvider"]
-    )
+    part = manifest["parts"]["decoder"]
+    session = ort.InferenceSession(str(bundle / part["file"]), providers=["CPUExecutionProvider"])
     known = {node.name for node in session.get_inputs()}
     feeds: dict[str, Any] = {
         "input_ids": np.array([ids], np.int64),
@@ -46,8 +44,9 @@ def logits(bundle: Path, name: str, ids: list[int]) -> Any:
         "position_ids": np.arange(len(ids), dtype=np.int64)[None],
         "logits_positions": np.array([[len(ids) - 1]], np.int64),
     }
-    past = np.zeros((1, graph["kv_heads"], 0, graph["head_dim"]), np.float32)
-    for layer in range(graph["layers"]):
+    cache = part["cache"]
+    past = np.zeros((1, cache["kv_heads"], 0, cache["head_dim"]), np.float32)
+    for layer in range(cache["layers"]):
         feeds |= {f"past_key_values.{layer}.{part}": past for part in ("key", "value")}
     feeds = {key: value for key, value in feeds.items() if key in known}
     file = bundle / manifest["adapters"][name]["file"]

@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
 SHARED: dict[str, set[str]] = {"errors": set(), "lazy": set(), "names": set(), "types": {"errors"}}
 FACE = {"__init__", "__main__", "pytest_plugin"}
 TORCH = {"torch", "transformers", "peft", "accelerate", "optimum"}
-TORCH_FILES = {"quiet.py", "reference.py", "factorize.py"}
+TORCH_FILES = {"quiet.py", "reference.py", "peft_models.py", "factorize.py"}
 ONNX = {"onnx", "onnx_ir", "onnxscript"}
 
 

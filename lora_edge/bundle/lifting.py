@@ -10,7 +10,16 @@ from typing import Any
 
 from lora_edge.tasks.task import TASKS
 
-_COMMON = ("form", "backend", "vocab_size", "pad_token_id")
+_CACHE = ("layers", "kv_heads", "head_dim")
+_BEGINNING = ("start", "open_language", "suppress", "begin_suppress")
+# What has another name or place in version 2. Any other field goes along, and is refused there.
+_MOVED = {
+    "decoder": {"padding", "shared_cache", "max_length", "head", *_CACHE},
+    "encoder": {"inputs", "output", "max_length", "image"},
+    "encoder-decoder": {
+        "encoder", "inputs", "max_source", "max_target", "features", *_BEGINNING
+    },
+}  # fmt: skip
 
 
 def lift(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -20,10 +29,11 @@ def lift(data: Mapping[str, Any]) -> dict[str, Any]:
     """
     found = {name: value for name, value in data.items() if name not in ("graph", "sites")}
     graph, sites, task = data.get("graph"), data.get("sites"), data.get("task")
-    if not isinstance(graph, Mapping) or not isinstance(sites, Mapping) or task not in TASKS:
+    known = isinstance(task, str) and task in TASKS
+    if not isinstance(graph, Mapping) or not isinstance(sites, Mapping) or not known:
         return {**found, "parts": graph}
     driver = TASKS[str(task)][1]
-    own = {name: graph[name] for name in _COMMON if name in graph}
+    own = {name: value for name, value in graph.items() if name not in _MOVED[driver]}
     lifted = _decoder if driver == "decoder" else _encoder if driver == "encoder" else _both
     found |= lifted(graph, own, sites)
     return {**found, "format_version": 2}
@@ -32,7 +42,7 @@ def lift(data: Mapping[str, Any]) -> dict[str, Any]:
 def _decoder(
     graph: Mapping[str, Any], own: Mapping[str, Any], sites: Mapping[str, Any]
 ) -> dict[str, Any]:
-    cache = {name: graph.get(name) for name in ("layers", "kv_heads", "head_dim")}
+    cache = {name: graph.get(name) for name in _CACHE}
     part = {
         **own,
         "file": "onnx/model.onnx",
@@ -85,6 +95,5 @@ def _both(
         "max_length": graph.get("max_target"),
         "sites": {path: site for path, site in sites.items() if path not in heard},
     }
-    names = ("start", "open_language", "suppress", "begin_suppress")
-    beginning = {name: graph[name] for name in names if name in graph}
+    beginning = {name: graph[name] for name in _BEGINNING if name in graph}
     return {"parts": {"encoder": encoder, "decoder": decoder}, "beginning": beginning}

@@ -1,6 +1,7 @@
 """The reference: Hugging Face's eager model with PEFT's unmerged forward, on the CPU.
 
-Beside ``around/reference``, the only file of this package that imports torch, transformers or peft.
+Beside ``peft_models`` and ``around/reference``, the only file of this package that imports torch,
+transformers or peft.
 Each row runs alone and unpadded, so that no batching, padding or cache of PyTorch's can be part of
 what is compared. PEFT's own merge is not used: it is wrong for tied embeddings.
 """
@@ -9,9 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,25 +18,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_edge.adapter.directory import CONFIG_FILE, TENSOR_FILE, read_config, tensor_keys
-from lora_edge.adapter.targets import check_patterns
+from lora_edge.adapter.directory import read_config
 from lora_edge.base.checkpoint import Base
-from lora_edge.base.quiet import quiet
-from lora_edge.errors import AdapterError, MissingDependencyError
+from lora_edge.errors import MissingDependencyError
 from lora_edge.maths.quantization import Quantization
-from lora_edge.names import canonical_peft_key
+from lora_edge.parity.peft_models import (
+    attached,
+    base_of,
+    is_peft,
+    listened,
+    once,
+    ran,
+    running,
+    scaled,
+    stands_apart,
+    widened,
+    without_low_rank,
+)
 from lora_edge.parity.plan.states import BASE, Inputs, State
 from lora_edge.tasks.task import TEXT, Task
-
-# Fields of an adapter that PEFT cannot hold beside another one in the same model, and the values at
-# which it can.
-_APART: dict[str, tuple[Any, ...]] = {
-    "alora_invocation_tokens": (None, []),
-    "bias": (None, "none"),
-    "modules_to_save": (None, []),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None, [], {}),
-}
 
 LOGITS = ""
 """The path of the model itself, among those of its modules."""
@@ -239,13 +238,13 @@ class Reference:
             module path -> the module's output without the batch's axis, float32, or float64 inside
             :meth:`wide`; and the task's output by the name :data:`LOGITS`.
         """
-        with self._active(state) as model, listened(_inner(model), paths) as found:
+        with self._active(state) as model, listened(base_of(model), paths) as found:
             output = self._output(model, row, state, prompt)
         return {**once(found), LOGITS: output}
 
     def called(self, row: Inputs, state: State) -> list[str]:
         """The modules with weights of their own, in the order in which they run on a row."""
-        with self._active(state) as model, ran(_inner(model)) as found:
+        with self._active(state) as model, ran(base_of(model)) as found:
             self._output(model, row, state, None)
         return found
 
@@ -275,20 +274,14 @@ class Reference:
     def wide(self) -> Iterator[None]:
         """Run in float64 inside the block; the weights come back unchanged.
 
-        Parts that the model itself computes in float32 (its norms, its softmax) stay so.
+        Parts that the model itself computes in float32 (its norms, its softmax) stay so. A model's
+        layers are float64 one by one, each while it runs: there is no copy of the model.
         """
         self._wide = True
-        for model in self._models():
-            model.double()
         try:
             yield
         finally:
             self._wide = False
-            for model in self._models():
-                model.float()
-
-    def _models(self) -> list[Any]:
-        return [self._shared, *self._loaded.values()]
 
     def _load(self, task: Task) -> Any:
         # Imports torch, so it waits until libraries() has said that it is there.
@@ -317,13 +310,13 @@ class Reference:
     def _output(
         self, model: Any, row: Inputs, state: State, prompt: int | None
     ) -> NDArray[np.floating]:
-        dtype = next(model.parameters()).dtype
+        dtype = self._torch.float64 if self._wide else self._torch.float32
         feeds = {name: self._torch.from_numpy(array)[None] for name, array in row.items()}
         for key, value in feeds.items():
             feeds[key] = value.to(dtype) if value.is_floating_point() else value
         if self.task.causal:
             feeds |= {"use_cache": False, **self._offsets(row, state, prompt)}
-        elif _is_peft(model):
+        elif is_peft(model):
             # PEFT's own forward gives some models arguments that they do not take.
             model = model.base_model
         output: NDArray[np.floating] = getattr(model(**feeds), self.task.output)[0].numpy()
@@ -352,12 +345,14 @@ class Reference:
                     raise ValueError(f"PEFT cannot blend or weight {apart[0]}")
                 model = self._apart_model(apart[0])
                 if not low_rank:
-                    stack.enter_context(_without_low_rank(model))
+                    stack.enter_context(without_low_rank(model))
             else:
                 wanted = state if low_rank else BASE
                 if self._names and self._state != wanted:
                     self._activate(wanted)
                 model = self._shared
+            if self._wide:
+                stack.enter_context(widened(model))
             stack.enter_context(running(state))
             # Behind what loads models: a tensor that is made inside cannot be changed outside.
             stack.enter_context(self._torch.inference_mode())
@@ -384,190 +379,9 @@ class Reference:
                 del self._loaded[next(iter(self._loaded))]
             directory, task = self._apart[name]
             model = attached(self._load(task), directory, "only")
-            if self._wide:
-                model.double()
         self._loaded[name] = model
         return model
 
 
 def _tokens(row: Sequence[int]) -> Inputs:
     return {"input_ids": np.array(row, np.int64)}
-
-
-def _is_peft(model: Any) -> bool:
-    return type(model).__module__.startswith("peft.")
-
-
-def _inner(model: Any) -> Any:
-    """The base model, inside PEFT's."""
-    return model.get_base_model() if _is_peft(model) else model
-
-
-@contextlib.contextmanager
-def _without_low_rank(model: Any) -> Iterator[None]:
-    """Switch the low-rank layers off, and leave the modules that the adapter replaces."""
-    from peft.tuners.lora import LoraLayer
-
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
-
-
-def attached(model: Any, directory: str | os.PathLike[str], inner: str) -> Any:
-    """A model with a PEFT directory attached under a name, beside those that it has.
-
-    Raises:
-        AdapterError: PEFT cannot load it.
-    """
-    from peft import PeftModel
-
-    check_patterns(read_config(Path(directory)), [path for path, _ in model.named_modules()])
-    with quiet(), _loadable(Path(directory)) as folder:
-        try:
-            adapted = model
-            if not isinstance(model, PeftModel):
-                adapted = PeftModel.from_pretrained(model, folder, adapter_name=inner)
-            # Of an adapter that is there it reads the weights again, and says what fitted.
-            result = adapted.load_adapter(folder, adapter_name=inner)
-        except (ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise AdapterError(
-                f"PEFT cannot load {os.fspath(directory)}: {type(error).__name__}: "
-                f"{' '.join(str(error).split())[:300]}",
-                "Without PEFT's own outputs nothing can be proved; save the adapter again.",
-            ) from error
-    _check_result(os.fspath(directory), result)
-    return adapted.eval()
-
-
-@contextlib.contextmanager
-def running(state: State) -> Iterator[None]:
-    """What PEFT or the model raises of itself while adapters are active, as a refusal.
-
-    Raises:
-        AdapterError: it raised; with an adapter that it cannot run nothing can be proved.
-    """
-    try:
-        yield
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        if not state or "memory" in str(error):
-            raise
-        names = " and ".join(name for name, _ in state)
-        raise AdapterError(
-            f"PEFT loads adapter {names} and cannot run it: {type(error).__name__}: "
-            f"{' '.join(str(error).split())[:300]}",
-            "Without PEFT's own outputs nothing can be proved; train it on other layers.",
-        ) from error
-
-
-@contextlib.contextmanager
-def _loadable(directory: Path) -> Iterator[str]:
-    """The folder, its tensors' keys without the adapter name ``default``.
-
-    PEFT loads keys with that name under no other one, and two adapters cannot have it.
-    """
-    from safetensors.torch import load_file, save_file
-
-    file = directory / TENSOR_FILE
-    keys = tensor_keys(file) if file.is_file() else ()
-    if all(key == canonical_peft_key(key) for key in keys):
-        yield os.fspath(directory)
-        return
-    with tempfile.TemporaryDirectory(prefix="lora-edge-") as scratch:
-        shutil.copyfile(directory / CONFIG_FILE, Path(scratch) / CONFIG_FILE)
-        tensors = {canonical_peft_key(key): x for key, x in load_file(file).items()}
-        save_file(tensors, Path(scratch) / TENSOR_FILE)
-        yield scratch
-
-
-def _check_result(directory: str, result: Any) -> None:
-    """Refuse an adapter of which PEFT has loaded something else than what is in its folder."""
-    # With bias="all" PEFT saves biases of replaced modules twice, and reads one.
-    unexpected = [key for key in result.unexpected_keys if ".modules_to_save." not in key]
-    for keys, what in (
-        (unexpected, "drops {} of its tensors"),
-        (result.missing_keys, "lacks {} tensors that its config asks for"),
-    ):
-        if keys:
-            raise AdapterError(
-                f"{directory} is refused in both modes: PEFT {what.format(len(keys))}, e.g. "
-                f"{keys[0]}",
-                "The config and the tensors are from different adapters, or for another base; "
-                "save the adapter again with PEFT.",
-            )
-
-
-def stands_apart(config: Mapping[str, Any]) -> bool:
-    """Whether PEFT cannot hold an adapter beside another one in the same model."""
-    return any(config.get(field) not in neutral for field, neutral in _APART.items())
-
-
-@contextlib.contextmanager
-def scaled(model: Any, weights: Mapping[str, float]) -> Iterator[None]:
-    """Scale each adapter's effect: PEFT multiplies every delta by its layer's ``scaling[name]``."""
-    from peft.tuners.lora import LoraLayer
-
-    changed: list[tuple[dict[str, float], str, float]] = []
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            for name, weight in weights.items():
-                if weight != 1.0 and name in module.scaling:
-                    changed.append((module.scaling, name, module.scaling[name]))
-                    module.scaling[name] *= weight
-    try:
-        yield
-    finally:
-        for scaling, name, value in changed:
-            scaling[name] = value
-
-
-@contextlib.contextmanager
-def listened(model: Any, paths: Iterable[str]) -> Iterator[dict[str, list[Any]]]:
-    """Collect what modules return inside the block: module path -> tensors, one for each call."""
-    found: dict[str, list[Any]] = {}
-    modules = dict(model.named_modules())
-    with contextlib.ExitStack() as stack:
-        for path in paths:
-            if path in modules:
-
-                def hear(_module: Any, _args: Any, output: Any, path: str = path) -> None:
-                    # A copy: what follows may add to it in place.
-                    kept = output.clone() if hasattr(output, "clone") else output
-                    found.setdefault(path, []).append(kept)
-
-                stack.callback(modules[path].register_forward_hook(hear).remove)
-        yield found
-
-
-def once(found: Mapping[str, Sequence[Any]]) -> dict[str, NDArray[np.floating]]:
-    """The outputs of modules that were called once, without the axis of the batch of one row."""
-    return {
-        path: (outputs[0][0] if len(outputs[0]) == 1 else outputs[0]).numpy()
-        for path, outputs in found.items()
-        if len(outputs) == 1 and hasattr(outputs[0], "numpy")
-    }
-
-
-@contextlib.contextmanager
-def ran(model: Any) -> Iterator[list[str]]:
-    """Note the modules of the base that have weights of their own, as they return.
-
-    A layer that PEFT has wrapped goes by the name that it had; what an adapter adds is left out.
-    """
-    found: list[str] = []
-    with contextlib.ExitStack() as stack:
-        for name, module in model.named_modules():
-            path = name.replace(".base_layer", "")
-            own = next(module.parameters(recurse=False), None) is not None
-            if own and not any(part.startswith("lora_") for part in path.split(".")):
-
-                def hear(_module: Any, _args: Any, _output: Any, path: str = path) -> None:
-                    if path not in found:
-                        found.append(path)
-
-                stack.callback(module.register_forward_hook(hear).remove)
-        yield found

@@ -26,7 +26,7 @@ from lora_edge.bundle.bundle import load_bundle
 from lora_edge.errors import AdapterError, LoraEdgeError
 from lora_edge.fit.inspect import inspect_adapter
 from lora_edge.names import parse_peft_key
-from lora_edge.parity.reference import attached
+from lora_edge.parity.peft_models import attached
 from tests.support.families import make_base
 from tests.support.kinds import Row as Kind
 from tests.support.kinds import make_kind
