@@ -27,6 +27,7 @@ INTERFACE = "common attention interface"
         (Cell("apertus", TEXT), "right", ""),
         (Cell("resnet", "feature-extraction"), "refused", "resnet models .* last_hidden_state"),
         (Cell("imagegpt", IMAGES), "refused", "imagegpt models .* image_size"),
+        (Cell("swiftformer", IMAGES), "right", ""),  # its heads are called head and dist_head
         (Cell("mobilevit", IMAGES), "refused", "windows of all images"),
         (Cell("longformer", TEXTS), "refused", f"longformer models .* {INTERFACE}"),
         (Cell("squeezebert", TEXTS), "refused", f"squeezebert models .* {INTERFACE}"),

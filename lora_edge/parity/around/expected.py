@@ -143,10 +143,10 @@ def _labels(
 ) -> dict[str, Any]:
     """The names of each adapter's labels; of one that names none, the base's or none."""
     manifest = runner.bundle.manifest
-    task = Task(manifest.task)
     every = reference_labels(base.directory)
-    own = any(task.in_head(key) for key in base.keys())  # noqa: SIM118
-    head = parameters.value(f"{parameters.label_layer}.weight") if own else None
+    weight = f"{parameters.label_layer}.weight"
+    own = base.parameter(weight) is not None  # else the model's head is made up
+    head = parameters.value(weight) if own else None
     unnamed = [] if head is None else [f"LABEL_{index}" for index in range(len(head))]
     named = (every or unnamed) if own else []
     found = {NONE_ADAPTER: named} if NONE_ADAPTER in manifest.adapters else {}
