@@ -47,9 +47,9 @@ def bundle_card(manifest: Manifest) -> str:
             made = entry.conversion
             lines += [
                 "",
-                f"{name} is a LoRA that approximates an adapter of type {made['peft_type']} "
-                f"(`--convert {made['rank']}`): relative error of ΔW {made['mean_error']:.2e} in "
-                f"the mean over its layers, {made['worst_error']:.2e} at worst. The proof is of "
+                f"{name} is a LoRA that approximates an adapter of type {made.peft_type} "
+                f"(`--convert {made.rank}`): relative error of ΔW {made.mean_error:.2e} in "
+                f"the mean over its layers, {made.worst_error:.2e} at worst. The proof is of "
                 "the LoRA.",
             ]
     task = manifest.task

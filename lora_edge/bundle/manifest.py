@@ -16,7 +16,7 @@ from lora_edge.bundle.lifting import lift
 from lora_edge.bundle.part import Beginning, Part, Positions, SiteEntry, Token
 from lora_edge.errors import BundleError
 from lora_edge.files.json import parse_object
-from lora_edge.files.schema import RelativePath, Rule, Sha256, between, decode
+from lora_edge.files.schema import FINITE, RelativePath, Rule, Sha256, between, decode
 from lora_edge.maths.quantization import Precision, Quantization
 from lora_edge.names import TextAspect
 from lora_edge.tasks.task import TASKS, Driver, Task
@@ -26,6 +26,23 @@ FORMAT_VERSION = 2
 
 Mode = Literal["switchable", "merged"]
 TaskName = Annotated[str, Rule(f"one of {', '.join(TASKS)}", TASKS.__contains__)]
+
+
+@dataclass(frozen=True)
+class ConversionEntry:
+    """What an adapter of another type lost when it became a LoRA.
+
+    Attributes:
+        peft_type: the other type.
+        rank: what was asked for: a rank, or a share of each delta's energy.
+        worst_error: relative error of ΔW, of the layer where it is largest.
+        mean_error: the same in the mean over its layers.
+    """
+
+    peft_type: str
+    rank: Annotated[int | float, FINITE]
+    worst_error: Annotated[float, FINITE]
+    mean_error: Annotated[float, FINITE]
 
 
 @dataclass(frozen=True)
@@ -46,8 +63,7 @@ class AdapterEntry:
         text: what it brings of its own, because it differs from the base's: ``tokenizer`` (ids,
             special tokens), ``chat_template``. The files are in ``adapters/NAME/text/``; of a
             merged bundle they are the bundle's own.
-        conversion: for a LoRA that approximates an adapter of another type: ``peft_type``, the
-            ``rank`` asked for, ``worst_error`` and ``mean_error`` of ΔW over its layers.
+        conversion: for a LoRA that approximates an adapter of another type.
     """
 
     name: str
@@ -61,7 +77,7 @@ class AdapterEntry:
     invocation: tuple[Token, ...] = ()
     labels: tuple[str, ...] = ()
     text: tuple[TextAspect, ...] = ()
-    conversion: Mapping[str, Any] | None = None
+    conversion: ConversionEntry | None = None
 
 
 @dataclass(frozen=True)

@@ -116,9 +116,9 @@ def _bundled(name: str, entry: AdapterEntry, held: int) -> Iterator[str]:
         yield from _wrapped(f"has its own {aspect_names(entry.text)}", "    ")
     if entry.conversion is not None:
         yield from _wrapped(
-            f"approximates a {entry.conversion['peft_type']}: relative error of ΔW "
-            f"{entry.conversion['mean_error']:.2e} in the mean, "
-            f"{entry.conversion['worst_error']:.2e} at worst",
+            f"approximates a {entry.conversion.peft_type}: relative error of ΔW "
+            f"{entry.conversion.mean_error:.2e} in the mean, "
+            f"{entry.conversion.worst_error:.2e} at worst",
             "    ",
         )
 

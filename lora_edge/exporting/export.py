@@ -20,7 +20,7 @@ from lora_edge.base.checkpoint import Base, resolve_base
 from lora_edge.bundle.adapter_files import check_parts, with_heads, write_adapter_folder
 from lora_edge.bundle.bundle import Bundle, file_entries, file_entry, load_bundle
 from lora_edge.bundle.card import bundle_card
-from lora_edge.bundle.manifest import MANIFEST_NAME, AdapterEntry, Manifest, Mode
+from lora_edge.bundle.manifest import MANIFEST_NAME, AdapterEntry, ConversionEntry, Manifest, Mode
 from lora_edge.bundle.onnx_adapter import read_adapter
 from lora_edge.bundle.sentence import write_sentence_modules
 from lora_edge.errors import (
@@ -338,7 +338,9 @@ def _signed(stage: Path, manifest: Manifest, conversions: Mapping[str, Conversio
     """The manifest with the conversions and the hashes of all files of ``stage``, written there."""
     entries = dict(manifest.adapters)
     for name, conversion in conversions.items():
-        entries[name] = dataclasses.replace(entries[name], conversion=conversion.facts())
+        entries[name] = dataclasses.replace(
+            entries[name], conversion=ConversionEntry(**conversion.facts())
+        )
     signed = dataclasses.replace(manifest, adapters=entries, files=file_entries(stage))
     Bundle(stage, manifest).write_manifest(signed)
     return signed

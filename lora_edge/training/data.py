@@ -185,7 +185,10 @@ def _csv_rows(content: bytes, path: Path) -> Iterator[tuple[str, dict[str, Any] 
     """As :func:`_json_rows`."""
     for number, row in _csv_cells(content):
         where = f"{path}:{number}"
-        yield where, DataError(f"{where}: {row}") if isinstance(row, ValueError) else row
+        if isinstance(row, ValueError):
+            yield where, DataError(f"{where}: {row}", _FORMAT_HINT)
+        else:
+            yield where, row
 
 
 def _csv_cells(content: bytes) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:

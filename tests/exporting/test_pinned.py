@@ -202,7 +202,7 @@ def test_another_task_has_nothing_to_pin(tmp_path: Path) -> None:
 
 def test_an_older_bundle_is_refused_and_still_runs(copied: Callable[[Any], Path]) -> None:
     def forget(data: dict[str, Any]) -> None:
-        for site in (*data["sites"].values(), *data["uncovered"].values()):
+        for site in (*data["parts"]["decoder"]["sites"].values(), *data["uncovered"].values()):
             del site["weight"]
 
     old = copied(forget)
@@ -224,7 +224,8 @@ def test_a_weight_at_another_place_is_found_before_it_is_used(
     path = "model.layers.{}.self_attn.q_proj"
 
     def exchange(data: dict[str, Any]) -> None:
-        first, second = (data["sites"][path.format(i)]["weight"] for i in (0, 1))
+        sites = data["parts"]["decoder"]["sites"]
+        first, second = (sites[path.format(i)]["weight"] for i in (0, 1))
         first["offset"], second["offset"] = second["offset"], first["offset"]
 
     runner = lora_edge.Runner(copied(exchange), pinned=["all-linear", None])
@@ -251,19 +252,23 @@ def test_one_lost_layer_is_found_before_a_session_is_used(
 
 def test_damage_is_found_when_the_session_is_opened(copied: Callable[[Any], Path]) -> None:
     site = "model.layers.0.self_attn.q_proj"
+
+    def weight(**fields: Any) -> Callable[[dict[str, Any]], None]:
+        return lambda data: data["parts"]["decoder"]["sites"][site]["weight"].update(fields)
+
     changed = copied(lambda _: None)
     with (changed / "onnx" / "base.onnx").open("ab") as stream:
         stream.write(b"\0")
     runner = lora_edge.Runner(changed, pinned=["patterns"])
     with pytest.raises(lora_edge.LoraEdgeError, match=r"base\.onnx differs from its hash"):
         runner.logits(IDS, adapter="patterns")
-    behind = copied(lambda data: data["sites"][site]["weight"].update(offset=1 << 40))
+    behind = copied(weight(offset=1 << 40))
     with pytest.raises(lora_edge.LoraEdgeError, match="at byte 1099511627776"):
         lora_edge.Runner(behind, pinned=["patterns"]).logits(IDS, adapter="patterns")
-    narrow = copied(lambda data: data["sites"][site]["weight"].update(shape=[64, 3]))
+    narrow = copied(weight(shape=[64, 3]))
     with pytest.raises(lora_edge.LoraEdgeError, match=r"does not hold model\.layers\.0"):
         lora_edge.Runner(narrow, pinned=["patterns"]).logits(IDS, adapter="patterns")
-    renamed = copied(lambda data: data["sites"][site]["weight"].update(name="nothing"))
+    renamed = copied(weight(name="nothing"))
     with pytest.raises(lora_edge.LoraEdgeError, match="cannot be loaded"):
         lora_edge.Runner(renamed, pinned=["patterns"]).logits(IDS, adapter="patterns")
 

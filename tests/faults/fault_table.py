@@ -312,7 +312,7 @@ FAULTS: tuple[Fault, ...] = (
           "^adapter dora, entry$", i.of_manifest(i.entry_of("dora", alone=""))),
     Fault("max_length doubled", "manifest", "portable", EVERY,
           "max_length is 64, expected 32", "^graph's facts$",
-          i.of_manifest(i.field_of("graph.max_length", 64))),
+          i.of_manifest(i.field_of("parts.decoder.max_length", 64))),
     Fault("label names in another order", "manifest", "heads", EVERY,
           r"label names: manifest: none\[0\] is", "^label names$",
           i.of_manifest(i.labels_reversed("none"))),

@@ -411,11 +411,11 @@ def test_command_line_converts_reports_and_proves(
         made = entry.conversion
         assert entry.proved
         assert made is not None
-        assert (made["peft_type"], made["rank"]) == (name, FULL)
-        assert 0 < made["mean_error"] <= made["worst_error"] < 2e-5 or name in EXACT
+        assert (made.peft_type, made.rank) == (name, FULL)
+        assert 0 < made.mean_error <= made.worst_error < 2e-5 or name in EXACT
         assert set(entry.ranks.values()) == ({6} if name in EXACT else {FULL})
         assert f"{name.lower()}: {name} approximated by a LoRA of rank" in said
-        assert f"{made['worst_error']:.2e} at worst" in said
+        assert f"{made.worst_error:.2e} at worst" in said
         assert f"approximates an adapter of type {name}" in card
         folder = tmp_path / "out" / "adapters" / name.lower() / "peft"
         digest = hashlib.sha256()
@@ -441,7 +441,7 @@ def test_merged_bundle_of_a_converted_adapter(
     entry = made.manifest.adapters["a"]
     assert entry.proved
     assert entry.conversion is not None
-    assert 0 < entry.conversion["worst_error"] <= 1e-5**0.5
+    assert 0 < entry.conversion.worst_error <= 1e-5**0.5
     found = lora_edge.Runner(tmp_path / "out").logits(IDS.numpy())
     assert _relative(found, _logits(_load(base, originals["LOKR"])), off) < 0.02
 

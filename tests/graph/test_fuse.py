@@ -123,7 +123,7 @@ def test_views_are_undone_where_they_change_nothing(shape: str, left: int) -> No
 @pytest.mark.parametrize(("family", "skips"), [("llama", 4), ("gemma2", 4), ("gpt2", 0)])
 def test_a_captured_graph(family: str, skips: int, tmp_path: Path) -> None:
     base = resolve_base(make_base(family, tmp_path / "base"))
-    path = capture(base, tmp_path).path
+    path = capture(base, tmp_path).path()
     before = path.with_name("model.onnx_data").read_bytes()
     path.with_name("model.onnx_data").unlink()  # the pass may not read a weight
     model = load(path)

@@ -69,28 +69,40 @@ SITE = record(
         "weight": {},
     },
 )
+PART = record(
+    {
+        "file": NAME,
+        "form": one_of("fused", "portable", "foreign"),
+        "backend": TEXT,
+        "inputs": {**listed(TEXT), "minItems": 1},
+        "output": one_of("logits"),  # as the graph has it
+        "vocab_size": whole(264, 264),
+        "max_length": whole(0, 1 << 31),
+    },
+    {
+        "padding": one_of("right", "left", "either"),
+        "pad_token_id": whole(-1, 1 << 31),
+        "sample": listed(whole(1)),
+        "head": TEXT,
+        "cache": record(
+            {
+                "kind": one_of("shared", "concatenated"),
+                "layers": whole(2, 2),
+                "kv_heads": whole(2, 2),
+                "head_dim": whole(8, 8),
+            }
+        ),
+        "sites": mapped(SITE),
+    },
+)
 MANIFEST = record(
     {
         "mode": one_of("switchable", "merged"),
         "task": one_of("text-generation"),  # the seed's; no mutant of it can be of another
         "precision": one_of("fp32", "int8", "int4"),
-        "graph": record(
-            {
-                "form": one_of("fused", "portable", "foreign"),
-                "backend": TEXT,
-                "padding": one_of("right", "left", "either"),
-                "shared_cache": BOOL,
-                "layers": whole(2, 2),  # as the graph has them
-                "kv_heads": whole(2, 2),
-                "head_dim": whole(8, 8),
-                "vocab_size": whole(264, 264),
-                "max_length": whole(0, 1 << 31),
-            },
-            {"head": TEXT},
-        ),
+        "parts": record({"decoder": PART}),
         "base": {**mapped(TEXT), "required": ["fingerprint", "model_type", "name_or_path"]},
         "kinds": listed(TEXT),
-        "sites": mapped(SITE),
         "adapters": mapped(
             record(
                 {
@@ -122,7 +134,8 @@ MANIFEST = record(
         "uncovered": mapped(SITE),
         "tied": listed(TEXT),
         "quantization": {},
-        "format_version": one_of(1),
+        "beginning": {"type": "null"},
+        "format_version": one_of(2),
     },
 )
 _NAMES = {"anyOf": [{"type": "null"}, TEXT, listed(TEXT)]}

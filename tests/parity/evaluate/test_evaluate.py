@@ -160,7 +160,7 @@ def test_bad_examples(exported: Path, tmp_path: Path) -> None:
         validate(exported, shipped.BASE, steps=1, examples=_examples("echo"), metric="accuracy")
     file = tmp_path / "examples.jsonl"
     file.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
-    with pytest.raises(DataError, match="line 2"):
+    with pytest.raises(DataError, match=r"jsonl:2: "):
         read_examples(file)
 
 

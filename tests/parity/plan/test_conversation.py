@@ -16,8 +16,8 @@ from tests.support import shipped
 
 
 def _runner(directory: Path, vocab_size: int = 264) -> Any:
-    spec = SimpleNamespace(vocab_size=vocab_size)
-    return SimpleNamespace(tokenizer=Tokenizer(directory), spec=spec)
+    part = SimpleNamespace(vocab_size=vocab_size)
+    return SimpleNamespace(tokenizer=Tokenizer(directory), part=part)
 
 
 @pytest.fixture

@@ -89,10 +89,10 @@ def test_prompts_from_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.jsonl", b'{"prompt": "a"}\n{"text": "b"}\n', "line 2"),
-        ("a.jsonl", b"not json\n", "line 1"),
+        ("a.jsonl", b'{"prompt": "a"}\n{"text": "b"}\n', "jsonl:2: "),
+        ("a.jsonl", b"not json\n", "jsonl:1: "),
         ("a.txt", b"\n\n", "no prompt"),
-        ("a.jsonl", b'{"prompt": "a\\ud800b"}\n', "line 1"),
+        ("a.jsonl", b'{"prompt": "a\\ud800b"}\n', "jsonl:1: "),
         ("a.txt", b"\xff\xfe\x00", "UTF-8"),
         ("missing.txt", None, "cannot be read"),
     ],

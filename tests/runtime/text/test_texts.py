@@ -169,7 +169,7 @@ def test_a_file_that_the_manifest_does_not_list_is_not_read(file: str, runner: R
 
 
 def test_outputs_of_encoders_read_each_text_by_its_own(runner: Runner) -> None:
-    encoder: Any = SimpleNamespace(spec=SimpleNamespace(max_length=96))
+    encoder: Any = SimpleNamespace(part=SimpleNamespace(max_length=96))
     outputs = Outputs(
         runner.bundle, encoder, lambda state: runner.tokenizer_of(dict(state) or None)
     )
