@@ -41,9 +41,11 @@ def layers_of(base: Base, task: Task) -> Layers:
     task.complete(model, ())  # drops what nobody reads
     modules = model_layers(model)
     tied: tuple[str, ...] = ()
-    head = ""
+    head = output = ""
     if task.generates:
         tied = tied_pair(model)
+        layer = model.get_output_embeddings()
+        output = "" if layer is None else path_of(model, layer)
     elif head := task.label_layer(model):
         modules[head] = replace(modules[head], kind="head")
     refused: UnsupportedModelError | None = None
@@ -54,8 +56,6 @@ def layers_of(base: Base, task: Task) -> Layers:
         refuse_loops(model, base.model_type, None)
     except UnsupportedModelError as error:
         refused = error
-    layer = model.get_output_embeddings() if task.generates else None
-    output = "" if layer is None else path_of(model, layer)
     return Layers(modules, tied, parameter_modules(model), refused, output, head)
 
 

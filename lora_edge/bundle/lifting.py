@@ -32,10 +32,9 @@ def lift(data: Mapping[str, Any]) -> dict[str, Any]:
     known = isinstance(task, str) and task in TASKS
     if not isinstance(graph, Mapping) or not isinstance(sites, Mapping) or not known:
         return {**found, "parts": graph}
-    driver = TASKS[str(task)][1]
+    driver = TASKS[str(task)].driver
     own = {name: value for name, value in graph.items() if name not in _MOVED[driver]}
-    lifted = _decoder if driver == "decoder" else _encoder if driver == "encoder" else _both
-    found |= lifted(graph, own, sites)
+    found |= _LIFTED[driver](graph, own, sites)
     return {**found, "format_version": 2}
 
 
@@ -97,3 +96,6 @@ def _both(
     }
     beginning = {name: graph[name] for name in _BEGINNING if name in graph}
     return {"parts": {"encoder": encoder, "decoder": decoder}, "beginning": beginning}
+
+
+_LIFTED = {"decoder": _decoder, "encoder": _encoder, "encoder-decoder": _both}

@@ -61,6 +61,11 @@ class BaseGraph:
         """The part that reads the inputs."""
         return next(iter(self.parts.values()))
 
+    @property
+    def gives(self) -> Part:
+        """The part that gives the outputs."""
+        return list(self.parts.values())[-1]
+
     def path(self, part: str = "") -> Path:
         """The ONNX file of a part; by default of the one that reads the inputs."""
         return self.folder / (self.parts[part] if part else self.reads).file

@@ -136,7 +136,7 @@ class _Traced(nn.Module):
         self.model = model
         self._swap = swap
         self._part = part
-        self._by_token = task.name == "token-classification"
+        self._by_token = task.facts.by_token and task.output == "logits"
 
     def forward(self, *tensors: Tensor) -> Tensor:
         feeds = dict(zip(self._part.inputs, tensors, strict=True))
@@ -204,7 +204,7 @@ def _as_untraced(part: Part) -> Iterator[None]:
 
 
 def _part(model: Any, task: Task, base: Base) -> Part:
-    if task.name == "image-classification" or model.main_input_name == "pixel_values":
+    if "pixel_values" in (model.main_input_name, task.facts.takes):
         return Part(
             file="model.onnx",
             form="portable",
@@ -316,7 +316,7 @@ def _example(part: Part) -> dict[str, Tensor]:
 def _export(traced: _Traced, part: Part, task: Task, directory: Path) -> onnx.ModelProto:
     example = _example(part)
     dims = {name: {0: "batch"} if part.sample else {0: "batch", 1: "seq"} for name in example}
-    by_token = task.name in {"token-classification", "feature-extraction"} and not part.sample
+    by_token = task.facts.by_token and not part.sample
     dims[part.output] = {0: "batch", 1: "seq"} if by_token else {0: "batch"}
     with ExitStack() as stack:
         weights = stack.enter_context(placeholders(traced.model))

@@ -102,7 +102,7 @@ def command(
     if pair is not None and text is None:
         raise click.UsageError("--pair goes with --text")
     from lora_edge.runtime import Runner
-    from lora_edge.tasks.task import SPEECH, TEXT2TEXT, TEXT_GENERATION
+    from lora_edge.tasks.task import TASKS
 
     if settings["chat"]:
         settings["defaults"] = "model"
@@ -117,12 +117,11 @@ def command(
         verify=verify,
     )
     task = runner.bundle.manifest.task
-    if task == SPEECH:
+    field = TASKS[task].takes.replace("pixel_values", "image")
+    if field not in given:
         raise click.UsageError(
-            f"the bundle's task is {task}: give input features to Runner.generate in Python"
+            f"the bundle's task is {task}: give {field} to Runner.generate in Python"
         )
-    fields = {TEXT_GENERATION: "prompt", TEXT2TEXT: "prompt", "image-classification": "image"}
-    field = fields.get(task, "text")
     if input_file is not None:
         rows = _read(input_file, field, default)
     else:
@@ -163,17 +162,18 @@ def _results(
     runner: Any, task: str, inputs: list[Any], chosen: Any, top: int | None, settings: Any
 ) -> list[tuple[dict[str, Any], str]]:
     """What each input gives: as JSON, and as lines for people."""
-    from lora_edge.tasks.task import TEXT2TEXT, TEXT_GENERATION
+    from lora_edge.tasks.task import Task
 
-    if task in (TEXT_GENERATION, TEXT2TEXT):
+    done = Task(task)
+    if done.generates:
         texts = runner.generate(inputs, chosen, **settings)
         return [({"completion": text}, text) for text in texts]
-    if task == "feature-extraction":
+    if done.output == "last_hidden_state":
         vectors = [row.tolist() for row in runner.embed(inputs, chosen)]
         return [({"embedding": vector}, json.dumps(vector)) for vector in vectors]
     found = []
     for labels in runner.classify(inputs, chosen):
-        kept = labels if task == "token-classification" else labels[:top]
+        kept = labels if done.facts.by_token else labels[:top]
         names = [f"{x.text}\t{x.label}" if hasattr(x, "text") else x.label for x in kept]
         lines = [f"{name}\t{x.score:.4f}" for name, x in zip(names, kept, strict=True)]
         found.append(({"labels": [x._asdict() for x in kept]}, "\n".join(lines)))

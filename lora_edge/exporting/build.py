@@ -123,14 +123,13 @@ def build(
     modules = captured.modules
     if task.seq2seq:
         modules = {path: x for path, x in modules.items() if x.kind in SEQ2SEQ_KINDS}
+        for adapter in adapters:
+            check_seq2seq(adapter.settled(modules), captured.modules)
     adapters = [adapter.settled(modules) for adapter in adapters]
     for adapter in adapters:
-        if task.seq2seq:
-            check_seq2seq(adapter, captured.modules)
         check_modules(adapter, modules, base.name_or_path, captured.parameter_modules)
         if not captured.parameter_modules:
-            output = captured.head if task.generates else ""
-            check_loads(adapter, BaseView(captured.modules, captured.tied, output))
+            check_loads(adapter, BaseView(captured.modules, captured.tied, captured.gives.head))
         check_copies(adapter, weights, captured.tied)
     for name, part in captured.parts.items():
         if part.form == "fused":
@@ -152,7 +151,7 @@ def build(
         )
         weights = rounded_weights(weights, quantization, modules)
     fingerprint = base.fingerprint()
-    base_labels = _base_labels(base, captured, task)
+    base_labels = _base_labels(base, captured)
     entries: dict[str, AdapterEntry] = {}
     covered: dict[str, SiteEntry] = {}
     given: dict[str, Mapping[str, SiteChange]] = {}
@@ -173,7 +172,7 @@ def build(
         }
         given = {name: with_heads(changes, heads) for name, changes in given.items()}
         say(f"adding branches to {len(covered)} layers")
-        covered = _branch(captured, models, modules, covered, weights, quantization, stage, task)
+        covered = _branch(captured, models, modules, covered, weights, quantization, stage)
         none = write_none(stage, covered, fingerprint, heads)
         entries[NONE_ADAPTER] = dataclasses.replace(none, labels=base_labels)
     parts = {
@@ -191,7 +190,7 @@ def build(
     for adapter in adapters:
         own = None if merged else given[adapter.name]
         entry = write_adapter_folder(stage, adapter, covered, own, fingerprint)
-        count = None if task.generates else adapter.head_labels(captured.head)
+        count = adapter.head_labels(captured.head)
         if not entry.labels and (count is None or count == len(base_labels)):
             entry = dataclasses.replace(entry, labels=base_labels)
         entries[adapter.name] = entry
@@ -266,7 +265,6 @@ def _branch(
     weights: Weights,
     quantization: Quantization | None,
     stage: Path,
-    task: Task,
 ) -> dict[str, SiteEntry]:
     """Write each graph with branches, of a decoder one without beside it on the same data.
 
@@ -287,7 +285,8 @@ def _branch(
         own = {x: site for x, site in covered.items() if captured.part_of(x) == part}
         found = passes.find_sites(model, own, weights)
         plain = path.with_name("base.onnx")
-        if task.causal:
+        cached = captured.parts[part].cache is not None
+        if cached:
             passes.save_graph(model, plain)
             located |= with_weights(own, found)
         passes.branch(model, found)
@@ -297,7 +296,7 @@ def _branch(
         path.rename(target)
         data = path.with_name(f"{path.name}_data")
         data.rename(target.with_name(data.name))
-        if task.causal:
+        if cached:
             plain.rename(stage / BASE_GRAPH_FILE)
     return located
 
@@ -358,12 +357,13 @@ def manifest_of(
     )
 
 
-def _base_labels(base: Base, captured: Any, task: Task) -> tuple[str, ...]:
+def _base_labels(base: Base, captured: Any) -> tuple[str, ...]:
     """The labels of the base's own task head; empty where it has none."""
-    if task.generates or not captured.head or base.parameter(f"{captured.head}.weight") is None:
+    # A head of a vocabulary has no labels.
+    labelled = bool(captured.head) and not captured.gives.head
+    weight = base.parameter(f"{captured.head}.weight") if labelled else None
+    if weight is None:
         return ()
-    weight = base.parameter(f"{captured.head}.weight")
-    assert weight is not None
     names = base.config.get("id2label") or {}
     return tuple(str(names.get(str(i), f"LABEL_{i}")) for i in range(len(weight)))
 

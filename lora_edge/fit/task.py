@@ -24,11 +24,10 @@ from lora_edge.tasks.task import SPEECH, TASKS, TEXT2TEXT, TEXT_GENERATION, Task
 
 Notice = Callable[[str], None]
 
+_SEQ2SEQ_TYPE = TASKS[TEXT2TEXT].peft_type
+# Of an encoder-decoder, text and speech have one type: the base tells.
 _TASK_OF_TYPE = {
-    "CAUSAL_LM": TEXT_GENERATION,
-    "SEQ_CLS": "text-classification",
-    "TOKEN_CLS": "token-classification",
-    "FEATURE_EXTRACTION": "feature-extraction",
+    **{x.peft_type: name for name, x in TASKS.items() if x.peft_type not in ("", _SEQ2SEQ_TYPE)},
     "IMAGE_CLASSIFICATION": "image-classification",
 }
 _TASK_OF_ARCHITECTURE = {

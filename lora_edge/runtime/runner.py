@@ -314,16 +314,15 @@ class Runner:
             DataError: an empty or too long row, an id outside the vocabulary, a mask with holes;
                 logits that are NaN or infinite.
         """
-        encodes = self.driver == "encoder"
-        if token_type_ids is not None and not encodes:
+        rows, starts, width = token_rows(input_ids, attention_mask)
+        if self.driver == "encoder":
+            binding = self.binding(adapter, len(rows))
+            return finite(self.outputs.logits(rows, starts, width, token_type_ids, binding))
+        if token_type_ids is not None:
             raise OptionError(
                 "token_type_ids is for encoders, and this bundle's model takes none",
                 "Leave it out.",
             )
-        rows, starts, width = token_rows(input_ids, attention_mask)
-        if encodes:
-            binding = self.binding(adapter, len(rows))
-            return finite(self.outputs.logits(rows, starts, width, token_type_ids, binding))
         decoder, bound = self._session_for(adapter, len(rows))
         decoding = decoder.start(len(rows), max(map(len, rows)), bound)
         out = np.zeros((len(rows), width, decoder.part.vocab_size), np.float32)
@@ -384,18 +383,13 @@ class Runner:
             AdapterNotFoundError: a name that the bundle does not have.
             DataError: an input that is none, or no adapter where the base has no task head.
         """
-        task = self.bundle.manifest.task
         if self.encoder.part.output != "logits":
             raise _wrong_task(self.bundle, "has no labels", "Use embed() or logits().")
         if len(opt.listed("inputs", inputs)) == 0:
             raise DataError("there is nothing to classify", "Give at least one text or image.")
         binding = self.binding(adapter, len(inputs))
         states = self._active.states(adapter, len(inputs))
-        if task == "image-classification":
-            return self.outputs.classify_images(inputs, binding, states)
-        if task == "token-classification":
-            return self.outputs.label_tokens(inputs, binding, states)
-        return self.outputs.classify_texts(inputs, binding, states)
+        return self.outputs.classify(inputs, binding, states)
 
     def embed(
         self,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,16 +22,40 @@ Driver = Literal["decoder", "encoder", "encoder-decoder"]
 TEXT_GENERATION = "text-generation"
 EMBEDDING = "feature-extraction"
 TEXT2TEXT, SPEECH = "text2text-generation", "automatic-speech-recognition"
-TASKS: Mapping[str, tuple[str, Driver]] = {
-    TEXT_GENERATION: ("AutoModelForCausalLM", "decoder"),
-    "text-classification": ("AutoModelForSequenceClassification", "encoder"),
-    "token-classification": ("AutoModelForTokenClassification", "encoder"),
-    EMBEDDING: ("AutoModel", "encoder"),
-    "image-classification": ("AutoModelForImageClassification", "encoder"),
-    TEXT2TEXT: ("AutoModelForSeq2SeqLM", "encoder-decoder"),
-    SPEECH: ("AutoModelForSpeechSeq2Seq", "encoder-decoder"),
+
+
+class Facts(NamedTuple):
+    """What is known of a task.
+
+    Attributes:
+        loader: the class of transformers that loads its model.
+        driver: what runs it.
+        peft_type: PEFT's name of it, with which PEFT saves the head that it trains; empty: none.
+        takes: what a person gives it: ``prompt``, ``text``, or the name of the model's input.
+        by_token: the model has an output for each token of its input.
+    """
+
+    loader: str
+    driver: Driver
+    peft_type: str
+    takes: str
+    by_token: bool = False
+
+
+TASKS: Mapping[str, Facts] = {
+    TEXT_GENERATION: Facts("AutoModelForCausalLM", "decoder", "CAUSAL_LM", "prompt"),
+    "text-classification": Facts(
+        "AutoModelForSequenceClassification", "encoder", "SEQ_CLS", "text"
+    ),
+    "token-classification": Facts(
+        "AutoModelForTokenClassification", "encoder", "TOKEN_CLS", "text", by_token=True
+    ),
+    EMBEDDING: Facts("AutoModel", "encoder", "FEATURE_EXTRACTION", "text", by_token=True),
+    "image-classification": Facts("AutoModelForImageClassification", "encoder", "", "pixel_values"),
+    TEXT2TEXT: Facts("AutoModelForSeq2SeqLM", "encoder-decoder", "SEQ_2_SEQ_LM", "prompt"),
+    SPEECH: Facts("AutoModelForSpeechSeq2Seq", "encoder-decoder", "", "input_features"),
 }
-"""Task -> the class of transformers that loads its model, and what runs it."""
+"""What there is to do."""
 
 HEADS = ("classifier", "score")
 """What PEFT itself adds to ``modules_to_save`` for classification."""
@@ -68,14 +92,19 @@ class Task:
             object.__setattr__(self, "heads", ())
 
     @property
+    def facts(self) -> Facts:
+        """What is known of it."""
+        return TASKS[self.name]
+
+    @property
     def loader(self) -> str:
         """The class of transformers that loads the model."""
-        return TASKS[self.name][0]
+        return self.facts.loader
 
     @property
     def driver(self) -> Driver:
         """What runs the model."""
-        return TASKS[self.name][1]
+        return self.facts.driver
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -157,15 +157,12 @@ def _quiet_peft() -> Iterator[None]:
 
 
 def _task_type(task: Task) -> str | None:
-    if task.causal:
-        return "CAUSAL_LM"
-    # PEFT has no type for images; it adds the head to modules_to_save for SEQ_CLS only.
-    return None if task.name == "image-classification" else "SEQ_CLS"
+    return task.facts.peft_type or None
 
 
 def _saved(settings: Settings, task: Task) -> list[str] | None:
     saved = list(settings.modules_to_save)
-    if task.name == "image-classification":
+    if not task.facts.peft_type:  # with a type, PEFT adds the head itself
         saved.append("classifier")
     return saved or None
 
@@ -262,7 +259,7 @@ def _is_conv1d(model: Any, targets: str | tuple[str, ...], task: Task) -> bool:
 
 
 def _is_head(model: Any, path: str, module: Any, task: Task) -> bool:
-    return module is model.get_output_embeddings() if task.causal else task.in_head(path)
+    return task.in_head(path) or module is model.get_output_embeddings()
 
 
 def _endings(paths: Iterable[str]) -> list[str]:

@@ -28,6 +28,7 @@ from lora_edge.runtime.adapters.binding import Binding, State
 from lora_edge.runtime.encoder import Encoder
 from lora_edge.runtime.finite import finite
 from lora_edge.runtime.text.tokenizer import Encoded, Tokenizer
+from lora_edge.tasks.task import Task
 
 if TYPE_CHECKING:
     from lora_edge.runtime.outputs.image import ImageProcessor
@@ -219,6 +220,15 @@ class Outputs:
         """As :meth:`rows`, of ``[batch, *part.sample] float32``."""
         found = self._encoder.run({"pixel_values": pixels}, binding)
         return self._trimmed(found, binding, None)
+
+    def classify(
+        self, inputs: Sequence[Any], binding: Binding, names: Sequence[State]
+    ) -> list[list[Label]] | list[list[TokenLabel]]:
+        """Labels of texts or images, or of the tokens of texts, as the task has it."""
+        if self._encoder.part.sample:
+            return self.classify_images(inputs, binding, names)
+        by_token = Task(self._bundle.manifest.task).facts.by_token
+        return (self.label_tokens if by_token else self.classify_texts)(inputs, binding, names)
 
     def classify_texts(
         self, texts: Sequence[TextInput], binding: Binding, names: Sequence[State]
