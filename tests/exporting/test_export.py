@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -181,3 +182,53 @@ def test_full_output_folder_is_refused_and_left_alone(base: Path, tmp_path: Path
     with pytest.raises(lora_edge.BundleError):
         lora_edge.export(base, {}, output=tmp_path, force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_the_base_is_loaded_twice(
+    base: Path, adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the capture, which changes the model, and for the reference of all checks."""
+    from lora_edge.base import model
+
+    loaded: list[Path] = []
+    original = model.load_whole
+
+    def counted(base: Any, *args: Any, **options: Any) -> Any:
+        loaded.append(base.directory)
+        return original(base, *args, **options)
+
+    monkeypatch.setattr(model, "load_whole", counted)
+    lora_edge.export(base, {"p": adapters["plain"]}, output=tmp_path / "out")
+    assert loaded == [base, base]
+
+
+def test_a_bundle_of_version_1_runs_and_is_changed_to_version_2(
+    bundle: Path, adapters: dict[str, Path]
+) -> None:
+    ids = [[5, 17, 90]]
+    expected = {name: lora_edge.Runner(bundle).logits(ids, adapter=name) for name in adapters}
+    file = bundle / "lora_edge.json"
+    new = json.loads(file.read_text(encoding="utf-8"))
+    part = new.pop("parts")["decoder"]
+    cache = part["cache"]
+    old = {
+        **{name: value for name, value in new.items() if name != "beginning"},
+        "format_version": 1,
+        "sites": part["sites"],
+        "graph": {
+            **{x: part[x] for x in ("form", "backend", "padding", "vocab_size", "max_length")},
+            **{x: cache[x] for x in ("layers", "kv_heads", "head_dim")},
+            "head": part["head"],
+            "shared_cache": cache["kind"] == "shared",
+        },
+    }
+    file.write_text(json.dumps(old), encoding="utf-8")
+    for name, logits in expected.items():
+        found = lora_edge.Runner(bundle).logits(ids, adapter=name)
+        np.testing.assert_array_equal(found, logits)
+    lora_edge.add(bundle, {"again": adapters["plain"]})
+    changed = json.loads(file.read_text(encoding="utf-8"))
+    assert changed["format_version"] == 2
+    assert changed["parts"]["decoder"]["sites"] == part["sites"]
+    found = lora_edge.Runner(bundle).logits(ids, adapter="again")
+    np.testing.assert_array_equal(found, expected["plain"])
