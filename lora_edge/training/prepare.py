@@ -17,17 +17,17 @@ import torch
 from lora_edge.adapter.refusals import Mode, Refusal
 from lora_edge.base.checkpoint import Base
 from lora_edge.base.families import refuse_unloadable, refuse_untraceable
-from lora_edge.errors import AdapterError, BaseModelError, DataError, UnsupportedModelError
+from lora_edge.errors import AdapterError, DataError, UnsupportedModelError
 from lora_edge.fit.inspect import mode_refusals
 from lora_edge.tasks.task import Task
 from lora_edge.training.batches import collate, size_of
-from lora_edge.training.data import ChatExample, DataFile, Example, LabelledExample, Row
+from lora_edge.training.data import DataFile, LabelledExample, Row
 from lora_edge.training.devices import processes
+from lora_edge.training.encoders import encoder_of, max_length
 from lora_edge.training.head import TargetHead, agrees
-from lora_edge.training.images import Pixels
 from lora_edge.training.loop import Batches, steps_of
 from lora_edge.training.lora import add_lora, save_adapter
-from lora_edge.training.model import load_model, load_tokenizer
+from lora_edge.training.model import load_model
 from lora_edge.training.settings import CONVERTED_INITS, Settings
 from lora_edge.training.sharding import check_whole
 from lora_edge.training.tokens import (
@@ -36,12 +36,9 @@ from lora_edge.training.tokens import (
     PackedExample,
     Tokenized,
     TokenizedExample,
-    classify,
     pack,
-    tokenize,
 )
 
-_DEFAULT_LENGTH = 1024
 _APART = 1e-4  # float32 sums in another order make about 1e-6, in bfloat16 1e-2
 _APART_HALF = 5e-2
 
@@ -52,7 +49,7 @@ class Prepared:
 
     Attributes:
         model: PEFT's wrapper around the base, on the device.
-        task: ``None`` for a generator.
+        task: what it is trained for.
         examples: what is trained on, before packing.
         rows: the same, packed where the settings say so.
         evaluation: what is evaluated on.
@@ -106,18 +103,18 @@ def prepare(
     from transformers import set_seed
 
     task = task_of(source)
-    check_whole(settings, classifies=not task.causal)
+    check_whole(settings, classifies=bool(source.labels))
     if evaluation is not None and evaluation.kind != source.kind:
         raise DataError(
             f"{evaluation.path} holds {evaluation.kind} data, and {source.path} {source.kind} data",
             "Evaluate on the kind of data that is trained on.",
         )
-    if settings.packing and not task.causal:
+    encode = encoder_of(base, source, settings)
+    if settings.packing and not encode.completes:
         raise AdapterError(
             "packing is set, and a classifier reads one text at a time", "Leave it out."
         )
     kept, held = _split(source, settings) if evaluation is None else (source.rows, evaluation.rows)
-    encode = _Encoder(base, source, settings, task)
     dropped: list[str] = []
     examples = encode(kept, dropped.append)
     evaluated = encode(held, dropped.append) if held else ()
@@ -126,19 +123,18 @@ def prepare(
     rows: Sequence[Tokenized] = examples
     if settings.packing:
         texts = [example for example in examples if isinstance(example, TokenizedExample)]
-        rows = pack(texts, _max_length(base, settings))
-    _remark(examples, rows, evaluated, settings, _max_length(base, settings), notify)
+        rows = pack(texts, max_length(base, settings))
+    _remark(examples, rows, evaluated, settings, max_length(base, settings), notify)
     model = load_model(base, task, settings.base_format)
     set_seed(settings.seed)
     wrapped = add_lora(model, settings, base.name_or_path, task)
     model.config.use_cache = False
     batches = encode.batches
-    if not task.causal and getattr(model.config, "pad_token_id", 0) is None:
-        model.config.pad_token_id = batches.pad_id  # by which a decoder finds a row's last token
+    encode.settle(model)
     if settings.base_format != "4bit":  # which is loaded onto its device, and cannot be moved
         wrapped.to(device)
     head = None
-    if task.causal and not settings.full_logits:
+    if encode.completes and not settings.full_logits:
         head = _target_head(wrapped, examples, batches, notify)
     if settings.packing:
         _check_packing(wrapped, rows, batches, base)
@@ -181,43 +177,6 @@ def keep_start(prepared: Prepared, settings: Settings, directory: Path) -> Path 
     return start
 
 
-class _Encoder:
-    """Rows of one kind -> examples for one base."""
-
-    def __init__(self, base: Base, source: DataFile, settings: Settings, task: Task) -> None:
-        self._base, self._settings, self._task = base, settings, task
-        self._labels = source.labels
-        self._length = _max_length(base, settings)
-        self._images = source.kind == "image"
-        if self._images:
-            self.batches = Batches(0, pixels=Pixels(base.directory))
-            return
-        self._tokenizer = load_tokenizer(base)
-        if not task.causal:
-            self._length = min(self._length, self._tokenizer.model_max_length)
-        pad = self._tokenizer.pad_token_id
-        if pad is None:
-            pad = self._tokenizer.eos_token_id
-        types = "token_type_ids" in self._tokenizer.model_input_names
-        self.batches = Batches(0 if pad is None else pad, types)
-
-    def __call__(self, rows: Sequence[Row], drop: Callable[[str], None]) -> tuple[Tokenized, ...]:
-        labelled = [row for row in rows if isinstance(row, LabelledExample)]
-        if self._images:
-            index = {label: number for number, label in enumerate(self._labels)}
-            return tuple(ImageExample(row.text, index[row.label]) for row in labelled)
-        if not self._task.causal:
-            made: tuple[Tokenized, ...] = classify(
-                labelled, self._labels, self._tokenizer, self._length
-            )
-        else:
-            texts = [row for row in rows if isinstance(row, (Example, ChatExample))]
-            given = drop if self._settings.drop_too_long else None
-            made = tokenize(texts, self._tokenizer, self._length, drop=given)
-        _check_vocabulary(self._base, made)
-        return made
-
-
 def _split(source: DataFile, settings: Settings) -> tuple[Sequence[Row], Sequence[Row]]:
     """What is trained on and what is kept for evaluation."""
     if not settings.eval_split:
@@ -238,30 +197,6 @@ def _split(source: DataFile, settings: Settings) -> tuple[Sequence[Row], Sequenc
             "Give a smaller share, another --seed, or a file with --eval.",
         )
     return kept, [source.rows[index] for index in sorted(held)]
-
-
-def _max_length(base: Base, settings: Settings) -> int:
-    positions = base.config.get("max_position_embeddings") or base.config.get("n_positions")
-    if settings.max_length is None:
-        return min(_DEFAULT_LENGTH, positions or _DEFAULT_LENGTH)
-    if positions and settings.max_length > positions:
-        raise BaseModelError(
-            f"max_length is {settings.max_length}, but {base.name_or_path} has "
-            f"{positions} positions",
-            f"Give --max-length {positions} or less.",
-        )
-    return settings.max_length
-
-
-def _check_vocabulary(base: Base, examples: Sequence[Tokenized]) -> None:
-    size = base.config.get("vocab_size")
-    texts = [x for x in examples if isinstance(x, (TokenizedExample, ClassifiedExample))]
-    highest = max((max(example.input_ids) for example in texts), default=0)
-    if size is not None and highest >= size:
-        raise BaseModelError(
-            f"{base.name_or_path}: its tokenizer makes token {highest}, but vocab_size is {size}",
-            "The tokenizer belongs to another model, or the embeddings must be resized first.",
-        )
 
 
 def _remark(
