@@ -32,6 +32,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import IO, Any
 
+from pages import written
+
 import lora_edge
 import lora_edge.capture
 import lora_edge.cli
@@ -544,13 +546,6 @@ def table(
     return "\n".join(lines)
 
 
-def written(text: str, made: str) -> str:
-    """``text`` with the table between its two comments."""
-    head, _, rest = text.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    return f"{head}{BEGIN}\n\n{made}\n\n{END}{tail}"
-
-
 def main() -> int:
     """Run everything; 0 if nothing is broken."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -584,7 +579,7 @@ def main() -> int:
         if given.write:
             text = given.write.read_text(encoding="utf-8")
             made = table(kills, races, disks, what)
-            given.write.write_text(written(text, made), encoding="utf-8")
+            given.write.write_text(written(text, made, BEGIN, END), encoding="utf-8")
     broken = sum(x["BROKEN"] for part in (kills, races, disks) for x in part.values())
     print(f"{time.monotonic() - began:.0f} s", file=sys.stderr)
     print(f"\nbroken: {broken}")
