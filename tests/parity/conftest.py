@@ -10,20 +10,18 @@ from pathlib import Path
 import pytest
 
 from lora_edge.base.checkpoint import Base, resolve_base
+from tests.support.saving import make_random
 
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    directory = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    directory = make_random(
+        LlamaForCausalLM,
+        tmp_path_factory.mktemp("base"),
         hidden_size=48,
         intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=131,
         max_position_embeddings=160,
@@ -32,7 +30,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
         bos_token_id=1,
         eos_token_id=2,
     )
-    LlamaForCausalLM(config).save_pretrained(directory)
     return resolve_base(directory)
 
 

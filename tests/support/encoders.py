@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 import transformers
-from transformers.utils import logging
 
 from lora_edge.tasks.task import Task
+from tests.support.saving import perturb, save_model
 
 _TEXT: dict[str, Any] = {
     "vocab_size": 99,
@@ -71,15 +71,8 @@ def make_encoder(family: str, task: str, directory: Path, **changes: Any) -> Pat
         # Some model files of transformers 4 compile their functions when they are imported.
         warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
         model = _random_model(family, task, fields)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    logging.disable_progress_bar()
-    try:
-        model.save_pretrained(directory)
-    finally:
-        logging.enable_progress_bar()
-    return directory
+    perturb(model.parameters())
+    return save_model(model, directory)
 
 
 def _random_model(family: str, task: str, fields: dict[str, Any]) -> Any:

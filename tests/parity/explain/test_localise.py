@@ -17,7 +17,6 @@ import torch
 import transformers
 from onnx import numpy_helper
 from peft import LoraConfig, get_peft_model
-from transformers.utils import logging
 
 from lora_edge.base.checkpoint import resolve_base
 from lora_edge.bundle.bundle import Bundle, file_entries, load_bundle
@@ -36,6 +35,7 @@ from tests.parity.conftest import Made
 from tests.support.encoders import make_encoder
 from tests.support.failing import Array, with_graph, with_tensor, with_weight
 from tests.support.families import make_base
+from tests.support.saving import load_model
 
 FORMS = ("fused", "portable")
 DOWN = "model.layers.1.mlp.down_proj"
@@ -222,9 +222,7 @@ def test_a_bundle_without_a_cache(
 ) -> None:
     root = make_encoder(family, task, tmp_path / "base")
     torch.manual_seed(1)
-    logging.disable_progress_bar()
-    model = getattr(transformers, Task(task).loader).from_pretrained(root)
-    logging.enable_progress_bar()
+    model = load_model(getattr(transformers, Task(task).loader), root)
     targets = [path.rpartition(".")[2], other]
     kind = {"text-classification": "SEQ_CLS", "token-classification": "TOKEN_CLS"}[task]
     config = LoraConfig(r=3, target_modules=targets, task_type=kind, init_lora_weights=False)
