@@ -56,6 +56,31 @@ def adapters(base: Base, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     }
 
 
+@pytest.fixture(scope="module")
+def exported(
+    base: Base, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A bundle of ``narrow`` and ``rooted``, not to be changed."""
+    from lora_edge.exporting.export import export
+
+    output = tmp_path_factory.mktemp("exported") / "out"
+    two = {name: adapters[name] for name in ("narrow", "rooted")}
+    export(base.directory, two, output=output, form="portable")
+    return output
+
+
+@pytest.fixture(scope="module")
+def shipped_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of two of the adapters that ship, not to be changed."""
+    from lora_edge.exporting.export import export
+    from tests.support import shipped
+
+    output = tmp_path_factory.mktemp("shipped") / "out"
+    adapters = {name: shipped.ADAPTERS[name] for name in ("echo", "mirror")}
+    export(shipped.BASE, adapters, output=output)
+    return output
+
+
 @dataclass(frozen=True)
 class Made:
     """A base whose heads have a size that both forms take, an adapter's bundle in each of them."""
