@@ -20,3 +20,10 @@ def make_adapter(base: Path, directory: Path, seed: int = 0, **settings: Any) ->
     adapted = get_peft_model(model, config)
     adapted.save_pretrained(directory)
     return directory
+
+
+def make_all_linear(family: str, base: Path, directory: Path) -> Path:
+    """Save an adapter of every linear layer of a base of that family."""
+    conv1d = family == "gpt2"
+    settings = {"target_modules": "all-linear", "fan_in_fan_out": conv1d}
+    return make_adapter(base, directory, r=3, lora_alpha=4, **settings)
