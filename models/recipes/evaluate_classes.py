@@ -14,7 +14,8 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from lora_edge.base.checkpoint import resolve_base
-from lora_edge.parity.task_reference import TaskReference
+from lora_edge.parity.plan.states import BASE, only
+from lora_edge.parity.reference import Reference
 from lora_edge.tasks.task import Task
 
 MODELS = Path(__file__).resolve().parents[1]
@@ -33,15 +34,16 @@ def main() -> None:
         wanted = [labels.index(line["label"]) for line in lines]
         rows = [dict(tokenizer(line["text"], return_tensors="np")) for line in lines]
         rows = [{name: array[0] for name, array in row.items()} for row in rows]
-        reference = TaskReference(base, Task("text-classification", len(labels)))
+        reference = Reference(base, Task("text-classification", len(labels)))
         reference.attach(folder.name, folder, len(labels))
+        off, on = [BASE] * len(rows), [only(folder.name)] * len(rows)
         outputs = [
-            reference.outputs(rows),
-            reference.outputs(rows, folder.name, low_rank=False),
-            reference.outputs(rows, folder.name),
+            reference.outputs(rows, off),
+            reference.outputs(rows, on, low_rank=False),
+            reference.outputs(rows, on),
         ]
         with reference.wide():
-            wide = reference.outputs(rows, folder.name)
+            wide = reference.outputs(rows, on)
         noise = max(np.abs(a - b).max() for a, b in zip(outputs[-1], wide, strict=True))
         shares = [
             np.mean([o.argmax() == w for o, w in zip(x, wanted, strict=True)]) for x in outputs
