@@ -44,8 +44,8 @@ import lora_edge.training.loop
 import lora_edge.training.prepare
 from lora_edge.bundle.bundle import load_bundle
 from lora_edge.parity.record.golden import is_report
+from tests.support.saving import make_llama
 
-MODELS = Path(__file__).resolve().parents[1] / "models"
 BEGIN, END = "<!-- crash: made by ci/crash -->", "<!-- crash: end -->"
 EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}
 OUT = "out"
@@ -241,25 +241,12 @@ class World:
     def _make(self) -> None:
         import torch
         from peft import LoraConfig, get_peft_model
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers import LlamaForCausalLM
         from transformers.utils import logging
 
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=264,
-            max_position_embeddings=96,
-            initializer_range=0.2,
-            tie_word_embeddings=True,
-        )
         logging.disable_progress_bar()
-        LlamaForCausalLM(config).save_pretrained(self.base)
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(MODELS / "tiny-llama" / name, self.base)
+        sizes = {"num_hidden_layers": 1, "max_position_embeddings": 96}
+        make_llama(self.base, **sizes, initializer_range=0.2)
         for number, name in enumerate(("a", "b", "c", "d")):
             torch.manual_seed(number)
             model = LlamaForCausalLM.from_pretrained(self.base)

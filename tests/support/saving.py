@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import LlamaForCausalLM
 from transformers.utils import logging
 
 from tests.support.paths import MODELS
@@ -51,6 +52,20 @@ def make_random(kind: Any, directory: Path, **fields: Any) -> Path:
     torch.manual_seed(0)
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, **fields}
     return save_model(kind(kind.config_class(**sizes)), directory)
+
+
+def make_llama(directory: Path, **fields: Any) -> Path:
+    """Save a tiny random Llama with the shipped tokenizer."""
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_key_value_heads": 2,
+        "vocab_size": 264,
+        "tie_word_embeddings": True,
+    }
+    make_random(LlamaForCausalLM, directory, **sizes, **fields)
+    copy_tokenizer(directory)
+    return directory
 
 
 def copy_tokenizer(directory: Path) -> None:

@@ -7,26 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.saving import copy_tokenizer, make_random, save_model
+from tests.support.saving import copy_tokenizer, make_llama, save_model
 
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import LlamaForCausalLM
-
-    directory = make_random(
-        LlamaForCausalLM,
-        tmp_path_factory.mktemp("models") / "base",
-        hidden_size=32,
-        intermediate_size=48,
-        num_key_value_heads=2,
-        vocab_size=264,
-        max_position_embeddings=64,
-        initializer_range=0.25,
-        tie_word_embeddings=True,
-    )
-    copy_tokenizer(directory)
-    return directory
+    directory = tmp_path_factory.mktemp("models") / "base"
+    return make_llama(directory, max_position_embeddings=64, initializer_range=0.25)
 
 
 @pytest.fixture(scope="session")
