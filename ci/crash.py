@@ -32,6 +32,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import IO, Any
 
+from pages import written
+
 import lora_edge
 import lora_edge.capture
 import lora_edge.cli
@@ -42,8 +44,8 @@ import lora_edge.training.loop
 import lora_edge.training.prepare
 from lora_edge.bundle.bundle import load_bundle
 from lora_edge.parity.record.golden import is_report
+from tests.support.saving import make_llama
 
-MODELS = Path(__file__).resolve().parents[1] / "models"
 BEGIN, END = "<!-- crash: made by ci/crash -->", "<!-- crash: end -->"
 EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}
 OUT = "out"
@@ -239,25 +241,12 @@ class World:
     def _make(self) -> None:
         import torch
         from peft import LoraConfig, get_peft_model
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers import LlamaForCausalLM
         from transformers.utils import logging
 
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=264,
-            max_position_embeddings=96,
-            initializer_range=0.2,
-            tie_word_embeddings=True,
-        )
         logging.disable_progress_bar()
-        LlamaForCausalLM(config).save_pretrained(self.base)
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(MODELS / "tiny-llama" / name, self.base)
+        sizes = {"num_hidden_layers": 1, "max_position_embeddings": 96}
+        make_llama(self.base, **sizes, initializer_range=0.2)
         for number, name in enumerate(("a", "b", "c", "d")):
             torch.manual_seed(number)
             model = LlamaForCausalLM.from_pretrained(self.base)
@@ -544,13 +533,6 @@ def table(
     return "\n".join(lines)
 
 
-def written(text: str, made: str) -> str:
-    """``text`` with the table between its two comments."""
-    head, _, rest = text.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    return f"{head}{BEGIN}\n\n{made}\n\n{END}{tail}"
-
-
 def main() -> int:
     """Run everything; 0 if nothing is broken."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -584,7 +566,7 @@ def main() -> int:
         if given.write:
             text = given.write.read_text(encoding="utf-8")
             made = table(kills, races, disks, what)
-            given.write.write_text(written(text, made), encoding="utf-8")
+            given.write.write_text(written(text, made, BEGIN, END), encoding="utf-8")
     broken = sum(x["BROKEN"] for part in (kills, races, disks) for x in part.values())
     print(f"{time.monotonic() - began:.0f} s", file=sys.stderr)
     print(f"\nbroken: {broken}")

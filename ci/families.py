@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
+from pages import written
+
 BEGIN, END = "<!-- families: made by ci/families -->", "<!-- families: end -->"
 _FIGURES = tuple(
     f"{mode} {figure}"
@@ -44,14 +46,8 @@ def table(xml: str) -> str:
     return "\n".join(lines)
 
 
-def written(text: str, made: str) -> str:
-    """``text`` with the table between its two comments."""
-    head, _, rest = text.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    return f"{head}{BEGIN}\n\n{made}\n\n{END}{tail}"
-
-
 if __name__ == "__main__":
     page = Path(sys.argv[2])
     made = table(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    page.write_text(written(page.read_text(encoding="utf-8"), made), encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
+    page.write_text(written(text, made, BEGIN, END), encoding="utf-8")

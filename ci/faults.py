@@ -14,6 +14,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+from pages import written
+
 import lora_edge
 from tests.faults.fault_table import (
     DAMAGES,
@@ -95,13 +97,6 @@ def short_table(rows: list[Row], summary: str) -> str:
     return "\n".join([*lines, "", last])
 
 
-def written(text: str, made: str) -> str:
-    """``text`` with the table between its two comments."""
-    head, _, rest = text.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    return f"{head}{BEGIN}\n\n{made}\n\n{END}{tail}"
-
-
 def main() -> int:
     """Run everything; 0 if every fault is killed and nothing that is whole is blamed."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -148,7 +143,7 @@ def main() -> int:
     if arguments.write:
         text = arguments.write.read_text(encoding="utf-8")
         made = short_table(rows, summary)
-        arguments.write.write_text(written(text, made), encoding="utf-8")
+        arguments.write.write_text(written(text, made, BEGIN, END), encoding="utf-8")
     print(f"{time.monotonic() - started:.0f} s", file=sys.stderr)
     print(f"\n{summary}")
     return 0 if killed == total and not alarms else 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from lora_edge.runtime.text.tokenizer import Tokenizer
 from lora_edge.tasks.task import Task
 from tests.support.checks import checked
 from tests.support.paths import MODELS
+from tests.support.recipes import lines_of_recipe
 
 BASE = MODELS / "tiny-bert"
 LABELS = {"claims": ["false", "true"], "letters": ["copy", "other", "reverse", "upper"]}
@@ -111,14 +111,8 @@ def test_the_adapter_tells_apart_what_the_base_does_not(name: str) -> None:
 def test_held_out_lines_are_those_of_the_recipe(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(str(MODELS / "recipes"))
-    monkeypatch.setattr(sys, "argv", ["classes.py", str(tmp_path / "t"), str(tmp_path / "e")])
-    import classes
-
-    classes.main()
-    held_out = MODELS / "data" / "classes" / f"{name}.jsonl"
-    assert (tmp_path / "e" / f"{name}.jsonl").read_bytes() == held_out.read_bytes()
-    trained = (tmp_path / "t" / f"{name}.jsonl").read_bytes()
+    trained, held_out = lines_of_recipe("classes", name, tmp_path, monkeypatch)
+    assert held_out == (MODELS / "data" / "classes" / f"{name}.jsonl").read_bytes()
     assert _record(name)["data"]["sha256"] == hashlib.sha256(trained).hexdigest()
     texts = {json.loads(line)["text"] for line in trained.splitlines()}
     assert not texts & {line["text"] for line in _lines(name)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ import pytest
 from lora_edge.adapter.load import load_adapter
 from lora_edge.base.checkpoint import resolve_base
 from tests.support.paths import MODELS
+from tests.support.recipes import lines_of_recipe
 
 ADAPTERS = ("mirror", "shout", "echo")
 SHIPPED = ("tiny-llama", "tiny-bert", "adapters", "classifiers", "data")
@@ -78,15 +78,9 @@ def test_exact_match_on_held_out_lines(name: str | None, monkeypatch: pytest.Mon
 def test_held_out_lines_are_those_of_the_recipe(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(str(MODELS / "recipes"))
-    monkeypatch.setattr(sys, "argv", ["tasks.py", str(tmp_path / "train"), str(tmp_path / "eval")])
-    import tasks
-
-    tasks.main()
-    held_out = MODELS / "data" / f"{name}.jsonl"
-    assert (tmp_path / "eval" / f"{name}.jsonl").read_bytes() == held_out.read_bytes()
+    trained, held_out = lines_of_recipe("tasks", name, tmp_path, monkeypatch)
+    assert held_out == (MODELS / "data" / f"{name}.jsonl").read_bytes()
     record = json.loads((MODELS / "adapters" / name / "training.json").read_text())
-    made = (tmp_path / "train" / f"{name}.jsonl").read_bytes()
-    assert record["data"]["sha256"] == hashlib.sha256(made).hexdigest()
-    prompts = {json.loads(line)["prompt"] for line in made.splitlines()}
-    assert not prompts & {json.loads(line)["prompt"] for line in held_out.read_text().splitlines()}
+    assert record["data"]["sha256"] == hashlib.sha256(trained).hexdigest()
+    prompts = {json.loads(line)["prompt"] for line in trained.splitlines()}
+    assert not prompts & {json.loads(line)["prompt"] for line in held_out.splitlines()}

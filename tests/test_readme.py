@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 
+from pages import written
+
 from tests.support.families import REFUSED, SUPPORTED
+from tests.support.modules import load_file
 from tests.support.paths import ROOT
 
-_spec = importlib.util.spec_from_file_location("ci_families", ROOT / "ci" / "families.py")
-assert _spec is not None
-assert _spec.loader is not None
-maker = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(maker)
+maker = load_file("ci_families", ROOT / "ci" / "families.py")
 
 RESULT = """<testsuites><testsuite>
 <testcase name="a"><properties><property name="family" value="opt"/>
@@ -57,6 +55,7 @@ def test_a_failure_is_written_as_one() -> None:
     rows = _rows(maker.table(RESULT))
     assert rows[1] == ["opt", "fused", "1.2e-07", "-", "-", "-", "NO"]
     assert rows[3] == ["bloom", "bloom models are refused"]
-    once = maker.written(f"before\n{maker.BEGIN}\nold\n{maker.END}\nafter\n", "new")
+    old = f"before\n{maker.BEGIN}\nold\n{maker.END}\nafter\n"
+    once = written(old, "new", maker.BEGIN, maker.END)
     assert once == f"before\n{maker.BEGIN}\n\nnew\n\n{maker.END}\nafter\n"
-    assert maker.written(once, "new") == once
+    assert written(once, "new", maker.BEGIN, maker.END) == once

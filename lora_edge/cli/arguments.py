@@ -19,13 +19,8 @@ def named_options(pairs: Sequence[str]) -> dict[str, str]:
     Raises:
         click.BadParameter: an option is not of that form, or a key comes twice.
     """
-    found: dict[str, str] = {}
-    for pair in pairs:
-        key, separator, value = pair.partition("=")
-        if not (key and separator):
-            raise click.BadParameter(f"--provider-option {pair!r} is not K=V")
-        _add(found, key, value, f"--provider-option {key}")
-    return found
+    malformed = "--provider-option {!r} is not K=V"
+    return _named(pairs, malformed, "--provider-option {}", empty=True)
 
 
 def named_paths(pairs: Sequence[str]) -> dict[str, str]:
@@ -34,13 +29,7 @@ def named_paths(pairs: Sequence[str]) -> dict[str, str]:
     Raises:
         click.BadParameter: an option is not of that form, or a name comes twice.
     """
-    found: dict[str, str] = {}
-    for pair in pairs:
-        name, separator, path = pair.partition("=")
-        if not (name and separator and path):
-            raise click.BadParameter(f"{pair!r} is not NAME=DIR")
-        _add(found, name, path, f"the adapter {name!r}")
-    return found
+    return _named(pairs, "{!r} is not NAME=DIR", "the adapter {!r}")
 
 
 def optional_name(text: str) -> tuple[str | None, Path]:
@@ -87,6 +76,19 @@ def weighted_names(pairs: Sequence[str]) -> dict[str, float] | None:
             raise click.BadParameter(f"{pair!r} is not NAME or NAME=WEIGHT")
         _add(found, name, weight, f"the adapter {name!r}")
     return found or None
+
+
+def _named(
+    pairs: Sequence[str], malformed: str, what: str, *, empty: bool = False
+) -> dict[str, str]:
+    """Pairs as a mapping; with what is said of a bad one, and what a name is called."""
+    found: dict[str, str] = {}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not (name and separator and (value or empty)):
+            raise click.BadParameter(malformed.format(pair))
+        _add(found, name, value, what.format(name))
+    return found
 
 
 def _add(found: dict[str, _Value], key: str, value: _Value, what: str) -> None:

@@ -7,7 +7,6 @@ belongs to the story before it (seeded, CPU, minutes). Prints what was learnt.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import re
@@ -21,6 +20,7 @@ from typing import Any
 
 import text
 import torch
+from options import recipe_options
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -201,16 +201,7 @@ class _Lines(TrainerCallback):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    here = Path(__file__).resolve().parent
-    parser.add_argument("directory", nargs="?", type=Path, default=here.parent / "tiny-bert")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--work", type=Path, default=Path("out/bert"))
-    options = parser.parse_args()
-
+    options = recipe_options(__doc__, "tiny-bert", "out/bert", steps=3000, batch_size=64, lr=2e-3)
     set_seed(options.seed)
     started = time.monotonic()
     tokenizer = make_tokenizer()

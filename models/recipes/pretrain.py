@@ -11,7 +11,6 @@ scores reach 100, and PyTorch in float32 is 1e-4 from PyTorch in float64 on the 
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -24,6 +23,7 @@ from typing import Any
 import numpy as np
 import text
 import torch
+from options import recipe_options
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AttentionInterface,
@@ -166,16 +166,9 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, directory: Path) -> None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    here = Path(__file__).resolve().parent
-    parser.add_argument("directory", nargs="?", type=Path, default=here.parent / "tiny-llama")
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=4e-3)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--work", type=Path, default=Path("out/pretrain"))
-    options = parser.parse_args()
-
+    options = recipe_options(
+        __doc__, "tiny-llama", "out/pretrain", steps=1000, batch_size=32, lr=4e-3
+    )
     set_seed(options.seed)
     started = time.monotonic()
     tokenizer = make_tokenizer()

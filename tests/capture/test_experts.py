@@ -16,27 +16,16 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_edge.base.checkpoint import resolve_base
-from lora_edge.capture import BaseGraph, capture
+from lora_edge.capture import capture
 from lora_edge.errors import CaptureError, UnsupportedModelError
-from lora_edge.graph import check, fuse, load, save_graph
 from lora_edge.tasks.task import Task
+from tests.support.captures import captured
 from tests.support.checks import checked
 from tests.support.families import MOE, make_base
 
 Form = Literal["fused", "portable"]
 _FIVE = int(transformers.__version__.split(".")[0]) >= 5
 _stacked = pytest.mark.skipif(not _FIVE, reason="transformers 4 has no stacked experts")
-
-
-def _capture(directory: Path, form: Form, folder: Path) -> BaseGraph:
-    folder.mkdir()
-    graph = capture(resolve_base(directory), folder, form=form)
-    if form == "fused":
-        model = load(graph.path())
-        fuse(model)
-        save_graph(model, graph.path())
-    check(graph.path())
-    return graph
 
 
 def _nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
@@ -54,7 +43,7 @@ def _nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
 @pytest.mark.parametrize("family", MOE)
 def test_family_equals_pytorch(family: str, form: Form, tmp_path: Path) -> None:
     base = make_base(family, tmp_path / "base")
-    graph = _capture(base, form, tmp_path / form)
+    graph = captured(base, form, tmp_path / form)
     figures = checked(graph, resolve_base(base))
     assert max(case["logit_error"] for case in figures["cases"].values()) <= 1e-5
     assert figures["window_covered"]
@@ -66,7 +55,7 @@ def test_family_equals_pytorch(family: str, form: Form, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "phimoe", "glm4_moe"])
 def test_experts_are_the_checkpoints_own_tensors(family: str, form: Form, tmp_path: Path) -> None:
     base = make_base(family, tmp_path / "base")
-    graph = _capture(base, form, tmp_path / "out")
+    graph = captured(base, form, tmp_path / "out")
     model = onnx.load(graph.path())
     tensors = {x.name: onnx.numpy_helper.to_array(x) for x in model.graph.initializer}
     reference = AutoModelForCausalLM.from_pretrained(base)
@@ -92,7 +81,7 @@ def test_experts_are_the_checkpoints_own_tensors(family: str, form: Form, tmp_pa
 @_stacked
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "glm4_moe"])
 def test_no_weight_of_an_expert_is_transposed(family: str, tmp_path: Path) -> None:
-    graph = _capture(make_base(family, tmp_path / "base"), "portable", tmp_path / "out")
+    graph = captured(make_base(family, tmp_path / "base"), "portable", tmp_path / "out")
     model = onnx.load(graph.path(), load_external_data=False)
     readers = [
         (node.op_type, name)
@@ -111,7 +100,7 @@ def test_no_weight_of_an_expert_is_transposed(family: str, tmp_path: Path) -> No
 def test_a_few_tokens_take_their_own_experts_only(tmp_path: Path) -> None:
     """The two branches agree, and each holds its own work."""
     base = make_base("qwen3_moe", tmp_path / "base", num_experts=12, num_experts_per_tok=3)
-    graph = _capture(base, "fused", tmp_path / "out")
+    graph = captured(base, "fused", tmp_path / "out")
     model = onnx.load(graph.path())
     choices = [node for node in model.graph.node if node.op_type == "If"]
     assert len(choices) == 2
@@ -139,7 +128,7 @@ def test_another_routing_is_noticed(change: dict[str, Any], form: Form, tmp_path
     """The control: the same weights with another routing must fail the base check."""
     base = make_base("qwen3_moe", tmp_path / "base", num_experts_per_tok=2)
     other = make_base("qwen3_moe", tmp_path / "other", **{"num_experts_per_tok": 2, **change})
-    graph = _capture(other, form, tmp_path / "out")
+    graph = captured(other, form, tmp_path / "out")
     with pytest.raises(CaptureError, match="differs"):
         checked(graph, resolve_base(base))
 
@@ -148,7 +137,7 @@ def test_another_routing_is_noticed(change: dict[str, Any], form: Form, tmp_path
 @pytest.mark.parametrize("form", ["fused", pytest.param("portable", marks=pytest.mark.long)])
 def test_a_forgotten_correction_of_scores_is_noticed(form: Form, tmp_path: Path) -> None:
     base = make_base("glm4_moe", tmp_path / "base")
-    graph = _capture(base, form, tmp_path / "out")
+    graph = captured(base, form, tmp_path / "out")
     model = onnx.load(graph.path())
     (bias,) = [x for x in model.graph.initializer if x.name.endswith("e_score_correction_bias")]
     array = onnx.numpy_helper.to_array(bias)
@@ -162,7 +151,7 @@ def test_a_forgotten_correction_of_scores_is_noticed(form: Form, tmp_path: Path)
 @_stacked
 def test_only_layers_on_unflattened_tokens_are_sites(tmp_path: Path) -> None:
     """A gate for each row fits `[batch, seq, in]` only, and the shared expert has that."""
-    graph = _capture(make_base("qwen2_moe", tmp_path / "base"), "portable", tmp_path / "out")
+    graph = captured(make_base("qwen2_moe", tmp_path / "base"), "portable", tmp_path / "out")
     linears = {path for path, layer in graph.modules.items() if layer.kind == "linear"}
     sites = {path.removeprefix("model.layers.0.") for path in linears}
     shared = {"gate_proj", "up_proj", "down_proj"}
@@ -217,7 +206,7 @@ def test_a_linear_layer_on_flattened_tokens_is_no_site() -> None:
 def test_refused_by_name(family: str, form: Form, words: list[str], tmp_path: Path) -> None:
     base = make_base(family, tmp_path / "base")
     with pytest.raises(UnsupportedModelError) as caught:
-        _capture(base, form, tmp_path / "out")
+        captured(base, form, tmp_path / "out")
     assert all(word in str(caught.value) for word in words)
     assert caught.value.hint
     assert not list((tmp_path / "out").iterdir())

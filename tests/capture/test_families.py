@@ -9,29 +9,17 @@ import onnx
 import pytest
 
 from lora_edge.base.checkpoint import resolve_base
-from lora_edge.capture import BaseGraph, capture
 from lora_edge.errors import CaptureError, UnsupportedModelError
-from lora_edge.graph import check, fuse, load, save_graph
+from tests.support.captures import captured
 from tests.support.checks import checked
 from tests.support.families import OTHER_ROTARIES, REFUSED, SUPPORTED, make_base
-
-
-def _capture(directory: Path, form: str, folder: Path) -> BaseGraph:
-    folder.mkdir()
-    graph = capture(resolve_base(directory), folder, form=form)  # type: ignore[arg-type]
-    if form == "fused":
-        model = load(graph.path())
-        fuse(model)
-        save_graph(model, graph.path())
-    check(graph.path())
-    return graph
 
 
 @pytest.mark.parametrize("form", ["fused", pytest.param("portable", marks=pytest.mark.long)])
 @pytest.mark.parametrize("family", [*SUPPORTED, *OTHER_ROTARIES])
 def test_family_equals_pytorch(family: str, form: str, tmp_path: Path) -> None:
     base = make_base(family, tmp_path / "base")
-    graph = _capture(base, form, tmp_path / form)
+    graph = captured(base, form, tmp_path / form)
     figures = checked(graph, resolve_base(base))
     worst = max(case["logit_error"] for case in figures["cases"].values())
     assert worst <= 1e-5
@@ -39,7 +27,7 @@ def test_family_equals_pytorch(family: str, form: str, tmp_path: Path) -> None:
 
 
 def test_portable_form_has_standard_operators_only(tmp_path: Path) -> None:
-    graph = _capture(make_base("qwen3", tmp_path / "base"), "portable", tmp_path / "out")
+    graph = captured(make_base("qwen3", tmp_path / "base"), "portable", tmp_path / "out")
     model = onnx.load(graph.path(), load_external_data=False)
     assert {node.domain for node in model.graph.node} == {""}
 
@@ -48,14 +36,14 @@ def test_a_wrong_capture_is_refused(tmp_path: Path) -> None:
     """The control: the same model without its window must fail the base check."""
     base = make_base("mistral", tmp_path / "base")
     other = make_base("mistral", tmp_path / "other", sliding_window=None)
-    graph = _capture(other, "fused", tmp_path / "out")
+    graph = captured(other, "fused", tmp_path / "out")
     with pytest.raises(CaptureError):
         checked(graph, resolve_base(base))
 
 
 def test_tied_embedding_is_one_tensor_and_the_cache_has_static_heads(tmp_path: Path) -> None:
     base = make_base("llama", tmp_path / "base", tie_word_embeddings=True)
-    graph = _capture(base, "fused", tmp_path / "out")
+    graph = captured(base, "fused", tmp_path / "out")
     model = onnx.load(graph.path(), load_external_data=False)
     names = {tensor.name for tensor in model.graph.initializer}
     assert graph.tied
@@ -72,7 +60,7 @@ def test_nothing_global_is_left_behind(tmp_path: Path) -> None:
 
     view = torch.Tensor.view
     before = set(ALL_ATTENTION_FUNCTIONS.keys())
-    _capture(make_base("llama", tmp_path / "base"), "fused", tmp_path / "out")
+    captured(make_base("llama", tmp_path / "base"), "fused", tmp_path / "out")
     assert torch.Tensor.view is view
     assert set(ALL_ATTENTION_FUNCTIONS.keys()) == before
 
@@ -84,7 +72,7 @@ def test_unsupported_families_are_refused_by_name(
     changes, field = REFUSED[family]
     base = make_base(family, tmp_path / "base", **changes)
     with pytest.raises(UnsupportedModelError, match=field) as caught:
-        _capture(base, "fused", tmp_path / "out")
+        captured(base, "fused", tmp_path / "out")
     assert family in str(caught.value)
     assert caught.value.hint
     record_property("family", family)

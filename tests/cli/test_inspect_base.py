@@ -20,6 +20,7 @@ from tests.support.adapters import make_adapter
 from tests.support.encoders import make_encoder
 from tests.support.families import make_base
 from tests.support.kinds import ROWS, make_kind, make_kind_base
+from tests.support.norms import assert_norms_are_pefts
 
 pytestmark = pytest.mark.skipif(
     transformers.__version__ < "5",
@@ -73,13 +74,7 @@ def test_a_checkpoint_with_other_names(vit: tuple[Path, Path], tmp_path: Path) -
     model = transformers.AutoModelForImageClassification.from_pretrained(base)
     adapted = PeftModel.from_pretrained(model, adapter).base_model.model
     assert len(found.modules) == 5
-    for path, module in found.modules.items():
-        layer = adapted.get_submodule(path)
-        before = layer.base_layer.weight.detach().clone()
-        layer.merge()
-        change = (layer.base_layer.weight.detach() - before).norm() / before.norm()
-        assert module.relative_norm == pytest.approx(float(change), rel=1e-4), path
-        assert float(change) > 0.1
+    assert_norms_are_pefts(found, adapted)
 
 
 def test_the_adapter_of_another_base_is_refused(vit: tuple[Path, Path], tmp_path: Path) -> None:

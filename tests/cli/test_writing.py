@@ -78,19 +78,24 @@ def test_a_folder_that_appears_while_an_export_runs_is_left(base: Path, tmp_path
     assert _names(tmp_path) == {"out"}
 
 
-def test_two_adds_at_once_keep_both(
-    copy: Path, others: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _before_the_write(monkeypatch: pytest.MonkeyPatch, change: Callable[[], object]) -> None:
+    """The change is made once, when an adapter is about to be written."""
     from lora_edge.exporting import export as exporter
 
     write = exporter.write_adapter_folder
 
-    def add_another_first(*arguments: Any) -> Any:
+    def change_and_write(*arguments: Any) -> Any:
         monkeypatch.setattr(exporter, "write_adapter_folder", write)
-        lora_edge.add(copy, {"second": others["echo"]})
+        change()
         return write(*arguments)
 
-    monkeypatch.setattr(exporter, "write_adapter_folder", add_another_first)
+    monkeypatch.setattr(exporter, "write_adapter_folder", change_and_write)
+
+
+def test_two_adds_at_once_keep_both(
+    copy: Path, others: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _before_the_write(monkeypatch, lambda: lora_edge.add(copy, {"second": others["echo"]}))
     result = lora_edge.add(copy, {"first": others["shout"]})
     assert set(result.manifest.adapters) >= {"first", "second"}
     assert _whole(copy) == {"echo", "mirror", "shout", "first", "second"}
@@ -99,16 +104,7 @@ def test_two_adds_at_once_keep_both(
 def test_of_two_adds_of_one_name_the_second_is_refused_and_the_first_stays(
     copy: Path, others: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lora_edge.exporting import export as exporter
-
-    write = exporter.write_adapter_folder
-
-    def add_another_first(*arguments: Any) -> Any:
-        monkeypatch.setattr(exporter, "write_adapter_folder", write)
-        lora_edge.add(copy, {"new": others["echo"]})
-        return write(*arguments)
-
-    monkeypatch.setattr(exporter, "write_adapter_folder", add_another_first)
+    _before_the_write(monkeypatch, lambda: lora_edge.add(copy, {"new": others["echo"]}))
     with pytest.raises(lora_edge.AdapterError, match="already has an adapter 'new', from other"):
         lora_edge.add(copy, {"new": others["shout"]})
     assert _whole(copy) == {"echo", "mirror", "shout", "new"}
@@ -145,19 +141,14 @@ def test_what_is_added_and_removed_during_a_validation_stays_so(
 def test_a_bundle_that_is_replaced_during_an_add_is_left(
     copy: Path, others: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lora_edge.exporting import export as exporter
-
-    write = exporter.write_adapter_folder
-
-    def replace_it(*arguments: Any) -> Any:
+    def replace_it() -> None:
         old = copy.rename(copy.with_name("old"))
         shutil.copytree(old, copy, ignore=shutil.ignore_patterns(".*"))
         data = json.loads((copy / "lora_edge.json").read_text())
         data["base"]["name_or_path"] = "another/base"
         (copy / "lora_edge.json").write_text(json.dumps(data))
-        return write(*arguments)
 
-    monkeypatch.setattr(exporter, "write_adapter_folder", replace_it)
+    _before_the_write(monkeypatch, replace_it)
     with pytest.raises(BundleError, match="was replaced by another bundle meanwhile"):
         lora_edge.add(copy, {"new": others["shout"]})
     assert _whole(copy) == {"echo", "mirror", "shout"}

@@ -14,7 +14,7 @@ import pytest
 
 import lora_edge
 from lora_edge.bundle.bundle import hash_file, load_bundle
-from tests.support.adapters import make_adapter
+from tests.support.adapters import make_adapter, make_all_linear
 from tests.support.families import SUPPORTED, make_base
 
 IDS = np.random.default_rng(0).integers(0, 256, (2, 11))
@@ -118,14 +118,7 @@ def test_every_family_exports_an_all_linear_adapter(
     record_property("family", family)
     record_property("form", form)
     base = make_base(family, tmp_path / "base")
-    adapter = make_adapter(
-        base,
-        tmp_path / "a",
-        r=3,
-        lora_alpha=4,
-        target_modules="all-linear",
-        fan_in_fan_out=family == "gpt2",
-    )
+    adapter = make_all_linear(family, base, tmp_path / "a")
     for mode in ("switchable", "merged"):
         bundle = lora_edge.export(base, {"a": adapter}, mode, tmp_path / mode, form=form)  # type: ignore[arg-type]
         assert bundle.manifest.adapters["a"].proved

@@ -2,49 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers
-from peft import LoraConfig, get_peft_model
-from transformers.utils import logging
 
 import lora_edge
 from lora_edge.errors import LoraEdgeError
-from lora_edge.tasks.task import Task
-from tests.support.encoders import make_encoder
+from tests.support.encoders import make_encoder, make_encoder_adapter
 
 pytestmark = pytest.mark.skipif(
     transformers.__version__ < "5", reason="the small encoders are made with transformers 5"
 )
 TEXTS, IMAGES = "text-classification", "image-classification"
-
-
-def _adapter(base: Path, task: str, directory: Path, labels: int = 0, **settings: Any) -> Path:
-    """An adapter whose every trained number differs from the base's."""
-    torch.manual_seed(1)
-    sized = {"num_labels": labels, "ignore_mismatched_sizes": True} if labels else {}
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        model = getattr(transformers, Task(task).loader).from_pretrained(base, **sized).eval()
-    finally:
-        logging.set_verbosity(level)
-        logging.enable_progress_bar()
-    fields = {"r": 3, "lora_alpha": 4, "init_lora_weights": False, **settings}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of PEFT, on what it saves along
-        adapted = get_peft_model(model, LoraConfig(**fields))
-        with torch.no_grad():
-            for name, parameter in adapted.named_parameters():
-                if parameter.requires_grad and "lora_" not in name:
-                    parameter.add_(torch.randn_like(parameter) * 0.3)
-        adapted.save_pretrained(directory)
-    return directory
 
 
 @pytest.mark.parametrize("mode", ["switchable", "merged"])
@@ -62,7 +33,7 @@ def test_a_head_of_several_matrices(
 ) -> None:
     """The base has no head; the adapter's has five labels, and another matrix behind it by name."""
     base = make_encoder(family, "feature-extraction", tmp_path / "base")
-    adapter = _adapter(
+    adapter = make_encoder_adapter(
         base, TEXTS, tmp_path / "a", 5,
         task_type="SEQ_CLS", target_modules=[target], modules_to_save=saved,
     )  # fmt: skip
@@ -81,7 +52,9 @@ def test_a_low_rank_pair_on_the_classifier(
 ) -> None:
     """``all-linear`` without a task type takes the classifier along."""
     base = make_encoder(family, IMAGES, tmp_path / "base")
-    adapter = _adapter(base, IMAGES, tmp_path / "a", target_modules="all-linear", **settings)
+    adapter = make_encoder_adapter(
+        base, IMAGES, tmp_path / "a", target_modules="all-linear", **settings
+    )
     bundle = lora_edge.export(base, {"a": adapter}, mode, tmp_path / "out")
     assert bundle.manifest.adapters["a"].proved
     if mode == "switchable":
@@ -91,7 +64,7 @@ def test_a_low_rank_pair_on_the_classifier(
 
 def test_a_low_rank_pair_on_a_head_that_nobody_has_is_refused(tmp_path: Path) -> None:
     base = make_encoder("vit", "feature-extraction", tmp_path / "base")
-    adapter = _adapter(base, IMAGES, tmp_path / "a", target_modules="all-linear")
+    adapter = make_encoder_adapter(base, IMAGES, tmp_path / "a", target_modules="all-linear")
     with pytest.raises(LoraEdgeError, match="no task head") as caught:
         lora_edge.export(base, {"a": adapter}, output=tmp_path / "out", task=IMAGES)
     assert "classifier" in caught.value.hint
@@ -111,7 +84,7 @@ def test_all_biases(
     family: str, task: str, task_type: str | None, target: str, mode: Any, tmp_path: Path
 ) -> None:
     base = make_encoder(family, task, tmp_path / "base")
-    adapter = _adapter(
+    adapter = make_encoder_adapter(
         base, task, tmp_path / "a", task_type=task_type, target_modules=[target], bias="all"
     )
     bundle = lora_edge.export(base, {"a": adapter}, mode, tmp_path / "out")

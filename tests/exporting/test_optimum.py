@@ -10,7 +10,7 @@ import pytest
 
 import lora_edge
 from lora_edge.errors import GraphError
-from tests.support.adapters import make_adapter
+from tests.support.adapters import make_adapter, make_all_linear
 from tests.support.families import make_base
 from tests.support.shipped import ADAPTERS, BASE, assert_within_limits
 
@@ -27,14 +27,7 @@ pytestmark = [
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_bundle_equals_our_own(family: str, tmp_path: Path) -> None:
     base = make_base(family, tmp_path / "base")
-    adapter = make_adapter(
-        base,
-        tmp_path / "a",
-        r=3,
-        lora_alpha=4,
-        target_modules="all-linear",
-        fan_in_fan_out=family == "gpt2",
-    )
+    adapter = make_all_linear(family, base, tmp_path / "a")
     ids = np.random.default_rng(0).integers(3, 256, (2, 9))
     outputs = {}
     for backend in ("trace", "optimum"):

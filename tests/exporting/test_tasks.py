@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers.utils import logging
+from peft import PeftModel
 
 import lora_edge
 from lora_edge.bundle.bundle import file_entries, load_bundle
@@ -24,9 +22,8 @@ from lora_edge.cli import main
 from lora_edge.parity.checks import compare
 from lora_edge.parity.compare import Tolerance
 from lora_edge.parity.record.golden import recorded
-from lora_edge.tasks.task import Task
 from tests.support.blends import asked_of
-from tests.support.encoders import make_encoder
+from tests.support.encoders import load_encoder, make_encoder, make_encoder_adapter
 from tests.support.paths import MODELS
 
 pytestmark = pytest.mark.skipif(
@@ -97,33 +94,12 @@ class Made:
     bundle: Path
 
 
-def _load(base: Path, task: str, labels: int) -> Any:
-    sized = {"num_labels": labels, "ignore_mismatched_sizes": True} if labels else {}
-    logging.disable_progress_bar()
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        return getattr(transformers, Task(task).loader).from_pretrained(base, **sized).eval()
-    finally:
-        logging.set_verbosity(level)
-        logging.enable_progress_bar()
-
-
 def _adapter(base: Path, task: str, labels: int, settings: Settings, directory: Path) -> Path:
-    torch.manual_seed(labels or len(directory.name))
-    fields = {"r": 3, "lora_alpha": 4, "task_type": _TYPES.get(task), **settings}
+    fields = {"task_type": _TYPES.get(task), **settings}
     if task == "image-classification":  # PEFT adds the head by itself for texts only
         fields["modules_to_save"] = ["classifier"]
-    model = _load(base, task, labels)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of PEFT, on what it saves along
-        adapted = get_peft_model(model, LoraConfig(init_lora_weights=False, **fields))
-        with torch.no_grad():
-            for name, parameter in adapted.named_parameters():
-                if parameter.requires_grad and "lora_" not in name:
-                    parameter.add_(torch.randn_like(parameter) * 0.3)
-        adapted.save_pretrained(directory)
-    return directory
+    seed = labels or len(directory.name)
+    return make_encoder_adapter(base, task, directory, labels, seed, **fields)
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +166,7 @@ def test_heads_of_unequal_sizes_mix_by_row(made: Callable[[str], Made]) -> None:
         alone = runner.logits([rows[index]], adapter=state)[0]
         np.testing.assert_allclose(mixed[index, :size], alone, atol=1e-5)
         assert not mixed[index, size:].any()
-        reference = _load(found.base, found.task, size)
+        reference = load_encoder(found.base, found.task, size)
         if state != "none":
             reference = PeftModel.from_pretrained(reference, found.adapters[state])
         with torch.inference_mode():

@@ -199,9 +199,17 @@ def dead(like: str, size: float) -> Injection:
 
 def of_graph(edit: Callable[[onnx.ModelProto], None]) -> Injection:
     """Rewrite the graph; its weights move into it, and the data file stays for its twin."""
+    return _of_file("model.onnx", edit)
 
+
+def base_graph(edit: Callable[[onnx.ModelProto], None]) -> Injection:
+    """Rewrite the graph without branches, which pinned sessions run on."""
+    return _of_file("base.onnx", edit)
+
+
+def _of_file(name: str, edit: Callable[[onnx.ModelProto], None]) -> Injection:
     def inject(directory: Path) -> None:
-        path = directory / "onnx" / "model.onnx"
+        path = directory / "onnx" / name
         model = onnx.load(path)
         edit(model)
         onnx.save(model, path)
@@ -761,18 +769,6 @@ def far_positions(first: int) -> Callable[[np.ndarray], np.ndarray]:
         return changed
 
     return change
-
-
-def base_graph(edit: Callable[[onnx.ModelProto], None]) -> Injection:
-    """Rewrite the graph without branches, which pinned sessions run on."""
-
-    def inject(directory: Path) -> None:
-        path = directory / "onnx" / "base.onnx"
-        model = onnx.load(path)
-        edit(model)
-        onnx.save(model, path)
-
-    return inject
 
 
 def tables(change: Callable[[np.ndarray], np.ndarray], rows: int) -> Callable[[Any], None]:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 
 from tests.faults.fault_table import FAULTS, Outcome
+from tests.support.modules import load_file
 from tests.support.paths import ROOT
 
-_spec = importlib.util.spec_from_file_location("ci_faults", ROOT / "ci" / "faults.py")
-assert _spec is not None
-assert _spec.loader is not None
-maker = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(maker)
+maker = load_file("ci_faults", ROOT / "ci" / "faults.py")
 
 REASON = (
     "adapter a: logit error 1.0e+00 exceeds the limit 1.0e-05 (floor 1.0e-06); effect-relative "

@@ -14,7 +14,6 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers.utils import logging
 
 import lora_edge
 from lora_edge.adapter.load import load_adapter
@@ -24,6 +23,7 @@ from lora_edge.errors import UnsupportedAdapterError
 from lora_edge.fit.compare import Fit
 from lora_edge.fit.rename import SINCE_5, fitted_to, new_names
 from lora_edge.tasks.task import TEXT, Task
+from tests.support.saving import load_model, perturb, save_model
 
 pytestmark = pytest.mark.skipif(
     transformers.__version__ < "5", reason="transformers 5 has renamed the modules"
@@ -56,24 +56,13 @@ def _make(model_type: str, auto: str, fields: dict[str, Any], folder: Path) -> P
     torch.manual_seed(0)
     config = transformers.CONFIG_MAPPING[model_type](**fields)
     model = getattr(transformers, auto).from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    logging.disable_progress_bar()
-    try:
-        model.save_pretrained(folder)
-    finally:
-        logging.enable_progress_bar()
-    return folder
+    perturb(model.parameters())
+    return save_model(model, folder)
 
 
 def _adapter(base: Path, auto: str, folder: Path, **settings: Any) -> Path:
     torch.manual_seed(1)
-    logging.disable_progress_bar()
-    try:
-        model = getattr(transformers, auto).from_pretrained(base)
-    finally:
-        logging.enable_progress_bar()
+    model = load_model(getattr(transformers, auto), base)
     config = LoraConfig(**{"r": 3, "lora_alpha": 4, "init_lora_weights": False} | settings)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -234,13 +223,8 @@ def test_a_pooler_that_features_do_not_pass_through(
     )  # fmt: skip
     assert any("pooler" in path for path in load_adapter(adapter, "a").modules)
     if masked:
-        logging.disable_progress_bar()
-        try:
-            model = transformers.BertForMaskedLM.from_pretrained(base)
-            base = tmp_path / "masked"
-            model.save_pretrained(base)
-        finally:
-            logging.enable_progress_bar()
+        model = load_model(transformers.BertForMaskedLM, base)
+        base = save_model(model, tmp_path / "masked")
     said: list[str] = []
     bundle = lora_edge.export(base, {"a": adapter}, mode, tmp_path / "out", progress=said.append)
     assert bundle.manifest.task == "feature-extraction"

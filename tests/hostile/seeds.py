@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import io
 import json
 import shutil
@@ -20,6 +19,8 @@ from lora_edge.parity.plan.states import Probe
 from lora_edge.parity.record.golden import Golden, save_golden
 from lora_edge.parity.record.journal import Journal
 from lora_edge.parity.report import Case, Layer, Report, Session, TaskFigures
+from tests.support.images import PROCESSOR
+from tests.support.modules import load_file
 from tests.support.paths import ROOT
 
 KEY = {"bundle": "x", "seed": 0}
@@ -42,13 +43,7 @@ def make(folder: Path) -> None:
 
 def _tiny() -> Any:
     """The runtime tests' tiny decoder and its bundles."""
-    path = ROOT / "tests" / "runtime" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("tiny", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_file("tiny", ROOT / "tests" / "runtime" / "conftest.py")
 
 
 def _bundle(folder: Path) -> None:
@@ -175,18 +170,7 @@ def _images(folder: Path) -> None:
     import PIL.Image
 
     folder.mkdir()
-    config = {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
-        "size": {"height": 16, "width": 16},
-        "resample": 2,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-    }
-    (folder / "preprocessor_config.json").write_text(json.dumps(config))
+    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
     pixels = np.random.default_rng(0).integers(0, 256, (24, 20, 3), np.uint8)
     image = PIL.Image.fromarray(pixels)
     for name in ("png", "jpeg", "bmp", "gif", "webp", "tiff", "ppm", "ico", "tga", "pcx", "dds"):

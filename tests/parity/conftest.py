@@ -10,20 +10,18 @@ from pathlib import Path
 import pytest
 
 from lora_edge.base.checkpoint import Base, resolve_base
+from tests.support.saving import make_random
 
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    directory = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    directory = make_random(
+        LlamaForCausalLM,
+        tmp_path_factory.mktemp("base"),
         hidden_size=48,
         intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=131,
         max_position_embeddings=160,
@@ -32,7 +30,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
         bos_token_id=1,
         eos_token_id=2,
     )
-    LlamaForCausalLM(config).save_pretrained(directory)
     return resolve_base(directory)
 
 
@@ -57,6 +54,31 @@ def adapters(base: Base, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
             alpha_pattern={"down_proj": 3},
         ),
     }
+
+
+@pytest.fixture(scope="module")
+def exported(
+    base: Base, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A bundle of ``narrow`` and ``rooted``, not to be changed."""
+    from lora_edge.exporting.export import export
+
+    output = tmp_path_factory.mktemp("exported") / "out"
+    two = {name: adapters[name] for name in ("narrow", "rooted")}
+    export(base.directory, two, output=output, form="portable")
+    return output
+
+
+@pytest.fixture(scope="module")
+def shipped_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of two of the adapters that ship, not to be changed."""
+    from lora_edge.exporting.export import export
+    from tests.support import shipped
+
+    output = tmp_path_factory.mktemp("shipped") / "out"
+    adapters = {name: shipped.ADAPTERS[name] for name in ("echo", "mirror")}
+    export(shipped.BASE, adapters, output=output)
+    return output
 
 
 @dataclass(frozen=True)

@@ -19,15 +19,11 @@ from lora_edge.parity.backend_data import write_onnx_test_data
 
 @pytest.fixture(scope="module")
 def bundles(
-    base: Base, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+    exported: Path, base: Base, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("backend")
-    two = {name: adapters[name] for name in ("narrow", "rooted")}
-    export(base.directory, two, output=root / "switchable", form="portable")
-    export(
-        base.directory, {"rooted": adapters["rooted"]}, "merged", root / "merged", form="portable"
-    )
-    return {name: root / name for name in ("switchable", "merged")}
+    merged = tmp_path_factory.mktemp("backend") / "merged"
+    export(base.directory, {"rooted": adapters["rooted"]}, "merged", merged, form="portable")
+    return {"switchable": exported, "merged": merged}
 
 
 def _arrays(folder: Path, kind: str, names: list[str]) -> dict[str, np.ndarray]:

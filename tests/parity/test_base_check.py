@@ -16,6 +16,7 @@ from lora_edge.capture import BaseGraph, capture
 from lora_edge.errors import CaptureError
 from lora_edge.parity.plan.plan import shortest_window
 from tests.support.checks import checked
+from tests.support.saving import make_random
 
 WINDOW = 16
 
@@ -33,15 +34,13 @@ def unwindowed(tmp_path_factory: pytest.TempPathFactory) -> Base:
 
 
 def _mistral(directory: Path, window: int) -> Base:
-    import torch
-    from transformers import MistralConfig, MistralForCausalLM
+    from transformers import MistralForCausalLM
 
-    torch.manual_seed(0)
-    config = MistralConfig(
+    make_random(
+        MistralForCausalLM,
+        directory,
         hidden_size=32,
         intermediate_size=56,
-        num_hidden_layers=2,
-        num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
         vocab_size=101,
@@ -49,7 +48,6 @@ def _mistral(directory: Path, window: int) -> Base:
         initializer_range=0.3,
         sliding_window=window,
     )
-    MistralForCausalLM(config).save_pretrained(directory)
     return resolve_base(directory)
 
 

@@ -15,16 +15,6 @@ from lora_edge.exporting.export import add, export
 from lora_edge.parity import validate
 
 
-@pytest.fixture(scope="module")
-def exported(
-    base: Base, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    output = tmp_path_factory.mktemp("engine") / "out"
-    two = {name: adapters[name] for name in ("narrow", "rooted")}
-    export(base.directory, two, output=output, form="portable")
-    return output
-
-
 @pytest.fixture
 def bundle(exported: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(exported, tmp_path / "bundle"))

@@ -23,7 +23,7 @@ from lora_edge.bundle.manifest import AdapterEntry, FileEntry, Manifest
 from lora_edge.bundle.part import Cache, Part, SiteEntry
 from lora_edge.maths.lora import Factors
 from lora_edge.names import lora_input
-from lora_edge.runtime import write_adapter
+from lora_edge.runtime import Runner, write_adapter
 from lora_edge.runtime.decoder import Decoder
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, INNER, VOCAB, LENGTH, WINDOW = 2, 4, 2, 8, 40, 264, 96, 4
@@ -400,6 +400,17 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
     root = tmp_path_factory.mktemp("bundles")
     made = {form: make_bundle(root / form, form) for form in FORMS}
     return made | {"merged": make_bundle(root / "merged", "fused", mode="merged")}
+
+
+@pytest.fixture(scope="module")
+def runners(bundles: dict[str, Bundle]) -> dict[str, Runner]:
+    return {form: Runner(bundle, threads=1) for form, bundle in bundles.items()}
+
+
+@pytest.fixture
+def bundle(tiny: Tiny, tmp_path: Path) -> Bundle:
+    """One to damage."""
+    return tiny.bundle(tmp_path / "bundle", "fused")
 
 
 @pytest.hookimpl(wrapper=True)

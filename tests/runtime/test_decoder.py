@@ -42,11 +42,6 @@ class Sequences:
 STATES: list[Mapping[str, float]] = [{"alpha": 1.0}, {}, {"beta": -1.2}, {"alpha": 0.5, "beta": 1}]
 
 
-@pytest.fixture(scope="module")
-def runners(bundles: dict[str, Any]) -> dict[str, Runner]:
-    return {form: Runner(bundle, threads=1) for form, bundle in bundles.items()}
-
-
 def start(tiny: Any, runner: Runner, states: Any = STATES, length: int = 60) -> Sequences:
     binding = runner.binding(list(states), len(states))
     decoding = runner.decoder.start(len(states), length, binding)

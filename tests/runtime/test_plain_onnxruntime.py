@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from typing import Any
 
@@ -11,6 +10,7 @@ import onnxruntime as ort
 import pytest
 
 from lora_edge.runtime import Runner
+from tests.support.modules import load_file
 from tests.support.paths import ROOT
 
 EXAMPLE = ROOT / "examples" / "plain_onnxruntime.py"
@@ -18,12 +18,7 @@ EXAMPLE = ROOT / "examples" / "plain_onnxruntime.py"
 
 @pytest.fixture(scope="module")
 def example() -> Any:
-    spec = importlib.util.spec_from_file_location("plain_onnxruntime", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
+    yield load_file("plain_onnxruntime", EXAMPLE)
     sys.modules.pop("plain_onnxruntime", None)
 
 

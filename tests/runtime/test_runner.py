@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,17 +18,6 @@ from lora_edge.runtime.sampling import Sampling
 
 FORMS = ["fused", "portable", "foreign"]
 PROMPTS = ["hello there", "a", "漢字 and more of it"]
-
-
-@pytest.fixture(scope="module")
-def runners(bundles: dict[str, Any]) -> dict[str, Runner]:
-    return {form: Runner(bundle, threads=1) for form, bundle in bundles.items()}
-
-
-@pytest.fixture
-def bundle(tiny: Any, tmp_path: Path) -> Bundle:
-    """One to damage."""
-    return tiny.bundle(tmp_path / "bundle", "fused")
 
 
 def greedy(tiny: Any, form: str, prompt: list[int], state: Any, count: int) -> list[int]:

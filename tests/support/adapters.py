@@ -8,18 +8,22 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
-from transformers.utils import logging
+
+from tests.support.saving import load_model
 
 
 def make_adapter(base: Path, directory: Path, seed: int = 0, **settings: Any) -> Path:
     """Save an adapter whose effect is visible and not chaotic."""
     torch.manual_seed(seed)
-    logging.disable_progress_bar()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(base)
-    finally:
-        logging.enable_progress_bar()
+    model = load_model(AutoModelForCausalLM, base)
     config = LoraConfig(init_lora_weights=False, task_type="CAUSAL_LM", **settings)
     adapted = get_peft_model(model, config)
     adapted.save_pretrained(directory)
     return directory
+
+
+def make_all_linear(family: str, base: Path, directory: Path) -> Path:
+    """Save an adapter of every linear layer of a base of that family."""
+    conv1d = family == "gpt2"
+    settings = {"target_modules": "all-linear", "fan_in_fan_out": conv1d}
+    return make_adapter(base, directory, r=3, lora_alpha=4, **settings)

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from transformers.utils import logging
 
 from lora_edge.tasks.task import Task
+from tests.support.saving import load_model, perturb, save_model
 
 _TEXT: dict[str, Any] = {
     "vocab_size": 99,
@@ -71,15 +73,8 @@ def make_encoder(family: str, task: str, directory: Path, **changes: Any) -> Pat
         # Some model files of transformers 4 compile their functions when they are imported.
         warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
         model = _random_model(family, task, fields)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    logging.disable_progress_bar()
-    try:
-        model.save_pretrained(directory)
-    finally:
-        logging.enable_progress_bar()
-    return directory
+    perturb(model.parameters())
+    return save_model(model, directory)
 
 
 def _random_model(family: str, task: str, fields: dict[str, Any]) -> Any:
@@ -88,3 +83,32 @@ def _random_model(family: str, task: str, fields: dict[str, Any]) -> Any:
         # transformers' auto class asks for the head with a teacher's beside it
         return transformers.DeiTForImageClassification(config)
     return getattr(transformers, Task(task).loader).from_config(config)
+
+
+def load_encoder(base: Path, task: str, labels: int = 0) -> Any:
+    """The model of a task; with another number of labels, under a fresh head."""
+    sized = {"num_labels": labels, "ignore_mismatched_sizes": True} if labels else {}
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        return load_model(getattr(transformers, Task(task).loader), base, **sized).eval()
+    finally:
+        logging.set_verbosity(level)
+
+
+def make_encoder_adapter(
+    base: Path, task: str, directory: Path, labels: int = 0, seed: int = 1, **settings: Any
+) -> Path:
+    """Save an adapter whose every trained number differs from the base's."""
+    torch.manual_seed(seed)
+    model = load_encoder(base, task, labels)
+    fields = {"r": 3, "lora_alpha": 4, "init_lora_weights": False, **settings}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PEFT, on what it saves along
+        adapted = get_peft_model(model, LoraConfig(**fields))
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if parameter.requires_grad and "lora_" not in name:
+                    parameter.add_(torch.randn_like(parameter) * 0.3)
+        adapted.save_pretrained(directory)
+    return directory

@@ -1,4 +1,4 @@
-"""Bundles with one known fault, their hashes made right again."""
+"""Bundles with one known fault, their hashes made right again; and a runner with one."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import pytest
 
 from lora_edge.bundle.bundle import Bundle, file_entries, load_bundle
 from lora_edge.bundle.onnx_adapter import read_adapter, write_adapter
 from lora_edge.graph import load, save_with_data
+from lora_edge.runtime import Binding, Runner
 
 Array = np.ndarray
 
@@ -57,3 +60,14 @@ def with_weight(
         value.const_value = ir.tensor(values, name=parameter)
 
     return with_graph(good, directory, exchange)
+
+
+def leak_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row of a batch gets the adapter of the next, from here on."""
+    binding = Runner.binding
+
+    def leaking(self: Runner, adapter: Any, batch: int) -> Binding:
+        shifted = [*adapter[1:], adapter[0]] if isinstance(adapter, list) else adapter
+        return binding(self, shifted, batch)
+
+    monkeypatch.setattr(Runner, "binding", leaking)

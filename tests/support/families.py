@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-from transformers.utils import logging
+
+from tests.support.saving import perturb, save_model
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 256,
@@ -135,16 +136,11 @@ def make_base(family: str, directory: Path, **changes: Any) -> Path:
         fields.pop(field, None)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**fields))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-        saved = model.state_dict()
-        for name, buffer in model.named_buffers():
-            if name in saved and buffer.is_floating_point():  # a router's correction of scores
-                buffer.add_(torch.randn_like(buffer) * 0.05)
-    logging.disable_progress_bar()
-    try:
-        model.save_pretrained(directory)
-    finally:
-        logging.enable_progress_bar()
-    return directory
+    perturb(model.parameters())
+    saved = model.state_dict()
+    perturb(  # a router's correction of scores
+        buffer
+        for name, buffer in model.named_buffers()
+        if name in saved and buffer.is_floating_point()
+    )
+    return save_model(model, directory)

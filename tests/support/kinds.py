@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
-from transformers.utils import logging
 
 from lora_edge.names import parse_lora_input
 from tests.support.families import make_base
+from tests.support.saving import load_model
 
 
 class Row(NamedTuple):
@@ -167,11 +167,7 @@ def make_kind_base(key: str, directory: Path) -> Path:
 def make_kind(base: Path, row: Row, directory: Path, seed: int = 1) -> Path:
     """An adapter of a row, everything that it carries away from its neutral value."""
     torch.manual_seed(seed)
-    logging.disable_progress_bar()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(base)
-    finally:
-        logging.enable_progress_bar()
+    model = load_model(AutoModelForCausalLM, base)
     settings = {"r": 3, "lora_alpha": 4, **row.settings}
     with warnings.catch_warnings():
         # PEFT's advice on its own merge, and on what it saves along.

@@ -144,9 +144,21 @@ def _below(segment: str) -> Callable[[str], str]:
     return lambda key: key.replace(PREFIX, f"{PREFIX}{segment}.")
 
 
+def _before(segment: str) -> Callable[[str], str]:
+    return lambda key: f"{segment}.{key}"
+
+
 _DROPS_ALL = "drops 8 of 8 tensors, lacks 8"
 _LOADS = "loads all"
 _FAILS = "fails: "
+
+
+def _wrapped(segment: str, whose: str, where: Callable[[str], Callable[[str], str]]) -> Row:
+    """The keys of a model inside a wrapper."""
+    refusal = f"'{segment}', of {whose}: strip"
+    return Row("plain", _DROPS_ALL, refusal, tensors=_keys(where(segment)))
+
+
 ROWS: dict[str, Row] = {
     "as PEFT saves it": Row("plain", _LOADS),
     "bfloat16 tensors": Row("plain", _LOADS, files=_cast(torch.bfloat16)),
@@ -191,42 +203,17 @@ ROWS: dict[str, Row] = {
         "has no such site; near misses",
         tensors=_keys(lambda k: k.replace(f"{PREFIX}model.", PREFIX)),
     ),
-    "`_orig_mod.` in the keys": Row(
-        "plain",
-        _DROPS_ALL,
-        "'_orig_mod', of torch.compile: strip",
-        tensors=_keys(_below("_orig_mod")),
-    ),
-    "`_orig_mod.` before all keys": Row(
-        "plain",
-        _DROPS_ALL,
-        "'_orig_mod', of torch.compile: strip",
-        tensors=_keys(lambda k: f"_orig_mod.{k}"),
-    ),
+    "`_orig_mod.` in the keys": _wrapped("_orig_mod", "torch.compile", _below),
+    "`_orig_mod.` before all keys": _wrapped("_orig_mod", "torch.compile", _before),
     "`_checkpoint_wrapped_module.` in the keys": Row(
         "plain",
         _DROPS_ALL,
         "'_checkpoint_wrapped_module', of activation checkpointing: strip",
         tensors=_keys(lambda k: k.replace(".self_attn", "._checkpoint_wrapped_module.self_attn")),
     ),
-    "`_fsdp_wrapped_module.` in the keys": Row(
-        "plain",
-        _DROPS_ALL,
-        "'_fsdp_wrapped_module', of FSDP: strip",
-        tensors=_keys(_below("_fsdp_wrapped_module")),
-    ),
-    "`module.` before all keys": Row(
-        "plain",
-        _DROPS_ALL,
-        "'module', of DistributedDataParallel: strip",
-        tensors=_keys(lambda k: f"module.{k}"),
-    ),
-    "`module.` below the prefix": Row(
-        "plain",
-        _DROPS_ALL,
-        "'module', of DistributedDataParallel: strip",
-        tensors=_keys(_below("module")),
-    ),
+    "`_fsdp_wrapped_module.` in the keys": _wrapped("_fsdp_wrapped_module", "FSDP", _below),
+    "`module.` before all keys": _wrapped("module", "DistributedDataParallel", _before),
+    "`module.` below the prefix": _wrapped("module", "DistributedDataParallel", _below),
     "`target_modules` without one that has tensors": Row(
         "plain",
         "drops 4 of 8 tensors",

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from transformers.utils import logging
+
+from tests.support.saving import perturb, save_model
 
 VOCAB = 131
 SUPPRESSED, SUPPRESSED_FIRST = [5, 9], [7, 2]
@@ -83,15 +84,8 @@ def make_seq2seq(family: str, directory: Path) -> Path:
     if family == "whisper":
         model.generation_config.suppress_tokens = SUPPRESSED
         model.generation_config.begin_suppress_tokens = SUPPRESSED_FIRST
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    logging.disable_progress_bar()
-    try:
-        model.save_pretrained(directory)
-    finally:
-        logging.enable_progress_bar()
-    return directory
+    perturb(model.parameters())
+    return save_model(model, directory)
 
 
 def make_seq2seq_adapter(

@@ -3,35 +3,27 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.support.paths import MODELS
+from tests.support.saving import copy_tokenizer, make_llama, save_model
 
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     directory = tmp_path_factory.mktemp("models") / "base"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=264,
-        max_position_embeddings=64,
-        initializer_range=0.25,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(MODELS / "tiny-llama" / name, directory)
+    return make_llama(directory, max_position_embeddings=64, initializer_range=0.25)
+
+
+@pytest.fixture(scope="session")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its layers are Conv1D."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=264, n_positions=64)
+    directory = save_model(GPT2LMHeadModel(config), tmp_path_factory.mktemp("models") / "gpt2")
+    copy_tokenizer(directory)
     return directory
 
 

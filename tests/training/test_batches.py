@@ -26,6 +26,7 @@ from lora_edge.training.head import TargetHead, agrees, predicting, target_logit
 from lora_edge.training.lora import add_lora
 from lora_edge.training.target_trainer import mean_over_all
 from lora_edge.training.tokens import IGNORED, TokenizedExample, pack
+from tests.support.saving import copy_tokenizer
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 264,
@@ -197,17 +198,12 @@ def test_groups_of_like_length_are_whole_and_the_same_each_time(epoch: int) -> N
     assert padding(found) < 0.2 * padding(list(range(203)))
 
 
-def test_packing_is_refused_where_examples_would_see_each_other(
-    base: Path, data: Path, tmp_path: Path
-) -> None:
-    import shutil
-
+def test_packing_is_refused_where_examples_would_see_each_other(data: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     blind = tmp_path / "bloom"  # ALiBi: it takes no positions
     config = BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=264)
     AutoModelForCausalLM.from_config(config).save_pretrained(blind)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(base / name, blind)
+    copy_tokenizer(blind)
     with pytest.raises(UnsupportedModelError, match="does not keep packed examples apart"):
         train(blind, data, tmp_path / "a", packing=True, max_length=60)
     assert not list(tmp_path.glob("a*"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from lora_edge.training.data import read_data
 from lora_edge.training.model import load_model, load_tokenizer
 from lora_edge.training.tokens import classify
 from tests.support.paths import ROOT
+from tests.support.saving import copy_tokenizer, make_random
 
 QUICK: dict[str, Any] = {"epochs": 2, "batch_size": 2, "lr": 1e-2, "rank": 3, "alpha": 5.0}
 ROWS = [("one and two", "small"), ("ninety nine", "big"), ("three", "small"), ("eleven", "middle")]
@@ -38,24 +38,20 @@ def labelled(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BERT without a head, with the shipped byte tokenizer, which has no token types."""
-    from transformers import BertConfig, BertModel
+    from transformers import BertModel
 
-    directory = tmp_path_factory.mktemp("models") / "encoder"
-    torch.manual_seed(0)
-    config = BertConfig(
+    directory = make_random(
+        BertModel,
+        tmp_path_factory.mktemp("models") / "encoder",
         hidden_size=24,
         intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
         vocab_size=264,
         max_position_embeddings=32,
         initializer_range=0.25,
     )
-    BertModel(config).save_pretrained(directory)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(base / name, directory)
+    copy_tokenizer(directory)
     return directory
 
 
@@ -164,15 +160,7 @@ def test_a_decoder_is_told_its_padding(base: Path, labelled: Path, tmp_path: Pat
     train(base, labelled, tmp_path / "a", **QUICK)
 
 
-def test_conv1d_is_known_beside_a_linear_head(labelled: Path, base: Path, tmp_path: Path) -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    gpt2 = tmp_path / "gpt2"
-    GPT2LMHeadModel(
-        GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=264, n_positions=64)
-    ).save_pretrained(gpt2)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(base / name, gpt2)
+def test_conv1d_is_known_beside_a_linear_head(labelled: Path, gpt2: Path, tmp_path: Path) -> None:
     made = train(gpt2, labelled, tmp_path / "a", **QUICK)
     assert json.loads((made / "adapter_config.json").read_text())["fan_in_fan_out"] is True
 
@@ -182,16 +170,14 @@ def test_refused_bases(encoder: Path, labelled: Path, tmp_path: Path) -> None:
 
     masked = tmp_path / "masked"
     BertForMaskedLM.from_pretrained(encoder).save_pretrained(masked)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(encoder / name, masked)
+    copy_tokenizer(masked)
     with pytest.raises(BaseModelError, match=r"lacks 2 of its weights.*pooler"):
         train(masked, labelled, tmp_path / "a", **QUICK)
     images = tmp_path / "vit"
     ViTModel(
         ViTConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     ).save_pretrained(images)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(encoder / name, images)
+    copy_tokenizer(images)
     with pytest.raises(UnsupportedModelError, match="is no model for text-classification"):
         train(images, labelled, tmp_path / "a", **QUICK)
     assert not (tmp_path / "a").exists()

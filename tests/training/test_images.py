@@ -15,19 +15,9 @@ import lora_edge
 from lora_edge.errors import DataError
 from lora_edge.training import train
 from lora_edge.training.images import read_images, read_source
+from tests.support.images import PROCESSOR
 
 PIL = pytest.importorskip("PIL.Image", reason="needs lora-edge[image]")
-PROCESSOR = {
-    "image_processor_type": "ViTImageProcessor",
-    "do_resize": True,
-    "size": {"height": 16, "width": 16},
-    "resample": 2,
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-}
 
 
 @pytest.fixture

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
+from tests.support.modules import load_file
 from tests.support.paths import ROOT
 
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    folder = ROOT / "ci" / "benchmarks"
-    spec = importlib.util.spec_from_file_location("bench_train", folder / "train.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_train"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_file("bench_train", ROOT / "ci" / "benchmarks" / "train.py")
 
 
 def rounds(bench: Any) -> list[dict[str, Any]]:

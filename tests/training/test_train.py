@@ -164,15 +164,7 @@ def test_a_regex_selects_whole_paths(base: Path, data: Path, tmp_path: Path) -> 
     }
 
 
-def test_conv1d_targets_are_marked_as_such(data: Path, base: Path, tmp_path: Path) -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    gpt2 = tmp_path / "gpt2"
-    GPT2LMHeadModel(
-        GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=264, n_positions=64)
-    ).save_pretrained(gpt2)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(base / name, gpt2)
+def test_conv1d_targets_are_marked_as_such(data: Path, gpt2: Path, tmp_path: Path) -> None:
     assert config_of(train(gpt2, data, tmp_path / "a", **QUICK))["fan_in_fan_out"] is True
 
 

@@ -22,14 +22,6 @@ from tests.support import shipped
 COUNT = 12
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("evaluation") / "out"
-    adapters = {name: shipped.ADAPTERS[name] for name in ("echo", "mirror")}
-    export(shipped.BASE, adapters, output=output)
-    return output
-
-
 def _examples(name: str, count: int = COUNT) -> list[Example]:
     found = read_examples(shipped.MODELS / "data" / f"{name}.jsonl")[:count]
     return [replace(example, adapter=name) for example in found]
@@ -52,10 +44,10 @@ def _broken(directory: Path, name: str, factor: float) -> Bundle:
 
 
 @pytest.mark.parametrize("metric", [None, "perplexity"])
-def test_a_good_bundle_has_pytorchs_metric(exported: Path, metric: str | None) -> None:
+def test_a_good_bundle_has_pytorchs_metric(shipped_bundle: Path, metric: str | None) -> None:
     examples = [*_examples("echo"), *_examples("mirror")]
     report = validate(
-        exported, shipped.BASE, depth="quick", steps=1, examples=examples, metric=metric
+        shipped_bundle, shipped.BASE, depth="quick", steps=1, examples=examples, metric=metric
     )
     assert report.passed, report.table()
     for name in ("echo", "mirror"):
@@ -74,9 +66,9 @@ def test_a_good_bundle_has_pytorchs_metric(exported: Path, metric: str | None) -
 
 @pytest.mark.parametrize("metric", ["exact_match", "perplexity"])
 def test_a_broken_adapter_is_worse_example_by_example(
-    exported: Path, tmp_path: Path, metric: str
+    shipped_bundle: Path, tmp_path: Path, metric: str
 ) -> None:
-    bundle = _broken(Path(shutil.copytree(exported, tmp_path / "bundle")), "echo", -1)
+    bundle = _broken(Path(shutil.copytree(shipped_bundle, tmp_path / "bundle")), "echo", -1)
     report = validate(
         bundle,
         shipped.BASE,
@@ -92,16 +84,16 @@ def test_a_broken_adapter_is_worse_example_by_example(
     assert _task(report, "mirror").status == "passed"
 
 
-def test_a_metric_that_does_not_show_the_adapter_proves_nothing(exported: Path) -> None:
+def test_a_metric_that_does_not_show_the_adapter_proves_nothing(shipped_bundle: Path) -> None:
     examples = [replace(example, adapter="mirror") for example in _examples("echo")]
-    report = validate(exported, shipped.BASE, steps=1, examples=examples)
+    report = validate(shipped_bundle, shipped.BASE, steps=1, examples=examples)
     case = _task(report, "mirror")
     assert case.status == "unproved"
     assert "does not show what the adapter does" in case.reason
     assert not report.passed
     # The logits have proved it all the same.
-    assert load_bundle(exported).adapter("mirror").proved
-    few = validate(exported, shipped.BASE, steps=1, examples=_examples("echo", 3))
+    assert load_bundle(shipped_bundle).adapter("mirror").proved
+    few = validate(shipped_bundle, shipped.BASE, steps=1, examples=_examples("echo", 3))
     assert _task(few, "echo").status == "unproved"  # three examples show nothing
 
 
@@ -146,18 +138,20 @@ def test_accuracy_of_labels(tmp_path: Path) -> None:
         validate(output, shipped.MODELS / "tiny-bert", examples=examples, metric="perplexity")
 
 
-def test_bad_examples(exported: Path, tmp_path: Path) -> None:
+def test_bad_examples(shipped_bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nothing to compare"):
-        validate(exported, examples=_examples("echo"))
+        validate(shipped_bundle, examples=_examples("echo"))
     with pytest.raises(DataError, match="'nobody'"):
         validate(
-            exported,
+            shipped_bundle,
             shipped.BASE,
             steps=1,
             examples=[replace(_examples("echo")[0], adapter="nobody")],
         )
     with pytest.raises(DataError, match="no metric 'accuracy'"):
-        validate(exported, shipped.BASE, steps=1, examples=_examples("echo"), metric="accuracy")
+        validate(
+            shipped_bundle, shipped.BASE, steps=1, examples=_examples("echo"), metric="accuracy"
+        )
     file = tmp_path / "examples.jsonl"
     file.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
     with pytest.raises(DataError, match=r"jsonl:2: "):

@@ -15,24 +15,15 @@ import pytest
 from lora_edge.base.checkpoint import Base
 from lora_edge.bundle.bundle import Bundle, file_entries, load_bundle
 from lora_edge.bundle.onnx_adapter import read_adapter, write_adapter
-from lora_edge.exporting.export import export
 from lora_edge.parity import validate
 
 SITE = "model.layers.1.self_attn.v_proj"
 
 
-@pytest.fixture(scope="module")
-def good(base: Base, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("explain") / "good"
-    two = {name: adapters[name] for name in ("narrow", "rooted")}
-    export(base.directory, two, output=output, form="portable")
-    return output
-
-
 @pytest.fixture
-def faulty(good: Path, tmp_path: Path) -> Bundle:
+def faulty(exported: Path, tmp_path: Path) -> Bundle:
     """One site of one adapter zeroed, its hash made right again."""
-    directory = Path(shutil.copytree(good, tmp_path / "faulty"))
+    directory = Path(shutil.copytree(exported, tmp_path / "faulty"))
     bundle = load_bundle(directory)
     file = directory / bundle.adapter("rooted").file
     tensors = read_adapter(file)
@@ -78,16 +69,18 @@ def test_without_pytorch_the_reproduction_is_left(faulty: Bundle, tmp_path: Path
     assert (repro / "letter.txt").read_text() == "mine"
 
 
-def test_a_bundle_that_passes_leaves_nothing(good: Path, base: Base, tmp_path: Path) -> None:
-    report = validate(good, base, steps=3, repro=tmp_path / "repro")
+def test_a_bundle_that_passes_leaves_nothing(exported: Path, base: Base, tmp_path: Path) -> None:
+    report = validate(exported, base, steps=3, repro=tmp_path / "repro")
     assert report.passed
     assert report.repro == ""
     assert not (tmp_path / "repro").exists()
     assert not any(case.layers for case in report.cases)
 
 
-def test_a_base_that_differs_explains_all_others(good: Path, base: Base, tmp_path: Path) -> None:
-    directory = Path(shutil.copytree(good, tmp_path / "faulty"))
+def test_a_base_that_differs_explains_all_others(
+    exported: Path, base: Base, tmp_path: Path
+) -> None:
+    directory = Path(shutil.copytree(exported, tmp_path / "faulty"))
     import onnx
     from onnx import numpy_helper
 
@@ -106,8 +99,8 @@ def test_a_base_that_differs_explains_all_others(good: Path, base: Base, tmp_pat
     assert "the first layer that differs is model.layers.1.mlp.down_proj " in case.reason
 
 
-def test_a_neighbour_of_nan_keeps_its_proof(good: Path, base: Base, tmp_path: Path) -> None:
-    directory = Path(shutil.copytree(good, tmp_path / "faulty"))
+def test_a_neighbour_of_nan_keeps_its_proof(exported: Path, base: Base, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(exported, tmp_path / "faulty"))
     bundle = load_bundle(directory)
     file = directory / bundle.adapter("rooted").file
     tensors = read_adapter(file)

@@ -17,7 +17,6 @@ import torch
 import transformers
 from onnx import numpy_helper
 from peft import LoraConfig, get_peft_model
-from transformers.utils import logging
 
 from lora_edge.base.checkpoint import resolve_base
 from lora_edge.bundle.bundle import Bundle, file_entries, load_bundle
@@ -29,13 +28,14 @@ from lora_edge.parity.explain.localise import Divergence, localise
 from lora_edge.parity.explain.repro import write_repro
 from lora_edge.parity.question import sources_of
 from lora_edge.parity.record.golden import Golden, recorded, shortened
-from lora_edge.runtime import Binding, Runner
+from lora_edge.runtime import Runner
 from lora_edge.runtime.caches import ConcatenatedCache
 from lora_edge.tasks.task import Task
 from tests.parity.conftest import Made
 from tests.support.encoders import make_encoder
-from tests.support.failing import Array, with_graph, with_tensor, with_weight
+from tests.support.failing import Array, leak_rows, with_graph, with_tensor, with_weight
 from tests.support.families import make_base
+from tests.support.saving import load_model
 
 FORMS = ("fused", "portable")
 DOWN = "model.layers.1.mlp.down_proj"
@@ -162,15 +162,9 @@ def test_one_row_that_gets_what_is_another_s(
     made: Made, find: Find, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The row alone is right."""
-    binding = Runner.binding
-
-    def leaking(self: Runner, adapter: Any, batch: int) -> Binding:
-        shifted = [*adapter[1:], adapter[0]] if isinstance(adapter, list) else adapter
-        return binding(self, shifted, batch)
-
     good = made.switchable["portable"]
     assert find(good, "mixed rows", 0).first is None
-    monkeypatch.setattr(Runner, "binding", leaking)
+    leak_rows(monkeypatch)
     found = find(good, "mixed rows", 0)
     assert found.first is not None
     assert found.first.startswith("model.layers.0.self_attn.")
@@ -222,9 +216,7 @@ def test_a_bundle_without_a_cache(
 ) -> None:
     root = make_encoder(family, task, tmp_path / "base")
     torch.manual_seed(1)
-    logging.disable_progress_bar()
-    model = getattr(transformers, Task(task).loader).from_pretrained(root)
-    logging.enable_progress_bar()
+    model = load_model(getattr(transformers, Task(task).loader), root)
     targets = [path.rpartition(".")[2], other]
     kind = {"text-classification": "SEQ_CLS", "token-classification": "TOKEN_CLS"}[task]
     config = LoraConfig(r=3, target_modules=targets, task_type=kind, init_lora_weights=False)

@@ -18,10 +18,10 @@ from lora_edge.parity.explain.localise import Divergence
 from lora_edge.parity.explain.repro import worst_row, write_repro
 from lora_edge.parity.record.golden import Golden, recorded, shortened
 from lora_edge.parity.report import Layer
-from lora_edge.runtime import Binding, Runner
+from lora_edge.runtime import Runner
 from lora_edge.runtime.caches import ConcatenatedCache
 from tests.parity.conftest import Made
-from tests.support.failing import with_tensor, with_weight
+from tests.support.failing import leak_rows, with_tensor, with_weight
 
 FORMS = ("fused", "portable")
 HIDDEN = ("lora_edge", "onnx", "onnx_ir", "peft", "torch", "transformers")
@@ -136,17 +136,11 @@ def test_a_merged_graph(made: Made, tmp_path: Path) -> None:
 def test_a_batch_is_kept_where_one_row_alone_is_right(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    binding = Runner.binding
-
-    def leaking(self: Runner, adapter: Any, batch: int) -> Binding:
-        shifted = [*adapter[1:], adapter[0]] if isinstance(adapter, list) else adapter
-        return binding(self, shifted, batch)
-
     bundle = load_bundle(made.switchable["portable"])
     golden = _golden(bundle, "mixed rows")
     assert write_repro(tmp_path / "none", Runner(bundle), golden, row=1) is None
     assert not (tmp_path / "none").exists()
-    monkeypatch.setattr(Runner, "binding", leaking)
+    leak_rows(monkeypatch)
     folder = write_repro(tmp_path / "repro", Runner(bundle), golden, row=1)
     assert folder is not None
     case = _case(folder)

@@ -12,7 +12,6 @@ import pytest
 from lora_edge.bundle.bundle import file_entries, load_bundle
 from lora_edge.bundle.onnx_adapter import read_adapter, write_adapter
 from lora_edge.errors import DataError, ParityError
-from lora_edge.exporting.export import export
 from lora_edge.parity import add_goldens, validate
 from lora_edge.parity.plan.examples import Prompt, read_prompts
 from lora_edge.parity.record.golden import recorded
@@ -21,17 +20,9 @@ from tests.support import shipped
 PROMPTS = [Prompt("Word: river Answer:"), Prompt("Word: stone Answer:", "echo")]
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("given") / "out"
-    adapters = {name: shipped.ADAPTERS[name] for name in ("echo", "mirror")}
-    export(shipped.BASE, adapters, output=output)
-    return output
-
-
 @pytest.fixture
-def bundle(exported: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(exported, tmp_path / "bundle"))
+def bundle(shipped_bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(shipped_bundle, tmp_path / "bundle"))
 
 
 def test_they_are_run_from_then_on(bundle: Path) -> None:

@@ -18,17 +18,6 @@ FORMS = ["fused", "portable", "foreign"]
 LIMIT = 1e-5
 
 
-@pytest.fixture(scope="module")
-def runners(bundles: dict[str, Any]) -> dict[str, Runner]:
-    return {form: Runner(bundle, threads=1) for form, bundle in bundles.items()}
-
-
-@pytest.fixture
-def bundle(tiny: Any, tmp_path: Path) -> Bundle:
-    """One to damage."""
-    return tiny.bundle(tmp_path / "bundle", "fused")
-
-
 def active(bundle: Bundle, **options: Any) -> ActiveAdapters:
     return ActiveAdapters(bundle, Tensors(bundle.manifest.sites, **options))
 
