@@ -163,8 +163,13 @@ def attached(model: Any, directory: str | os.PathLike[str], inner: str) -> Any:
 
 
 @contextlib.contextmanager
-def running(state: State) -> Iterator[None]:
-    """What PEFT or the model raises of itself while adapters are active, as a refusal.
+def running(state: State, attached: Iterable[str] = ()) -> Iterator[None]:
+    """What PEFT or the model raises of itself where adapters are attached, as a refusal.
+
+    Args:
+        state: what is active.
+        attached: the adapters whose layers the model has, active or not: a model may not do with a
+            layer that PEFT has wrapped.
 
     Raises:
         AdapterError: it raised; with an adapter that it cannot run nothing can be proved.
@@ -172,9 +177,9 @@ def running(state: State) -> Iterator[None]:
     try:
         yield
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        if not state or "memory" in str(error):
+        names = " and ".join(name for name, _ in state) or " or ".join(attached)
+        if not names or "memory" in str(error):
             raise
-        names = " and ".join(name for name, _ in state)
         raise AdapterError(
             f"PEFT loads adapter {names} and cannot run it: {type(error).__name__}: "
             f"{' '.join(str(error).split())[:300]}",

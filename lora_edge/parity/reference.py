@@ -353,7 +353,7 @@ class Reference:
                 model = self._shared
             if self._wide:
                 stack.enter_context(widened(model))
-            stack.enter_context(running(state))
+            stack.enter_context(running(state, self._names))
             # Behind what loads models: a tensor that is made inside cannot be changed outside.
             stack.enter_context(self._torch.inference_mode())
             yield model
