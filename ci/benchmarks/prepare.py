@@ -24,7 +24,7 @@ from lora_edge.adapter.load import load_adapter
 from lora_edge.base.checkpoint import resolve_base
 from lora_edge.bundle.part import Part, SiteEntry
 from lora_edge.capture import capture
-from lora_edge.exporting.build import with_weights
+from lora_edge.exporting.graphs import with_weights
 from lora_edge.fit.changes import parameter_changes
 
 # peft 0.21 asks transformers 5 for a name that is about to go.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -23,12 +23,12 @@ from lora_edge.adapter.loading import BaseView
 from lora_edge.base.checkpoint import Base
 from lora_edge.base.layer import Layer
 from lora_edge.bundle.adapter_files import with_heads, write_adapter_folder, write_none
-from lora_edge.bundle.bundle import BASE_GRAPH_FILE
 from lora_edge.bundle.manifest import AdapterEntry, Manifest, Mode
-from lora_edge.bundle.part import Part, SiteEntry, WeightEntry
+from lora_edge.bundle.part import Part, SiteEntry
 from lora_edge.bundle.sentence import load_sentence_modules, sentence_files
 from lora_edge.errors import MissingDependencyError, UnsupportedModelError
-from lora_edge.fit.changes import ParameterChange, parameter_changes, site_changes
+from lora_edge.exporting.graphs import Progress, Weights, published, write_branched, write_merged
+from lora_edge.fit.changes import parameter_changes, site_changes
 from lora_edge.fit.check import (
     SEQ2SEQ_KINDS,
     check_copies,
@@ -43,10 +43,8 @@ from lora_edge.names import NONE_ADAPTER, InputPart
 from lora_edge.runtime import installed
 from lora_edge.tasks.task import EMBEDDING, Task
 
-Progress = Callable[[str], None]
 Form = Literal["fused", "portable"]
 Backend = Literal["trace", "optimum"]
-Weights = Callable[[str], "NDArray[np.floating] | None"]
 
 _COPIED = (
     "config.json", "generation_config.json", "preprocessor_config.json",
@@ -158,7 +156,7 @@ def build(
     if merged:
         changes = parameter_changes(adapters[0], modules, captured.tied, captured.parameter_modules)
         say(f"merging {adapters[0].name} into {len(changes)} parameters")
-        _merge(captured, models, modules, changes, weights, quantization, stage, say)
+        write_merged(captured, models, modules, changes, weights, quantization, stage, say)
     else:
         for adapter in adapters:
             given[adapter.name] = site_changes(adapter, modules, weights, captured.tied)
@@ -172,14 +170,14 @@ def build(
         }
         given = {name: with_heads(changes, heads) for name, changes in given.items()}
         say(f"adding branches to {len(covered)} layers")
-        covered = _branch(captured, models, modules, covered, weights, quantization, stage)
+        covered = write_branched(captured, models, modules, covered, weights, quantization, stage)
         none = write_none(stage, covered, fingerprint, heads)
         entries[NONE_ADAPTER] = dataclasses.replace(none, labels=base_labels)
     parts = {
         name: dataclasses.replace(
             part,
-            file=_published(part),
-            inputs=passes.own_inputs(passes.load(stage / _published(part))),
+            file=published(part),
+            inputs=passes.own_inputs(passes.load(stage / published(part))),
             sites={path: x for path, x in covered.items() if captured.part_of(path) == name},
         )
         for name, part in captured.parts.items()
@@ -217,88 +215,6 @@ def _weights(base: Base, captured: Any, models: Mapping[str, Any]) -> Weights:
         return found
 
     return value
-
-
-def _published(part: Part) -> str:
-    """Where a captured graph will be in the bundle."""
-    return f"onnx/{part.file}"
-
-
-def _merge(
-    captured: Any,
-    models: Mapping[str, Any],
-    modules: Mapping[str, Layer],
-    changes: Mapping[str, ParameterChange],
-    weights: Weights,
-    quantization: Quantization | None,
-    stage: Path,
-    say: Progress,
-) -> None:
-    """Write each graph with the changes in its weights."""
-    from lora_edge import graph as passes
-
-    if quantization is not None:
-        matrices = {path.removesuffix(".weight") for path in changes}
-        touched = [path for path in quantization.layers if path in matrices]
-        others = [path for path in quantization.layers if path not in matrices]
-        passes.quantize_layers(models["decoder"], modules, others, quantization)
-        passes.round_layers(models["decoder"], modules, touched, quantization)
-        if touched:
-            say(f"{len(touched)} layers stay in fp32: the adapter is in their rounded weights")
-    for part, model in models.items():
-        own = {
-            path: change
-            for path, change in changes.items()
-            if captured.part_of(path.rpartition(".")[0]) == part
-        }
-        owners = {path.rpartition(".")[0] for path in own} & set(modules)
-        layers = {path: SiteEntry.of(modules[path]) for path in sorted(owners)}
-        passes.merge(model, passes.find_sites(model, layers, weights), own, weights)
-        passes.save_with_data(model, stage / _published(captured.parts[part]))
-
-
-def _branch(
-    captured: Any,
-    models: Mapping[str, Any],
-    modules: Mapping[str, Layer],
-    covered: Mapping[str, SiteEntry],
-    weights: Weights,
-    quantization: Quantization | None,
-    stage: Path,
-) -> dict[str, SiteEntry]:
-    """Write each graph with branches, of a decoder one without beside it on the same data.
-
-    Returns:
-        The layers, with where the data file has their weights.
-    """
-    from lora_edge import graph as passes
-
-    located = dict(covered)
-    for part, source in models.items():
-        path, model = captured.path(part), source
-        if quantization is not None:
-            passes.quantize_layers(model, modules, quantization.layers, quantization)
-            path = path.parent / "quantized" / path.name
-            path.parent.mkdir()
-            passes.save_with_data(model, path)
-            model = passes.load(path)
-        own = {x: site for x, site in covered.items() if captured.part_of(x) == part}
-        found = passes.find_sites(model, own, weights)
-        plain = path.with_name("base.onnx")
-        cached = captured.parts[part].cache is not None
-        if cached:
-            passes.save_graph(model, plain)
-            located |= with_weights(own, found)
-        passes.branch(model, found)
-        # Beside its data, which is moved and never rewritten.
-        passes.save_graph(model, path)
-        target = stage / _published(captured.parts[part])
-        path.rename(target)
-        data = path.with_name(f"{path.name}_data")
-        data.rename(target.with_name(data.name))
-        if cached:
-            plain.rename(stage / BASE_GRAPH_FILE)
-    return located
 
 
 def _share(quantization: Quantization, modules: Mapping[str, Layer], base: Base) -> float:
@@ -403,23 +319,6 @@ def covered_layers(
             parts = tuple(part for part in get_args(InputPart) if part in wanted)
             covered[path] = SiteEntry.of(entry, parts)
     return covered
-
-
-def with_weights(layers: Mapping[str, SiteEntry], found: Mapping[str, Any]) -> dict[str, SiteEntry]:
-    """The layers, with where the data file has their weights.
-
-    Args:
-        layers: module path -> layer.
-        found: module path -> :class:`~lora_edge.graph.Site`, before anything replaces a weight.
-    """
-    from lora_edge.graph import stored_weight
-
-    located = dict(layers)
-    for path, layer in layers.items():
-        stored = stored_weight(found[path])
-        if stored is not None:
-            located[path] = dataclasses.replace(layer, weight=WeightEntry(**stored._asdict()))
-    return located
 
 
 def say_cost(adapter: Adapter, file: Path, head: str, say: Progress) -> None:

@@ -29,7 +29,8 @@ from lora_edge.errors import (
     BundleError,
     ParityError,
 )
-from lora_edge.exporting.build import Options, Progress, build, check_precision
+from lora_edge.exporting.build import Options, build, check_precision
+from lora_edge.exporting.graphs import Progress
 from lora_edge.exporting.texts import own_folders, write_adapter_texts, write_base_text
 from lora_edge.files.changing import preparing, recover
 from lora_edge.files.portable import check_apart

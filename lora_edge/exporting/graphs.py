@@ -1,0 +1,122 @@
+"""Graphs of a bundle: a capture with an adapter in its weights, or with branches.
+
+Knows captures, passes and where the files of a bundle are; knows nothing of manifests.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_edge.base.layer import Layer
+from lora_edge.bundle.bundle import BASE_GRAPH_FILE
+from lora_edge.bundle.part import Part, SiteEntry, WeightEntry
+from lora_edge.fit.changes import ParameterChange
+from lora_edge.maths.quantization import Quantization
+
+Progress = Callable[[str], None]
+Weights = Callable[[str], "NDArray[np.floating] | None"]
+
+
+def published(part: Part) -> str:
+    """Where a captured graph will be in the bundle."""
+    return f"onnx/{part.file}"
+
+
+def write_merged(
+    captured: Any,
+    models: Mapping[str, Any],
+    modules: Mapping[str, Layer],
+    changes: Mapping[str, ParameterChange],
+    weights: Weights,
+    quantization: Quantization | None,
+    stage: Path,
+    say: Progress,
+) -> None:
+    """Write each graph with the changes in its weights."""
+    from lora_edge import graph as passes
+
+    if quantization is not None:
+        matrices = {path.removesuffix(".weight") for path in changes}
+        touched = [path for path in quantization.layers if path in matrices]
+        others = [path for path in quantization.layers if path not in matrices]
+        passes.quantize_layers(models["decoder"], modules, others, quantization)
+        passes.round_layers(models["decoder"], modules, touched, quantization)
+        if touched:
+            say(f"{len(touched)} layers stay in fp32: the adapter is in their rounded weights")
+    for part, model in models.items():
+        own = {
+            path: change
+            for path, change in changes.items()
+            if captured.part_of(path.rpartition(".")[0]) == part
+        }
+        owners = {path.rpartition(".")[0] for path in own} & set(modules)
+        layers = {path: SiteEntry.of(modules[path]) for path in sorted(owners)}
+        passes.merge(model, passes.find_sites(model, layers, weights), own, weights)
+        passes.save_with_data(model, stage / published(captured.parts[part]))
+
+
+def write_branched(
+    captured: Any,
+    models: Mapping[str, Any],
+    modules: Mapping[str, Layer],
+    covered: Mapping[str, SiteEntry],
+    weights: Weights,
+    quantization: Quantization | None,
+    stage: Path,
+) -> dict[str, SiteEntry]:
+    """Write each graph with branches, of a decoder one without beside it on the same data.
+
+    Returns:
+        The layers, with where the data file has their weights.
+    """
+    from lora_edge import graph as passes
+
+    located = dict(covered)
+    for part, source in models.items():
+        path, model = captured.path(part), source
+        if quantization is not None:
+            passes.quantize_layers(model, modules, quantization.layers, quantization)
+            path = path.parent / "quantized" / path.name
+            path.parent.mkdir()
+            passes.save_with_data(model, path)
+            model = passes.load(path)
+        own = {x: site for x, site in covered.items() if captured.part_of(x) == part}
+        found = passes.find_sites(model, own, weights)
+        plain = path.with_name("base.onnx")
+        cached = captured.parts[part].cache is not None
+        if cached:
+            passes.save_graph(model, plain)
+            located |= with_weights(own, found)
+        passes.branch(model, found)
+        # Beside its data, which is moved and never rewritten.
+        passes.save_graph(model, path)
+        target = stage / published(captured.parts[part])
+        path.rename(target)
+        data = path.with_name(f"{path.name}_data")
+        data.rename(target.with_name(data.name))
+        if cached:
+            plain.rename(stage / BASE_GRAPH_FILE)
+    return located
+
+
+def with_weights(layers: Mapping[str, SiteEntry], found: Mapping[str, Any]) -> dict[str, SiteEntry]:
+    """The layers, with where the data file has their weights.
+
+    Args:
+        layers: module path -> layer.
+        found: module path -> :class:`~lora_edge.graph.Site`, before anything replaces a weight.
+    """
+    from lora_edge.graph import stored_weight
+
+    located = dict(layers)
+    for path, layer in layers.items():
+        stored = stored_weight(found[path])
+        if stored is not None:
+            located[path] = dataclasses.replace(layer, weight=WeightEntry(**stored._asdict()))
+    return located
