@@ -159,11 +159,6 @@ class Manifest:
         """Module path of the layer that makes the logits of a vocabulary; empty: none does."""
         return self.gives.head
 
-    def with_parts(self, **changes: Any) -> Manifest:
-        """The manifest with these fields of each part changed."""
-        parts = {name: dataclasses.replace(part, **changes) for name, part in self.parts.items()}
-        return dataclasses.replace(self, parts=parts)
-
     def to_json(self) -> str:
         """The manifest as indented JSON with sorted keys."""
         return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"

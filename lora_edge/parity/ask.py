@@ -59,7 +59,8 @@ def attach(reference: Reference, bundle: Bundle, sources: Mapping[str, Path]) ->
     if bundle.manifest.quantization is not None:
         reference.round(bundle.manifest.quantization)
     for name, directory in sources.items():
-        labels = load_adapter(directory, name).head_labels(reference.label_layer)
+        layer = reference.label_layer
+        labels = load_adapter(directory, name).head_labels(layer) if layer else None
         reference.attach(name, directory, labels)
 
 

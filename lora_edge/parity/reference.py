@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from lora_edge.adapter.directory import read_config
 from lora_edge.base.checkpoint import Base
-from lora_edge.errors import MissingDependencyError
+from lora_edge.errors import MissingDependencyError, OptionError
 from lora_edge.maths.quantization import Quantization
 from lora_edge.parity.peft_models import (
     attached,
@@ -103,7 +103,9 @@ class Reference:
         self._shared: Any = self._load(task)
         self._size = sum(int(parameter.numel()) for parameter in self._shared.parameters())
         self.label_layer: str = task.label_layer(self._shared)
-        self._wide = False
+        # What ends with the block of wide(), and the models that are float64 in it.
+        self._widening: contextlib.ExitStack | None = None
+        self._widened: set[int] = set()
         self._names: dict[str, str] = {}
         self._state: State | None = None  # what is active in the shared model; None: not known
         self._unscale = contextlib.ExitStack()
@@ -121,9 +123,16 @@ class Reference:
 
     @property
     def bare(self) -> Any:
-        """transformers' model, as the checkpoint is: before it is rounded or adapters attached."""
-        assert not self._names
-        assert self._quantization is None
+        """transformers' model, as the checkpoint is: before it is rounded or adapters attached.
+
+        Raises:
+            OptionError: that was done already.
+        """
+        if self._names or self._apart or self._quantization is not None:
+            raise OptionError(
+                "the reference has adapters already, or rounded weights",
+                "Open another one, or give the base's folder.",
+            )
         return self._shared
 
     def round(self, quantization: Quantization) -> None:
@@ -277,11 +286,12 @@ class Reference:
         Parts that the model itself computes in float32 (its norms, its softmax) stay so. A model's
         layers are float64 one by one, each while it runs: there is no copy of the model.
         """
-        self._wide = True
-        try:
-            yield
-        finally:
-            self._wide = False
+        with contextlib.ExitStack() as stack:
+            self._widening, self._widened = stack, set()
+            try:
+                yield
+            finally:
+                self._widening = None
 
     def _load(self, task: Task) -> Any:
         # Imports torch, so it waits until libraries() has said that it is there.
@@ -310,7 +320,7 @@ class Reference:
     def _output(
         self, model: Any, row: Inputs, state: State, prompt: int | None
     ) -> NDArray[np.floating]:
-        dtype = self._torch.float64 if self._wide else self._torch.float32
+        dtype = self._torch.float32 if self._widening is None else self._torch.float64
         feeds = {name: self._torch.from_numpy(array)[None] for name, array in row.items()}
         for key, value in feeds.items():
             feeds[key] = value.to(dtype) if value.is_floating_point() else value
@@ -351,8 +361,9 @@ class Reference:
                 if self._names and self._state != wanted:
                     self._activate(wanted)
                 model = self._shared
-            if self._wide:
-                stack.enter_context(widened(model))
+            if self._widening is not None and id(model) not in self._widened:
+                self._widening.enter_context(widened(model))
+                self._widened.add(id(model))
             stack.enter_context(running(state, self._names))
             # Behind what loads models: a tensor that is made inside cannot be changed outside.
             stack.enter_context(self._torch.inference_mode())

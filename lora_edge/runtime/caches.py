@@ -37,7 +37,6 @@ class SharedCache(Decoding):
         self.cache = [ort.OrtValue.ortvalue_from_numpy(array, device) for array in arrays]
         # On the CPU an OrtValue is a view of its array, and so has views of single rows.
         self._arrays = arrays if device == "cpu" else []
-        self._io = self._bind_adapters(binding)
         self._bind_cache(self._io, self.cache)
 
     def _bind_cache(self, io: Any, cache: Sequence[Any]) -> None:
@@ -111,7 +110,6 @@ class ConcatenatedCache(Decoding):
         part = decoder.part
         self._gaps = part.form == "portable"
         self._left = part.padding == "left" or (part.padding == "either" and not self._gaps)
-        self._io = self._bind_adapters(binding)
         self._clear()
 
     def _clear(self) -> None:
@@ -188,5 +186,5 @@ class NoCache(Decoding):
         mask = (columns < np.array(lengths)[:, None]).astype(np.int64)
         positions = np.broadcast_to(columns, shape).astype(np.int64)
         chunk = Chunk(ids, mask, positions, [0] * self.batch, lengths)
-        found = self._run(self._bind_adapters(self.binding), chunk, every=True)
+        found = self._run(self._io, chunk, every=True)
         return [values[-max(len(row), 1) :] for values, row in zip(found, rows, strict=True)]

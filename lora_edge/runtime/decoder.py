@@ -81,6 +81,11 @@ class Decoder(ModelSession):
         self.graphs["decoder"] = dataclasses.replace(self.graphs["decoder"], session=session)
 
     @property
+    def longest(self) -> int:
+        """Positions that the model has."""
+        return self.part.max_length or _ANY_LENGTH
+
+    @property
     def kept(self) -> Cache:
         """The sizes of its cache.
 
@@ -119,10 +124,9 @@ class Decoder(ModelSession):
         """
         if batch < 1:
             raise DataError(f"the batch has {batch} rows, expected at least 1", "Give a prompt.")
-        most = self.part.max_length or _ANY_LENGTH
-        if not 1 <= max_length <= most:
+        if not 1 <= max_length <= self.longest:
             raise DataError(
-                f"{max_length} positions were asked for; the model has {most}",
+                f"{max_length} positions were asked for; the model has {self.longest}",
                 "Shorten the prompt, or lower max_new_tokens.",
             )
         kind = _CACHES[None if self.part.cache is None else self.part.cache.kind]

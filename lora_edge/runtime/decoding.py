@@ -81,6 +81,7 @@ class Decoding(ABC):
         self._gates: Values = {}  # what is bound; a binding does not keep its values alive
         self._logits: Any = None
         self._logits_array: FloatArray = np.zeros((0, 0, 0), np.float32)
+        self._io = self._bind_adapters(binding)
 
     @property
     def lengths(self) -> list[int]:

@@ -26,8 +26,6 @@ from lora_edge.runtime.rows import token_rows
 Sources = Sequence[Sequence[int]] | NDArray[np.float32]
 """Rows of token ids, special tokens included; or features ``[batch, mels, frames]``."""
 
-_ANY_LENGTH = 1 << 31  # where positions are relative
-
 
 class Seq2Seq(Decoder):
     """A decoder that reads an encoder's states besides what it has said."""
@@ -91,8 +89,7 @@ class Seq2Seq(Decoder):
         context = {ENCODER_STATES: ort.OrtValue.ortvalue_from_numpy(hidden)}
         if ENCODER_MASK in self.inputs:
             context[ENCODER_MASK] = values["attention_mask"]
-        longest = self.part.max_length or _ANY_LENGTH
-        return self.start(batch, longest, adapters, context)
+        return self.start(batch, self.longest, adapters, context)
 
     def keys(self, sources: Sources) -> Sequence[Sequence[int]]:
         """Numbers that tell the inputs of a batch from each other."""

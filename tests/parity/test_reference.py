@@ -9,7 +9,7 @@ import pytest
 
 from lora_edge.adapter.load import load_adapter
 from lora_edge.base.checkpoint import Base
-from lora_edge.errors import BaseModelError
+from lora_edge.errors import BaseModelError, OptionError
 from lora_edge.parity.plan.states import BASE, only, state_of
 from lora_edge.parity.reference import Reference
 
@@ -100,3 +100,25 @@ def test_a_folder_that_transformers_cannot_load(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 8}')
     with pytest.raises(BaseModelError, match="cannot be loaded"):
         Reference(Base(tmp_path, "broken", {}))
+
+
+def test_a_reference_with_adapters_is_no_base(reference: Reference) -> None:
+    with pytest.raises(OptionError, match="has adapters already") as caught:
+        _ = reference.bare
+    assert "base's folder" in caught.value.hint
+
+
+def test_the_weights_are_cast_once_for_all_rows(
+    reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    casts = []
+    model = type(reference._shared)
+    original = model.double
+    monkeypatch.setattr(model, "double", lambda own: casts.append(own) or original(own))
+    before = _logits(reference, "narrow")
+    with reference.wide():
+        wide = [_logits(reference, name) for name in ("narrow", None, "narrow")]
+    assert len(casts) == 1
+    assert wide[0].dtype == np.float64
+    np.testing.assert_array_equal(wide[0], wide[2])
+    np.testing.assert_array_equal(_logits(reference, "narrow"), before)

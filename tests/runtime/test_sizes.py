@@ -8,8 +8,14 @@ from typing import Any
 
 import pytest
 
+from lora_edge.bundle.manifest import Manifest
 from lora_edge.errors import BundleError, DataError
 from lora_edge.runtime import Decoder, Runner
+
+
+def _with_part(manifest: Manifest, **changes: Any) -> Manifest:
+    parts = {"decoder": replace(manifest.parts["decoder"], **changes)}
+    return replace(manifest, parts=parts)
 
 
 @pytest.mark.parametrize("form", ["fused", "portable"])
@@ -30,7 +36,7 @@ def test_a_decoder_of_other_sizes_is_refused(
     part = bundle.manifest.parts["decoder"]
     sizes = {name: value for name, value in changes.items() if name != "vocab_size"}
     others = {name: value for name, value in changes.items() if name == "vocab_size"}
-    manifest = bundle.manifest.with_parts(cache=replace(part.cache, **sizes), **others)
+    manifest = _with_part(bundle.manifest, cache=replace(part.cache, **sizes), **others)
     with pytest.raises(BundleError, match=words):
         Runner(replace(bundle, manifest=manifest))
 
@@ -41,13 +47,13 @@ def test_a_site_of_another_size_is_refused(bundles: dict[str, Any]) -> None:
     for changes in ({"in_features": 1 << 31}, {"out_features": 1 << 31}):
         sites = {**bundle.manifest.sites, path: replace(site, **changes)}
         with pytest.raises(BundleError, match=f"{path}.* is .*, but the manifest says"):
-            Runner(replace(bundle, manifest=bundle.manifest.with_parts(sites=sites)))
+            Runner(replace(bundle, manifest=_with_part(bundle.manifest, sites=sites)))
 
 
 def test_a_cache_that_no_memory_holds_is_refused(bundles: dict[str, Any]) -> None:
 
     bundle = bundles["fused"]
-    parts = bundle.manifest.with_parts(max_length=1 << 31).parts
+    parts = _with_part(bundle.manifest, max_length=1 << 31).parts
     decoder = Decoder(bundle.directory, parts, threads=1)
     with pytest.raises(DataError, match="does not fit in the memory"):
         decoder.start(1 << 20, 1 << 31)
