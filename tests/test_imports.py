@@ -167,16 +167,16 @@ _OF_A_TASK = re.compile(
 
 
 def test_few_places_branch_on_the_task() -> None:
-    """90 at 955968e, where three worlds ran side by side; a new one needs a reason."""
+    """69 at 955968e, with ``task is None``, which meant text generation; a new one needs a reason."""
     found = []
     for file in PACKAGE.rglob("*.py"):
         if file.parent.name == "tasks":
             continue
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             tests: list[ast.expr] = []
-            if isinstance(node, ast.If | ast.IfExp | ast.While | ast.Assert):
+            if isinstance(node, ast.If | ast.IfExp | ast.While):
                 tests = [node.test]
             elif isinstance(node, ast.comprehension):
                 tests = node.ifs
             found += [(file.name, x.lineno) for x in tests if _OF_A_TASK.search(ast.unparse(x))]
-    assert len(found) <= 47, found
+    assert len(found) <= 30, found

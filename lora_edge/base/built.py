@@ -34,29 +34,24 @@ from lora_edge.tasks.task import Task
 
 def layers_of(base: Base, task: Task) -> Layers:
     """Build a base without its weights; see :func:`lora_edge.capture.built_layers`."""
-    refuse_unloadable(base.config, seq2seq=task.seq2seq)
+    refuse_unloadable(base.config, task)
     with loading(base, task, None), quiet():
         config = read_config(base, task)
         model: Any = empty_model(config, task)
     task.complete(model, ())  # drops what nobody reads
     modules = model_layers(model)
-    tied: tuple[str, ...] = ()
-    head = output = ""
-    if task.generates:
-        tied = tied_pair(model)
-        layer = model.get_output_embeddings()
-        output = "" if layer is None else path_of(model, layer)
-    elif head := task.label_layer(model):
+    layer = model.get_output_embeddings()
+    output = "" if layer is None else path_of(model, layer)
+    if head := task.label_layer(model):
         modules[head] = replace(modules[head], kind="head")
     refused: UnsupportedModelError | None = None
     try:
-        if task.causal:
-            refuse_untraceable(config.to_dict())
+        refuse_untraceable(config.to_dict(), task)
         refuse_experts(base, config, task, model)
         refuse_loops(model, base.model_type, None)
     except UnsupportedModelError as error:
         refused = error
-    return Layers(modules, tied, parameter_modules(model), refused, output, head)
+    return Layers(modules, tied_pair(model), parameter_modules(model), refused, output, head)
 
 
 def weights_of(base: Base, task: Task) -> Callable[[str], NDArray[np.floating] | None]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from lora_edge.errors import UnsupportedModelError
+from lora_edge.tasks.task import TEXT, Task
 
 _EXPERT_FIELDS = (
     "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts",
@@ -38,29 +39,31 @@ class _Refusal(NamedTuple):
     hint: str = OPTIMUM
 
 
-def refuse_unloadable(config: Mapping[str, Any], *, seq2seq: bool = False) -> None:
+def refuse_unloadable(config: Mapping[str, Any], task: Task = TEXT) -> None:
     """Refuse a model that no backend of this release takes.
 
     Args:
         config: the content of ``config.json``.
-        seq2seq: the task is one of an encoder-decoder.
+        task: what it is to do.
 
     Raises:
         UnsupportedModelError: the field, its value and the reason.
     """
-    _refuse(config, _unloadable(config, seq2seq))
+    _refuse(config, _unloadable(config, task.seq2seq))
 
 
-def refuse_untraceable(config: Mapping[str, Any]) -> None:
+def refuse_untraceable(config: Mapping[str, Any], task: Task = TEXT) -> None:
     """Refuse a model that tracing is known to get wrong.
 
     Args:
         config: ``config.json`` with transformers' defaults filled in.
+        task: what it is to do; an encoder-decoder is not traced.
 
     Raises:
         UnsupportedModelError: the field, its value and the reason.
     """
-    _refuse(config, _untraceable(config))
+    if not task.seq2seq:
+        _refuse(config, _untraceable(config))
 
 
 def experts_field(config: Mapping[str, Any]) -> str | None:

@@ -39,7 +39,7 @@ def load_model(base: Base, attention: str | None, task: Task) -> Any:
         UnsupportedModelError: the architecture is refused.
         BaseModelError: as :func:`load_whole`.
     """
-    refuse_unloadable(base.config, seq2seq=task.seq2seq)
+    refuse_unloadable(base.config, task)
     with loading(base, task, attention):
         config = read_config(base, task)
         if attention is not None:
@@ -219,8 +219,9 @@ def model_layers(model: nn.Module) -> dict[str, Layer]:
 
 def tied_pair(model: Any) -> tuple[str, ...]:
     """Module paths of the embedding and of the output layer that shares its weight, or ()."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is None or embedding is None or head.weight is not embedding.weight:
+    head = model.get_output_embeddings()
+    embedding = None if head is None else model.get_input_embeddings()
+    if embedding is None or head.weight is not embedding.weight:
         return ()
     return path_of(model, embedding), path_of(model, head)
 

@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 from lora_edge.bundle.manifest import Manifest
-from lora_edge.tasks.task import SPEECH, TEXT2TEXT, TEXT_GENERATION
+from lora_edge.tasks.task import TASKS
 
-_PROMPT, _TEXT = ("-p 'Hello'",), ("--text 'Hello'",)
-# task -> how the command line and Python ask for its results
+# what the model takes -> how the command line gives it, and Python
 _OPTION = {
-    TEXT_GENERATION: _PROMPT,
-    TEXT2TEXT: _PROMPT,
-    "text-classification": _TEXT,
-    "token-classification": _TEXT,
-    "feature-extraction": _TEXT,
-    "image-classification": ("--image photo.png",),
+    "prompt": ("-p 'Hello'",),
+    "text": ("--text 'Hello'",),
+    "pixel_values": ("--image photo.png",),
 }
-_LABELS = 'classify(["Hello"]'
-_CALL = {
-    TEXT_GENERATION: 'generate(["Hello"]',
-    TEXT2TEXT: 'generate(["Hello"]',
-    SPEECH: "generate(input_features",
-    "feature-extraction": 'embed(["Hello"]',
-    "image-classification": 'classify(["photo.png"]',
-}
+_ARGUMENT = {"pixel_values": '["photo.png"]', "input_features": "input_features"}
 
 
 def bundle_card(manifest: Manifest) -> str:
@@ -52,7 +41,8 @@ def bundle_card(manifest: Manifest) -> str:
                 f"the mean over its layers, {made.worst_error:.2e} at worst. The proof is of "
                 "the LoRA.",
             ]
-    task = manifest.task
+    task = TASKS[manifest.task]
+    argument = _ARGUMENT.get(task.takes, '["Hello"]')
     example = next((name for name in sorted(manifest.adapters) if name != "none"), "NAME")
     lines += [
         "",
@@ -60,14 +50,14 @@ def bundle_card(manifest: Manifest) -> str:
         "shows what the bundle holds and what is proved now, after `add` and `remove` too.",
         "",
         "```sh",
-        *(f"lora-edge run . -a {example} {option}" for option in _OPTION.get(task, ())),
+        *(f"lora-edge run . -a {example} {option}" for option in _OPTION.get(task.takes, ())),
         "lora-edge validate .",
         "```",
         "",
         "```python",
         "import lora_edge",
         'runner = lora_edge.Runner(".")',
-        f'print(runner.{_CALL.get(task, _LABELS)}, adapter="{example}"))',
+        f'print(runner.{task.verb}({argument}, adapter="{example}"))',
         "```",
     ]
     if manifest.sites:

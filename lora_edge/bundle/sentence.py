@@ -22,6 +22,7 @@ from lora_edge.errors import (
 from lora_edge.files.json import read_json, read_object
 from lora_edge.files.paths import path_inside
 from lora_edge.maths.pooling import MODES, Mode, Pooling
+from lora_edge.tasks.task import EMBEDDING
 
 MODULES_FILE = "modules.json"
 PROMPTS_FILE = "config_sentence_transformers.json"
@@ -260,29 +261,38 @@ def _join(folder: str, name: str) -> str:
 
 
 def write_sentence_modules(
-    directory: Path, name: str, source: Path, *, output: Path | None = None
+    directory: Path,
+    task: str,
+    folders: Mapping[str, Path],
+    *,
+    output: Path | None = None,
 ) -> None:
-    """Carry the sentence-transformers files of an adapter's folder where they say other things.
+    """Carry the sentence-transformers files of adapters' folders where they say other things.
 
     Args:
-        directory: a bundle of embeddings, which has the base's files.
-        name: the adapter.
-        source: its own folder.
+        directory: a bundle, which has the base's files; of another task than embeddings, nothing is
+            written.
+        task: what it is for.
+        folders: name -> the adapter's own folder.
         output: where the files go; ``None``: into the bundle.
 
     Raises:
         UnsupportedAdapterError: a module or a setting that cannot be represented; it is named.
         BundleError: a file cannot be read.
     """
-    if not (source / MODULES_FILE).is_file():
+    if task != EMBEDDING:
         return
-    try:
-        own = load_sentence_modules(source, directory)
-    except UnsupportedModelError as error:
-        raise UnsupportedAdapterError(f"adapter {name} is refused: {error}", error.hint) from error
-    if own == load_sentence_modules(directory):
-        return
-    folder = (output or directory) / "adapters" / name / SENTENCE_FOLDER
-    for relative in sentence_files(source):
-        (folder / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / relative, folder / relative)
+    for name, source in folders.items():
+        if not (source / MODULES_FILE).is_file():
+            continue
+        try:
+            own = load_sentence_modules(source, directory)
+        except UnsupportedModelError as error:
+            what = f"adapter {name} is refused: {error}"
+            raise UnsupportedAdapterError(what, error.hint) from error
+        if own == load_sentence_modules(directory):
+            continue
+        folder = (output or directory) / "adapters" / name / SENTENCE_FOLDER
+        for relative in sentence_files(source):
+            (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / relative, folder / relative)

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_edge.base.checkpoint import Base
-from lora_edge.base.layer import Layer
 from lora_edge.base.model import load_model, model_layers
 from lora_edge.bundle.part import Part
 from lora_edge.capture.attention import MASKED, RegisteredAttention, explicit_attention
+from lora_edge.capture.base_graph import BaseGraph
 from lora_edge.capture.refusing import max_length, noted_activations, refusing
 from lora_edge.capture.swaps import constant_views, replaced, swapped_linears
 from lora_edge.capture.torchscript import name_nodes, to_onnx
@@ -156,12 +156,10 @@ class _Traced(nn.Module):
         return found
 
 
-def trace_encoder(base: Base, directory: Path, task: Task) -> tuple[Part, dict[str, Layer], str]:
+def trace_encoder(base: Base, directory: Path, task: Task, form: str) -> BaseGraph:  # noqa: ARG001
     """Trace a model into ``directory/model.onnx`` and ``directory/model.onnx_data``.
 
-    Returns:
-        The part, its layers by module path, and the module path of the head's
-        last layer (empty where there is no head).
+    What has no cache has one form, the portable.
 
     Raises:
         UnsupportedModelError: the architecture is refused.
@@ -193,7 +191,7 @@ def trace_encoder(base: Base, directory: Path, task: Task) -> tuple[Part, dict[s
     head = task.label_layer(model)
     if head:
         modules[head] = replace(modules[head], kind="head")
-    return part, modules, head
+    return BaseGraph(directory, {"encoder": part}, modules, (), head, base.model_type)
 
 
 @contextmanager

@@ -18,9 +18,9 @@ import onnx
 import torch
 
 from lora_edge.base.checkpoint import Base
-from lora_edge.base.layer import Layer
 from lora_edge.base.model import load_model, model_layers, path_of, tied_pair
 from lora_edge.bundle.part import Beginning, Cache, Part
+from lora_edge.capture.base_graph import BaseGraph
 from lora_edge.capture.refusing import max_length
 from lora_edge.errors import (
     BaseModelError,
@@ -29,20 +29,16 @@ from lora_edge.errors import (
     UnsupportedModelError,
 )
 from lora_edge.names import past_name
-from lora_edge.tasks.task import TEXT, Task
+from lora_edge.tasks.task import Task
 
 _TASK = "text-generation-with-past"
 _INLINE_BELOW = 1024  # bytes
 
 
-def export_with_optimum(
-    base: Base, directory: Path
-) -> tuple[Part, dict[str, Layer], tuple[str, ...], str]:
+def export_with_optimum(base: Base, directory: Path, task: Task, form: str) -> BaseGraph:  # noqa: ARG001
     """Export a decoder into ``directory/model.onnx`` and ``directory/model.onnx_data``.
 
-    Returns:
-        The part, its layers by module path, the embedding and the head where
-        they share their weight (see :func:`tied_pair`), and the head's module path.
+    It has one form, its own.
 
     Raises:
         MissingDependencyError: optimum-onnx is not installed.
@@ -53,7 +49,7 @@ def export_with_optimum(
     """
     _check_installed()
     # Only an eager model keeps its softcap, and only the loaded model decides that.
-    model = load_model(base, None, TEXT)
+    model = load_model(base, None, task)
     modules, tied = model_layers(model), tied_pair(model)
     head = path_of(model, model.get_output_embeddings())
     with _exported(base, model, directory, _TASK) as scratch:
@@ -73,17 +69,13 @@ def export_with_optimum(
         cache=Cache("concatenated", layers, kv_heads, head_dim),
     )
     _save(graph, path)
-    return part, modules, tied, head
+    return BaseGraph(directory, {"decoder": part}, modules, tied, head, base.model_type)
 
 
-def export_seq2seq(
-    base: Base, directory: Path, task: Task
-) -> tuple[dict[str, Part], str, Beginning, dict[str, Layer], tuple[str, ...], str]:
+def export_seq2seq(base: Base, directory: Path, task: Task, form: str) -> BaseGraph:  # noqa: ARG001
     """Export an encoder and a decoder without a cache, each with its ``_data``, into a folder.
 
-    Returns:
-        The parts, the module path of the encoder, what an answer begins with, and the layers, the
-        tied pair and the head as :func:`export_with_optimum`.
+    They have one form, optimum's.
 
     Raises:
         BaseModelError: its config names no token that the decoder begins with.
@@ -130,8 +122,16 @@ def export_seq2seq(
     for graph, below, file in zip(graphs, (encoder, ""), files, strict=True):
         _name_parameters(graph, model, below)
         _save(graph, file)
-    begun = Beginning(**_beginning(model, base))
-    return parts, encoder, begun, model_layers(model), tied_pair(model), head
+    return BaseGraph(
+        directory,
+        parts,
+        model_layers(model),
+        tied_pair(model),
+        head,
+        base.model_type,
+        beginning=Beginning(**_beginning(model, base)),
+        encoder=encoder,
+    )
 
 
 def _name_parameters(graph: onnx.ModelProto, model: Any, part: str) -> None:

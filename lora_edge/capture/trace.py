@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from lora_edge.base.checkpoint import Base
 from lora_edge.base.experts import parameter_modules
 from lora_edge.base.families import OPTIMUM
-from lora_edge.base.layer import Layer
 from lora_edge.base.model import load_model, model_layers, path_of, tied_pair
 from lora_edge.bundle.part import Cache, Part
 from lora_edge.capture.attention import (
@@ -29,6 +28,7 @@ from lora_edge.capture.attention import (
     Survey,
     TraceCache,
 )
+from lora_edge.capture.base_graph import BaseGraph
 from lora_edge.capture.conditional import lower_choices
 from lora_edge.capture.experts import swapped_experts
 from lora_edge.capture.operators import TakePositions
@@ -42,9 +42,8 @@ from lora_edge.capture.swaps import (
 from lora_edge.capture.torchscript import name_nodes, to_onnx
 from lora_edge.capture.weights import Weight, attach, placeholders
 from lora_edge.errors import CaptureError, UnsupportedModelError
-from lora_edge.maths.experts import ParameterModule
 from lora_edge.names import LOGITS_POSITIONS, past_name, present_name
-from lora_edge.tasks.task import TEXT
+from lora_edge.tasks.task import Task
 
 # Sizes that no model has, so that a traced size is known for what it is.
 _BATCH, _SEQ, _PAST = 3, 5, 7
@@ -104,15 +103,8 @@ def _forward(
         return logits
 
 
-def trace(
-    base: Base, directory: Path, form: Literal["fused", "portable"]
-) -> tuple[Part, dict[str, Layer], tuple[str, ...], str, dict[str, ParameterModule]]:
+def trace(base: Base, directory: Path, task: Task, form: Literal["fused", "portable"]) -> BaseGraph:
     """Trace a decoder into ``directory/model.onnx`` and ``directory/model.onnx_data``.
-
-    Returns:
-        The part, its layers by module path, the embedding and the head where
-        they share their weight (see :func:`tied_pair`), the head's module path, and the modules of
-        experts.
 
     Raises:
         UnsupportedModelError: the architecture is refused.
@@ -121,7 +113,7 @@ def trace(
     """
     swap = AttentionSwap(base.model_type)
     with swap.registered(), torch.no_grad():
-        model = load_model(base, swap.name, TEXT)
+        model = load_model(base, swap.name, task)
         modules = model_layers(model)
         longest = max_length(model.config)
         rotary = RotarySwap(model, longest) if form == "fused" else None
@@ -150,7 +142,15 @@ def trace(
             head_dim=first.head_dim,
         ),
     )
-    return part, modules, tied, head, parameter_modules(model)
+    return BaseGraph(
+        directory,
+        {"decoder": part},
+        modules,
+        tied,
+        head,
+        base.model_type,
+        parameter_modules(model),
+    )
 
 
 def _survey(

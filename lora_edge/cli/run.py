@@ -162,18 +162,19 @@ def _results(
     runner: Any, task: str, inputs: list[Any], chosen: Any, top: int | None, settings: Any
 ) -> list[tuple[dict[str, Any], str]]:
     """What each input gives: as JSON, and as lines for people."""
-    from lora_edge.tasks.task import Task
+    from lora_edge.tasks.task import TASKS
 
-    done = Task(task)
-    if done.generates:
-        texts = runner.generate(inputs, chosen, **settings)
-        return [({"completion": text}, text) for text in texts]
-    if done.output == "last_hidden_state":
-        vectors = [row.tolist() for row in runner.embed(inputs, chosen)]
+    facts = TASKS[task]
+    if facts.verb == "generate":
+        answers = runner.generate(inputs, chosen, **settings)
+        return [({"completion": text}, text) for text in answers]
+    answers = getattr(runner, facts.verb)(inputs, chosen)
+    if facts.verb == "embed":
+        vectors = [row.tolist() for row in answers]
         return [({"embedding": vector}, json.dumps(vector)) for vector in vectors]
     found = []
-    for labels in runner.classify(inputs, chosen):
-        kept = labels if done.facts.by_token else labels[:top]
+    for labels in answers:
+        kept = labels if facts.by_token else labels[:top]
         names = [f"{x.text}\t{x.label}" if hasattr(x, "text") else x.label for x in kept]
         lines = [f"{name}\t{x.score:.4f}" for name, x in zip(names, kept, strict=True)]
         found.append(({"labels": [x._asdict() for x in kept]}, "\n".join(lines)))

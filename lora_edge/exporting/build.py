@@ -30,11 +30,11 @@ from lora_edge.errors import MissingDependencyError, UnsupportedModelError
 from lora_edge.exporting.graphs import Progress, Weights, published, write_branched, write_merged
 from lora_edge.fit.changes import parameter_changes, site_changes
 from lora_edge.fit.check import (
-    SEQ2SEQ_KINDS,
+    changeable,
     check_copies,
+    check_kinds,
     check_loads,
     check_modules,
-    check_seq2seq,
 )
 from lora_edge.fit.kinds import kind_of, parts_of_kinds
 from lora_edge.maths.lora import Head, SiteChange
@@ -113,16 +113,13 @@ def build(
     raw = stage / "capture"
     raw.mkdir()
     (stage / "onnx").mkdir()
-    what = f"{options.backend}, {options.form}" if task.causal else task.name
-    say(f"capturing {base.name_or_path} ({base.model_type}, {what})")
+    say(f"capturing {base.name_or_path} ({base.model_type}, {task.name})")
     captured = capture(base, raw, task, form=options.form, backend=options.backend)
     models = {name: passes.load(captured.path(name)) for name in captured.parts}
     weights = _weights(base, captured, models)
-    modules = captured.modules
-    if task.seq2seq:
-        modules = {path: x for path, x in modules.items() if x.kind in SEQ2SEQ_KINDS}
-        for adapter in adapters:
-            check_seq2seq(adapter.settled(modules), captured.modules)
+    modules = changeable(captured.modules, task)
+    for adapter in adapters:
+        check_kinds(adapter.settled(modules), captured.modules, task)
     adapters = [adapter.settled(modules) for adapter in adapters]
     for adapter in adapters:
         check_modules(adapter, modules, base.name_or_path, captured.parameter_modules)

@@ -39,9 +39,9 @@ from lora_edge.fit.changes import site_changes
 from lora_edge.fit.check import (
     check_base_of,
     check_copies,
+    check_kinds,
     check_loads,
     check_modules,
-    check_seq2seq,
     other_base,
 )
 from lora_edge.fit.convert import Conversion, converting
@@ -52,7 +52,7 @@ from lora_edge.maths.lora import Head, SiteChange
 from lora_edge.maths.quantization import Precision, rounded_weights
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.runtime.adapters.changes import parse_changes
-from lora_edge.tasks.task import EMBEDDING, Task
+from lora_edge.tasks.task import Task
 
 if TYPE_CHECKING:
     from lora_edge.parity.reference import Reference
@@ -168,10 +168,8 @@ def export(
             manifest, reference = build(model, loaded, stage, options, say)
             write_base_text(model, stage, manifest, say)
             folders = own_folders(adapters or {}, local)
+            write_sentence_modules(stage, manifest.task, folders)
             manifest = write_adapter_texts(stage, manifest, folders, say)
-            if manifest.task == EMBEDDING:
-                for name, folder in folders.items():
-                    write_sentence_modules(stage, name, folder)
             staged = Bundle(stage, _signed(stage, manifest, conversions))
             _prove(staged, reference, say)
             _finish(stage)
@@ -240,8 +238,7 @@ def _add(
             continue
         adapter.check_mode("switchable")
         check_base_of(adapter, manifest.base["fingerprint"], manifest.base["name_or_path"])
-        if manifest.driver == "encoder-decoder":
-            check_seq2seq(adapter, layers)
+        check_kinds(adapter, layers, Task(manifest.task))
         check_modules(adapter, layers, "the bundle's base")
         check_loads(adapter, BaseView(layers, manifest.tied, manifest.head))
         check_copies(adapter, checkpoint, manifest.tied)
@@ -268,11 +265,9 @@ def _add(
             for adapter in loaded
             if adapter.name in changes
         }
-        if manifest.task == EMBEDDING:
-            for name in entries:
-                write_sentence_modules(target.directory, name, folders[name], output=stage)
-        whole = dataclasses.replace(manifest, adapters={**manifest.adapters, **entries})
         own_texts = {name: folder for name, folder in folders.items() if name in entries}
+        write_sentence_modules(target.directory, manifest.task, own_texts, output=stage)
+        whole = dataclasses.replace(manifest, adapters={**manifest.adapters, **entries})
         told = write_adapter_texts(target.directory, whole, own_texts, _silent, output=stage)
 
         def edit(now: Manifest) -> Manifest:

@@ -19,6 +19,7 @@ from lora_edge.base.checkpoint import Base
 from lora_edge.base.layer import Layer
 from lora_edge.errors import AdapterError, UnsupportedAdapterError
 from lora_edge.maths.experts import ParameterModule, place_of
+from lora_edge.tasks.task import Task
 
 Weights = Callable[[str], "NDArray[np.floating] | None"]
 """Parameter path -> the base's value in the checkpoint's layout; ``None`` where it has none."""
@@ -185,16 +186,25 @@ def _shape_of(layer: Layer, own: str) -> tuple[int, ...] | None:
     return layer.out_features, layer.in_features
 
 
-SEQ2SEQ_KINDS = frozenset({"linear", "norm", "conv"})
-"""Kinds of layers that an adapter may change in an encoder-decoder: those that are in one graph."""
+_ONE_GRAPH_KINDS = frozenset({"linear", "norm", "conv"})
 
 
-def check_seq2seq(adapter: Adapter, layers: Mapping[str, Layer]) -> None:
+def changeable(layers: Mapping[str, Layer], task: Task) -> Mapping[str, Layer]:
+    """The layers that an adapter may change: of an encoder-decoder, those that are in one graph."""
+    if not task.seq2seq:
+        return layers
+    return {path: x for path, x in layers.items() if x.kind in _ONE_GRAPH_KINDS}
+
+
+def check_kinds(adapter: Adapter, layers: Mapping[str, Layer], task: Task) -> None:
     """Check that an adapter changes no embeddings of an encoder-decoder, which both graphs read.
 
     Raises:
         UnsupportedAdapterError: it does; the layer is named. Or it is an activated LoRA.
     """
+    able = changeable(layers, task)
+    if able is layers:
+        return
     hint = "Train it on other layers (target_modules), or merge it into the base with PEFT."
     if adapter.invocation:
         raise UnsupportedAdapterError(
@@ -203,10 +213,10 @@ def check_seq2seq(adapter: Adapter, layers: Mapping[str, Layer]) -> None:
         )
     owners = {path.rpartition(".")[0] for path in adapter.saved}
     for path in (*adapter.modules, *adapter.tokens, *sorted(owners)):
-        entry = layers.get(path)
-        if entry is not None and entry.kind not in SEQ2SEQ_KINDS:
+        if path in layers and path not in able:
             raise UnsupportedAdapterError(
-                f"adapter {adapter.name} is refused: {path} is a layer of kind {entry.kind}, and "
+                f"adapter {adapter.name} is refused: {path} is a layer of kind "
+                f"{layers[path].kind}, and "
                 "of an encoder-decoder only linear layers, convolutions and norms take changes",
                 hint,
             )

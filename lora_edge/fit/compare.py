@@ -29,9 +29,9 @@ from lora_edge.fit.check import (
     Weights,
     base_value,
     check_base_of,
+    check_kinds,
     check_loads,
     check_modules,
-    check_seq2seq,
     hint_of_copy,
     other_base,
     same_copy,
@@ -199,7 +199,7 @@ class Fit:
     def _found_misfits(self) -> Iterator[tuple[str, LoraEdgeError]]:
         whole = self._adapter
         nothing = dataclasses.replace(whole, modules={}, saved={}, tokens={}, stacked={})
-        seq2seq = self._task.seq2seq and self.compared == "model"
+        built = self.compared == "model"
         for field in ("modules", "saved", "tokens", "stacked"):
             for path, value in getattr(whole, field).items():
                 if field == "stacked" and self.compared == "names":
@@ -207,8 +207,8 @@ class Fit:
                 own: Any = {field: {path: value}}
                 part = dataclasses.replace(nothing, **own)
                 try:
-                    if seq2seq:
-                        check_seq2seq(part, self._layers)
+                    if built:
+                        check_kinds(part, self._layers, self._task)
                     check_modules(part, self._layers, self._base.name_or_path, self._stacks)
                 except LoraEdgeError as error:
                     yield path, error

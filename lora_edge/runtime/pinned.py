@@ -8,7 +8,7 @@ it is used.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ class PinnedSessions:
 
     Args:
         bundle: the bundle; the graph is checked against its hash before it is opened.
-        switchable: the session on the graph with branches; ``None``: the bundle has none.
+        switchable: gives the session on the graph with branches.
         active: its adapters.
         names: adapters to pin; None (or ``none``) is no adapter.
         options: of every session: provider, threads, ...
@@ -52,7 +52,7 @@ class PinnedSessions:
     def __init__(
         self,
         bundle: Bundle,
-        switchable: Decoder | None,
+        switchable: Callable[[], Decoder],
         active: ActiveAdapters,
         names: Sequence[str | None],
         options: Mapping[str, Any],
@@ -121,7 +121,7 @@ class PinnedSessions:
 
         Where a weight is, and that ONNX Runtime takes another in its place, is what no hash tells.
         """
-        assert self._switchable is not None  # or nothing could be pinned
+        switchable = self._switchable()
         part = decoder.part
         count = min(_CHECKED, part.max_length)
         rows = [np.random.default_rng(0).integers(0, part.vocab_size, count).tolist()]
@@ -130,8 +130,8 @@ class PinnedSessions:
             return session.start(1, count, binding).extend_all(rows)[0].astype(np.float64)
 
         found = logits(decoder, Binding((state,), {}))
-        expected = logits(self._switchable, self._active.binding(dict(state), 1))
-        effect = np.linalg.norm(expected - logits(self._switchable, self._active.binding(None, 1)))
+        expected = logits(switchable, self._active.binding(dict(state), 1))
+        effect = np.linalg.norm(expected - logits(switchable, self._active.binding(None, 1)))
         rounding = _ROUNDING[decoder.cache_dtype.name] * np.linalg.norm(expected)
         error = np.linalg.norm(found - expected)
         if not error <= max(_SHARE * effect, rounding):

@@ -116,8 +116,9 @@ class Runner:
         }
         self.session = open_parts(self.bundle, options)
         self._active = ActiveAdapters(self.bundle, self.session.tensors)
-        switchable = self.decoder if self.driver == "decoder" else None
-        self._pinned = PinnedSessions(self.bundle, switchable, self._active, pinned, options)
+        self._pinned = PinnedSessions(
+            self.bundle, lambda: self.decoder, self._active, pinned, options
+        )
 
     def _session_for(self, adapter: AdapterArgument, batch: int) -> tuple[Decoder, Binding]:
         """Where a batch of text runs, and what is bound there; raises as :meth:`binding`."""

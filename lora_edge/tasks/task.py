@@ -32,28 +32,48 @@ class Facts(NamedTuple):
         driver: what runs it.
         peft_type: PEFT's name of it, with which PEFT saves the head that it trains; empty: none.
         takes: what a person gives it: ``prompt``, ``text``, or the name of the model's input.
+        verb: the Runner's method that a person calls.
         by_token: the model has an output for each token of its input.
+        metrics: what an adapter's quality is measured by, the usual one first.
     """
 
     loader: str
     driver: Driver
     peft_type: str
     takes: str
+    verb: Literal["generate", "classify", "embed"]
     by_token: bool = False
+    metrics: tuple[str, ...] = ()
 
 
 TASKS: Mapping[str, Facts] = {
-    TEXT_GENERATION: Facts("AutoModelForCausalLM", "decoder", "CAUSAL_LM", "prompt"),
+    TEXT_GENERATION: Facts(
+        "AutoModelForCausalLM",
+        "decoder",
+        "CAUSAL_LM",
+        "prompt",
+        "generate",
+        metrics=("exact_match", "perplexity"),
+    ),
     "text-classification": Facts(
-        "AutoModelForSequenceClassification", "encoder", "SEQ_CLS", "text"
+        "AutoModelForSequenceClassification",
+        "encoder",
+        "SEQ_CLS",
+        "text",
+        "classify",
+        metrics=("accuracy",),
     ),
     "token-classification": Facts(
-        "AutoModelForTokenClassification", "encoder", "TOKEN_CLS", "text", by_token=True
+        "AutoModelForTokenClassification", "encoder", "TOKEN_CLS", "text", "classify", by_token=True
     ),
-    EMBEDDING: Facts("AutoModel", "encoder", "FEATURE_EXTRACTION", "text", by_token=True),
-    "image-classification": Facts("AutoModelForImageClassification", "encoder", "", "pixel_values"),
-    TEXT2TEXT: Facts("AutoModelForSeq2SeqLM", "encoder-decoder", "SEQ_2_SEQ_LM", "prompt"),
-    SPEECH: Facts("AutoModelForSpeechSeq2Seq", "encoder-decoder", "", "input_features"),
+    EMBEDDING: Facts("AutoModel", "encoder", "FEATURE_EXTRACTION", "text", "embed", by_token=True),
+    "image-classification": Facts(
+        "AutoModelForImageClassification", "encoder", "", "pixel_values", "classify"
+    ),
+    TEXT2TEXT: Facts(
+        "AutoModelForSeq2SeqLM", "encoder-decoder", "SEQ_2_SEQ_LM", "prompt", "generate"
+    ),
+    SPEECH: Facts("AutoModelForSpeechSeq2Seq", "encoder-decoder", "", "input_features", "generate"),
 }
 """What there is to do."""
 

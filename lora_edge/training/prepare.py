@@ -159,9 +159,8 @@ def export_modes(
 def base_refusal(base: Base, task: Task) -> Refusal | None:
     """Why export's own backend refuses the base's architecture, if it does."""
     try:
-        refuse_unloadable(base.config)
-        if task.causal:
-            refuse_untraceable(base.config)
+        refuse_unloadable(base.config, task)
+        refuse_untraceable(base.config, task)
     except UnsupportedModelError as error:
         return Refusal(str(error), error.hint)
     return None

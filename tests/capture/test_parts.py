@@ -19,7 +19,7 @@ def _graph(folder: Path, *files: str, encoder: str = "") -> BaseGraph:
         name: Part(file, "foreign", "optimum", ("input_ids",), "logits", 9, 10)
         for name, file in zip(names, files, strict=True)
     }
-    return BaseGraph(folder, parts, {}, (), "", {}, "some", {}, 0.0, encoder=encoder)
+    return BaseGraph(folder, parts, {}, (), "", "some", encoder=encoder)
 
 
 def test_a_decoder_is_one_graph(tmp_path: Path) -> None:

@@ -54,10 +54,7 @@ def expected_answers(
     found: asked.Answers = {asked.LENGTHS: _lengths(runner, base, parameters)}
     task = Task(runner.bundle.manifest.task)
     if task.generates:
-        ends, defaults = reference_generation(base.directory)
-        found[asked.ENDS] = ends
-        if task.causal:
-            found[asked.DEFAULTS] = defaults
+        found[asked.ENDS], found[asked.DEFAULTS] = reference_generation(base.directory)
     elif task.output == "logits":
         found[asked.LABELS] = _labels(runner, base, sources, parameters)
     if asked.has_tokenizer(runner):

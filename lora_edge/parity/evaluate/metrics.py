@@ -16,6 +16,7 @@ from lora_edge.parity.plan.states import BASE, Row, State, only
 from lora_edge.parity.reference import Reference
 from lora_edge.parity.subjects.encoder import EncoderSubject
 from lora_edge.runtime import Runner
+from lora_edge.tasks.task import Task
 
 Scores = NDArray[np.float64]
 """``[examples]``."""
@@ -48,15 +49,11 @@ def check_metric(bundle: Bundle, metric: str | None) -> str:
     Raises:
         DataError: the task has no such metric.
     """
-    manifest = bundle.manifest
-    known: tuple[str, ...] = ()
-    if manifest.driver == "decoder":
-        known = ("exact_match", "perplexity")
-    elif manifest.task == "text-classification":
-        known = ("accuracy",)
+    task = Task(bundle.manifest.task)
+    known = task.facts.metrics
     if not known or metric not in {None, *known}:
         raise DataError(
-            f"a bundle of {manifest.task} has no metric"
+            f"a bundle of {task.name} has no metric"
             + (f" {metric!r}; it has {', '.join(known)}" if known else ""),
             "Text generators have exact_match and perplexity, text classifiers accuracy.",
         )

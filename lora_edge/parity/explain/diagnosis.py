@@ -110,9 +110,11 @@ def _began(failure: Failure) -> str:
         if _moved(failure, step):
             return f"each position of the prompts has the outputs of the one {other} it"
     first = [place for place in failure.first_wrong() if place is not None]
-    if failure.causal and len(failure.rows) == 1 and first and first[0] >= _LATE:
+    if not failure.causal:
+        return ""
+    if len(failure.rows) == 1 and first and first[0] >= _LATE:
         return _late(failure, first[0])
-    if not failure.causal or len(first) < 2 or len(set(first)) > 1 or first[0] == 0:
+    if len(first) < 2 or len(set(first)) > 1 or first[0] == 0:
         return ""
     if first[0] == 1:
         return (

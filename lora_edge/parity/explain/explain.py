@@ -13,7 +13,6 @@ from lora_edge.parity.explain.repro import worst_row, write_repro
 from lora_edge.parity.record.golden import Golden
 from lora_edge.parity.reference import Reference
 from lora_edge.parity.report import Case
-from lora_edge.parity.subjects import subject_of
 from lora_edge.runtime import Runner
 
 _MOST = 4  # probes whose layers are compared: each costs a run in float64
@@ -45,8 +44,6 @@ def explain(
     Returns:
         The cases, with layers, and where the reproduction is (empty: there is none).
     """
-    if not subject_of(runner.bundle.manifest).layered:
-        return list(cases), ""
     todo = list(_first_failures(cases, goldens))[:_MOST]
     if not todo:
         return list(cases), ""

@@ -116,9 +116,7 @@ def add_goldens(
     base = named if isinstance(named, Base) else resolve_base(named)
     runner = Runner(target)
     subject = subject_of(target.manifest)
-    longest = subject.reads.max_length or None
-    if longest is not None and subject.behind:
-        longest -= _STEPS if steps is None else steps
+    longest = subject.longest_prompt(_STEPS if steps is None else steps)
     probes = given_probes(
         target, prompts, partial(subject.tokens_of, runner), steps=steps, longest=longest
     )

@@ -51,6 +51,11 @@ class DecoderSubject(Subject):
             decoded=_DECODED if small else _DECODED_OF_LARGE,
         )
 
+    def longest_prompt(self, steps: int) -> int | None:
+        """What follows stands in the same row."""
+        longest = super().longest_prompt(steps)
+        return longest and longest - steps
+
     def _affordable(self, question: Question, parameters: int) -> int:
         """Tokens beyond which one row costs too much."""
         config = question.base.config

@@ -63,6 +63,10 @@ class Subject(ABC):
         """A probe, planned or given, as this kind of model can run it; ``None``: not at all."""
         return probe
 
+    def longest_prompt(self, steps: int) -> int | None:  # noqa: ARG002
+        """Tokens that a prompt may have, which so many follow; ``None``: any number."""
+        return self.reads.max_length or None
+
     @abstractmethod
     def inputs(self, row: Row, tail: Row = ()) -> Inputs:
         """What PyTorch reads of a row and what follows it, without the batch's axis."""
