@@ -167,7 +167,7 @@ _OF_A_TASK = re.compile(
 
 
 def test_few_places_branch_on_the_task() -> None:
-    """69 at 955968e, with ``task is None``, which meant text generation; a new one needs a reason."""
+    """69 at 955968e, where ``task is None`` meant text generation; a new one needs a reason."""
     found = []
     for file in PACKAGE.rglob("*.py"):
         if file.parent.name == "tasks":

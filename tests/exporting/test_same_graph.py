@@ -60,6 +60,9 @@ def facts(name: str, folder: Path) -> dict[str, str]:
             found[relative] = _hash(path.read_bytes())
     manifest = json.loads((bundle / "lora_edge.json").read_text(encoding="utf-8"))
     manifest["base"]["name_or_path"] = ""
+    for figure in ("mean_error", "worst_error") if manifest["quantization"] else ():
+        # A sum over a layer: its last digits are the machine's.
+        manifest["quantization"][figure] = round(manifest["quantization"][figure], 6)
     told = {key: value for key, value in manifest.items() if key not in _VARYING}
     found["lora_edge.json"] = _hash(json.dumps(told, sort_keys=True).encode())
     found["files"] = _hash("\n".join(sorted(x.split("-")[0] for x in manifest["files"])).encode())

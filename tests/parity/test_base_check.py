@@ -64,7 +64,7 @@ def test_a_right_capture_passes(
     assert figures["window"] == WINDOW
     assert figures["window_covered"]
     assert figures["longest_row"] > WINDOW
-    assert 0 < figures["floor"] < figures["limit"] <= 1e-4
+    assert 0 < figures["floor"] < figures["limit"] <= 3e-4  # by machine
     sides = {"right"} if form == "fused" else {"right", "left"}
     for side in sides:
         assert f"prompt, padded on the {side}" in figures["cases"]

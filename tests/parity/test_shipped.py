@@ -10,10 +10,8 @@ import pytest
 from lora_edge.exporting.export import export
 from tests.support.shipped import ADAPTERS, BASE, assert_within_limits
 
-FORMS = ("fused", "portable")
 
-
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["fused", pytest.param("portable", marks=pytest.mark.long)])
 def test_switchable(form: Literal["fused", "portable"], tmp_path: Path) -> None:
     out = tmp_path / "out"
     export(BASE, ADAPTERS, output=out, form=form)
