@@ -250,18 +250,21 @@ def of_safetensors(random: Random, content: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header + content[8 + length :]
 
 
+def _json(family: str, file: str, read: Read, schema: oracles.Schema, *, weight: int = 2) -> Kind:
+    """A JSON file with a schema of what may be accepted."""
+    oracle = oracles.fits(file, schema)
+    return Kind(family, (file,), mutate.of_json, read, weight=weight, oracle=oracle)
+
+
+def _safetensors(family: str, file: str, read: Read) -> Kind:
+    return Kind(family, (file,), of_safetensors, read, oracle=oracles.is_safetensors(file))
+
+
 _TEXT_FILES = ("tokenizer_config.json", "special_tokens_map.json", "config.json")
 _IMAGES = ("png", "jpeg", "bmp", "gif", "webp", "tiff", "ppm", "ico", "tga", "pcx", "dds")
 
 KINDS: dict[str, Kind] = {
-    "manifest": Kind(
-        "bundle",
-        ("lora_edge.json",),
-        mutate.of_json,
-        _manifest,
-        weight=4,
-        oracle=oracles.fits("lora_edge.json", oracles.MANIFEST),
-    ),
+    "manifest": _json("bundle", "lora_edge.json", _manifest, oracles.MANIFEST, weight=4),
     "adapter-file": Kind(
         "bundle",
         ("adapters/alpha/adapter.onnx_adapter",),
@@ -278,53 +281,18 @@ KINDS: dict[str, Kind] = {
         signed=True,
         weight=1,
     ),
-    "adapter-config": Kind(
-        "adapter",
-        ("adapter_config.json",),
-        mutate.of_json,
-        _adapter,
-        weight=4,
-        oracle=oracles.fits("adapter_config.json", oracles.ADAPTER_CONFIG),
+    "adapter-config": _json(
+        "adapter", "adapter_config.json", _adapter, oracles.ADAPTER_CONFIG, weight=4
     ),
-    "adapter-added": Kind(
-        "adapter",
-        ("adapter_config.json",),
-        mutate.of_json,
-        _added,
-        weight=1,
-        oracle=oracles.fits("adapter_config.json", oracles.ADAPTER_CONFIG),
+    "adapter-added": _json(
+        "adapter", "adapter_config.json", _added, oracles.ADAPTER_CONFIG, weight=1
     ),
-    "safetensors": Kind(
-        "adapter",
-        ("adapter_model.safetensors",),
-        of_safetensors,
-        _adapter,
-        oracle=oracles.is_safetensors("adapter_model.safetensors"),
-    ),
-    "training-record": Kind(
-        "adapter",
-        ("training.json",),
-        mutate.of_json,
-        _training,
-        oracle=oracles.fits("training.json", oracles.TRAINING),
-    ),
-    "base-config": Kind(
-        "base",
-        ("config.json",),
-        mutate.of_json,
-        _base,
-        weight=1,
-        oracle=oracles.fits("config.json", oracles.BASE_CONFIG),
-    ),
+    "safetensors": _safetensors("adapter", "adapter_model.safetensors", _adapter),
+    "training-record": _json("adapter", "training.json", _training, oracles.TRAINING),
+    "base-config": _json("base", "config.json", _base, oracles.BASE_CONFIG, weight=1),
     "base-model": Kind("model", ("config.json",), mutate.of_json, _model, weight=1),
     "base-index": Kind("base", ("model.safetensors.index.json",), mutate.of_json, _base),
-    "base-weights": Kind(
-        "base",
-        ("model-00001-of-00002.safetensors",),
-        of_safetensors,
-        _base,
-        oracle=oracles.is_safetensors("model-00001-of-00002.safetensors"),
-    ),
+    "base-weights": _safetensors("base", "model-00001-of-00002.safetensors", _base),
     "tokenizer": Kind("text", ("tokenizer.json",), mutate.of_json, _text),
     "tokenizer-config": Kind("text", _TEXT_FILES, mutate.of_json, _text),
     "generation-config": Kind("text", ("generation_config.json",), mutate.of_json, _text),
