@@ -83,28 +83,23 @@ def test_large_tensors_are_in_the_data_file(tmp_path: Path) -> None:
     assert all(int(place["offset"]) % 4096 == 0 for place in places if place)
 
 
-def test_interface_of_the_two_forms(tmp_path: Path) -> None:
-    base = make_base("llama", tmp_path / "base")
-    cache = [f"past_key_values.{layer}.{part}" for layer in (0, 1) for part in ("key", "value")]
-    fused, fused_model = _capture(base, "fused", tmp_path / "fused")
-    assert [x.name for x in fused_model.graph.input if x.name not in cache] == [
-        "input_ids",
-        "attention_mask",
-        "logits_positions",
-    ]
-    assert (fused.reads.padding, fused.reads.cache.kind) == ("right", "shared")
-    portable, portable_model = _capture(base, "portable", tmp_path / "portable")
-    assert [x.name for x in portable_model.graph.input if x.name not in cache] == [
-        "input_ids",
-        "attention_mask",
-        "position_ids",
-    ]
-    assert (portable.reads.padding, portable.reads.cache.kind) == ("either", "concatenated")
-    for graph in (fused, portable):
-        part, cache = graph.reads, graph.reads.cache
-        assert (cache.layers, cache.kv_heads, cache.head_dim) == (2, 2, 32)
-        assert (part.vocab_size, part.max_length, part.backend) == (256, 128, "trace")
-        assert set(graph.versions) == {"torch", "transformers", "onnx"}
+@pytest.mark.parametrize(
+    ("form", "third", "padding", "kind"),
+    [
+        ("fused", "logits_positions", "right", "shared"),
+        ("portable", "position_ids", "either", "concatenated"),
+    ],
+)
+def test_interface(form: Form, third: str, padding: str, kind: str, tmp_path: Path) -> None:
+    graph, model = _capture(make_base("llama", tmp_path / "base"), form, tmp_path / "out")
+    past = [f"past_key_values.{layer}.{part}" for layer in (0, 1) for part in ("key", "value")]
+    inputs = [x.name for x in model.graph.input if x.name not in past]
+    assert inputs == ["input_ids", "attention_mask", third]
+    part, cache = graph.reads, graph.reads.cache
+    assert (part.padding, cache.kind) == (padding, kind)
+    assert (cache.layers, cache.kv_heads, cache.head_dim) == (2, 2, 32)
+    assert (part.vocab_size, part.max_length, part.backend) == (256, 128, "trace")
+    assert set(graph.versions) == {"torch", "transformers", "onnx"}
 
 
 @pytest.mark.parametrize(

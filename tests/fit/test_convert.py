@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -452,27 +453,28 @@ def _export(arguments: list[str]) -> object:
     return caught.value.code
 
 
-def _refused(arguments: list[str], output: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    assert _export([*arguments, "-o", str(output)]) == 2
-    said = capsys.readouterr()
-    assert not said.out
-    assert not output.exists()
-    assert not list(output.parent.glob(f".{output.name}*"))
-    return said.err
+@pytest.fixture
+def refused(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What an export of the base is refused with, given its options; it leaves nothing behind."""
+
+    def export(*options: str) -> str:
+        output = tmp_path / "out"
+        assert _export([str(base), *options, "-o", str(output)]) == 2
+        said = capsys.readouterr()
+        assert not said.out
+        assert not output.exists()
+        assert not list(output.parent.glob(f".{output.name}*"))
+        return said.err
+
+    return export
 
 
 @pytest.mark.parametrize("mode", ["switchable", "merged"])
 @pytest.mark.parametrize("name", sorted(CONVERTIBLE))
 def test_without_the_option_the_hint_names_it(
-    name: str,
-    mode: str,
-    base: Path,
-    originals: dict[str, Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    name: str, mode: str, originals: dict[str, Path], refused: Callable[..., str]
 ) -> None:
-    given = [str(base), f"-aa={originals[name]}", "--mode", mode]
-    said = _refused(given, tmp_path / "out", capsys)
+    said = refused(f"-aa={originals[name]}", "--mode", mode)
     assert f"peft_type is '{name}', expected 'LORA'" in said
     assert "hint: Export it with --convert RANK" in said
 
@@ -483,18 +485,12 @@ def test_without_the_option_the_hint_names_it(
     "name", sorted({str(x.value) for x in PeftType} - CONVERTIBLE - {"LORA"} | {"BONE"})
 )
 def test_other_types_are_refused_by_name(
-    name: str,
-    option: list[str],
-    mode: str,
-    base: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    name: str, option: list[str], mode: str, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     source = tmp_path / "a"
     source.mkdir()
     (source / "adapter_config.json").write_text(json.dumps({"peft_type": name}))
-    given = [str(base), f"-aa={source}", "--mode", mode, *option]
-    said = _refused(given, tmp_path / "out", capsys)
+    said = refused(f"-aa={source}", "--mode", mode, *option)
     assert f"peft_type is '{name}', expected 'LORA': " in said
     hint = said.partition("hint: ")[2]
     assert hint.strip()
@@ -510,11 +506,11 @@ def test_variants_of_lora_are_not_converted(
     mode: str,
     base: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    refused: Callable[..., str],
 ) -> None:
     source = make_adapter(base, tmp_path / "a", r=4, target_modules=TARGETS)
     _edit(source, **{field: True if field == "use_qalora" else {"top_k": 2}})
-    said = _refused([str(base), f"-aa={source}", "--mode", mode, *option], tmp_path / "o", capsys)
+    said = refused(f"-aa={source}", "--mode", mode, *option)
     assert f"{field} is " in said
     assert "hint: " in said
 
@@ -548,10 +544,8 @@ def test_prompts_can_be_neither_merged_nor_converted(name: str, base: Path, tmp_
 
 
 @pytest.mark.parametrize("text", ["0", "-2", "1.0", "1.5", "x", "nan", ""])
-def test_command_line_refuses_ranks_that_cannot_be(
-    text: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    said = _refused([str(base), "--convert", text], tmp_path / "out", capsys)
+def test_command_line_refuses_ranks_that_cannot_be(text: str, refused: Callable[..., str]) -> None:
+    said = refused("--convert", text)
     assert "is not a whole number from 1 on, or a share between 0 and 1" in said
 
 
