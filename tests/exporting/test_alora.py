@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import lora_edge
-from tests.support.kinds import ROWS, make_kind, make_kind_base
+from tests.support.kinds import make_kinds
 
 INVOCATION = [7, 9, 11]
 PROMPT = [5, 17, 90, *INVOCATION, 3, 44, *INVOCATION, 8]
@@ -24,8 +24,7 @@ def made(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path, Path]:
     root = tmp_path_factory.mktemp("alora")
-    base = make_kind_base("llama", root / "base")
-    adapters = {name: make_kind(base, ROWS[name], root / name) for name in ("alora", "plain")}
+    base, adapters = make_kinds("llama", root, ("alora", "plain"))
     form: Literal["fused", "portable"] = request.param
     lora_edge.export(base, adapters, output=root / "out", form=form)
     return base, adapters["alora"], root / "out"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import lora_edge
 from lora_edge.bundle.onnx_adapter import read_adapter
 from lora_edge.parity.record.golden import Golden, recorded
-from tests.support.kinds import BASES, ROWS, carries_feature, make_kind, make_kind_base
+from tests.support.kinds import BASES, ROWS, carries_feature, make_kinds
 
 IDS = np.random.default_rng(3).integers(0, 256, (2, 12))
 IDS[:, 4:7] = (7, 9, 11)
@@ -34,28 +35,21 @@ class Exported:
 
 @pytest.fixture(scope="session")
 def kinds_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
-    made: dict[str, Exported] = {}
-
+    @functools.cache
     def export(key: str) -> Exported:
-        if key not in made:
-            root = tmp_path_factory.mktemp(key)
-            base = make_kind_base(key, root / "base")
-            adapters = {
-                name: make_kind(base, row, root / name)
-                for name, row in ROWS.items()
-                if row.base == key
-            }
-            form = "portable" if key == "gemma3" else "fused"
-            lora_edge.export(base, adapters, output=root / "out", form=form)  # type: ignore[arg-type]
-            runner = lora_edge.Runner(root / "out")
-            goldens = {
-                golden.probe.adapters[0]: golden
-                for golden in recorded(runner.bundle)
-                if golden.probe.kind == "adapter"
-            }
-            report = lora_edge.validate(root / "out")
-            made[key] = Exported(base, adapters, root / "out", report, runner, goldens)
-        return made[key]
+        root = tmp_path_factory.mktemp(key)
+        names = [name for name, row in ROWS.items() if row.base == key]
+        base, adapters = make_kinds(key, root, names)
+        form = "portable" if key == "gemma3" else "fused"
+        lora_edge.export(base, adapters, output=root / "out", form=form)  # type: ignore[arg-type]
+        runner = lora_edge.Runner(root / "out")
+        goldens = {
+            golden.probe.adapters[0]: golden
+            for golden in recorded(runner.bundle)
+            if golden.probe.kind == "adapter"
+        }
+        report = lora_edge.validate(root / "out")
+        return Exported(base, adapters, root / "out", report, runner, goldens)
 
     return export
 

@@ -19,7 +19,7 @@ from lora_edge.bundle.part import SiteEntry, WeightEntry
 from lora_edge.maths.lora import Factors, SiteChange
 from lora_edge.runtime.pinned import merged_values
 from tests.support.families import make_base
-from tests.support.kinds import ROWS, make_kind, make_kind_base
+from tests.support.kinds import make_kinds
 
 IDS = np.random.default_rng(3).integers(0, 256, (2, 12))
 PROMPTS = [IDS[0, :9].tolist(), IDS[1, :4].tolist()]
@@ -39,8 +39,7 @@ class Made:
 
 
 def _make(key: str, names: tuple[str, ...], forms: list[str], root: Path) -> Made:
-    base = make_kind_base(key, root / "base")
-    adapters = {name: make_kind(base, ROWS[name], root / name) for name in names}
+    base, adapters = make_kinds(key, root, names)
     for form in forms:
         lora_edge.export(base, adapters, output=root / form, form=form)  # type: ignore[arg-type]
     return Made(base, adapters, {form: root / form for form in forms})
@@ -181,8 +180,7 @@ def test_a_merged_bundle_has_nothing_to_pin(llama: Made, tmp_path: Path) -> None
 
 
 def test_a_weight_of_few_bits_is_refused_and_no_adapter_is_not(tmp_path: Path) -> None:
-    base = make_kind_base("llama", tmp_path / "base")
-    own = {"patterns": make_kind(base, ROWS["patterns"], tmp_path / "a")}
+    base, own = make_kinds("llama", tmp_path, ["patterns"])
     lora_edge.export(base, own, output=tmp_path / "out", precision="int8")
     with pytest.raises(lora_edge.LoraEdgeError, match="is rounded to int8 codes") as caught:
         lora_edge.Runner(tmp_path / "out", pinned=["patterns"])

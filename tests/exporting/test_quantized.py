@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import pytest
 import lora_edge
 from lora_edge.bundle.bundle import load_bundle
 from tests.support.failing import signed
-from tests.support.kinds import ROWS, make_kind, make_kind_base
+from tests.support.kinds import make_kinds
 
 IDS = np.random.default_rng(5).integers(0, 256, (2, 12))
 NAMES = {
@@ -36,17 +37,13 @@ class Made:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
-    known: dict[str, Made] = {}
-
+    @functools.cache
     def make(key: str) -> Made:
-        if key not in known:
-            root = tmp_path_factory.mktemp(key)
-            base = make_kind_base(key, root / "base")
-            adapters = {name: make_kind(base, ROWS[name], root / name) for name in NAMES[key]}
-            output, precision = root / "bundle", PRECISIONS[key]
-            lora_edge.export(base, adapters, output=output, precision=precision)  # type: ignore[arg-type]
-            known[key] = Made(base, adapters, output)
-        return known[key]
+        root = tmp_path_factory.mktemp(key)
+        base, adapters = make_kinds(key, root, NAMES[key])
+        output, precision = root / "bundle", PRECISIONS[key]
+        lora_edge.export(base, adapters, output=output, precision=precision)  # type: ignore[arg-type]
+        return Made(base, adapters, output)
 
     return make
 

@@ -7,6 +7,7 @@ adds to plain LoRA. A test leaves exactly those out, so that a dropped feature c
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -184,6 +185,12 @@ def make_kind(base: Path, row: Row, directory: Path, seed: int = 1) -> Path:
         warnings.simplefilter("ignore")
         adapted.save_pretrained(directory)
     return directory
+
+
+def make_kinds(key: str, root: Path, names: Iterable[str]) -> tuple[Path, dict[str, Path]]:
+    """A base and adapters of rows on it, each in a folder below ``root``."""
+    base = make_kind_base(key, root / "base")
+    return base, {name: make_kind(base, ROWS[name], root / name) for name in names}
 
 
 def carries_feature(row: Row, name: str) -> bool:
