@@ -10,27 +10,13 @@ from pathlib import Path
 import pytest
 
 from lora_edge.base.checkpoint import Base, resolve_base
-from tests.support.saving import make_random
+from tests.support.families import make_base
 
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    from transformers import LlamaForCausalLM
-
-    directory = make_random(
-        LlamaForCausalLM,
-        tmp_path_factory.mktemp("base"),
-        hidden_size=48,
-        intermediate_size=80,
-        num_key_value_heads=2,
-        vocab_size=131,
-        max_position_embeddings=160,
-        initializer_range=0.12,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return resolve_base(directory)
+    sizes = {"initializer_range": 0.1, "tie_word_embeddings": True}
+    return resolve_base(make_base("llama", tmp_path_factory.mktemp("base"), **sizes))
 
 
 @pytest.fixture(scope="session")
@@ -94,7 +80,6 @@ class Made:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """``rooted`` and ``narrow`` in both forms, ``rooted`` merged; embedding and head untied."""
     from lora_edge.exporting.export import export
-    from tests.support.families import make_base
 
     root = tmp_path_factory.mktemp("made")
     base = resolve_base(make_base("llama", root / "base"))

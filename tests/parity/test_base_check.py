@@ -16,7 +16,7 @@ from lora_edge.capture import BaseGraph, capture
 from lora_edge.errors import CaptureError
 from lora_edge.parity.plan.plan import shortest_window
 from tests.support.checks import checked
-from tests.support.saving import make_random
+from tests.support.families import make_base
 
 WINDOW = 16
 
@@ -34,21 +34,8 @@ def unwindowed(tmp_path_factory: pytest.TempPathFactory) -> Base:
 
 
 def _mistral(directory: Path, window: int) -> Base:
-    from transformers import MistralForCausalLM
-
-    make_random(
-        MistralForCausalLM,
-        directory,
-        hidden_size=32,
-        intermediate_size=56,
-        num_key_value_heads=2,
-        head_dim=8,
-        vocab_size=101,
-        max_position_embeddings=128,
-        initializer_range=0.3,
-        sliding_window=window,
-    )
-    return resolve_base(directory)
+    sizes = {"initializer_range": 0.2, "sliding_window": window}
+    return resolve_base(make_base("mistral", directory, **sizes))
 
 
 def _captured(base: Base, directory: Path, form: Literal["fused", "portable"]) -> BaseGraph:
