@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import lora_edge
-from tests.support.adapters import make_adapter
+from tests.support.adapters import make_three
 from tests.support.families import make_base
 
 
@@ -19,24 +19,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("adapters")
-    some = ["q_proj", "v_proj"]
-    return {
-        "plain": make_adapter(base, root / "plain", 1, r=8, lora_alpha=16, target_modules=some),
-        "rs": make_adapter(
-            base, root / "rs", 2, r=16, lora_alpha=8, use_rslora=True, target_modules="all-linear"
-        ),
-        "pattern": make_adapter(
-            base,
-            root / "pattern",
-            3,
-            r=4,
-            lora_alpha=8,
-            target_modules=["q_proj", "o_proj", "down_proj"],
-            rank_pattern={"layers.0.self_attn.q_proj": 2, "down_proj": 6},
-            alpha_pattern={r"layers\.1\..*": 3},
-        ),
-    }
+    return make_three(base, tmp_path_factory.mktemp("adapters"))
 
 
 @pytest.fixture(scope="session")

@@ -17,9 +17,9 @@ import lora_edge
 IDS = np.random.default_rng(4).integers(0, 250, (2, 9))
 # PEFT's cat scales the sum by sqrt(R) too much where the first adapter is an rsLoRA.
 BLENDS: list[dict[str, float]] = [
-    {"plain": 0.7, "pattern": 0.3},
-    {"plain": 1.5, "rs": 0.25},
-    {"pattern": 1.0, "rs": 1.0, "plain": 0.5},
+    {"plain": 0.7, "varied": 0.3},
+    {"plain": 1.5, "rooted": 0.25},
+    {"varied": 1.0, "rooted": 1.0, "plain": 0.5},
 ]
 
 
@@ -60,7 +60,7 @@ def test_another_combination_is_made_by_peft_and_exported(
     base: Path, adapters: dict[str, Path], adapted: Any, tmp_path: Path
 ) -> None:
     """``svd`` is no sum of effects; the way out is to export what PEFT made of it."""
-    blend = {"plain": 0.7, "pattern": 0.3}
+    blend = {"plain": 0.7, "varied": 0.3}
     adapted.add_weighted_adapter(
         list(blend), list(blend.values()), "combined", combination_type="svd", svd_rank=3
     )

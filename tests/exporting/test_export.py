@@ -44,7 +44,7 @@ def test_validates_against_pytorch_and_goldens(exported: Path, base: Path) -> No
             assert case.figures.effect_error <= 1e-4
             assert case.figures.token_differences == 0
     controlled = [case for case in live.cases if case.controls]
-    assert {case.adapters[0] for case in controlled} == {"plain", "rs", "pattern"}
+    assert {case.adapters[0] for case in controlled} == {"plain", "rooted", "varied"}
     assert all(min(case.controls.values()) > 0.1 for case in controlled if case.controls)
 
 
@@ -62,7 +62,7 @@ def test_switched_off_equals_the_graph_without_branches(
 
 
 @pytest.mark.parametrize("form", ["fused", "portable"])
-@pytest.mark.parametrize("name", ["plain", "rs", "pattern"])
+@pytest.mark.parametrize("name", ["plain", "rooted", "varied"])
 def test_merged_equals_switchable(
     name: str, form: str, exported: Path, base: Path, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -76,12 +76,13 @@ def test_merged_equals_switchable(
 def test_mixed_batch_gives_each_row_what_it_gives_alone(exported: Path) -> None:
     runner = lora_edge.Runner(exported)
     ids = np.random.default_rng(1).integers(0, 256, (8, 9))
-    states = ["plain", None, "rs", {"plain": 0.7, "rs": 0.3}, "pattern", "rs", None, "plain"]
+    blend = {"plain": 0.7, "rooted": 0.3}
+    states = ["plain", None, "rooted", blend, "varied", "rooted", None, "plain"]
     mixed = runner.logits(ids, adapter=states)
     for row, state in enumerate(states):
         alone = runner.logits(ids[row : row + 1], adapter=state)
         np.testing.assert_allclose(mixed[row], alone[0], atol=1e-5)
-    assert np.abs(mixed[0] - runner.logits(ids[:1], adapter="rs")[0]).max() > 0.01
+    assert np.abs(mixed[0] - runner.logits(ids[:1], adapter="rooted")[0]).max() > 0.01
 
 
 def test_unseen_ranks_are_added_without_touching_the_graph(
@@ -164,7 +165,7 @@ def test_site_that_the_graph_lacks_is_named(
     output = tmp_path / "out"
     lora_edge.export(base, {"p": adapters["plain"]}, output=output, sites="adapters")
     with pytest.raises(lora_edge.AdapterError, match=r"model\.layers\.0\.mlp") as caught:
-        lora_edge.add(output, {"rs": adapters["rs"]})
+        lora_edge.add(output, {"rooted": adapters["rooted"]})
     assert "Export again" in caught.value.hint
 
 

@@ -13,20 +13,19 @@ import numpy as np
 import safetensors.numpy as st
 import tokenizers
 import transformers
-from transformers.utils import logging
 
 import lora_edge
-from tests.support.adapters import make_adapter
+from tests.support.adapters import make_adapter, make_three
 from tests.support.encoders import make_encoder
 from tests.support.families import make_base
 from tests.support.kinds import ROWS, make_kind
 from tests.support.paths import ROOT
+from tests.support.saving import no_progress_bar
 
 GRID = 1 / 32
 """Step of the weights of the base that is merged into, as if it had been quantized."""
 
 _POSITIONS = 32  # half of it is decoded
-_ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 Maker = Callable[[Path], tuple[Path, dict[str, Path], dict[str, Any]]]
@@ -50,14 +49,9 @@ class Worlds:
     def _world(self, name: str) -> World:
         folder = self.root / name
         folder.mkdir()
-        bars = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
-        try:
+        with no_progress_bar():
             base, adapters, options = _WORLDS[name](folder)
             lora_edge.export(base, adapters, output=folder / "bundle", **options)
-        finally:
-            if bars:
-                logging.enable_progress_bar()
         return World(base, folder / "bundle")
 
     def copy(self, name: str, directory: Path) -> World:
@@ -75,29 +69,8 @@ def _llama(folder: Path, **changes: Any) -> Path:
         "num_key_value_heads": 4,
         "head_dim": 8,
         "max_position_embeddings": _POSITIONS,
-        "tie_word_embeddings": False,
     }
     return make_base("llama", folder / "base", **{**fields, **changes})
-
-
-def _three(base: Path, folder: Path) -> dict[str, Path]:
-    some = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    return {
-        "plain": make_adapter(base, folder / "plain", 1, r=4, lora_alpha=4, target_modules=some),
-        "rooted": make_adapter(
-            base, folder / "rooted", 2, r=5, lora_alpha=4, use_rslora=True, target_modules=_ALL
-        ),
-        "varied": make_adapter(
-            base,
-            folder / "varied",
-            3,
-            r=4,
-            lora_alpha=8,
-            target_modules=["v_proj", "o_proj", "down_proj"],
-            rank_pattern={"o_proj": 2, "down_proj": 7},
-            alpha_pattern={"down_proj": 3},
-        ),
-    }
 
 
 def _portable(folder: Path) -> tuple[Path, dict[str, Path], dict[str, Any]]:
@@ -109,12 +82,12 @@ def _portable(folder: Path) -> tuple[Path, dict[str, Path], dict[str, Any]]:
     other = _llama(folder / "other", initializer_range=0.05)
     some = ["q_proj", "k_proj", "v_proj", "o_proj"]
     make_adapter(other, folder / "foreign", 7, r=4, lora_alpha=4, target_modules=some)
-    return base, _three(base, folder), {"form": "portable"}
+    return base, make_three(base, folder), {"form": "portable"}
 
 
 def _fused(folder: Path) -> tuple[Path, dict[str, Path], dict[str, Any]]:
     base = _llama(folder, num_key_value_heads=2)
-    return base, _three(base, folder), {}
+    return base, make_three(base, folder), {}
 
 
 def _far(folder: Path) -> tuple[Path, dict[str, Path], dict[str, Any]]:
@@ -123,7 +96,7 @@ def _far(folder: Path) -> tuple[Path, dict[str, Path], dict[str, Any]]:
         folder, max_position_embeddings=256, head_dim=32, hidden_size=64, num_key_value_heads=2,
         num_attention_heads=2,
     )  # fmt: skip
-    return base, _three(base, folder), {}
+    return base, make_three(base, folder), {}
 
 
 def _experts(folder: Path) -> tuple[Path, dict[str, Path], dict[str, Any]]:

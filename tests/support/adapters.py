@@ -22,6 +22,26 @@ def make_adapter(base: Path, directory: Path, seed: int = 0, **settings: Any) ->
     return directory
 
 
+def make_three(base: Path, folder: Path) -> dict[str, Path]:
+    """``plain``: LoRA on attention; ``rooted``: rsLoRA on every layer; ``varied``: patterns."""
+    some = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    settings: dict[str, dict[str, Any]] = {
+        "plain": {"r": 4, "lora_alpha": 4, "target_modules": some},
+        "rooted": {"r": 5, "lora_alpha": 4, "use_rslora": True, "target_modules": "all-linear"},
+        "varied": {
+            "r": 4,
+            "lora_alpha": 8,
+            "target_modules": ["v_proj", "o_proj", "down_proj"],
+            "rank_pattern": {"o_proj": 2, "down_proj": 7},
+            "alpha_pattern": {"down_proj": 3},
+        },
+    }
+    return {
+        name: make_adapter(base, folder / name, seed, **own)
+        for seed, (name, own) in enumerate(settings.items(), 1)
+    }
+
+
 def make_all_linear(family: str, base: Path, directory: Path) -> Path:
     """Save an adapter of every linear layer of a base of that family."""
     conv1d = family == "gpt2"
