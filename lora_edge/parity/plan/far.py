@@ -20,7 +20,6 @@ from lora_edge.parity.plan.states import (
     only,
     prompts,
     reached,
-    state_of,
 )
 
 Shaped = Callable[[int, int], Row | None]
@@ -51,6 +50,9 @@ class Ground:
     reach: Mapping[str, Sequence[Row]]
     shaped: Shaped | None
     affordable: int | None
+    adapters: Sequence[str]
+    merged: bool
+    decoded: int
 
     @property
     def few_steps(self) -> int:
@@ -68,12 +70,16 @@ class Ground:
         found = self.shaped(length, self.seed + offset) if self.shaped else None
         if found is None:
             (found,) = self.rows((length,), offset)
-        return reached(found, self.needs(state))
+        return self.reaching(found, state)
 
     def rows(self, lengths: Sequence[int], offset: int) -> tuple[Row, ...]:
         """Random prompts that a few steps may follow."""
         longest = max(1, self.max_length - self.few_steps)
         return prompts(self.vocab_size, lengths, seed=self.seed + offset, longest=longest)
+
+    def reaching(self, row: Row, state: State) -> Row:
+        """The row with all that the state's adapters wait for."""
+        return reached(row, self.needs(state))
 
     def needs(self, state: State) -> list[Row]:
         """Token sequences that the state's adapters wait for."""
@@ -115,9 +121,7 @@ def sweep(
         Probe(
             f"{who}, prompt of {length} tokens",
             kind,
-            ground.rows((length,), 3)
-            if not state
-            else (reached(ground.rows((length,), 3)[0], ground.needs(state)),),
+            (ground.reaching(ground.rows((length,), 3)[0], state),),
             (state,),
             _STEPS,
             part=f"length-{length}",
@@ -126,71 +130,48 @@ def sweep(
     ]
 
 
-def long_decode(
-    ground: Ground, who: str, kind: Kind, state: State, steps: int, *, past: int
-) -> list[Probe]:
+def long_decode(ground: Ground, who: str, kind: Kind, state: State, *, past: int) -> list[Probe]:
     """One short prompt and a continuation longer than ``past``, where there is room for one."""
-    needs = ground.needs(state)
-    length = min(_BEGINNING + sum(map(len, needs)), max(1, ground.max_length // 2))
-    steps = min(steps, ground.max_length - length)
+    waited = sum(map(len, ground.needs(state)))
+    length = min(_BEGINNING + waited, max(1, ground.max_length // 2))
+    steps = min(ground.decoded, ground.max_length - length)
     if steps <= past:
         return []
-    row = reached(ground.rows((length,), 4)[0], needs)
+    row = ground.reaching(ground.rows((length,), 4)[0], state)
     name = f"{who}, {steps} tokens decoded"
     return [Probe(name, kind, (row,), (state,), steps, part=f"decode-{steps}")]
 
 
-def far_blend_of(adapters: Sequence[str]) -> State:
-    """Three adapters, one with a negative weight; with fewer, as many as there are."""
-    weights = {1: (-0.5,), 2: (0.8, -0.5)}.get(len(adapters), (0.6, -0.4, 0.5))
-    return state_of(dict(zip(adapters, weights, strict=False)))
-
-
-def pair(
-    ground: Ground,
-    adapters: Sequence[str],
-    blends: Sequence[State],
-    *,
-    merged: bool,
-    cached: bool,
-) -> Probe:
+def pair(ground: Ground, blends: Sequence[State]) -> Probe:
     """Two rows of the second blend; of what cannot be blended, alone."""
     rows = ground.rows(_PAIR_LENGTHS, 5)
-    steps = ground.few_steps if cached else 1
+    steps = ground.few_steps if ground.decoded else 1
     if len(blends) > 1:
         state = blends[1]
-        rows = tuple(reached(row, ground.needs(state)) for row in rows)
+        rows = tuple(ground.reaching(row, state) for row in rows)
         return Probe(f"blend {label(state)}", "blend", rows, (state, state), steps, part="pair")
-    state = only(adapters[0]) if merged else BASE
-    kind, who = _alone(state)
+    state, kind, who = _alone(ground)
     return Probe(f"{who}, batch of 2", kind, rows, (state, state), steps, part="pair")
 
 
-def crowd(
-    ground: Ground,
-    adapters: Sequence[str],
-    blends: Sequence[State],
-    *,
-    merged: bool,
-    cached: bool,
-) -> Probe:
+def crowd(ground: Ground, blends: Sequence[State]) -> Probe:
     """Sixteen rows in as many states as there are; every other one rests for some steps."""
-    steps = ground.few_steps if cached else 1
+    steps = ground.few_steps if ground.decoded else 1
     rests = tuple(_RESTS[i % len(_RESTS)] for i in range(CROWD)) if steps >= _RESTED else ()
     rows = ground.rows(_CROWD_LENGTHS, 6)
-    if merged or not adapters:
-        state = only(adapters[0]) if merged else BASE
-        kind, who = _alone(state)
+    if ground.merged or not ground.adapters:
+        state, kind, who = _alone(ground)
         name, states = f"{who}, batch of {CROWD}", (state,) * CROWD
     else:
-        distinct = [*map(only, adapters[: CROWD - 3]), BASE, *blends]
+        distinct = [*map(only, ground.adapters[: CROWD - 3]), BASE, *blends]
         kind, name = "mixed", f"mixed rows, {CROWD} of them"
         states = tuple(distinct[i % len(distinct)] for i in range(CROWD))
-        rows = tuple(
-            reached(row, ground.needs(state)) for row, state in zip(rows, states, strict=True)
-        )
+        rows = tuple(map(ground.reaching, rows, states))
     return Probe(name, kind, rows, states, steps, part="crowd", rests=rests)
 
 
-def _alone(state: State) -> tuple[Kind, str]:
-    return ("adapter", f"adapter {state[0][0]}") if state else ("base", "base")
+def _alone(ground: Ground) -> tuple[State, Kind, str]:
+    """The adapter that is in the weights, else the base."""
+    if ground.merged:
+        return only(ground.adapters[0]), "adapter", f"adapter {ground.adapters[0]}"
+    return BASE, "base", "base"

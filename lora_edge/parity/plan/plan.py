@@ -8,19 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from lora_edge.parity.plan.far import Ground, Shaped, crowd, far_blend_of, long_decode, longer, pair
+from lora_edge.parity.plan.far import Ground, Shaped, crowd, long_decode, longer, pair
 from lora_edge.parity.plan.far import sweep as sweep_of
-from lora_edge.parity.plan.states import (
-    BASE,
-    Probe,
-    Row,
-    State,
-    label,
-    only,
-    prompts,
-    reached,
-    state_of,
-)
+from lora_edge.parity.plan.states import BASE, Probe, Row, State, label, only, prompts, state_of
 
 Depth = Literal["quick", "normal", "full"]
 
@@ -79,7 +69,9 @@ def plan(
     rows = prompts(vocab_size, lengths_for(window), seed=seed, longest=longest, given=given)
     wanted = reach or {}
     free = adapters if blendable is None else blendable
-    ground = Ground(vocab_size, max_length, window, seed, wanted, shaped, affordable)
+    ground = Ground(
+        vocab_size, max_length, window, seed, wanted, shaped, affordable, adapters, merged, decoded
+    )
     far, full = depth != "quick", depth == "full"
 
     def around(kind: Literal["base", "adapter"], state: State, own: Sequence[Row]) -> list[Probe]:
@@ -92,13 +84,13 @@ def plan(
             found += sweep_of(
                 ground, who, kind, state, past=max(map(len, rows)), only_last=not first
             )
-            found += long_decode(ground, who, kind, state, decoded, past=steps)
+            found += long_decode(ground, who, kind, state, past=steps)
         return found
 
     probes = around("base", BASE, rows)
     for name in adapters:
         # The first row stays without: an aLoRA that is not invoked must change nothing.
-        own = [row if not i else reached(row, wanted.get(name, ())) for i, row in enumerate(rows)]
+        own = [rows[0], *(ground.reaching(row, only(name)) for row in rows[1:])]
         probes += around("adapter", only(name), own)
     blends: list[State] = []
     if free and not merged:
@@ -111,15 +103,13 @@ def plan(
             active = adapters[start : start + MIXED_ROWS - 2]
             distinct = [*map(only, active), BASE, *blends]
             states = tuple(distinct[i % len(distinct)] for i in range(MIXED_ROWS))
-            needs = [[x for name, _ in state for x in wanted.get(name, ())] for state in states]
-            own = [reached(row, need) for row, need in zip(mixed, needs, strict=True)]
+            filled = tuple(map(ground.reaching, mixed, states))
             name = "mixed rows" if batch == 1 else f"mixed rows of batch {batch}"
-            probes.append(Probe(name, "mixed", tuple(own), states, steps, batch=batch))
+            probes.append(Probe(name, "mixed", filled, states, steps, batch=batch))
     if far:
         if blends:
             blends.append(far_blend_of(free))
-        for more in (pair, crowd):
-            probes.append(more(ground, adapters, blends, merged=merged, cached=decoded > 0))
+        probes += [pair(ground, blends), crowd(ground, blends)]
     return tuple(probes)
 
 
@@ -128,6 +118,12 @@ def blend_of(adapters: Sequence[str]) -> State:
     if len(adapters) == 1:
         return ((adapters[0], 0.5),)
     return state_of({adapters[0]: 0.7, adapters[1]: 0.3})
+
+
+def far_blend_of(adapters: Sequence[str]) -> State:
+    """Three adapters, one with a negative weight; with fewer, as many as there are."""
+    weights = {1: (-0.5,), 2: (0.8, -0.5)}.get(len(adapters), (0.6, -0.4, 0.5))
+    return state_of(dict(zip(adapters, weights, strict=False)))
 
 
 def lengths_for(window: int | None) -> tuple[int, ...]:
