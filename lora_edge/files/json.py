@@ -122,23 +122,6 @@ def parse_json(
     return parsed
 
 
-def read_text(
-    file: Path,
-    error: type[LoraEdgeError],
-    hint: str,
-    *,
-    max_bytes: int = MAX_BYTES,
-    pipe: bool = False,
-) -> str:
-    """The text of a UTF-8 file, without its byte order mark; arguments as of :func:`read_bytes`.
-
-    Raises:
-        LoraEdgeError: of type ``error``: the file is missing, too long, or not UTF-8.
-    """
-    data = read_bytes(file, error, hint, max_bytes=max_bytes, pipe=pipe)
-    return decode_text(data, str(file), error, hint)
-
-
 def read_lines(
     file: Path, error: type[LoraEdgeError], hint: str, *, max_bytes: int = MAX_LINES_BYTES
 ) -> list[tuple[int, str]]:
@@ -148,7 +131,8 @@ def read_lines(
         LoraEdgeError: of type ``error``: the file is missing, too long, or not UTF-8.
     """
     # Not splitlines(): JSON may hold other signs that end a line.
-    lines = read_text(file, error, hint, max_bytes=max_bytes, pipe=True).split("\n")
+    data = read_bytes(file, error, hint, max_bytes=max_bytes, pipe=True)
+    lines = decode_text(data, str(file), error, hint).split("\n")
     numbered = [(number, line.rstrip("\r")) for number, line in enumerate(lines, 1)]
     return [(number, line) for number, line in numbered if line.strip()]
 

@@ -17,7 +17,6 @@ from lora_edge.files.json import (
     read_json,
     read_lines,
     read_object,
-    read_text,
 )
 
 HINT = "Copy it again."
@@ -97,7 +96,7 @@ def test_an_object_is_an_object(tmp_path: Path) -> None:
     file = tmp_path / "x.json"
     file.write_bytes(b"\xef\xbb\xbf{}")
     assert read_object(file, DataError, HINT) == {}
-    assert read_text(file, DataError, HINT) == "{}"
+    assert read_lines(file, DataError, HINT) == [(1, "{}")]
 
 
 def test_files_that_are_missing_too_long_or_no_files(tmp_path: Path) -> None:
