@@ -81,7 +81,7 @@ def prepare(folder: Path, shape: Shape) -> Graphs:
     """Make everything in an empty folder; about a minute and 2.5 GB for the default shape."""
     logging.disable_progress_bar()
     base, adapter, merged_model = folder / "base", folder / "adapter", folder / "merged-model"
-    _make_model(base, shape)
+    make_model(base, shape)
     _make_adapter(base, adapter, merged_model, shape.rank)
     genai = _build_genai(merged_model, folder / "genai") if genai_installed() else None
     shutil.rmtree(merged_model)
@@ -126,7 +126,8 @@ def genai_installed() -> bool:
     return find_spec("onnxruntime_genai") is not None
 
 
-def _make_model(folder: Path, shape: Shape) -> None:
+def make_model(folder: Path, shape: Shape) -> None:
+    """A random Llama of a shape, its head tied."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -155,8 +156,13 @@ def _make_adapter(base: Path, folder: Path, merged: Path, rank: int) -> None:
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     model.save_pretrained(folder)
     model.merge_and_unload().save_pretrained(merged)
-    for name in ("tokenizer.json", "tokenizer_config.json"):  # genai's builder wants one, any one
-        shutil.copyfile(_TOKENIZER / name, merged / name)
+    copy_tokenizer(merged)  # genai's builder wants one, any one
+
+
+def copy_tokenizer(folder: Path) -> None:
+    """The tokenizer that ships, of bytes."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(_TOKENIZER / name, folder / name)
 
 
 def _build_genai(model: Path, output: Path) -> Path:

@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import random
 import resource
-import shutil
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ from typing import Any
 
 import numpy as np
 from decode import Ratio, verdict
+from prepare import Shape, copy_tokenizer, make_model
 
 from lora_edge.base.checkpoint import resolve_base
 from lora_edge.training import Settings, train
@@ -44,7 +44,6 @@ OURS: Mapping[str, Mapping[str, Any]] = {
 }
 SAME_LOSS = (REFERENCE, AGAIN, "lora-edge", "lora-edge, full logits")
 TARGET = 1.0
-_TOKENIZER = Path(__file__).parents[2] / "models" / "tiny-llama"
 _WARM_UP = 3  # steps
 _RANK, _ALPHA, _LR, _BATCH = 16, 32, 1e-4, 8
 _WORDS = ("river", "stone", "cloud", "apple", "green", "horse", "paper", "light", "mouse")
@@ -73,24 +72,12 @@ class Run:
 
 def make_base(folder: Path) -> Path:
     """A Llama of 17.5 million random parameters, a seventh of them in the output head."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=320,
-        intermediate_size=864,
-        num_hidden_layers=12,
-        num_attention_heads=5,
-        num_key_value_heads=5,
-        vocab_size=8192,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
+    shape = Shape(
+        layers=12, hidden=320, intermediate=864, heads=5, kv_heads=5, vocabulary=8192, positions=512
     )
     base = folder / "base"
-    LlamaForCausalLM(config).save_pretrained(base)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(_TOKENIZER / name, base)
+    make_model(base, shape)
+    copy_tokenizer(base)
     return base
 
 
