@@ -20,14 +20,13 @@ from typing import Any
 
 import text
 import torch
-from options import recipe_options
+from options import recipe_options, training_arguments
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
     BertConfig,
     BertForPreTraining,
     Trainer,
     TrainerCallback,
-    TrainingArguments,
     set_seed,
 )
 
@@ -209,23 +208,13 @@ def main() -> None:
     data = rows(tokenizer, options.seed, options.steps * options.batch_size)
     trainer = Trainer(
         model=model,
-        args=TrainingArguments(
-            output_dir=str(options.work),
-            max_steps=options.steps,
-            per_device_train_batch_size=options.batch_size,
-            learning_rate=options.lr,
-            lr_scheduler_type="cosine",
+        args=training_arguments(
+            options,
             warmup_steps=options.steps // 20,
             weight_decay=0.01,
-            adam_beta2=0.98,
-            max_grad_norm=1.0,
             logging_steps=100,
-            save_strategy="no",
-            report_to=[],
             disable_tqdm=True,
             remove_unused_columns=False,
-            use_cpu=True,
-            seed=options.seed,
         ),
         train_dataset=data,
         data_collator=Masking(tokenizer.get_vocab_size(), options.seed),

@@ -1,9 +1,12 @@
-"""The command line of the recipes that train a base."""
+"""The command line of the recipes that train a base, and what it means for the trainer."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
 
 
 def recipe_options(
@@ -19,3 +22,21 @@ def recipe_options(
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path(work))
     return parser.parse_args()
+
+
+def training_arguments(options: argparse.Namespace, **own: Any) -> TrainingArguments:
+    """Those of ``transformers.Trainer`` on the CPU; ``own`` is what a recipe adds."""
+    return TrainingArguments(
+        output_dir=str(options.work),
+        max_steps=options.steps,
+        per_device_train_batch_size=options.batch_size,
+        learning_rate=options.lr,
+        lr_scheduler_type="cosine",
+        adam_beta2=0.98,
+        max_grad_norm=1.0,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        seed=options.seed,
+        **own,
+    )

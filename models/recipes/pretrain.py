@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import text
 import torch
-from options import recipe_options
+from options import recipe_options, training_arguments
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AttentionInterface,
@@ -31,7 +31,6 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     Trainer,
-    TrainingArguments,
     set_seed,
 )
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
@@ -177,24 +176,14 @@ def main() -> None:
     model = make_model(tokenizer)
     trainer = SmallScores(
         model=model,
-        args=TrainingArguments(
-            output_dir=str(options.work),
-            max_steps=options.steps,
-            per_device_train_batch_size=options.batch_size,
+        args=training_arguments(
+            options,
             per_device_eval_batch_size=64,
-            learning_rate=options.lr,
-            lr_scheduler_type="cosine",
             warmup_steps=50,
             weight_decay=0.3,
-            adam_beta2=0.98,
-            max_grad_norm=1.0,
             logging_steps=50,
             eval_strategy="steps",
             eval_steps=200,
-            save_strategy="no",
-            report_to=[],
-            use_cpu=True,
-            seed=options.seed,
         ),
         train_dataset=[{"input_ids": row, "labels": row} for row in torch.from_numpy(train)],
         eval_dataset=[{"input_ids": row, "labels": row} for row in torch.from_numpy(held_out)],
