@@ -90,6 +90,8 @@ def _code(arguments: Sequence[str], restore: bool) -> int:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         # Without standalone mode click returns the code of ctx.exit() instead of exiting with it.
         code = cli.main(arguments, prog_name="lora-edge", standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # what fails here is told as an error
         return code if isinstance(code, int) else 0
     except click.ClickException as error:
         error.show()

@@ -40,8 +40,12 @@ def unheard(*, goes_on: bool = True) -> Iterator[None]:
     finally:
         for name, stream in inside.items():
             setattr(sys, name, before[name])
-            with contextlib.suppress(click.exceptions.Exit):
+            try:
                 stream.flush()
+            except click.exceptions.Exit:
+                pass
+            except OSError:  # it failed in the block before, and would again when Python ends
+                stream.to_nowhere()
 
 
 class _Unheard:
@@ -66,11 +70,15 @@ class _Unheard:
             self._drop()
 
     def _drop(self) -> None:
+        self.to_nowhere()
+        if not self._goes_on:
+            raise click.exceptions.Exit(0)
+
+    def to_nowhere(self) -> None:
+        """Drop what is buffered, and what will be written."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)
-        if not self._goes_on:
-            raise click.exceptions.Exit(0)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

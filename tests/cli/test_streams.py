@@ -35,14 +35,20 @@ def test_a_pipe_that_nobody_reads(goes_on: bool, expected: int) -> None:
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="asks Linux for a full disk")
-def test_a_full_disk_under_stderr_changes_no_verdict_and_under_stdout_is_an_error() -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_under_stderr_changes_no_verdict_and_under_stdout_is_an_error(
+    unbuffered: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
     full = os.open("/dev/full", os.O_WRONLY)
     code = CODE.format(goes_on=True)
     assert _run(code, stdout=subprocess.DEVNULL, stderr=full) == 5
     command = [sys.executable, "-m", "lora_edge", "--help"]
     done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 2
-    assert "No space left" in done.stderr
+    first, second = done.stderr.splitlines()
+    assert "No space left" in first
+    assert second.startswith("hint: ")
     os.close(full)
 
 

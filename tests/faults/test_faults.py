@@ -65,6 +65,7 @@ def test_a_judge_that_sees_nothing_kills_nothing(
     worlds: Worlds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The suite itself can fail: where every comparison passes, its controls tell."""
+    worlds.world(FAULTS[0].world)  # exported while the judge sees
 
     def blind(*_: object, **__: object) -> Verdict:
         return Verdict("passed")
