@@ -7,15 +7,25 @@ import subprocess
 import sys
 from pathlib import Path
 
-import contestants as of
 import decode
 import numpy as np
 import pytest
+from contestants import (
+    AGAIN,
+    EAGER,
+    MERGED,
+    OFF,
+    OFF_PINNED,
+    ON,
+    ON_PINNED,
+    PEFT,
+    REFERENCE,
+)
 from decode import ratio, verdict
 from measure import compare
 from prepare import genai_installed
 
-OURS = {of.MERGED, of.ON, of.OFF, of.ON_PINNED, of.OFF_PINNED, of.PEFT, of.EAGER}
+OURS = {MERGED, ON, OFF, ON_PINNED, OFF_PINNED, PEFT, EAGER}
 
 
 @pytest.mark.slow
@@ -26,30 +36,30 @@ def test_every_contestant_is_reported(tmp_path: Path) -> None:
     command += ["--steps", "5", "--threads", "1", "--json", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    expected = OURS | ({of.REFERENCE, of.AGAIN} if genai_installed() else set())
+    expected = OURS | ({REFERENCE, AGAIN} if genai_installed() else set())
     results = json.loads(file.read_text(encoding="utf-8"))
     (medians,) = results["median_seconds"]
     assert set(medians) == expected
     assert all(seconds > 0 for seconds in medians.values())
-    assert set(results["speed"]) == expected - {of.REFERENCE if genai_installed() else of.MERGED}
+    assert set(results["speed"]) == expected - {REFERENCE if genai_installed() else MERGED}
     targets = {(entry["name"], entry["over"]) for entry in results["targets"]}
-    over_merged = {(name, of.MERGED) for name in (of.ON, of.OFF, of.ON_PINNED, of.OFF_PINNED)}
-    assert over_merged | {(of.ON, of.PEFT)} <= targets
+    over_merged = {(name, MERGED) for name in (ON, OFF, ON_PINNED, OFF_PINNED)}
+    assert over_merged | {(ON, PEFT)} <= targets
     for name in expected:
         assert name in done.stdout
 
 
 def test_a_ratio_is_of_speeds_and_takes_both_entries_of_the_reference() -> None:
     runs = [
-        {of.REFERENCE: 1.0, of.AGAIN: 4.0, of.MERGED: 1.0},
-        {of.REFERENCE: 2.0, of.AGAIN: 2.0, of.MERGED: 4.0},
+        {REFERENCE: 1.0, AGAIN: 4.0, MERGED: 1.0},
+        {REFERENCE: 2.0, AGAIN: 2.0, MERGED: 4.0},
     ]
-    merged = ratio(runs, of.MERGED, of.REFERENCE)
+    merged = ratio(runs, MERGED, REFERENCE)
     assert (merged.lowest, merged.highest) == pytest.approx((0.5, 2.0))
     assert merged.value == pytest.approx(1.0)
-    again = ratio(runs, of.AGAIN, of.REFERENCE)
+    again = ratio(runs, AGAIN, REFERENCE)
     assert (again.lowest, again.highest) == pytest.approx((0.25, 1.0))
-    assert ratio(runs[:1], of.MERGED, of.REFERENCE).error is None
+    assert ratio(runs[:1], MERGED, REFERENCE).error is None
 
 
 @pytest.mark.parametrize(
@@ -62,17 +72,17 @@ def test_a_ratio_is_of_speeds_and_takes_both_entries_of_the_reference() -> None:
     ],
 )
 def test_a_verdict_minds_the_spread(speeds: tuple[float, ...], expected: str) -> None:
-    runs = [{of.MERGED: 1.0, of.ON: 1 / speed} for speed in speeds]
-    assert verdict(ratio(runs, of.ON, of.MERGED), 0.95) == expected
+    runs = [{MERGED: 1.0, ON: 1 / speed} for speed in speeds]
+    assert verdict(ratio(runs, ON, MERGED), 0.95) == expected
 
 
 def test_a_contestant_that_runs_another_model_is_found_out() -> None:
     plain, adapted = np.zeros(3, np.float32), np.ones(3, np.float32)
-    logits = {of.MERGED: adapted, of.ON: adapted, of.PEFT: adapted, of.OFF: plain, of.EAGER: plain}
+    logits = {MERGED: adapted, ON: adapted, PEFT: adapted, OFF: plain, EAGER: plain}
     compare(logits)
     with pytest.raises(RuntimeError, match="switchable on and merged disagree"):
-        compare({**logits, of.ON: plain})
+        compare({**logits, ON: plain})
     with pytest.raises(RuntimeError, match="PyTorch eager and switchable off disagree"):
-        compare({**logits, of.EAGER: adapted})
+        compare({**logits, EAGER: adapted})
     with pytest.raises(RuntimeError, match="no difference"):
         compare(dict.fromkeys(logits, plain))
