@@ -160,23 +160,23 @@ def test_public_names_are_the_documented_ones() -> None:
 
 
 _OF_A_TASK = re.compile(
-    r"\.(causal|seq2seq|generates)\b(?!\.)|\bdriver (==|!=)|\btask(\.name)? (==|!=|in|not in) "
+    r"\.(causal|seq2seq|generates)\b(?!\.)|\bdriver (==|!=)|\btask(\.name)? (==|!=|in|not in|is|is not) "
     r"|beginning is (not )?None|isinstance\([^)]*\b(Decoder|Encoder|Seq2Seq)\b"
     r"|\.(behind|headed|layered|remeasured)\b"
 )
 
 
 def test_few_places_branch_on_the_task() -> None:
-    """69 at 955968e, where ``task is None`` meant text generation; a new one needs a reason."""
+    """74 at 955968e, counted by the same words; a new one needs a reason."""
     found = []
     for file in PACKAGE.rglob("*.py"):
         if file.parent.name == "tasks":
             continue
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             tests: list[ast.expr] = []
-            if isinstance(node, ast.If | ast.IfExp | ast.While):
+            if isinstance(node, ast.If | ast.IfExp | ast.While | ast.Assert):
                 tests = [node.test]
             elif isinstance(node, ast.comprehension):
                 tests = node.ifs
             found += [(file.name, x.lineno) for x in tests if _OF_A_TASK.search(ast.unparse(x))]
-    assert len(found) <= 30, found
+    assert len(found) <= 37, found
