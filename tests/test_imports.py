@@ -160,7 +160,8 @@ def test_public_names_are_the_documented_ones() -> None:
 
 
 _OF_A_TASK = re.compile(
-    r"\.(causal|seq2seq|generates)\b(?!\.)|\bdriver (==|!=)|\btask(\.name)? (==|!=|in|not in|is|is not) "
+    r"\.(causal|seq2seq|generates)\b(?!\.)|\bdriver (==|!=)"
+    r"|\btask(\.name)? (==|!=|in|not in|is|is not) "
     r"|beginning is (not )?None|isinstance\([^)]*\b(Decoder|Encoder|Seq2Seq)\b"
     r"|\.(behind|headed|layered|remeasured)\b"
 )
