@@ -202,9 +202,9 @@ def check_kinds(adapter: Adapter, layers: Mapping[str, Layer], task: Task) -> No
     Raises:
         UnsupportedAdapterError: it does; the layer is named. Or it is an activated LoRA.
     """
-    able = changeable(layers, task)
-    if able is layers:
+    if not task.seq2seq:
         return
+    able = changeable(layers, task)
     hint = "Train it on other layers (target_modules), or merge it into the base with PEFT."
     if adapter.invocation:
         raise UnsupportedAdapterError(
