@@ -42,7 +42,7 @@ def logits(bundle: Path, name: str, ids: list[int]) -> Any:
         "input_ids": np.array([ids], np.int64),
         "attention_mask": np.ones((1, len(ids)), np.int64),
         "position_ids": np.arange(len(ids), dtype=np.int64)[None],
-        "logits_positions": np.array([[len(ids) - 1]], np.int64),
+        "num_logits_to_keep": np.array(1, np.int64),
     }
     cache = part["cache"]
     past = np.zeros((1, cache["kv_heads"], 0, cache["head_dim"]), np.float32)

@@ -97,7 +97,7 @@ class Part:
             (someone else's graph).
         backend: what made the base graph: ``trace`` or ``optimum``.
         inputs: the graph's inputs beside the adapters' and the cache's. It has these; it may have
-            ``position_ids`` and ``logits_positions`` besides.
+            ``position_ids`` and ``num_logits_to_keep`` besides.
         output: name of the output that counts.
         vocab_size: token ids are below it, and a decoder's logits are as many; 0: it reads none.
         max_length: longest row that its positions allow; 0: any.

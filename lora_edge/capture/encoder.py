@@ -313,9 +313,12 @@ def _example(part: Part) -> dict[str, Tensor]:
 
 def _export(traced: _Traced, part: Part, task: Task, directory: Path) -> onnx.ModelProto:
     example = _example(part)
-    dims = {name: {0: "batch"} if part.sample else {0: "batch", 1: "seq"} for name in example}
+    dims = {
+        name: {0: "batch_size"} if part.sample else {0: "batch_size", 1: "sequence_length"}
+        for name in example
+    }
     by_token = task.facts.by_token and not part.sample
-    dims[part.output] = {0: "batch", 1: "seq"} if by_token else {0: "batch"}
+    dims[part.output] = {0: "batch_size", 1: "sequence_length"} if by_token else {0: "batch_size"}
     with ExitStack() as stack:
         weights = stack.enter_context(placeholders(traced.model))
         stack.enter_context(swapped_linears(traced.model))

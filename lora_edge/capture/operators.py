@@ -102,6 +102,33 @@ class Choose(torch.autograd.Function):
         return out
 
 
+class LastPositions(torch.autograd.Function):
+    """Positions of each row's last tokens -> ``[batch, kept] int64``.
+
+    ``attention_mask [batch, total]``, padded on the right; ``input_ids [batch, seq]``; ``keep []``,
+    how many; 0: every position, as it stands. A shorter row has its first position in the place of
+    those that it lacks. In a run with a past, where rows have one token each or one row is alone,
+    the last token is the last of the run.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, attention_mask: Tensor, input_ids: Tensor, keep: Tensor) -> Tensor:
+        return input_ids.new_zeros(len(input_ids), int(keep))
+
+    @staticmethod
+    def symbolic(g: Any, attention_mask: Any, input_ids: Any, keep: Any) -> Any:
+        def constant(value: Any) -> Any:
+            return g.op("Constant", value_t=torch.tensor(value))
+
+        width = g.op("Squeeze", g.op("Shape", input_ids, start_i=1, end_i=2), constant([0]))
+        every = g.op("Equal", keep, constant(0))
+        count = g.op("Where", every, width, g.op("Min", keep, width))
+        back = g.op("Range", g.op("Neg", count), constant(0), constant(1))
+        length = g.op("ReduceSum", attention_mask, constant([1]), keepdims_i=1)
+        ends = g.op("Where", every, width, g.op("Min", length, width))
+        return g.op("Max", g.op("Add", ends, back), constant(0))
+
+
 class TakePositions(torch.autograd.Function):
     """``x [batch, seq, hidden]`` at ``positions [batch, kept]`` -> ``[batch, kept, hidden]``."""
 

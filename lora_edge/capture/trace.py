@@ -1,7 +1,7 @@
 """Hugging Face's own decoder, traced with its attention swapped, in two forms.
 
 *fused*: ``com.microsoft.GroupQueryAttention`` with the KV cache and the rotary inside, one operator
-for each RMSNorm, logits at chosen positions only. *portable*: standard operators.
+for each RMSNorm, logits of the last tokens only. *portable*: standard operators.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lora_edge.capture.attention import (
 from lora_edge.capture.base_graph import BaseGraph
 from lora_edge.capture.conditional import lower_choices
 from lora_edge.capture.experts import swapped_experts
-from lora_edge.capture.operators import TakePositions
+from lora_edge.capture.operators import LastPositions, TakePositions
 from lora_edge.capture.refusing import max_length, noted_activations, refusing
 from lora_edge.capture.swaps import (
     RotarySwap,
@@ -42,11 +42,13 @@ from lora_edge.capture.swaps import (
 from lora_edge.capture.torchscript import name_nodes, to_onnx
 from lora_edge.capture.weights import Weight, attach, placeholders
 from lora_edge.errors import CaptureError, UnsupportedModelError
-from lora_edge.names import LOGITS_POSITIONS, past_name, present_name
+from lora_edge.names import NUM_LOGITS_TO_KEEP, past_name, present_name
 from lora_edge.tasks.task import Task
 
 # Sizes that no model has, so that a traced size is known for what it is.
 _BATCH, _SEQ, _PAST = 3, 5, 7
+# The names of the sizes that other clients know them by.
+_BATCH_SIZE, _WIDTH, _TOTAL = "batch_size", "sequence_length", "total_sequence_length"
 
 
 class _Traced(nn.Module):
@@ -66,7 +68,8 @@ class _Traced(nn.Module):
     ) -> tuple[Tensor, ...]:
         attention: Fused | Portable
         if self._rotary is not None:
-            positions, past = rest[0], _pairs(rest[1:])
+            positions = LastPositions.apply(attention_mask, input_ids, rest[0])
+            past = _pairs(rest[1:])
             attention = Fused(past, attention_mask, self._rotary)
         else:
             positions, past = None, _pairs(rest)
@@ -204,20 +207,22 @@ def _export(
         "position_ids": torch.arange(_PAST, _PAST + _SEQ)[None].repeat(_BATCH, 1),
     }
     dims = {
-        "input_ids": {0: "batch", 1: "seq"},
-        "attention_mask": {0: "batch", 1: "total"},
-        "position_ids": {0: "batch", 1: "seq"},
-        "logits": {0: "batch", 1: "seq" if rotary is None else "kept"},
+        "input_ids": {0: _BATCH_SIZE, 1: _WIDTH},
+        "attention_mask": {0: _BATCH_SIZE, 1: _TOTAL},
+        "position_ids": {0: _BATCH_SIZE, 1: _WIDTH},
+        "logits": {0: _BATCH_SIZE, 1: _WIDTH if rotary is None else "num_logits"},
     }
     if rotary is not None:
-        example[LOGITS_POSITIONS] = torch.zeros(_BATCH, 2, dtype=torch.long)
-        dims[LOGITS_POSITIONS] = {0: "batch", 1: "kept"}
+        example[NUM_LOGITS_TO_KEEP] = torch.tensor(2)
     for name in past:
         example[name] = torch.zeros(_BATCH, first.kv_heads, _PAST, first.head_dim)
-        dims[name] = {0: "batch", 2: "past"}
+        dims[name] = {0: _BATCH_SIZE, 2: "past_sequence_length"}
     for name in present:
         # A shared cache is longer than the mask; a name of its own keeps their sizes apart.
-        dims[name] = {0: "batch", 2: "total" if rotary is None else "present"}
+        dims[name] = {
+            0: _BATCH_SIZE,
+            2: _TOTAL if rotary is None else "present_sequence_length",
+        }
 
     traced = _Traced(model, swap, rotary, {fact.window for fact in facts})
     with ExitStack() as stack:

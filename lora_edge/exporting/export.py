@@ -30,6 +30,7 @@ from lora_edge.errors import (
     ParityError,
 )
 from lora_edge.exporting.build import Options, build, check_precision
+from lora_edge.exporting.clients import write_client_files
 from lora_edge.exporting.graphs import Progress
 from lora_edge.exporting.texts import own_folders, write_adapter_texts, write_base_text
 from lora_edge.files.changing import preparing, recover
@@ -166,6 +167,7 @@ def export(
             options = Options(mode, form, backend, sites, tuple(kinds), wanted, precision)
             check_precision(options)
             manifest, reference = build(model, loaded, stage, options, say)
+            write_client_files(model, stage, manifest, reference.architecture)
             write_base_text(model, stage, manifest, say)
             folders = own_folders(adapters or {}, local)
             write_sentence_modules(stage, manifest.task, folders)

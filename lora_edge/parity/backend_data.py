@@ -17,7 +17,7 @@ from lora_edge.base.checkpoint import Base, resolve_base
 from lora_edge.bundle.bundle import GRAPH_FILE, Bundle, load_bundle
 from lora_edge.errors import DataError, MissingDependencyError
 from lora_edge.files.transaction import check_free, staging
-from lora_edge.names import LOGITS_POSITIONS, past_name, present_name
+from lora_edge.names import NUM_LOGITS_TO_KEEP, past_name, present_name
 from lora_edge.parity.ask import open_reference
 from lora_edge.parity.explain.rerun import rerun
 from lora_edge.parity.plan.states import Probe
@@ -120,8 +120,9 @@ def _tensors(
     layers = runner.decoder.kept.layers
     logits, cache = model.prefill(probe.rows[0], probe.states[0])
     outputs: dict[str, NDArray[Any]] = {"logits": logits[None]}
-    if LOGITS_POSITIONS in fed:
-        outputs["logits"] = logits[fed[LOGITS_POSITIONS][0]][None]
+    if NUM_LOGITS_TO_KEEP in fed:
+        kept = int(fed[NUM_LOGITS_TO_KEEP])
+        outputs["logits"] = logits[-kept:][None]  # 0 is all of them
     for layer, pair in enumerate(_kept(cache, layers)):
         for part, array in zip(_PARTS, pair, strict=True):
             # Nothing is past, and what is present is as long as the prompt.

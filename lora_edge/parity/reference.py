@@ -103,6 +103,7 @@ class Reference:
         self._shared: Any = self._load(task)
         self._size = sum(int(parameter.numel()) for parameter in self._shared.parameters())
         self.label_layer: str = task.label_layer(self._shared)
+        self.architecture = type(self._shared).__name__
         # What ends with the block of wide(), and the models that are float64 in it.
         self._widening: contextlib.ExitStack | None = None
         self._widened: set[int] = set()

@@ -18,6 +18,7 @@ from lora_edge.names import (
     ENCODER_MASK,
     ENCODER_STATES,
     LOGITS_POSITIONS,
+    NUM_LOGITS_TO_KEEP,
     SELECT,
     parse_lora_input,
 )
@@ -26,7 +27,8 @@ from lora_edge.runtime.caches import ConcatenatedCache, NoCache, SharedCache
 from lora_edge.runtime.decoding import Decoding
 from lora_edge.runtime.session import ModelSession, past_names, present_names
 
-_FED = ("input_ids", "attention_mask", "position_ids", LOGITS_POSITIONS)
+_COUNTED = (NUM_LOGITS_TO_KEEP, LOGITS_POSITIONS)
+_FED = ("input_ids", "attention_mask", "position_ids", *_COUNTED)
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 _CACHES: Mapping[str | None, Callable[..., Decoding]] = {
@@ -97,9 +99,9 @@ class Decoder(ModelSession):
         return self.part.cache
 
     @property
-    def picks_positions(self) -> bool:
-        """The graph computes the logits of chosen positions only."""
-        return LOGITS_POSITIONS in self.inputs
+    def keeps_last(self) -> bool:
+        """The graph computes the logits of each row's last token alone, where it is asked to."""
+        return not self.inputs.isdisjoint(_COUNTED)
 
     def start(
         self,

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from lora_edge.errors import DataError
 from lora_edge.maths.lora import FloatArray
-from lora_edge.names import LOGITS_POSITIONS, lora_input
+from lora_edge.names import LOGITS_POSITIONS, NUM_LOGITS_TO_KEEP, lora_input
 from lora_edge.runtime.adapters.binding import Binding, Values
 
 if TYPE_CHECKING:
@@ -186,6 +186,7 @@ class Decoding(ABC):
             "input_ids": chunk.ids,
             "attention_mask": chunk.mask,
             "position_ids": chunk.positions,
+            NUM_LOGITS_TO_KEEP: np.array(0 if every else 1, np.int64),
             LOGITS_POSITIONS: np.ascontiguousarray(picked),
         }
         # The binding does not keep its values alive.
@@ -197,7 +198,7 @@ class Decoding(ABC):
         for name, value in values.items():
             io.bind_ortvalue_input(name, value)
         self._bind_gates(io, chunk, picked)
-        kept = picked.shape[1] if decoder.picks_positions else width
+        kept = picked.shape[1] if decoder.keeps_last else width
         shape = (batch, kept, decoder.part.vocab_size)
         if self._logits_array.shape != shape:
             self._logits_array = np.empty(shape, np.float32)
@@ -206,7 +207,7 @@ class Decoding(ABC):
         decoder.session.run_with_iobinding(io)
         if every:
             spans = [(f, f + n) for f, n in zip(chunk.first, chunk.counts, strict=True)]
-        elif decoder.picks_positions:
+        elif decoder.keeps_last:
             spans = [(0, 1)] * batch
         else:
             spans = [(column, column + 1) for column in last]
@@ -228,7 +229,7 @@ class Decoding(ABC):
         if key == self._gates_key:
             return
         values = gates.values(active)
-        if self.decoder.picks_positions:
+        if self.decoder.keeps_last:
             values |= gates.values(seen, lora_input(self.decoder.part.head, "gate"))
         for name, value in values.items():
             io.bind_ortvalue_input(name, value)

@@ -86,7 +86,7 @@ def test_large_tensors_are_in_the_data_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("form", "third", "padding", "kind"),
     [
-        ("fused", "logits_positions", "right", "shared"),
+        ("fused", "num_logits_to_keep", "right", "shared"),
         ("portable", "position_ids", "either", "concatenated"),
     ],
 )
@@ -128,7 +128,7 @@ def test_rotary_is_inside_the_operator_where_it_can_be(
     assert takes_positions == (family in {"gpt_neox", "gpt2"})
 
 
-def test_logits_are_those_of_the_chosen_positions(tmp_path: Path) -> None:
+def test_logits_are_those_of_the_last_tokens(tmp_path: Path) -> None:
     graph, _ = _capture(make_base("llama", tmp_path / "base"), "fused", tmp_path / "out")
     session = onnxruntime.InferenceSession(graph.path(), providers=["CPUExecutionProvider"])
     ids = np.random.default_rng(0).integers(3, 256, (2, 6))
@@ -138,12 +138,22 @@ def test_logits_are_those_of_the_chosen_positions(tmp_path: Path) -> None:
         "attention_mask": np.array([[1] * 6, [1] * 4 + [0] * 2]),
         **{x.name: empty for x in session.get_inputs() if x.name.startswith("past")},
     }
-    every = np.broadcast_to(np.arange(6), (2, 6)).copy()
-    (whole,) = session.run(["logits"], {**feeds, "logits_positions": every})
-    (some,) = session.run(["logits"], {**feeds, "logits_positions": np.array([[5], [3]])})
-    assert some.shape == (2, 1, 256)
-    np.testing.assert_allclose(some[:, 0], whole[[0, 1], [5, 3]], atol=1e-5)
-    assert np.abs(some[1, 0] - whole[1, 5]).max() > 1e-2
+
+    def logits(keep: np.ndarray) -> np.ndarray:
+        (found,) = session.run(["logits"], {**feeds, "num_logits_to_keep": keep})
+        return found
+
+    every, last, three = logits(np.array(0)), logits(np.array(1)), logits(np.array(3))
+    assert (last.shape, three.shape, every.shape) == ((2, 1, 256), (2, 3, 256), (2, 6, 256))
+    # The shorter row's last token is its fourth.
+    np.testing.assert_allclose(last[:, 0], every[[0, 1], [5, 3]], atol=1e-5)
+    assert np.abs(last[1, 0] - every[1, 5]).max() > 1e-2
+    np.testing.assert_allclose(three[0], every[0, 3:], atol=1e-5)
+    np.testing.assert_allclose(three[1], every[1, 1:4], atol=1e-5)
+    # More than there are: the first position fills up.
+    np.testing.assert_allclose(logits(np.array(9))[1], every[1, [0, 0, 0, 1, 2, 3]], atol=1e-5)
+    # onnxruntime-genai gives it an axis.
+    np.testing.assert_array_equal(logits(np.array([0])), every)
 
 
 def test_a_capture_does_not_change_later_models(tmp_path: Path) -> None:

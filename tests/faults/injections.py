@@ -313,17 +313,21 @@ def gates_cut(model: onnx.ModelProto) -> None:
 
 def earlier_positions(model: onnx.ModelProto) -> None:
     """The head reads the position before the one that was asked for."""
-    (node,) = _consumers(model, "logits_positions")
-    for index, name in enumerate(node.input):
-        if name == "logits_positions":
-            node.input[index] = "earlier_positions"
+    made = {name: node for node in model.graph.node for name in node.output}
+    (node,) = [x for x in model.graph.node if x.op_type == "GatherND"]
+    (taken,) = [x for x in model.graph.node if x.output[0] == node.input[1]]  # Unsqueeze
+    positions = taken.input[0]
+    assert made[positions].op_type == "Max"
+    taken.input[0] = "earlier_positions"
     new = [
         helper.make_node("Constant", [], ["one_back"], value_int=1),
         helper.make_node("Constant", [], ["zeroth"], value_int=0),
-        helper.make_node("Sub", ["logits_positions", "one_back"], ["unclipped"]),
+        helper.make_node("Sub", [positions, "one_back"], ["unclipped"]),
         helper.make_node("Max", ["unclipped", "zeroth"], ["earlier_positions"]),
     ]
-    nodes = [*new, *model.graph.node]
+    nodes = list(model.graph.node)
+    at = nodes.index(taken)
+    nodes[at:at] = new
     del model.graph.node[:]
     model.graph.node.extend(nodes)
 

@@ -22,7 +22,7 @@ from lora_edge.bundle.bundle import Bundle, file_entries, hash_file
 from lora_edge.bundle.manifest import AdapterEntry, FileEntry, Manifest
 from lora_edge.bundle.part import Cache, Part, SiteEntry
 from lora_edge.maths.lora import Factors
-from lora_edge.names import lora_input
+from lora_edge.names import NUM_LOGITS_TO_KEEP, lora_input
 from lora_edge.runtime import Runner, write_adapter
 from lora_edge.runtime.decoder import Decoder
 
@@ -239,8 +239,19 @@ def build_graph(form: str, *, sites: bool = True, picks: bool | None = None) -> 
         x = g.op("Add", x, linear(mixed, f"{at}.self_attn.o_proj"))
         inner = g.op("Tanh", linear(x, f"{at}.mlp.up_proj"))
         x = g.op("Add", x, linear(inner, f"{at}.mlp.down_proj"))
-    if form == "fused" if picks is None else picks:
+    kept = None
+    if picks:  # as graphs of earlier releases have it
         kept = g.add_input("logits_positions", ["batch", "kept"], i64)
+    elif picks is None and form == "fused":
+        keep = g.add_input(NUM_LOGITS_TO_KEEP, [], i64)
+        every = g.op("Equal", keep, np.array(0, np.int64))
+        width = g.op("Gather", g.op("Shape", ids), np.array(1, np.int64))
+        count = g.op("Where", every, width, keep)
+        back = g.op("Range", g.op("Neg", count), np.array(0, np.int64), np.array(1, np.int64))
+        ends = g.op("Min", g.op("ReduceSum", mask, _i64(1), keepdims=1), width)
+        ends = g.op("Where", every, width, ends)
+        kept = g.op("Max", g.op("Add", ends, back), np.array(0, np.int64))
+    if kept is not None:
         x = g.op("GatherND", x, g.op("Unsqueeze", kept, _i64(2)), batch_dims=1)
     g.add_output(linear(x, "lm_head"), "logits", ["batch", "kept", VOCAB])
     for n, new in enumerate(presents):

@@ -140,7 +140,7 @@ def test_a_graph_without_adapter_inputs(tiny: Any, tmp_path: Path) -> None:
         graph = tmp_path / f"{form}.onnx"
         onnx.save(tiny.graph(form, sites=False, picks=form != "fused"), graph)
         decoder = tiny.decoder(graph, form, sites=False, threads=1)
-        assert decoder.picks_positions == (form != "fused")
+        assert decoder.keeps_last == (form != "fused")
         rows = Sequences(tiny, form, decoder.start(2, 30), [{}, {}])
         assert rows.feed(tiny.rows(7, 3)) < LIMIT
         last = rows.decoding.extend([[3, 4], [5]])

@@ -156,6 +156,8 @@ def _labels(
             count = adapter.head_labels(parameters.label_layer)
             found[name] = named if count in (None, len(named)) else []
     in_file = every if "id2label" in base.config else []
+    if manifest.mode == "merged":
+        in_file = next((names for names in found.values() if names), in_file)
     return {"manifest": found, "config.json": in_file}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from lora_edge.base.checkpoint import Base
 from lora_edge.bundle.bundle import Bundle
+from lora_edge.bundle.clients import GENAI_FILE, TRANSFORMERS_JS, genai_config
 from lora_edge.bundle.sentence import sentence_files
 from lora_edge.errors import BaseModelError, BundleError
 from lora_edge.files.json import read_json
@@ -15,8 +16,9 @@ from lora_edge.runtime.outputs.image import PROCESSOR_FILE
 
 _COPIED = ("config.json", "generation_config.json", PROCESSOR_FILE)
 _HINT = "Copy it again."
-# What other programs keep in config.json, and nothing here reads.
-_FOREIGN = ("transformers.js_config",)
+# What export, or another program, writes into config.json, and nothing here reads. The names of
+# labels are compared where they are asked for.
+_FOREIGN = (TRANSFORMERS_JS, "architectures", "id2label", "label2id")
 
 
 def compare_files(bundle: Bundle, base: Base) -> Iterator[tuple[str, str]]:
@@ -34,11 +36,17 @@ def compare_files(bundle: Bundle, base: Base) -> Iterator[tuple[str, str]]:
             yield name, f"{where} {name}"
             continue
         found, wanted = _read(own, BundleError), _read(theirs, BaseModelError)
-        for field in _FOREIGN:
+        if name == "config.json":
             for data in (found, wanted):
-                if isinstance(data, dict):
+                for field in _FOREIGN:
                     data.pop(field, None)
         yield name, first_difference(name, found, wanted)
+    if GENAI_FILE in bundle.manifest.files:
+        file = base.directory / "generation_config.json"
+        generation = _read(file, BaseModelError) if file.is_file() else {}
+        made = genai_config(bundle.manifest, base.config, generation)
+        found = _read(folder / GENAI_FILE, BundleError)
+        yield GENAI_FILE, first_difference(GENAI_FILE, found, made)
 
 
 def first_difference(what: str, found: Any, wanted: Any, close: float = 0.0) -> str:
