@@ -64,7 +64,7 @@ NONE_ADAPTER = "none"
 """The adapter that ships in every switchable bundle and changes nothing (rank 1, zeros)."""
 
 NUM_LOGITS_TO_KEEP = "num_logits_to_keep"
-"""Optional graph input, int64 ``[]``: how many last tokens of each row get logits; 0: all columns do.
+"""Optional graph input, int64 ``[]``: how many last tokens of each row get logits; 0: all columns.
 onnxruntime-genai and transformers.js fill it by themselves."""
 LOGITS_POSITIONS = "logits_positions"
 """In its place in bundles of earlier releases, int64 ``[batch, kept]``: the very positions."""
