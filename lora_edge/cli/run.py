@@ -63,6 +63,11 @@ from lora_edge.errors import DataError
     ["sampled", "full"],
     "Check large weights by some of their blocks, or every byte of the bundle, before.",
 )
+@click.option(
+    "--no-cache",
+    is_flag=True,
+    help="Keep no optimized graph of large bundles in the user's cache (LORA_EDGE_CACHE).",
+)
 @options.repeatable(
     "--pin",
     "pinned",
@@ -86,6 +91,7 @@ def command(
     provider_options: tuple[str, ...],
     allow_fallback: bool,
     verify: Literal["sampled", "full"],
+    no_cache: bool,
     pinned: tuple[str, ...],
     **settings: Any,
 ) -> None:
@@ -114,6 +120,7 @@ def command(
         provider_options=named_options(provider_options),
         allow_fallback=allow_fallback,
         pinned=pinned,
+        session_cache=not no_cache,
         verify=verify,
     )
     task = runner.bundle.manifest.task

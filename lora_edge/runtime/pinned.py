@@ -23,6 +23,7 @@ from lora_edge.maths.lora import Factors, SiteChange, delta
 from lora_edge.runtime.adapters.active import ActiveAdapters
 from lora_edge.runtime.adapters.binding import Binding, Changes, State, Values
 from lora_edge.runtime.decoder import Decoder
+from lora_edge.runtime.prepared import PreparedGraphs
 from lora_edge.runtime.session import Fixed
 
 _UNPIN = "Leave it out of pinned: it runs on the switchable graph."
@@ -74,6 +75,9 @@ class PinnedSessions:
         if names:
             _check_bundle(bundle)
         self._states = frozenset(active.states(tuple(names), len(names)))
+        self._prepared: PreparedGraphs | None = options["prepared"]
+        if self._prepared is not None and _has_plain_graph(bundle):
+            self._states |= {()}  # its session costs no copy of the weights
         for name in sorted(self.names):
             _check(name, active.changes(name), bundle)
 
@@ -100,7 +104,11 @@ class PinnedSessions:
             return None
         if state not in self._opened:
             decoder = self._open(state)
-            self._check_opened(decoder, state)
+            kept = None if state else self._prepared
+            if kept is None or not kept.checked(BASE_GRAPH_FILE):
+                self._check_opened(decoder, state)
+            if kept is not None:
+                kept.mark_checked(BASE_GRAPH_FILE)
             self._opened[state] = decoder
         return self._opened[state], Binding((state,), {})
 
@@ -207,6 +215,15 @@ def _read(data: Path, stored: WeightEntry) -> NDArray[np.floating]:
 def _weight(site: SiteEntry) -> WeightEntry:
     assert site.weight is not None  # it was checked when the adapter was pinned
     return site.weight
+
+
+def _has_plain_graph(bundle: Bundle) -> bool:
+    manifest = bundle.manifest
+    return (
+        manifest.mode == "switchable"
+        and manifest.driver == "decoder"
+        and BASE_GRAPH_FILE in manifest.files
+    )
 
 
 def _check_bundle(bundle: Bundle) -> None:
