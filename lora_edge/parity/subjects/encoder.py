@@ -27,6 +27,11 @@ class EncoderSubject(Subject):
 
     headed = True
 
+    @property
+    def known(self) -> tuple[str, ...]:
+        """What fills up short rows, too; of images nothing."""
+        return () if self.reads.sample else (*super().known, "pad_token_id")
+
     def probes(self, question: Question, reference: Reference) -> Sequence[Probe]:
         """Rows at once."""
         image = bool(self.reads.sample)

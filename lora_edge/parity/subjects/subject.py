@@ -69,6 +69,11 @@ class Subject(ABC):
         self.gives = parts.get("decoder") or parts["encoder"]
         self.beginning = beginning
 
+    @property
+    def known(self) -> tuple[str, ...]:
+        """Facts of the part that reads which PyTorch's model tells as well: names of its fields."""
+        return ("vocab_size", "max_length")
+
     @abstractmethod
     def probes(self, question: Question, reference: Reference) -> Sequence[Probe]:
         """The plan for a bundle."""

@@ -39,6 +39,9 @@ def test_which_part_reads_and_which_gives() -> None:
     assert (ANSWERS.reads, ANSWERS.gives) == (READS, GIVES)
     kinds = [(x.behind, x.headed, x.layered) for x in (DECODER, ENCODER, ANSWERS)]
     assert kinds == [(True, False, True), (False, True, True), (False, False, False)]
+    known = [x.known for x in (DECODER, ENCODER, IMAGES, ANSWERS, SPEECH)]
+    sizes = ("vocab_size", "max_length")
+    assert known == [sizes, (*sizes, "pad_token_id"), (), (), ()]
 
 
 def test_what_a_row_is() -> None:
