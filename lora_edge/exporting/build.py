@@ -27,7 +27,7 @@ from lora_edge.bundle.manifest import AdapterEntry, Manifest, Mode
 from lora_edge.bundle.part import Part, SiteEntry
 from lora_edge.bundle.sentence import load_sentence_modules, sentence_files
 from lora_edge.errors import MissingDependencyError, UnsupportedModelError
-from lora_edge.exporting.graphs import Progress, Weights, published, write_branched, write_merged
+from lora_edge.exporting.graphs import Graphs, Progress, Weights, published
 from lora_edge.fit.changes import parameter_changes, site_changes
 from lora_edge.fit.check import (
     changeable,
@@ -145,6 +145,7 @@ def build(
             f"{quantization.mean_error:.3g} in the mean, {quantization.worst_error:.3g} at worst"
         )
         weights = rounded_weights(weights, quantization, modules)
+    graphs = Graphs(captured, models, modules, weights, quantization, stage)
     fingerprint = base.fingerprint()
     base_labels = _base_labels(base, captured)
     entries: dict[str, AdapterEntry] = {}
@@ -153,7 +154,7 @@ def build(
     if merged:
         changes = parameter_changes(adapters[0], modules, captured.tied, captured.parameter_modules)
         say(f"merging {adapters[0].name} into {len(changes)} parameters")
-        write_merged(captured, models, modules, changes, weights, quantization, stage, say)
+        graphs.write_merged(changes, say)
     else:
         for adapter in adapters:
             given[adapter.name] = site_changes(adapter, modules, weights, captured.tied)
@@ -167,7 +168,7 @@ def build(
         }
         given = {name: with_heads(changes, heads) for name, changes in given.items()}
         say(f"adding branches to {len(covered)} layers")
-        covered = write_branched(captured, models, modules, covered, weights, quantization, stage)
+        covered = graphs.write_branched(covered)
         none = write_none(stage, covered, fingerprint, heads)
         entries[NONE_ADAPTER] = dataclasses.replace(none, labels=base_labels)
     parts = {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,81 +29,89 @@ def published(part: Part) -> str:
     return f"onnx/{part.file}"
 
 
-def write_merged(
-    captured: Any,
-    models: Mapping[str, Any],
-    modules: Mapping[str, Layer],
-    changes: Mapping[str, ParameterChange],
-    weights: Weights,
-    quantization: Quantization | None,
-    stage: Path,
-    say: Progress,
-) -> None:
-    """Write each graph with the changes in its weights."""
-    from lora_edge import graph as passes
+@dataclass(frozen=True)
+class Graphs:
+    """What is captured of a base, on its way into a bundle.
 
-    if quantization is not None:
-        matrices = {path.removesuffix(".weight") for path in changes}
-        touched = [path for path in quantization.layers if path in matrices]
-        others = [path for path in quantization.layers if path not in matrices]
-        passes.quantize_layers(models["decoder"], modules, others, quantization)
-        passes.round_layers(models["decoder"], modules, touched, quantization)
-        if touched:
-            say(f"{len(touched)} layers stay in fp32: the adapter is in their rounded weights")
-    for part, model in models.items():
-        own = {
-            path: change
-            for path, change in changes.items()
-            if captured.part_of(path.rpartition(".")[0]) == part
-        }
-        owners = {path.rpartition(".")[0] for path in own} & set(modules)
-        layers = {path: SiteEntry.of(modules[path]) for path in sorted(owners)}
-        passes.merge(model, passes.find_sites(model, layers, weights), own, weights)
-        passes.save_with_data(model, stage / published(captured.parts[part]))
-
-
-def write_branched(
-    captured: Any,
-    models: Mapping[str, Any],
-    modules: Mapping[str, Layer],
-    covered: Mapping[str, SiteEntry],
-    weights: Weights,
-    quantization: Quantization | None,
-    stage: Path,
-) -> dict[str, SiteEntry]:
-    """Write each graph with branches, of a decoder one without beside it on the same data.
-
-    Returns:
-        The layers, with where the data file has their weights.
+    Attributes:
+        captured: the :class:`~lora_edge.capture.BaseGraph`.
+        models: part -> its graph; changed by what writes it.
+        modules: module path -> layer that an adapter may change.
+        weights: the base's parameters, rounded where the graphs' will be.
+        quantization: how the graphs' weights are rounded; ``None``: they are not.
+        stage: where the bundle is made.
     """
-    from lora_edge import graph as passes
 
-    located = dict(covered)
-    for part, source in models.items():
-        path, model = captured.path(part), source
+    captured: Any
+    models: Mapping[str, Any]
+    modules: Mapping[str, Layer]
+    weights: Weights
+    quantization: Quantization | None
+    stage: Path
+
+    def write_merged(self, changes: Mapping[str, ParameterChange], say: Progress) -> None:
+        """Write each graph with the changes in its weights."""
+        from lora_edge import graph as passes
+
+        quantization, modules = self.quantization, self.modules
         if quantization is not None:
-            passes.quantize_layers(model, modules, quantization.layers, quantization)
-            path = path.parent / "quantized" / path.name
-            path.parent.mkdir()
-            passes.save_with_data(model, path)
-            model = passes.load(path)
-        own = {x: site for x, site in covered.items() if captured.part_of(x) == part}
-        found = passes.find_sites(model, own, weights)
-        plain = path.with_name("base.onnx")
-        cached = captured.parts[part].cache is not None
-        if cached:
-            passes.save_graph(model, plain)
-            located |= with_weights(own, found)
-        passes.branch(model, found)
-        # Beside its data, which is moved and never rewritten.
-        passes.save_graph(model, path)
-        target = stage / published(captured.parts[part])
-        path.rename(target)
-        data = path.with_name(f"{path.name}_data")
-        data.rename(target.with_name(data.name))
-        if cached:
-            plain.rename(stage / BASE_GRAPH_FILE)
-    return located
+            decoder = self.models["decoder"]
+            matrices = {path.removesuffix(".weight") for path in changes}
+            touched = [path for path in quantization.layers if path in matrices]
+            others = [path for path in quantization.layers if path not in matrices]
+            passes.quantize_layers(decoder, modules, others, quantization)
+            passes.round_layers(decoder, modules, touched, quantization)
+            if touched:
+                say(f"{len(touched)} layers stay in fp32: the adapter is in their rounded weights")
+        for part, model in self.models.items():
+            own = {
+                path: change
+                for path, change in changes.items()
+                if self.captured.part_of(path.rpartition(".")[0]) == part
+            }
+            owners = {path.rpartition(".")[0] for path in own} & set(modules)
+            layers = {path: SiteEntry.of(modules[path]) for path in sorted(owners)}
+            passes.merge(model, passes.find_sites(model, layers, self.weights), own, self.weights)
+            passes.save_with_data(model, self._target(part))
+
+    def write_branched(self, covered: Mapping[str, SiteEntry]) -> dict[str, SiteEntry]:
+        """Write each graph with branches, of a decoder one without beside it on the same data.
+
+        Returns:
+            The layers, with where the data file has their weights.
+        """
+        from lora_edge import graph as passes
+
+        captured, quantization = self.captured, self.quantization
+        located = dict(covered)
+        for part, source in self.models.items():
+            path, model = captured.path(part), source
+            if quantization is not None:
+                passes.quantize_layers(model, self.modules, quantization.layers, quantization)
+                path = path.parent / "quantized" / path.name
+                path.parent.mkdir()
+                passes.save_with_data(model, path)
+                model = passes.load(path)
+            own = {x: site for x, site in covered.items() if captured.part_of(x) == part}
+            found = passes.find_sites(model, own, self.weights)
+            plain = path.with_name("base.onnx")
+            cached = captured.parts[part].cache is not None
+            if cached:
+                passes.save_graph(model, plain)
+                located |= with_weights(own, found)
+            passes.branch(model, found)
+            # Beside its data, which is moved and never rewritten.
+            passes.save_graph(model, path)
+            target = self._target(part)
+            path.rename(target)
+            data = path.with_name(f"{path.name}_data")
+            data.rename(target.with_name(data.name))
+            if cached:
+                plain.rename(self.stage / BASE_GRAPH_FILE)
+        return located
+
+    def _target(self, part: str) -> Path:
+        return self.stage / published(self.captured.parts[part])
 
 
 def with_weights(layers: Mapping[str, SiteEntry], found: Mapping[str, Any]) -> dict[str, SiteEntry]:

@@ -489,12 +489,13 @@ class Runner:
             DataError: an empty prompt, one that leaves no room for ``max_new_tokens``, a setting
                 outside its range or for another task, or ``chat`` without a template.
         """
-        max_new_tokens, stop = _checked(max_new_tokens, stop, chat, tools, documents)
         given = _given(temperature, top_k, top_p, seed, min_p, repetition_penalty)
-        sampling, count = self._choices(defaults, given, max_new_tokens)
-        rows = self._read(prompts, adapter, chat, tools=tools, documents=documents)
-        texts = [""] * len(rows)
-        for row, piece in self._pieces(rows, adapter, count, sampling, stop, start):
+        chosen = self._choices(defaults, given, max_new_tokens)
+        count, said = self._completions(
+            prompts, adapter, chosen, stop, chat=chat, tools=tools, documents=documents, start=start
+        )
+        texts = [""] * count
+        for row, piece in said:
             texts[row] += piece
         return texts
 
@@ -522,13 +523,13 @@ class Runner:
         Speech is ``[1, mels, frames] float32``. The pieces' concatenation is what :meth:`generate`
         returns; arguments and errors are its own.
         """
-        max_new_tokens, stop = _checked(max_new_tokens, stop, chat, tools, documents)
         given = _given(temperature, top_k, top_p, seed, min_p, repetition_penalty)
-        sampling, count = self._choices(defaults, given, max_new_tokens)
+        chosen = self._choices(defaults, given, max_new_tokens)
         one = prompt if self._hears else [prompt]
-        rows = self._read(one, adapter, chat, tools=tools, documents=documents)
-        pieces = self._pieces(rows, adapter, count, sampling, stop, start)
-        return (piece for _, piece in pieces if piece)
+        _, said = self._completions(
+            one, adapter, chosen, stop, chat=chat, tools=tools, documents=documents, start=start
+        )
+        return (piece for _, piece in said if piece)
 
     def generate_ids(
         self,
@@ -546,15 +547,17 @@ class Runner:
         start: Sequence[int] | None = None,
     ) -> list[list[int]]:
         """As :meth:`generate` on token ids: each row's new ids, its end token included."""
-        max_new_tokens, _ = _checked(max_new_tokens)
         given = _given(temperature, top_k, top_p, seed, min_p, repetition_penalty)
-        sampling, count = self._choices(defaults, given, max_new_tokens)
+        chosen = self._choices(defaults, given, max_new_tokens)
         ids: Any = rows if self._hears else token_rows(rows, None)[0]
-        return new_ids(self._generation(ids, adapter, count, sampling, start), len(ids))
+        return new_ids(self._generation(ids, adapter, chosen, start), len(ids))
 
     def _choices(
         self, defaults: str | None, given: Mapping[str, Any], max_new_tokens: int | None
     ) -> tuple[Sampling, int]:
+        """How tokens are chosen, and how many at most."""
+        if max_new_tokens is not None:
+            max_new_tokens = opt.whole("max_new_tokens", max_new_tokens, 1)
         if defaults not in (None, "model"):
             raise OptionError(
                 f"defaults is {defaults!r:.100}, expected 'model' or None",
@@ -569,15 +572,37 @@ class Runner:
             )
         return choices(model, given, max_new_tokens)
 
+    def _completions(
+        self,
+        prompts: Any,
+        adapter: AdapterArgument,
+        chosen: tuple[Sampling, int],
+        stop: str | Sequence[str],
+        *,
+        chat: bool,
+        tools: Sequence[Mapping[str, Any]] | None,
+        documents: Sequence[Mapping[str, Any]] | None,
+        start: Sequence[int] | None,
+    ) -> tuple[int, Iterator[tuple[int, str]]]:
+        """How many prompts there are; and (row, text) as it becomes certain.
+
+        Errors in the arguments are raised here and now.
+        """
+        stops = _checked(stop, chat, tools, documents)
+        rows = self._read(prompts, adapter, chat, tools=tools, documents=documents)
+        generation = self._generation(rows, adapter, chosen, start)
+        tokenizers = self._tokenizers(adapter, len(rows), chat=False)
+        return len(rows), pieces(generation, len(rows), [one.decode for one in tokenizers], stops)
+
     def _generation(
         self,
         rows: Any,
         adapter: AdapterArgument,
-        max_new_tokens: int,
-        sampling: Sampling,
+        chosen: tuple[Sampling, int],
         start: Sequence[int] | None,
     ) -> Generation:
         """What an encoder-decoder answers to rows or speech, or how a decoder goes on."""
+        sampling, max_new_tokens = chosen
         batch = len(opt.listed("inputs", rows))
         eos_ids = self._eos(self._active.states(adapter, batch))
         beginning = self.bundle.manifest.beginning
@@ -611,20 +636,6 @@ class Runner:
             sampling=sampling,
         )
 
-    def _pieces(
-        self,
-        rows: Any,
-        adapter: AdapterArgument,
-        max_new_tokens: int,
-        sampling: Sampling,
-        stop: str | Sequence[str],
-        start: Sequence[int] | None,
-    ) -> Iterator[tuple[int, str]]:
-        """(row, text) as it becomes certain. Errors in the arguments are raised here and now."""
-        generation = self._generation(rows, adapter, max_new_tokens, sampling, start)
-        tokenizers = self._tokenizers(adapter, len(rows), chat=False)
-        return pieces(generation, len(rows), [one.decode for one in tokenizers], stop)
-
     @property
     def _hears(self) -> bool:
         """Whether prompts are speech."""
@@ -653,15 +664,12 @@ class Runner:
 
 
 def _checked(
-    max_new_tokens: int | None,
-    stop: str | Sequence[str] = (),
-    chat: bool = False,
-    tools: Sequence[Mapping[str, Any]] | None = None,
-    documents: Sequence[Mapping[str, Any]] | None = None,
-) -> tuple[int | None, Sequence[str]]:
-    """The number of tokens and the stop strings; refuses what is of another type."""
-    if max_new_tokens is not None:
-        max_new_tokens = opt.whole("max_new_tokens", max_new_tokens, 1)
+    stop: str | Sequence[str],
+    chat: bool,
+    tools: Sequence[Mapping[str, Any]] | None,
+    documents: Sequence[Mapping[str, Any]] | None,
+) -> Sequence[str]:
+    """The stop strings; refuses what is of another type."""
     opt.flag("chat", chat)
     for name, given in (("tools", tools), ("documents", documents)):
         for each in opt.listed(name, given if given is not None else ()):
@@ -670,7 +678,7 @@ def _checked(
     stops = opt.texts("stop", stop)
     if "" in stops:
         raise opt.refused("stop", stop, "strings that are not empty")
-    return max_new_tokens, stops
+    return stops
 
 
 def _given(

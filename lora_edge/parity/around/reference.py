@@ -35,7 +35,7 @@ class Parameters:
 
         self._model = model
         self.label_layer = task.label_layer(model)
-        self.positions = _positions(model)
+        self.max_length = _positions(model)
         self._torch = torch
         self._tensors = {
             **dict(self._model.named_buffers(remove_duplicate=False)),

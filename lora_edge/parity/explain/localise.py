@@ -205,9 +205,9 @@ class _Bench:
 
         plain = rerun(self._runner, probe, fed, listen)[index]
         actual = {path: np.concatenate([part[path] for part in parts]) for path in parts[0]}
-        span = slice(None)
-        if self._subject.behind:
-            span = slice(length, None) if tails else slice(length)
+        # PyTorch has run the prompt and what follows it, if anything does, as one row.
+        followed = bool(self._golden.tails[self._row])
+        span = slice(length, None) if tails else slice(length if followed else None)
         return self._compared(actual, plain[span], span)
 
     def untold(self, found: _Comparison) -> tuple[str, list[str]]:

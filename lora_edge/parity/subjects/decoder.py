@@ -15,9 +15,16 @@ import numpy as np
 from lora_edge.maths.lora import FloatArray
 from lora_edge.parity.plan.plan import shortest_window
 from lora_edge.parity.plan.states import Inputs, Probe, Row, schedule
-from lora_edge.parity.question import Question
+from lora_edge.parity.question import Question, is_long
 from lora_edge.parity.reference import Reference
-from lora_edge.parity.subjects.subject import LARGE, Subject, binding_of, continued, reach_of
+from lora_edge.parity.subjects.subject import (
+    LARGE,
+    Measuring,
+    Subject,
+    binding_of,
+    continued,
+    reach_of,
+)
 from lora_edge.runtime import Decoding, Runner
 
 _STEPS, _STEPS_OF_LARGE = 64, 16
@@ -25,12 +32,15 @@ _DECODED, _DECODED_OF_LARGE = 256, 128  # of the long continuation in ``full``
 # Of one long row: parameters x tokens, a layer's eager attention scores, and its logits, in bytes.
 _WORK, _SCORES, _LOGITS = 1e12, 1 << 30, 1 << 30
 
+# The floor belongs to the inputs that are compared: its largest values sit at few positions. Large
+# models are sampled all the same, because float64 is slow; their floor may be too low.
+_FLOOR_ROWS_OF_LARGE, _FLOOR_TOKENS_OF_LARGE = 2, 40
+
 
 class DecoderSubject(Subject):
     """A text generator."""
 
     behind = True
-    remeasured = False
 
     def probes(self, question: Question, reference: Reference) -> Sequence[Probe]:
         """64 greedy tokens after each prompt, or 16 above 20 M parameters."""
@@ -50,6 +60,16 @@ class DecoderSubject(Subject):
             affordable=self._affordable(question, reference.parameters),
             decoded=_DECODED if small else _DECODED_OF_LARGE,
         )
+
+    def measuring(self, probe: Probe, tails: Sequence[Row], parameters: int) -> Measuring:
+        """On the first short rows of a state, and again on those that are long."""
+        if is_long(probe, tails):
+            return Measuring(kept="never")
+        # The weights a blend has in a crowd were seen on few tokens before.
+        again = probe.part == "crowd"
+        if parameters <= LARGE:
+            return Measuring(again, kept="first")
+        return Measuring(again, _FLOOR_ROWS_OF_LARGE, _FLOOR_TOKENS_OF_LARGE, "first")
 
     def longest_prompt(self, steps: int) -> int | None:
         """What follows stands in the same row."""

@@ -30,6 +30,11 @@ class EncoderDecoderSubject(Subject):
 
     layered = False
 
+    @property
+    def known(self) -> tuple[str, ...]:
+        """Nothing: the model's config is of both parts."""
+        return ()
+
     def probes(self, question: Question, reference: Reference) -> Sequence[Probe]:
         """16 greedy tokens after what the decoder begins with."""
         speech = bool(self.reads.sample)
