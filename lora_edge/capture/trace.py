@@ -113,7 +113,7 @@ def trace(base: Base, directory: Path, task: Task, form: Literal["fused", "porta
     """
     swap = AttentionSwap(base.model_type)
     with swap.registered(), torch.no_grad():
-        model = load_model(base, swap.name, task)
+        model = load_model(base, swap.name, task, stored=True)
         modules = model_layers(model)
         longest = max_length(model.config)
         rotary = RotarySwap(model, longest) if form == "fused" else None
@@ -156,11 +156,15 @@ def trace(base: Base, directory: Path, task: Task, form: Literal["fused", "porta
 def _survey(
     model: nn.Module, swap: AttentionSwap, rotary: RotarySwap | None, model_type: str
 ) -> list[LayerFacts]:
-    """Run the model once, untraced, to see what each layer asks of attention."""
+    """Run the model once, without weights, to see what each layer asks of attention."""
     ids = torch.zeros(_BATCH, _SEQ, dtype=torch.long)
     positions = torch.arange(_SEQ)[None].expand(_BATCH, _SEQ)
     swap.begin(Survey())
-    with rotary.applied() if rotary is not None else ExitStack():
+    with ExitStack() as stack:
+        if rotary is not None:
+            stack.enter_context(rotary.applied())
+        stack.enter_context(placeholders(model))
+        stack.enter_context(swapped_linears(model))
         _forward(model, Survey(), ids, positions, None)
     layers = swap.calls
     if layers == 0:
