@@ -36,6 +36,11 @@ class Content(NamedTuple):
         found: NDArray[np.generic] = self.tensor.numpy()
         return found
 
+    def close(self) -> None:
+        """Give the mapped memory back; nobody may hold what :meth:`values` gave."""
+        if isinstance(self.tensor, ir.ExternalTensor):
+            self.tensor.release()
+
 
 def contents(path: Path) -> Iterator[Content]:
     """Every initializer and every constant made by a node, of the graph and its branches.

@@ -58,7 +58,9 @@ def compare(
         broken: what failed and was explained, so that what goes further need not be.
     """
     probe = golden.probe
-    actual = _observe(runner, probe, golden.tails)
+    actual = golden.observed
+    if actual is None:
+        actual = _observe(runner, probe, golden.tails)
     for index, (wanted, logits) in enumerate(zip(golden.expected, actual, strict=True)):
         if wanted.length != len(logits):
             raise BundleError(
