@@ -26,6 +26,30 @@ _LARGE = 1 << 20  # numbers of a weight outside of the layers that is read in pa
 _PART = 1 << 23  # numbers of a part
 
 
+class Mapped:
+    """The matrices of a model that are mapped from its checkpoint, and as they are there."""
+
+    def __init__(self, model: Any, files: Iterable[Path]) -> None:
+        """Note them, before anything is attached to the model."""
+        self._files = MappedFiles(files)
+        # PyTorch counts what is written to a tensor.
+        self._known = {
+            id(x): (x, x._version)
+            for x in model.parameters()
+            if x.ndim > 1 and self._files.hold(x.data_ptr(), x.nbytes)
+        }
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        """Whether a tensor is one of them, and nothing was written to it."""
+        known = self._known.get(id(tensor))
+        return known is not None and known[0]._version == known[1]
+
+    def give_back(self, tensor: Tensor) -> None:
+        """Let the system take its memory; who reads the tensor again reads the file again."""
+        if tensor in self:
+            self._files.give_back(tensor.data_ptr(), tensor.nbytes)
+
+
 class ByLayer:
     """Runs a model in a dtype that its weights need not have, a layer at a time.
 
@@ -33,15 +57,15 @@ class ByLayer:
     but a block of :meth:`computing` may change a weight of the base.
     """
 
-    def __init__(self, files: Iterable[Path], *, parts: bool = True) -> None:
-        """Note where the files are mapped.
+    def __init__(self, mapped: Mapped, *, parts: bool = True) -> None:
+        """Nothing is changed yet.
 
         Args:
-            files: the checkpoint's.
+            mapped: what of the model is mapped.
             parts: read the embedding and the head in parts; ``False`` where an adapter's modules
                 read their weights by themselves.
         """
-        self._mapped = MappedFiles(files)
+        self._mapped = mapped
         self._parts = parts
         self._codes: dict[int, tuple[Blocks, bool]] = {}
 
@@ -90,7 +114,7 @@ class _Run:
     """One block of :meth:`ByLayer.computing`."""
 
     def __init__(
-        self, codes: Mapping[int, tuple[Blocks, bool]], mapped: MappedFiles, dtype: torch.dtype
+        self, codes: Mapping[int, tuple[Blocks, bool]], mapped: Mapped, dtype: torch.dtype
     ) -> None:
         self._codes, self._mapped, self._dtype = codes, mapped, dtype
         self._held: dict[int, list[tuple[Tensor, Tensor]]] = {}  # module -> tensor, its own data
@@ -160,7 +184,7 @@ class _Run:
                 some = slice(start, start + count)
                 part = nn.functional.linear(x, weight[some].to(self._dtype))
                 y[..., some] = part if bias is None else part + bias[some]
-            self._give_back(weight)
+            self._mapped.give_back(module.weight)
             return y
 
         had = vars(module).get("forward")
@@ -191,10 +215,7 @@ class _Run:
             for tensor, own in reversed(self._held.pop(owner, [])):
                 tensor.data = own
                 self._ids.discard(id(tensor))
-                self._give_back(own)
-
-    def _give_back(self, tensor: Tensor) -> None:
-        self._mapped.give_back(tensor.data_ptr(), tensor.nbytes)
+                self._mapped.give_back(tensor)
 
 
 @contextlib.contextmanager

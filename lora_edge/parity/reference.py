@@ -100,7 +100,7 @@ class Reference:
             BaseModelError: transformers cannot load the folder, or it lacks more than the head.
         """
         self._torch, self.versions = libraries()
-        from lora_edge.parity.by_layer import WHOLE, ByLayer  # imports torch
+        from lora_edge.parity.by_layer import WHOLE, ByLayer, Mapped  # imports torch
 
         self.base = base
         self.task = task
@@ -108,7 +108,8 @@ class Reference:
         self._large = base.size > WHOLE
         self._shared: Any = self._load(task, stored=self._large)
         # How a large model runs, and one that an adapter has for itself.
-        self._by_layer = ByLayer(base.files)
+        self.mapped = Mapped(self._shared, base.files)
+        self._by_layer = ByLayer(self.mapped)
         self._by_layer_apart: dict[str, ByLayer] = {}
         self._size = sum(int(parameter.numel()) for parameter in self._shared.parameters())
         self.label_layer: str = task.label_layer(self._shared)
@@ -408,12 +409,13 @@ class Reference:
                 gone = next(iter(self._loaded))
                 del self._loaded[gone]
                 self._by_layer_apart.pop(gone, None)
-            from lora_edge.parity.by_layer import ByLayer
+            from lora_edge.parity.by_layer import ByLayer, Mapped
 
             directory, task = self._apart[name]
             # PEFT makes what replaces or adds to a module in the dtype that the module has.
             model = self._load(task)
-            by_layer = self._by_layer_apart[name] = ByLayer(self.base.files, parts=False)
+            by_layer = ByLayer(Mapped(model, self.base.files), parts=False)
+            self._by_layer_apart[name] = by_layer
             self._rounded(model, by_layer)
             model = attached(model, directory, "only")
         self._loaded[name] = model

@@ -16,7 +16,7 @@ from lora_edge.base.checkpoint import Base, resolve_base
 from lora_edge.base.model import load_whole
 from lora_edge.maths.quantization import Quantization, quantize
 from lora_edge.parity import by_layer
-from lora_edge.parity.by_layer import ByLayer, decoded
+from lora_edge.parity.by_layer import ByLayer, Mapped, decoded
 from lora_edge.parity.peft_models import widened
 from lora_edge.parity.plan.states import BASE, only
 from lora_edge.parity.reference import Reference
@@ -101,6 +101,7 @@ def test_layer_by_layer_is_as_the_whole(
     with widened(whole):
         wanted[torch.float64] = _run(whole, row, torch.float64)
     model = _adapted(base, task, settings, stored=True)
+    mapped = Mapped(model, base.files)
     # What PEFT reads from an adapter's files, and would otherwise make of the base's weights.
     own = {name: x for name, x in whole.state_dict().items() if "lora_" in name}
     model.load_state_dict(own, strict=False)
@@ -109,7 +110,7 @@ def test_layer_by_layer_is_as_the_whole(
         if parts:  # several parts of each
             monkeypatch.setattr(by_layer, "_LARGE", 1)
             monkeypatch.setattr(by_layer, "_PART", 500)
-        layers = ByLayer(base.files, parts=parts)
+        layers = ByLayer(mapped, parts=parts)
         for dtype, outputs in wanted.items():
             held: list[int] = []
 
@@ -139,13 +140,28 @@ def test_matrices_are_the_files_own(tmp_path: Path) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         base = _made("llama", tmp_path / str(dtype), dtype)
         model = load_whole(base, Task("text-generation"), stored=True)
-        mapped = ByLayer(base.files)._mapped
+        mapped = Mapped(model, base.files)
         for name, x in model.named_parameters():
             assert x.dtype == (dtype if x.ndim > 1 else torch.float32), name
-            assert x.ndim == 1 or mapped.hold(x.data_ptr(), x.nbytes), name
+            assert x.ndim == 1 or x in mapped, name
         assert all(x.dtype != torch.bfloat16 for x in model.buffers())
-        anywhere = torch.zeros(9)
-        assert not mapped.hold(anywhere.data_ptr(), anywhere.nbytes)
+        assert torch.zeros(9, 9) not in mapped
+
+
+def test_what_was_written_is_not_given_back(tmp_path: Path) -> None:
+    """Its memory holds what the file does not."""
+    base = resolve_base(make_base("llama", tmp_path, vocab_size=2048, hidden_size=64))
+    model = load_whole(base, Task("text-generation"), stored=True)
+    mapped = Mapped(model, base.files)
+    weight = model.get_input_embeddings().weight
+    before = weight.detach().clone()
+    mapped.give_back(weight)
+    assert torch.equal(weight, before)
+    with torch.no_grad():
+        weight.detach()[:] += 1
+    assert weight not in mapped
+    mapped.give_back(weight)
+    assert torch.equal(weight, before + 1)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
