@@ -32,11 +32,7 @@ class Content(NamedTuple):
         return tuple(int(size) for size in self.tensor.shape.numpy())
 
     def values(self) -> NDArray[np.generic]:
-        """The values, mapped from the data file where they are there, until nobody holds them."""
-        tensor, dtype = self.tensor, self.tensor.dtype
-        # Not the tensor's own mapping, which it keeps.
-        if isinstance(tensor, ir.ExternalTensor) and dtype.bitwidth >= 8 and tensor.nbytes:
-            return np.memmap(tensor.path, dtype.numpy(), "r", tensor.offset or 0, self.shape)
+        """The values, mapped from the data file where they are there."""
         found: NDArray[np.generic] = self.tensor.numpy()
         return found
 

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_edge.files.pages import MappedFiles
+from lora_edge.base.mapped import Mapped
 from lora_edge.maths.quantization import Blocks
 
 WHOLE = 50_000_000
@@ -24,30 +23,6 @@ WHOLE = 50_000_000
 
 _LARGE = 1 << 20  # numbers of a weight outside of the layers that is read in parts
 _PART = 1 << 23  # numbers of a part
-
-
-class Mapped:
-    """The matrices of a model that are mapped from its checkpoint, and as they are there."""
-
-    def __init__(self, model: Any, files: Iterable[Path]) -> None:
-        """Note them, before anything is attached to the model."""
-        self._files = MappedFiles(files)
-        # PyTorch counts what is written to a tensor.
-        self._known = {
-            id(x): (x, x._version)
-            for x in model.parameters()
-            if x.ndim > 1 and self._files.hold(x.data_ptr(), x.nbytes)
-        }
-
-    def __contains__(self, tensor: Tensor) -> bool:
-        """Whether a tensor is one of them, and nothing was written to it."""
-        known = self._known.get(id(tensor))
-        return known is not None and known[0]._version == known[1]
-
-    def give_back(self, tensor: Tensor) -> None:
-        """Let the system take its memory; who reads the tensor again reads the file again."""
-        if tensor in self:
-            self._files.give_back(tensor.data_ptr(), tensor.nbytes)
 
 
 class ByLayer:

@@ -100,7 +100,8 @@ class Reference:
             BaseModelError: transformers cannot load the folder, or it lacks more than the head.
         """
         self._torch, self.versions = libraries()
-        from lora_edge.parity.by_layer import WHOLE, ByLayer, Mapped  # imports torch
+        from lora_edge.base.mapped import Mapped  # these import torch
+        from lora_edge.parity.by_layer import WHOLE, ByLayer
 
         self.base = base
         self.task = task
@@ -409,7 +410,8 @@ class Reference:
                 gone = next(iter(self._loaded))
                 del self._loaded[gone]
                 self._by_layer_apart.pop(gone, None)
-            from lora_edge.parity.by_layer import ByLayer, Mapped
+            from lora_edge.base.mapped import Mapped
+            from lora_edge.parity.by_layer import ByLayer
 
             directory, task = self._apart[name]
             # PEFT makes what replaces or adds to a module in the dtype that the module has.

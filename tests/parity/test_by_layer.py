@@ -13,10 +13,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from lora_edge.base.checkpoint import Base, resolve_base
+from lora_edge.base.mapped import Mapped
 from lora_edge.base.model import load_whole
 from lora_edge.maths.quantization import Quantization, quantize
 from lora_edge.parity import by_layer
-from lora_edge.parity.by_layer import ByLayer, Mapped, decoded
+from lora_edge.parity.by_layer import ByLayer, decoded
 from lora_edge.parity.peft_models import widened
 from lora_edge.parity.plan.states import BASE, only
 from lora_edge.parity.reference import Reference

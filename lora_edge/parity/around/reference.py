@@ -19,7 +19,7 @@ from lora_edge.errors import BaseModelError
 from lora_edge.tasks.task import Task
 
 if TYPE_CHECKING:
-    from lora_edge.parity.by_layer import Mapped
+    from lora_edge.base.mapped import Mapped
 
 Array = NDArray[Any]
 
