@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from lora_edge.errors import GraphError
@@ -14,7 +15,7 @@ _INLINE_BELOW = 1024  # bytes; shapes and other small constants stay in the grap
 
 
 def load(path: str | os.PathLike[str]) -> ir.Model:
-    """Load a graph; tensors in external data files stay there until they are read.
+    """Load a graph; tensors in external data files stay there, and no memory keeps what is read.
 
     Raises:
         GraphError: the file is missing or is not an ONNX model.
@@ -23,9 +24,45 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     if not file.is_file():
         raise GraphError(f"{file} is missing", "Give the path of an ONNX model.")
     try:
-        return ir.load(file)
+        model = ir.load(file)
     except (ValueError, RuntimeError, TypeError) as error:
         raise GraphError(f"{file} is not an ONNX model: {error}", "Export it again.") from error
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                value.const_value = _Unkept.of(value.const_value)
+    return model
+
+
+class _Unkept(ir.ExternalTensor):
+    """A tensor in a data file, mapped for as long as somebody holds the values that it gave."""
+
+    @classmethod
+    def of(cls, tensor: ir.ExternalTensor) -> _Unkept:
+        """The same tensor."""
+        return cls(
+            tensor.location,
+            tensor.offset,
+            tensor.length,
+            tensor.dtype,
+            shape=tensor.shape,
+            name=str(tensor.name),
+            doc_string=tensor.doc_string,
+            metadata_props=tensor.metadata_props,
+            base_dir=tensor.base_dir,
+        )
+
+    def numpy(self) -> np.ndarray:
+        """The values, mapped anew."""
+        found = super().numpy()
+        self._array = self.raw = None
+        return found
+
+    def tobytes(self) -> bytes:
+        """The values' bytes, read anew."""
+        found = super().tobytes()
+        self._array = self.raw = None
+        return found
 
 
 def save_graph(model: ir.Model, path: str | os.PathLike[str]) -> None:

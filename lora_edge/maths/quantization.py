@@ -41,9 +41,13 @@ class Quantization:
     mean_error: float = 0.0
     worst_error: float = 0.0
 
+    def blocks(self, weight: NDArray[np.floating]) -> Blocks:
+        """The codes of a weight ``[out, in]``."""
+        return quantize(weight, self.bits, self.block_size)
+
     def rounded(self, weight: NDArray[np.floating]) -> NDArray[np.float32]:
         """A weight ``[out, in]`` as the quantized layer has it, float32."""
-        return quantize(weight, self.bits, self.block_size).weight()
+        return self.blocks(weight).weight()
 
 
 @dataclass(frozen=True)

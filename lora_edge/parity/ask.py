@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -117,8 +118,11 @@ def ask(
     wanted = [kept for probe in every if (kept := subject.prepared(probe, runner.bundle))]
     for index, probe in enumerate(wanted, 1):
         progress(f"running {probe.name} in PyTorch ({index} of {len(wanted)})")
-        tails = tuple(subject.propose(runner, probe))
-        yield _expected(reference, subject, probe, tails, floors)
+        tails, seen = subject.propose(runner, probe)
+        yield dataclasses.replace(
+            _expected(reference, subject, probe, tuple(tails), floors), observed=seen
+        )
+        del seen  # whole logits, as what was yielded: of one probe at a time
 
 
 def _expected(
@@ -132,10 +136,13 @@ def _expected(
     rows = [subject.inputs(row, tail) for row, tail in zip(probe.rows, tails, strict=True)]
     prompts = [len(row) for row in probe.rows]
     found = reference.outputs(rows, probe.states, prompts)
-    narrow = [by_position(row).astype(np.float32) for row in found]
+    narrow = [by_position(row).astype(np.float32, copy=False) for row in found]
     active = [index for index, state in enumerate(probe.states) if state]
     plain = subject.without(reference, [rows[i] for i in active], [probe.states[i] for i in active])
-    bases = {i: by_position(row).astype(np.float32) for i, row in zip(active, plain, strict=True)}
+    bases = {
+        i: by_position(row).astype(np.float32, copy=False)
+        for i, row in zip(active, plain, strict=True)
+    }
     measured = _floors(reference, subject, probe, tails, (rows, prompts, narrow), floors)
     return Golden(
         probe,

@@ -292,6 +292,7 @@ def _compared(
                 small = reduce(golden, count)
                 journal.finish(session.name, probe.name, part, small)
                 broken |= broken_by(probe, part)
+                del golden
                 yield small, part
                 continue
             journal.finish(session.name, probe.name, part)

@@ -107,12 +107,18 @@ class Subject(ABC):
     def observe(self, runner: Runner, probe: Probe, tails: Sequence[Row]) -> list[FloatArray]:
         """The bundle's outputs ``[positions, columns]`` of each row and its tail, as one batch."""
 
-    def propose(self, runner: Runner, probe: Probe) -> list[Row]:  # noqa: ARG002
+    def propose(
+        self,
+        runner: Runner,  # noqa: ARG002
+        probe: Probe,
+    ) -> tuple[list[Row], list[FloatArray] | None]:
         """The bundle's greedy continuation of each row, past any end token.
 
-        ``probe.steps`` tokens, less those of the steps for which the row rests.
+        Returns:
+            ``probe.steps`` tokens, less those of the steps for which the row rests; and what
+            :meth:`observe` gives for them, where that is known by then.
         """
-        return [()] * len(probe.rows)
+        return [()] * len(probe.rows), None
 
     def tokens_of(self, runner: Runner, text: str, adapter: str | None = None) -> Row:
         """The token ids of a text, as a row of the adapter reads it.
