@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from struct import Struct
-from struct import error as StructError  # noqa: N812
+from struct import error as StructError
 
 _U16, _I32, _U32, _I64 = (Struct(f"<{letter}") for letter in "HiIq")
 

@@ -1,4 +1,4 @@
-"""Write ``.onnx_adapter`` files through ONNX Runtime's own ``AdapterFormat``; read them as they lie.
+"""``.onnx_adapter`` files: written by ONNX Runtime's own ``AdapterFormat``, read as they lie.
 
 Knows nothing of bundles or sessions. The format is a FlatBuffer of named tensors without a
 checksum: a file that was changed inside reads without an error, so whoever opens one verifies its
@@ -96,7 +96,7 @@ def parse_adapter(content: NDArray[np.uint8], source: str) -> dict[str, FloatArr
     if bytes(content[4:8]) != _FILE_ID:
         raise BundleError(f"{source} is not an .onnx_adapter file", _HINT)
     try:
-        found = list(_tensors(FlatBuffer(memoryview(content)), content))
+        found = list(_tensors(FlatBuffer(content.data), content))
     except ValueError as error:  # UnicodeDecodeError too
         raise BundleError(f"{source} is damaged: {error}", _HINT) from error
     tensors: dict[str, FloatArray] = {}

@@ -42,7 +42,7 @@ def read_hashed(path: Path, size: int) -> tuple[NDArray[np.uint8], str]:
     import numpy as np
 
     content = np.empty(size, np.uint8)
-    view = memoryview(content)
+    view = content.data
     digest, end = hashlib.sha256(), 0
     with path.open("rb", buffering=0) as stream:
         while count := stream.readinto(view[end : end + _CHUNK]):

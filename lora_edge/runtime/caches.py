@@ -12,6 +12,7 @@ import onnxruntime as ort
 from lora_edge.maths.lora import FloatArray
 from lora_edge.runtime.adapters.binding import Binding, Values
 from lora_edge.runtime.decoding import Chunk, Decoding, IntArray, Rows
+from lora_edge.runtime.pool import give_back, take_buffers
 
 if TYPE_CHECKING:
     from lora_edge.runtime.decoder import Decoder
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 
 @final
 class SharedCache(Decoding):
-    """One buffer of ``max_length`` positions per layer: present is bound onto past, nothing is
-    copied.
+    """One buffer of ``max_length`` positions or more per layer: present is bound onto past, nothing
+    is copied.
 
     For GroupQueryAttention: padding on the right only; what lies behind a row's end is overwritten
     by its next tokens.
@@ -30,14 +31,13 @@ class SharedCache(Decoding):
         self, decoder: Decoder, batch: int, max_length: int, binding: Binding, context: Values
     ) -> None:
         super().__init__(decoder, batch, max_length, binding, context)
-        cache = decoder.kept
-        shape = (batch, cache.kv_heads, max_length, cache.head_dim)
-        arrays = [np.zeros(shape, decoder.cache_dtype) for _ in decoder.past_names]
-        device = decoder.provider.device
-        self.cache = [ort.OrtValue.ortvalue_from_numpy(array, device) for array in arrays]
-        # On the CPU an OrtValue is a view of its array, and so has views of single rows.
-        self._arrays = arrays if device == "cpu" else []
-        self._bind_cache(self._io, self.cache)
+        buffers = take_buffers(decoder, batch, max_length, self._io.buffers)
+        self.cache, self._arrays = buffers.values, buffers.arrays
+        if self._io.buffers != buffers.serial:
+            self._bind_cache(self._io.io, self.cache)
+            self._io.buffers = buffers.serial
+        if decoder.pools:
+            give_back(self, decoder, buffers, self._io, binding.spare)
 
     def _bind_cache(self, io: Any, cache: Sequence[Any]) -> None:
         names = zip(self.decoder.past_names, self.decoder.present_names, cache, strict=True)
@@ -59,9 +59,13 @@ class SharedCache(Decoding):
         ]
         binding = self.binding.row(index)
         io = self._bind_adapters(binding)
-        self._bind_cache(io, views)
+        io.buffers = None
+        self._bind_cache(io.io, views)
         chunk = replace(self._chunk([row], [self.history[index]]), row=index)
-        return self._run(io, chunk, every)[0]
+        logits = self._run(io, chunk, every)[0]
+        if not self.context:
+            binding.spare.append(io)
+        return logits
 
     def _feed_by_token(self, rows: Rows, every: bool) -> list[FloatArray]:
         """For a cache in device memory, of which no row view can be had."""
@@ -159,8 +163,8 @@ class ConcatenatedCache(Decoding):
         presents = [self._present(mask.shape[1]) for _ in self._past]
         names = zip(self.decoder.past_names, self.decoder.present_names, strict=True)
         for (past, present), old, new_value in zip(names, self._past, presents, strict=True):
-            self._io.bind_ortvalue_input(past, old)
-            self._io.bind_ortvalue_output(present, new_value)
+            self._io.io.bind_ortvalue_input(past, old)
+            self._io.io.bind_ortvalue_output(present, new_value)
         chunk = Chunk(ids, mask, positions, first, [len(row) for row in rows])
         logits = self._run(self._io, chunk, every)
         self._past = presents

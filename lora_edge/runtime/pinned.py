@@ -70,7 +70,7 @@ class PinnedSessions:
         self._switchable = switchable
         self._active = active
         self._options = dict(options)
-        self._opened: dict[State, Decoder] = {}
+        self._opened: dict[State, tuple[Decoder, Binding]] = {}
         if names:
             _check_bundle(bundle)
         self._states = frozenset(active.states(tuple(names), len(names)))
@@ -101,8 +101,8 @@ class PinnedSessions:
         if state not in self._opened:
             decoder = self._open(state)
             self._check_opened(decoder, state)
-            self._opened[state] = decoder
-        return self._opened[state], Binding((state,), {})
+            self._opened[state] = decoder, Binding((state,), {})
+        return self._opened[state]
 
     def _open(self, state: State) -> Decoder:
         self._bundle.verify(BASE_GRAPH_FILE)

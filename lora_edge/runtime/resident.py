@@ -6,7 +6,7 @@ Knows keys and sizes; knows nothing of what the values are. Safe to use from sev
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any, TypeVar
@@ -14,8 +14,35 @@ from typing import Any, TypeVar
 CACHE_BYTES = 512 << 20
 """What a Runner keeps at most, if nothing else is asked for."""
 
+ADAPTER, COMBINED, BUFFERS = "adapter", "combined", "buffers"
+"""What the keys of a Runner's cache begin with; the third entry of an adapter's is its name."""
+
+_KINDS = ADAPTER, COMBINED, BUFFERS
+
 Key = tuple[Hashable, ...]
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Resident:
+    """What a Runner keeps in memory for its next use.
+
+    Attributes:
+        limit: bytes that it keeps at most; adapters that stay may exceed it.
+        adapters: bytes of each adapter.
+        combined: bytes of blends and of adapters side by side, for mixed batches.
+        buffers: bytes of the KV buffers that no run uses.
+    """
+
+    limit: int
+    adapters: Mapping[str, int]
+    combined: int
+    buffers: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of everything."""
+        return sum(self.adapters.values()) + self.combined + self.buffers
 
 
 @dataclass(frozen=True)
@@ -121,11 +148,18 @@ class SizedCache:
                 gone.append(self._drop(key))
                 self._pinned.discard(key)
 
-    def sizes(self) -> dict[Key, int]:
-        """The size of each value that is here, the one that goes next first."""
+    def report(self) -> Resident:
+        """What is here, of a Runner's kinds."""
         self._settle()
         with self._lock:
-            return {key: entry.size for key, entry in self._entries.items()}
+            sizes = {key: entry.size for key, entry in self._entries.items()}
+        kinds = {kind: {k: v for k, v in sizes.items() if k[0] == kind} for kind in _KINDS}
+        return Resident(
+            self.limit,
+            {str(key[2]): size for key, size in kinds[ADAPTER].items()},
+            sum(kinds[COMBINED].values()),
+            sum(kinds[BUFFERS].values()),
+        )
 
     def _settle(self) -> None:
         """Put in what was given back, unless somebody holds the lock, who may be this thread."""

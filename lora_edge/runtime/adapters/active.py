@@ -18,16 +18,13 @@ from lora_edge.maths.lora import Head, SiteChange, concatenate
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.runtime.adapters.binding import Binding, Changes, State, Tensors, TokenGates, Values
 from lora_edge.runtime.adapters.changes import parse_changes
-from lora_edge.runtime.resident import CACHE_BYTES, Key, SizedCache
+from lora_edge.runtime.resident import ADAPTER, CACHE_BYTES, COMBINED, Key, SizedCache
 
 Choice = str | Mapping[str, float] | None
 """What one row may ask for: off (None), an adapter's name, or a blend ``{name: weight}``."""
 
 AdapterArgument = Choice | Sequence[Choice]
 """One choice for all rows, or a list with one per row."""
-
-ADAPTER, COMBINED = "adapter", "combined"
-"""What the cache's keys begin with."""
 
 _BINDINGS = 16  # weights of one adapter, or orders of rows, whose bindings are kept
 _LARGEST = float(np.finfo(np.float32).max)
@@ -116,6 +113,12 @@ class ActiveAdapters:
                 "Give one adapter for all rows, or a list with one per row.",
             )
         return tuple(self._state(choice) for choice in adapter)
+
+    def load(self, name: str) -> None:
+        """Load an adapter, of a switchable bundle; raises as :meth:`binding`."""
+        self._bundle.adapter(name)
+        if self._bundle.manifest.mode == "switchable":
+            self._resident(name)
 
     def changes(self, name: str) -> Changes:
         """What an adapter changes at the sites that it touches; raises as :meth:`binding`."""
@@ -209,6 +212,8 @@ class ActiveAdapters:
 
     def _alike(self, state: State) -> Binding:
         heads, labels = self._heads((state,))
+        if not state and not heads[0]:
+            return self._nothing
         if not state:
             return Binding(((),), {**self._nothing.values, **heads[0]}, labels=labels)
         if len(state) == 1:
