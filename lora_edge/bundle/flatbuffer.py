@@ -7,11 +7,9 @@ vtable, which says how far from the table each field is, 0 for one that is absen
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from struct import Struct
-from struct import error as StructError
+from struct import Struct, calcsize, unpack_from
 
-_U16, _I32, _U32, _I64 = (Struct(f"<{letter}") for letter in "HiIq")
+_U16, _I32, _U32 = Struct("<H"), Struct("<i"), Struct("<I")
 
 
 class FlatBuffer:
@@ -24,61 +22,66 @@ class FlatBuffer:
     """
 
     def __init__(self, content: memoryview) -> None:
-        self.content = content
+        self._content = content
+        self._vtables: dict[int, tuple[int, ...]] = {}  # tables of one kind share theirs
 
     def root(self) -> int:
         """The place of the root table."""
-        return self._follow(0)
+        return self._u32(0)
 
     def field(self, table: int, number: int) -> int | None:
         """The place of a table's field; None if it is absent."""
-        vtable = table - self._read(_I32, table)
-        at = 4 + 2 * number
-        if at + 2 > self._read(_U16, vtable):
-            return None
-        distance = self._read(_U16, vtable + at)
+        at = table - self._one(_I32, table)
+        distances = self._vtables.get(at)
+        if distances is None:
+            size = self._one(_U16, at)
+            distances = self._many(f"<{max(size // 2 - 2, 0)}H", at + 4)
+            self._vtables[at] = distances
+        distance = distances[number] if number < len(distances) else 0
         return table + distance if distance else None
 
     def integer(self, table: int, number: int) -> int:
         """A field of 32 bits, 0 if it is absent."""
         at = self.field(table, number)
-        return 0 if at is None else self._read(_I32, at)
+        return 0 if at is None else self._one(_I32, at)
 
     def text(self, table: int, number: int) -> str:
         """A string, empty if it is absent."""
         start, count = self.vector(table, number, 1)
-        return str(self.content[start : start + count], "utf-8")
+        return str(self._content[start : start + count], "utf-8")
 
-    def longs(self, table: int, number: int) -> list[int]:
+    def longs(self, table: int, number: int) -> tuple[int, ...]:
         """A vector of integers of 64 bits, empty if it is absent."""
         start, count = self.vector(table, number, 8)
-        return [self._read(_I64, start + 8 * index) for index in range(count)]
+        return self._many(f"<{count}q", start)
 
-    def tables(self, table: int, number: int) -> Iterator[int]:
+    def tables(self, table: int, number: int) -> list[int]:
         """The places of the tables of a vector, none if it is absent."""
         start, count = self.vector(table, number, 4)
-        for index in range(count):
-            yield self._follow(start + 4 * index)
+        distances = self._many(f"<{count}I", start)
+        return [start + 4 * index + distance for index, distance in enumerate(distances)]
 
     def vector(self, table: int, number: int, size: int) -> tuple[int, int]:
         """Where the entries of a vector begin, each of ``size`` bytes, and how many there are."""
         at = self.field(table, number)
         if at is None:
             return 0, 0
-        place = self._follow(at)
-        start, count = place + 4, self._read(_U32, place)
-        if start + count * size > len(self.content):
+        place = at + self._u32(at)
+        start, count = place + 4, self._u32(place)
+        if start + count * size > len(self._content):
             raise ValueError(f"{count} entries from byte {start} lie outside of the file")
         return start, count
 
-    def _follow(self, at: int) -> int:
-        return at + self._read(_U32, at)
+    def _u32(self, at: int) -> int:
+        return self._one(_U32, at)
 
-    def _read(self, kind: Struct, at: int) -> int:
-        try:
-            if at >= 0:  # else it would be counted from the end
-                found: int = kind.unpack_from(self.content, at)[0]
-                return found
-        except StructError:
-            pass  # told below
-        raise ValueError(f"byte {at} lies outside of the file")
+    def _one(self, kind: Struct, at: int) -> int:
+        if not 0 <= at <= len(self._content) - kind.size:
+            raise ValueError(f"byte {at} lies outside of the file")
+        found: int = kind.unpack_from(self._content, at)[0]
+        return found
+
+    def _many(self, kinds: str, at: int) -> tuple[int, ...]:
+        if not 0 <= at <= len(self._content) - calcsize(kinds):
+            raise ValueError(f"byte {at} lies outside of the file")
+        return unpack_from(kinds, self._content, at)

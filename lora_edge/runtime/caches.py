@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, cast, final
 
 import numpy as np
 import onnxruntime as ort
@@ -16,6 +16,8 @@ from lora_edge.runtime.pool import give_back, take_buffers
 
 if TYPE_CHECKING:
     from lora_edge.runtime.decoder import Decoder
+
+_MASK_STEP = 64  # positions by which the mask of a step grows
 
 
 @final
@@ -36,6 +38,7 @@ class SharedCache(Decoding):
         if self._io.buffers != buffers.serial:
             self._bind_cache(self._io.io, self.cache)
             self._io.buffers = buffers.serial
+        self._steady = False  # the run before was a step of all rows
         if decoder.pools:
             give_back(self, decoder, buffers, self._io, binding.spare)
 
@@ -45,7 +48,57 @@ class SharedCache(Decoding):
             io.bind_ortvalue_input(past, value)
             io.bind_ortvalue_output(present, value)
 
+    def step(self, tokens: Sequence[int | None]) -> FloatArray:
+        if self._steady and None not in tokens:
+            logits = self._step(cast("Sequence[int]", tokens))
+            if logits is not None:
+                return logits
+        logits = super().step(tokens)
+        self._steady = (
+            self.decoder.pools and None not in tokens and self.binding.token_gates is None
+        )
+        return logits
+
+    def _step(self, tokens: Sequence[int]) -> FloatArray | None:
+        """A step like the one before, with everything but its numbers bound already.
+
+        A step reads all weights, and what the processor's caches held of this program goes. What
+        costs is not how long this runs when it is warm, but how much of numpy and ONNX Runtime it
+        touches: so the inputs are written in place, and the mask has room for the next steps. Zeros
+        behind all rows' ends are what the longer rows of a batch are to the shorter ones.
+
+        Returns:
+            As :meth:`step`; None where there is something to refuse.
+        """
+        decoder, io, history = self.decoder, self._io, self.history
+        vocabulary = decoder.part.vocab_size
+        if len(tokens) != self.batch:
+            return None
+        for token, old in zip(tokens, history, strict=True):
+            if not 0 <= token < vocabulary or len(old) >= self.max_length:
+                return None
+        mask, total = io.fed("attention_mask"), max(map(len, history)) + 1
+        if mask.shape[1] < total:
+            mask = np.zeros((self.batch, -(-total // _MASK_STEP) * _MASK_STEP), np.int64)
+            for row, old in zip(mask, history, strict=True):
+                row[: len(old)] = 1
+            mask = io.feed("attention_mask", mask)
+        ids = io.fed("input_ids")
+        positions = io.fed("position_ids") if "position_ids" in decoder.inputs else None
+        for index, (token, old) in enumerate(zip(tokens, history, strict=True)):
+            end = len(old)
+            ids[index, 0] = token
+            mask[index, end] = 1
+            if positions is not None:
+                positions[index, 0] = end
+        logits = io.output_again("logits", (self.batch, 1, vocabulary))
+        io.run()
+        for token, old in zip(tokens, history, strict=True):
+            old.append(token)
+        return logits[:, 0].copy()
+
     def _feed(self, rows: Rows, every: bool) -> list[FloatArray]:
+        self._steady = False
         if not any(self.history) or self.batch == 1 or max(len(row) for row in rows) == 1:
             return self._run(self._io, self._chunk(rows, self.history), every)
         # GroupQueryAttention takes a past and several new tokens for one row only.

@@ -35,26 +35,37 @@ class Feeds:
         self.io = session.io_binding()
         self.buffers: int | None = None
         self._in_place = in_place
-        self._fed: dict[str, tuple[NDArray[Any], Any]] = {}
+        self._fed: dict[str, NDArray[Any]] = {}  # a binding does not keep its values alive
+        self._written: FloatArray | None = None
         for name, value in values.items():
             self.io.bind_ortvalue_input(name, value)
 
-    def feed(self, name: str, array: NDArray[Any]) -> None:
-        """Give an input for the next run, of any shape; the array may be changed afterwards."""
+    def feed(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
+        """Give an input for the next runs, of any shape; returns what was fed, a copy of it."""
         fed = self._fed.get(name)
-        if fed is not None and self._in_place and fed[0].shape == array.shape:
-            fed[0][...] = array
-            return
-        own = np.array(array)
-        value = ort.OrtValue.ortvalue_from_numpy(own)
-        self._fed[name] = own, value
-        self.io.bind_ortvalue_input(name, value)
+        if fed is not None and self._in_place and fed.shape == array.shape:
+            fed[...] = array
+            return fed
+        own = self._fed[name] = np.array(array)
+        self.io.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(own))
+        return own
+
+    def fed(self, name: str) -> NDArray[Any]:
+        """What was fed last; where inputs are read in place, writing into it feeds it again."""
+        return self._fed[name]
 
     def output(self, name: str, shape: tuple[int, ...]) -> FloatArray:
         """A new float32 array that the next run writes an output to."""
+        self._written = None
         array = np.empty(shape, np.float32)
         self.io.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(array))
         return array
+
+    def output_again(self, name: str, shape: tuple[int, ...]) -> FloatArray:
+        """The same array for one run after another: what is to be kept of it must be copied."""
+        if self._written is None or self._written.shape != shape:
+            self._written = self.output(name, shape)
+        return self._written
 
     def run(self) -> None:
         """Run the session on what is bound."""
