@@ -38,6 +38,7 @@ class SharedCache(Decoding):
         if self._io.buffers != buffers.serial:
             self._bind_cache(self._io.io, self.cache)
             self._io.buffers = buffers.serial
+        self._room = buffers.length
         self._steady = False  # the run before was a step of all rows
         if decoder.pools:
             give_back(self, decoder, buffers, self._io, binding.spare)
@@ -49,17 +50,20 @@ class SharedCache(Decoding):
             io.bind_ortvalue_output(present, value)
 
     def step(self, tokens: Sequence[int | None]) -> FloatArray:
-        if self._steady and None not in tokens:
-            logits = self._step(cast("Sequence[int]", tokens))
-            if logits is not None:
-                return logits
+        logits = self._step(tokens)
+        return self._any_step(tokens) if logits is None else logits.copy()
+
+    def advance(self, tokens: Sequence[int | None]) -> FloatArray:
+        logits = self._step(tokens)
+        return self._any_step(tokens) if logits is None else logits
+
+    def _any_step(self, tokens: Sequence[int | None]) -> FloatArray:
         logits = super().step(tokens)
-        self._steady = (
-            self.decoder.pools and None not in tokens and self.binding.token_gates is None
-        )
+        whole = None not in tokens and self.binding.token_gates is None
+        self._steady = whole and self.decoder.pools
         return logits
 
-    def _step(self, tokens: Sequence[int]) -> FloatArray | None:
+    def _step(self, tokens: Sequence[int | None]) -> FloatArray | None:
         """A step like the one before, with everything but its numbers bound already.
 
         A step reads all weights, and what the processor's caches held of this program goes. What
@@ -68,24 +72,29 @@ class SharedCache(Decoding):
         behind all rows' ends are what the longer rows of a batch are to the shorter ones.
 
         Returns:
-            As :meth:`step`; None where there is something to refuse.
+            ``[batch, vocab] float32``, which the next step overwrites; None where this is no such
+            step, or one to be refused.
         """
+        if not self._steady or None in tokens:
+            return None
+        given = cast("Sequence[int]", tokens)
         decoder, io, history = self.decoder, self._io, self.history
         vocabulary = decoder.part.vocab_size
-        if len(tokens) != self.batch:
+        if len(given) != self.batch:
             return None
-        for token, old in zip(tokens, history, strict=True):
+        for token, old in zip(given, history, strict=True):
             if not 0 <= token < vocabulary or len(old) >= self.max_length:
                 return None
         mask, total = io.fed("attention_mask"), max(map(len, history)) + 1
         if mask.shape[1] < total:
-            mask = np.zeros((self.batch, -(-total // _MASK_STEP) * _MASK_STEP), np.int64)
+            width = min(-(-total // _MASK_STEP) * _MASK_STEP, self._room)
+            mask = np.zeros((self.batch, width), np.int64)
             for row, old in zip(mask, history, strict=True):
                 row[: len(old)] = 1
             mask = io.feed("attention_mask", mask)
         ids = io.fed("input_ids")
         positions = io.fed("position_ids") if "position_ids" in decoder.inputs else None
-        for index, (token, old) in enumerate(zip(tokens, history, strict=True)):
+        for index, (token, old) in enumerate(zip(given, history, strict=True)):
             end = len(old)
             ids[index, 0] = token
             mask[index, end] = 1
@@ -93,9 +102,9 @@ class SharedCache(Decoding):
                 positions[index, 0] = end
         logits = io.output_again("logits", (self.batch, 1, vocabulary))
         io.run()
-        for token, old in zip(tokens, history, strict=True):
+        for token, old in zip(given, history, strict=True):
             old.append(token)
-        return logits[:, 0].copy()
+        return logits[:, 0]
 
     def _feed(self, rows: Rows, every: bool) -> list[FloatArray]:
         self._steady = False

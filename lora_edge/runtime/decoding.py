@@ -132,6 +132,10 @@ class Decoding(ABC):
             raise DataError("step() needs a prompt and a token", "Call prefill() first.")
         return _last(self._checked(rows, every=False, rest=True))
 
+    def advance(self, tokens: Sequence[int | None]) -> FloatArray:
+        """As :meth:`step`, but the logits are the next step's to overwrite: no copy is made."""
+        return self.step(tokens)
+
     @abstractmethod
     def _feed(self, rows: Rows, every: bool) -> list[FloatArray]:
         """Run checked rows through the graph; an empty row rests."""

@@ -399,6 +399,16 @@ def replaced(owner: type, name: str, around: Callable[..., Any]) -> Iterator[Non
         yield
 
 
+@contextmanager
+def _chunks(around: Callable[..., Any]) -> Iterator[None]:
+    """What is fed at every run, those included that are written in place."""
+    with (
+        replaced(SharedCache, "_chunk", around),
+        replaced(SharedCache, "_step", lambda real, self, tokens: None),  # noqa: ARG005
+    ):
+        yield
+
+
 def gates_turned() -> AbstractContextManager[Any]:
     """Each row of a mixed batch gets the gates of the row above it."""
 
@@ -442,7 +452,7 @@ def stale_cache() -> AbstractContextManager[Any]:
 
     def extend_all(real: Any, self: Any, rows: Any) -> Any:
         logits = real(self, rows)
-        key = tuple(map(tuple, rows)), self.max_length
+        key = tuple(map(tuple, rows)), *self.cache[0].shape()
         if key in seen:
             for value, old in zip(self.cache, seen[key], strict=True):
                 value.update_inplace(old)
@@ -487,7 +497,7 @@ def decode_shifted() -> AbstractContextManager[Any]:
         made = real(self, rows, history)
         return _moved_on(self, made) if any(history) else made
 
-    return replaced(SharedCache, "_chunk", chunk)
+    return _chunks(chunk)
 
 
 def positions_shifted() -> AbstractContextManager[Any]:
@@ -496,7 +506,7 @@ def positions_shifted() -> AbstractContextManager[Any]:
     def chunk(real: Any, self: Any, rows: Any, history: Any) -> Any:
         return _moved_on(self, real(self, rows, history))
 
-    return replaced(SharedCache, "_chunk", chunk)
+    return _chunks(chunk)
 
 
 def encoder_unmasked() -> AbstractContextManager[Any]:
@@ -517,7 +527,7 @@ def prompts_cut(tokens: int) -> Patch:
         made.ids[:, tokens:] = 0
         return made
 
-    return lambda: replaced(SharedCache, "_chunk", chunk)
+    return lambda: _chunks(chunk)
 
 
 def rows_lost(most: int) -> Patch:
@@ -528,7 +538,7 @@ def rows_lost(most: int) -> Patch:
         made.ids[most:] = (made.ids[most:] + 1) % self.decoder.part.vocab_size
         return made
 
-    return lambda: replaced(SharedCache, "_chunk", chunk)
+    return lambda: _chunks(chunk)
 
 
 def resting_overwritten() -> AbstractContextManager[Any]:
@@ -539,7 +549,7 @@ def resting_overwritten() -> AbstractContextManager[Any]:
         made.ids[[index for index, row in enumerate(rows) if not row]] = 0
         return made
 
-    return replaced(SharedCache, "_chunk", chunk)
+    return _chunks(chunk)
 
 
 def neighbours_of_resting() -> AbstractContextManager[Any]:
@@ -551,7 +561,7 @@ def neighbours_of_resting() -> AbstractContextManager[Any]:
             made.ids[[index for index, row in enumerate(rows) if row]] = 0
         return made
 
-    return replaced(SharedCache, "_chunk", chunk)
+    return _chunks(chunk)
 
 
 def third_dropped() -> AbstractContextManager[Any]:
