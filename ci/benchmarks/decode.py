@@ -122,7 +122,7 @@ def report(runs: Runs, settings: Mapping[str, object]) -> dict[str, object]:
     packages = ["torch", "transformers", "peft", "onnxruntime"]
     return {
         "settings": dict(settings),
-        "machine": {"processor": _processor(), "cores": os.cpu_count()},
+        "machine": {"processor": processor(), "cores": os.cpu_count()},
         "versions": {package: version(package) for package in packages},
         "median_seconds": [dict(run) for run in runs],
         "speed": {name: asdict(ratio(runs, name, names[0])) for name in names[1:]},
@@ -179,14 +179,15 @@ def main() -> None:
                 seconds = fresh.submit(run, seed).result()
             runs.append({name: median(values) for name, values in seconds.items()})
             _say(f"process {len(runs)} of {chosen.processes} done")
-    print(f"{_processor()}, threads: {chosen.threads}, clock: {settings['clock']}")
+    print(f"{processor()}, threads: {chosen.threads}, clock: {settings['clock']}")
     print(table(runs))
     if chosen.json:
         text = json.dumps(report(runs, settings), indent=2)
         chosen.json.write_text(text + "\n", encoding="utf-8")
 
 
-def _processor() -> str:
+def processor() -> str:
+    """What the machine calls its processor."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text(encoding="utf-8").splitlines():

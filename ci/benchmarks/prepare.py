@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
@@ -82,7 +82,8 @@ def prepare(folder: Path, shape: Shape) -> Graphs:
     logging.disable_progress_bar()
     base, adapter, merged_model = folder / "base", folder / "adapter", folder / "merged-model"
     make_model(base, shape)
-    _make_adapter(base, adapter, merged_model, shape.rank)
+    make_adapter(base, adapter, shape.rank)
+    _merge(base, adapter, merged_model)
     genai = _build_genai(merged_model, folder / "genai") if genai_installed() else None
     shutil.rmtree(merged_model)
 
@@ -144,8 +145,9 @@ def make_model(folder: Path, shape: Shape) -> None:
     model.save_pretrained(folder)
 
 
-def _make_adapter(base: Path, folder: Path, merged: Path, rank: int) -> None:
-    torch.manual_seed(1)
+def make_adapter(base: Path, folder: Path, rank: int, seed: int = 1) -> None:
+    """A random adapter of every linear layer but the head."""
+    torch.manual_seed(seed)
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
@@ -153,8 +155,11 @@ def _make_adapter(base: Path, folder: Path, merged: Path, rank: int) -> None:
         init_lora_weights=False,  # B is random too
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
-    model.save_pretrained(folder)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(folder)
+
+
+def _merge(base: Path, adapter: Path, merged: Path) -> None:
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
     model.merge_and_unload().save_pretrained(merged)
     copy_tokenizer(merged)  # genai's builder wants one, any one
 

@@ -71,7 +71,7 @@ class PinnedSessions:
         self._switchable = switchable
         self._active = active
         self._options = dict(options)
-        self._opened: dict[State, Decoder] = {}
+        self._opened: dict[State, tuple[Decoder, Binding]] = {}
         if names:
             _check_bundle(bundle)
         self._states = frozenset(active.states(tuple(names), len(names)))
@@ -109,8 +109,8 @@ class PinnedSessions:
                 self._check_opened(decoder, state)
             if kept is not None:
                 kept.mark_checked(BASE_GRAPH_FILE)
-            self._opened[state] = decoder
-        return self._opened[state], Binding((state,), {})
+            self._opened[state] = decoder, Binding((state,), {})
+        return self._opened[state]
 
     def _open(self, state: State) -> Decoder:
         self._bundle.verify(BASE_GRAPH_FILE)

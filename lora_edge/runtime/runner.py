@@ -26,6 +26,7 @@ from lora_edge.runtime.opening import open_parts
 from lora_edge.runtime.pinned import PinnedSessions
 from lora_edge.runtime.prepared import prepared_graphs
 from lora_edge.runtime.providers import LEVELS
+from lora_edge.runtime.resident import CACHE_BYTES, Resident, SizedCache
 from lora_edge.runtime.rows import token_rows
 from lora_edge.runtime.sampling import Sampling
 from lora_edge.runtime.session import ModelSession
@@ -81,9 +82,13 @@ class Runner:
             weights of more than 16 MiB by some of their blocks, which shows another or a damaged
             file, and may not show a few changed bytes; everything else by its hash when it is
             first used.
+        cache_bytes: what is kept in memory for its next use is at most so much: adapters, blends
+            and mixed batches, and the KV buffers of finished runs. The longest unused goes first
+            and is made again when it is asked for. What is in use is not counted.
+        keep: adapters that are loaded now and stay, whatever ``cache_bytes`` says.
 
     Raises:
-        AdapterNotFoundError: a name in ``pinned`` that the bundle does not have.
+        AdapterNotFoundError: a name in ``pinned`` or ``keep`` that the bundle does not have.
         DataError: an adapter that cannot be pinned; the message says why.
         BundleError: the folder is not a bundle, or a file is missing, damaged or cut off.
         ProviderError: the provider is not available, does not start, or would leave work on floats
@@ -102,6 +107,8 @@ class Runner:
         pinned: Sequence[str | None] = (),
         session_cache: bool | str | os.PathLike[str] = True,
         verify: Literal["sampled", "full"] = "sampled",
+        cache_bytes: int = CACHE_BYTES,
+        keep: Sequence[str] = (),
     ) -> None:
         opt.text("provider", provider)
         if threads is not None:
@@ -111,6 +118,8 @@ class Runner:
         opt.flag("allow_fallback", allow_fallback)
         provider_options = opt.pairs("provider_options", provider_options or {})
         opt.one_of("verify", verify, ("sampled", "full"))
+        cache_bytes = opt.whole("cache_bytes", cache_bytes, 0)
+        keep = opt.texts("keep", keep)
         self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
         if verify == "full":
             self.bundle.verify_all()
@@ -120,14 +129,18 @@ class Runner:
             "optimization": optimization,
             "allow_fallback": allow_fallback,
             "provider_options": provider_options,
+            "resident": SizedCache(cache_bytes),
         }
         prepared = prepared_graphs(self.bundle, session_cache)
         options["prepared"] = prepared if provider == "cpu" and optimization is None else None
         self.session = open_parts(self.bundle, options)
-        self._active = ActiveAdapters(self.bundle, self.session.tensors)
+        self._cache = self.session.resident
+        self._active = ActiveAdapters(self.bundle, self.session.tensors, self._cache, keep)
         self._pinned = PinnedSessions(
             self.bundle, lambda: self.decoder, self._active, pinned, options
         )
+        for name in keep:
+            self._active.load(name)
 
     def _session_for(self, adapter: AdapterArgument, batch: int) -> tuple[Decoder, Binding]:
         """Where a batch of text runs, and what is bound there; raises as :meth:`binding`."""
@@ -256,6 +269,10 @@ class Runner:
             BundleError: the file is damaged.
         """
         return self._texts.defaults
+
+    def resident(self) -> Resident:
+        """What is kept in memory for its next use, and its bytes."""
+        return self._cache.report()
 
     def binding(self, adapter: AdapterArgument, batch: int) -> Binding:
         """What is bound for a batch, for use with :attr:`decoder`.

@@ -19,6 +19,7 @@ from lora_edge.names import past_name, present_name
 from lora_edge.runtime.adapters.binding import Binding, State, Tensors, check_adapter_inputs
 from lora_edge.runtime.prepared import PreparedGraphs
 from lora_edge.runtime.providers import open_session, placement, resolve
+from lora_edge.runtime.resident import CACHE_BYTES, SizedCache
 from lora_edge.runtime.sizes import Sizes, check_sizes, site_sizes
 
 
@@ -80,6 +81,7 @@ class ModelSession:
         provider_options: the provider's own, name -> value.
         fixed: the state of every batch, on graphs without adapter inputs.
         prepared: keeps the optimized graphs; None: each session optimizes its own.
+        resident: where what is used again is kept; None: a cache of its own.
 
     Raises:
         ProviderError: the provider is missing, does not start, or would leave work on floats to
@@ -100,7 +102,9 @@ class ModelSession:
         provider_options: Mapping[str, str] | None = None,
         fixed: Fixed | None = None,
         prepared: PreparedGraphs | None = None,
+        resident: SizedCache | None = None,
     ) -> None:
+        self.resident = SizedCache(CACHE_BYTES) if resident is None else resident
         self.sites = {path: site for part in parts.values() for path, site in part.sites.items()}
         self.provider = resolve(provider, provider_options)
         # Kept for as long as the sessions: those do not keep the weights alive.
