@@ -63,6 +63,11 @@ from lora_edge.errors import DataError
     ["sampled", "full"],
     "Check large weights by some of their blocks, or every byte of the bundle, before.",
 )
+@click.option(
+    "--exact",
+    is_flag=True,
+    help="Of a bundle of few bits: compute in floats, as it is proved, not with int8 activations.",
+)
 @options.repeatable(
     "--pin",
     "pinned",
@@ -87,6 +92,7 @@ def command(
     allow_fallback: bool,
     verify: Literal["sampled", "full"],
     pinned: tuple[str, ...],
+    exact: bool,
     **settings: Any,
 ) -> None:
     """Run BUNDLE: complete prompts, label texts or images, or embed texts, as its task is.
@@ -115,6 +121,7 @@ def command(
         allow_fallback=allow_fallback,
         pinned=pinned,
         verify=verify,
+        exact=exact,
     )
     task = runner.bundle.manifest.task
     field = TASKS[task].takes.replace("pixel_values", "image")

@@ -23,6 +23,7 @@ from lora_edge.adapter.loading import BaseView
 from lora_edge.base.checkpoint import Base
 from lora_edge.base.layer import Layer
 from lora_edge.bundle.adapter_files import with_heads, write_adapter_folder, write_none
+from lora_edge.bundle.bundle import EXACT_GRAPH_FILE
 from lora_edge.bundle.manifest import AdapterEntry, Manifest, Mode
 from lora_edge.bundle.part import Part, SiteEntry
 from lora_edge.bundle.sentence import load_sentence_modules, sentence_files
@@ -174,6 +175,7 @@ def build(
         name: dataclasses.replace(
             part,
             file=published(part),
+            exact=EXACT_GRAPH_FILE if quantization is not None else "",
             inputs=passes.own_inputs(passes.load(stage / published(part))),
             sites={path: x for path, x in covered.items() if captured.part_of(path) == name},
         )
@@ -181,6 +183,8 @@ def build(
     }
     for part in parts.values():
         passes.check(stage / part.file)
+        if part.exact:
+            passes.check(stage / part.exact)
     shutil.rmtree(raw)
     for adapter in adapters:
         own = None if merged else given[adapter.name]

@@ -13,9 +13,10 @@ from lora_edge.base.layer import Layer
 from lora_edge.errors import GraphError
 from lora_edge.graph.merge import WideArray, add_initializer, lazily
 from lora_edge.graph.sites import Multiplication, multiplications
-from lora_edge.maths.quantization import Blocks, Quantization, quantize
+from lora_edge.maths.quantization import Activations, Blocks, Quantization, quantize
 
 MATMUL_NBITS = "MatMulNBits"
+_ACCURACY: Mapping[Activations, int] = {"fp32": 1, "int8": 4}
 
 
 def quantizable(model: ir.Model, layers: Mapping[str, Layer]) -> tuple[str, ...]:
@@ -73,6 +74,19 @@ def round_layers(
         value.const_value = lazily(str(value.name), value, rounded)
 
 
+def compute_in(model: ir.Model, activations: Activations) -> None:
+    """Let the quantized layers multiply their codes with floats, or with codes of 8 bits.
+
+    Args:
+        model: the graph; changed in place.
+        activations: ``fp32``; or ``int8``, to which ONNX Runtime rounds each block of activations.
+    """
+    for node in model.graph:
+        if node.op_type == MATMUL_NBITS:
+            level = _ACCURACY[activations]
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", level)
+
+
 def _own(model: ir.Model, layers: Mapping[str, Layer]) -> dict[str, Multiplication]:
     found = {}
     for multiplication in multiplications(model):
@@ -115,7 +129,7 @@ def _replace(model: ir.Model, path: str, found: Multiplication, blocks: Blocks) 
             "N": found.width,
             "bits": blocks.bits,
             "block_size": blocks.codes.shape[-1],
-            "accuracy_level": 1,  # activations in fp32
+            "accuracy_level": _ACCURACY["fp32"],
         },
         domain="com.microsoft",
         name=path,

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from lora_edge.files.schema import Rule, between
 
 Precision = Literal["fp32", "int8", "int4"]
+Activations = Literal["fp32", "int8"]
 BITS: Mapping[str, int] = {"int8": 8, "int4": 4}
 BLOCK_SIZE = 32
 

@@ -75,6 +75,8 @@ class Runner:
             weights of more than 16 MiB by some of their blocks, which shows another or a damaged
             file, and may not show a few changed bytes; everything else by its hash when it is
             first used.
+        exact: run the graph that computes in floats, which is the one that is proved; slower. A
+            bundle whose graph computes in floats itself runs as ever. Not with ``pinned``.
 
     Raises:
         AdapterNotFoundError: a name in ``pinned`` that the bundle does not have.
@@ -95,6 +97,7 @@ class Runner:
         provider_options: Mapping[str, str] | None = None,
         pinned: Sequence[str | None] = (),
         verify: Literal["sampled", "full"] = "sampled",
+        exact: bool = False,
     ) -> None:
         opt.text("provider", provider)
         if threads is not None:
@@ -104,6 +107,7 @@ class Runner:
         opt.flag("allow_fallback", allow_fallback)
         provider_options = opt.pairs("provider_options", provider_options or {})
         opt.one_of("verify", verify, ("sampled", "full"))
+        opt.flag("exact", exact)
         self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
         if verify == "full":
             self.bundle.verify_all()
@@ -114,7 +118,12 @@ class Runner:
             "allow_fallback": allow_fallback,
             "provider_options": provider_options,
         }
-        self.session = open_parts(self.bundle, options)
+        if exact and pinned and any(part.exact for part in self.bundle.manifest.parts.values()):
+            raise DataError(
+                "nothing can be pinned with exact: pinned sessions compute with int8 activations",
+                "Leave out one of the two.",
+            )
+        self.session = open_parts(self.bundle, options, exact=exact)
         self._active = ActiveAdapters(self.bundle, self.session.tensors)
         self._pinned = PinnedSessions(
             self.bundle, lambda: self.decoder, self._active, pinned, options
@@ -191,6 +200,11 @@ class Runner:
     def part(self) -> Part:
         """The facts of the graph of a bundle that generates text."""
         return self.decoder.part
+
+    @property
+    def graph_file(self) -> str:
+        """The first graph that runs, relative to the bundle."""
+        return next(iter(self.session.parts.values())).file
 
     @property
     def adapters(self) -> tuple[str, ...]:

@@ -98,6 +98,7 @@ class ModelSession:
         provider_options: Mapping[str, str] | None = None,
         fixed: Fixed | None = None,
     ) -> None:
+        self.parts = parts
         self.sites = {path: site for part in parts.values() for path, site in part.sites.items()}
         self.provider = resolve(provider, provider_options)
         # Kept for as long as the sessions: those do not keep the weights alive.

@@ -21,7 +21,14 @@ from lora_edge.adapter.load import load_adapter
 from lora_edge.base.checkpoint import Base
 from lora_edge.base.layer import Layer
 from lora_edge.base.layers import Layers, built_layers
-from lora_edge.bundle.bundle import BASE_GRAPH_FILE, DECODER_FILE, ENCODER_FILE, GRAPH_FILE, Bundle
+from lora_edge.bundle.bundle import (
+    BASE_GRAPH_FILE,
+    DECODER_FILE,
+    ENCODER_FILE,
+    EXACT_GRAPH_FILE,
+    GRAPH_FILE,
+    Bundle,
+)
 from lora_edge.fit.changes import ParameterChange, parameter_changes
 from lora_edge.fit.rename import without_unread
 from lora_edge.graph.contents import Content, contents
@@ -30,7 +37,7 @@ from lora_edge.parity.around.reference import Parameters
 from lora_edge.parity.ask import silent
 from lora_edge.tasks.task import Task
 
-GRAPHS = (GRAPH_FILE, BASE_GRAPH_FILE, ENCODER_FILE, DECODER_FILE)
+GRAPHS = (GRAPH_FILE, BASE_GRAPH_FILE, EXACT_GRAPH_FILE, ENCODER_FILE, DECODER_FILE)
 
 _NAMED = 3  # tensors that a reason names
 _FEW = 4  # a constant of fewer numbers is used everywhere, so that every probe reaches it
