@@ -55,7 +55,7 @@ __all__ = [
 GRAPH_FILE = "onnx/model.onnx"
 DATA_FILE = "onnx/model.onnx_data"
 BASE_GRAPH_FILE = "onnx/base.onnx"  # the decoder without branches, on the same data file
-EXACT_GRAPH_FILE = "onnx/exact.onnx"  # the decoder with activations in floats, on the same data file
+EXACT_GRAPH_FILE = "onnx/exact.onnx"  # the decoder in floats, on the same data file
 ENCODER_FILE = "onnx/encoder_model.onnx"
 DECODER_FILE = "onnx/decoder_model.onnx"
 

@@ -69,6 +69,12 @@ from lora_edge.tasks.task import TASKS
     "generation in the fused form; adapters stay in fp32, and so do the layers that a merged one "
     "changes.",
 )
+@options.choice(
+    "--activations",
+    ["int8", "fp32"],
+    "What the layers of int8 and int4 multiply their codes with. With int8, which is faster, the "
+    "graph in floats is written too, on the same data: it is what is proved.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 def command(adapters: tuple[str, ...], output: Path, **given: Any) -> None:
     """Export BASE (a Hugging Face folder or hub id) and PEFT adapters to one ONNX bundle.

@@ -28,7 +28,14 @@ from lora_edge.bundle.manifest import AdapterEntry, Manifest, Mode
 from lora_edge.bundle.part import Part, SiteEntry
 from lora_edge.bundle.sentence import load_sentence_modules, sentence_files
 from lora_edge.errors import MissingDependencyError, UnsupportedModelError
-from lora_edge.exporting.graphs import Progress, Weights, published, write_branched, write_merged
+from lora_edge.exporting.graphs import (
+    Progress,
+    Weights,
+    published,
+    write_branched,
+    write_fast,
+    write_merged,
+)
 from lora_edge.fit.changes import parameter_changes, site_changes
 from lora_edge.fit.check import (
     changeable,
@@ -39,7 +46,14 @@ from lora_edge.fit.check import (
 )
 from lora_edge.fit.kinds import kind_of, parts_of_kinds
 from lora_edge.maths.lora import Head, SiteChange
-from lora_edge.maths.quantization import BITS, Precision, Quantization, measured, rounded_weights
+from lora_edge.maths.quantization import (
+    BITS,
+    Activations,
+    Precision,
+    Quantization,
+    measured,
+    rounded_weights,
+)
 from lora_edge.names import NONE_ADAPTER, InputPart
 from lora_edge.runtime import installed
 from lora_edge.tasks.task import EMBEDDING, Task
@@ -67,6 +81,7 @@ class Options:
     kinds: tuple[str, ...]
     task: Task
     precision: Precision = "fp32"
+    activations: Activations = "int8"
 
 
 def check_precision(options: Options) -> None:
@@ -148,6 +163,7 @@ def build(
         weights = rounded_weights(weights, quantization, modules)
     fingerprint = base.fingerprint()
     base_labels = _base_labels(base, captured)
+    fast = quantization is not None and options.activations == "int8"
     entries: dict[str, AdapterEntry] = {}
     covered: dict[str, SiteEntry] = {}
     given: dict[str, Mapping[str, SiteChange]] = {}
@@ -171,11 +187,13 @@ def build(
         covered = write_branched(captured, models, modules, covered, weights, quantization, stage)
         none = write_none(stage, covered, fingerprint, heads)
         entries[NONE_ADAPTER] = dataclasses.replace(none, labels=base_labels)
+    if fast:
+        write_fast(stage)
     parts = {
         name: dataclasses.replace(
             part,
             file=published(part),
-            exact=EXACT_GRAPH_FILE if quantization is not None else "",
+            exact=EXACT_GRAPH_FILE if fast else "",
             inputs=passes.own_inputs(passes.load(stage / published(part))),
             sites={path: x for path, x in covered.items() if captured.part_of(path) == name},
         )

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_edge.base.layer import Layer
-from lora_edge.bundle.bundle import BASE_GRAPH_FILE, EXACT_GRAPH_FILE
+from lora_edge.bundle.bundle import BASE_GRAPH_FILE, EXACT_GRAPH_FILE, GRAPH_FILE
 from lora_edge.bundle.part import Part, SiteEntry, WeightEntry
 from lora_edge.fit.changes import ParameterChange
 from lora_edge.maths.quantization import Quantization
@@ -59,10 +59,7 @@ def write_merged(
         owners = {path.rpartition(".")[0] for path in own} & set(modules)
         layers = {path: SiteEntry.of(modules[path]) for path in sorted(owners)}
         passes.merge(model, passes.find_sites(model, layers, weights), own, weights)
-        path = stage / published(captured.parts[part])
-        passes.save_with_data(model, path)
-        if quantization is not None:
-            write_exact(path, stage / EXACT_GRAPH_FILE)
+        passes.save_with_data(model, stage / published(captured.parts[part]))
 
 
 def write_branched(
@@ -100,35 +97,25 @@ def write_branched(
         passes.branch(model, found)
         # Beside its data, which is moved and never rewritten.
         passes.save_graph(model, path)
-        exact = path.with_name("exact.onnx")
-        if quantization is not None:
-            write_exact(path, exact, plain)
         target = stage / published(captured.parts[part])
         path.rename(target)
         data = path.with_name(f"{path.name}_data")
         data.rename(target.with_name(data.name))
         if cached:
             plain.rename(stage / BASE_GRAPH_FILE)
-        if quantization is not None:
-            exact.rename(stage / EXACT_GRAPH_FILE)
     return located
 
 
-def write_exact(path: Path, exact: Path, *others: Path) -> None:
-    """Write a graph again beside it, and let it, and others on its data, compute in int8.
-
-    Args:
-        path: a graph of quantized layers that compute in floats.
-        exact: where it is kept so.
-        others: graphs to change like ``path``.
-    """
+def write_fast(stage: Path) -> None:
+    """Let a decoder's quantized layers compute in int8; the graph in floats is kept beside it."""
     from lora_edge import graph as passes
 
-    shutil.copyfile(path, exact)
-    for each in (path, *others):
-        model = passes.load(each)
-        passes.compute_in(model, "int8")
-        passes.save_graph(model, each)
+    shutil.copyfile(stage / GRAPH_FILE, stage / EXACT_GRAPH_FILE)
+    for path in (stage / GRAPH_FILE, stage / BASE_GRAPH_FILE):
+        if path.is_file():
+            model = passes.load(path)
+            passes.compute_in(model, "int8")
+            passes.save_graph(model, path)
 
 
 def with_weights(layers: Mapping[str, SiteEntry], found: Mapping[str, Any]) -> dict[str, SiteEntry]:

@@ -14,9 +14,7 @@ from lora_edge.runtime.session import ModelSession
 from lora_edge.tasks.task import Driver
 
 
-def open_parts(
-    bundle: Bundle, options: Mapping[str, Any], *, exact: bool = False
-) -> ModelSession:
+def open_parts(bundle: Bundle, options: Mapping[str, Any], *, exact: bool = False) -> ModelSession:
     """The session of a bundle.
 
     Args:

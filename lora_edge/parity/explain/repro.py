@@ -261,7 +261,9 @@ def _write(
         "case": name,
         "what": shown.what,
         "tokens": _tokens(shown.feeds),
-        "graph": Path(os.path.relpath(runner.bundle.directory / runner.graph_file, target)).as_posix(),
+        "graph": Path(
+            os.path.relpath(runner.bundle.directory / runner.graph_file, target)
+        ).as_posix(),
         "file": runner.graph_file,
         "provider": session.get_providers()[0],
         "optimization": level,

@@ -115,9 +115,7 @@ class Opening:
                 "Name one provider beside cpu, or leave the options out.",
             )
 
-    def runner(
-        self, bundle: Bundle, provider: str, level: str, *, exact: bool = True
-    ) -> Runner:
+    def runner(self, bundle: Bundle, provider: str, level: str, *, exact: bool = True) -> Runner:
         """The bundle in one of the sessions; ``exact``: computing in floats, as it is proved."""
         return Runner(
             bundle,
