@@ -49,7 +49,16 @@ from lora_edge.fit.kinds import KINDS
 from lora_edge.fit.rename import fitted, fitted_to
 from lora_edge.fit.task import chosen_task
 from lora_edge.maths.lora import Head, SiteChange
-from lora_edge.maths.quantization import Activations, Precision, rounded_weights
+from lora_edge.maths.quantization import (
+    BITS,
+    BLOCK_SIZE,
+    BLOCK_SIZES,
+    Activations,
+    Algorithm,
+    Precision,
+    Rounding,
+    rounded_weights,
+)
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.runtime.adapters.changes import parse_changes
 from lora_edge.tasks.task import Task
@@ -73,6 +82,10 @@ def export(
     convert: int | float | None = None,
     precision: Precision = "fp32",
     activations: Activations = "int8",
+    head_precision: Precision = "int8",
+    block_size: int = BLOCK_SIZE,
+    symmetric: bool = False,
+    algorithm: Algorithm = "rtn",
     force: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -100,15 +113,20 @@ def export(
             and 1, of the ranks that keep this share of each delta's energy; ``None`` refuses them.
             The bundle is proved against the converted adapters; the error of the conversion itself
             goes to ``progress`` and into the manifest.
-        precision: of the linear layers' weights, but for the head, and experts and their routers:
-            ``fp32``; or ``int8`` or
-            ``int4``, codes for blocks of 32 inputs (text generation, trace, fused form). The bundle
-            is proved against PyTorch with the same rounded weights, which are also what DoRA's
-            norms are of; layers that a merged adapter changes stay in fp32.
+        precision: of the linear layers' weights, but for experts and their routers: ``fp32``; or
+            ``int8`` or ``int4``, codes for blocks of inputs (text generation, trace, fused form).
+            The bundle is proved against PyTorch with the same rounded weights, which are also what
+            DoRA's norms are of; layers that a merged adapter changes stay in fp32.
         activations: what the layers of ``int8`` and ``int4`` multiply their codes with: ``int8``
             (faster: each block of activations is rounded to 8 bits; a graph in floats is written
             beside it, on the same data, and is what is proved) or ``fp32``. What int8 activations
             add is measured, and refused beyond a limit.
+        head_precision: of the output layer and the token embedding, where ``precision`` is not
+            ``fp32``. The codes of a tied embedding are the output layer's.
+        block_size: inputs that share a scale and a zero point: 16, 32, 64 or 128.
+        symmetric: the zero point is the middle code, so that none is stored; ``rtn`` only.
+        algorithm: ``rtn``: each block's range is spread evenly over its codes; ``k-quant``: scale
+            and zero point are searched for the least error (llama.cpp's, as ONNX Runtime has it).
         force: replace an existing bundle.
         progress: called with one line for each stage.
 
@@ -131,9 +149,18 @@ def export(
         ("backend", backend, ("trace", "optimum")),
         ("sites", sites, ("all", "adapters")),
         ("activations", activations, get_args(Activations)),
+        ("head_precision", head_precision, get_args(Precision)),
+        ("algorithm", algorithm, get_args(Algorithm)),
     ):
         opt.one_of(name, value, known)
     opt.flag("force", force)
+    opt.flag("symmetric", symmetric)
+    if opt.whole("block_size", block_size, 1) not in BLOCK_SIZES:
+        raise opt.refused("block_size", block_size, f"one of {BLOCK_SIZES}")
+    if symmetric and algorithm != "rtn":
+        raise opt.refused(
+            "symmetric", symmetric, f"False with {algorithm}, which finds zero points"
+        )
     if task is not None and not opt.text("task", task):
         raise opt.refused("task", task, "the name of a task")
     if convert is not None and opt.number("convert", convert, 0) >= 1:
@@ -148,6 +175,11 @@ def export(
     if precision not in get_args(Precision):
         raise BaseModelError(
             f"{precision!r} is no precision", f"Precisions are {', '.join(get_args(Precision))}."
+        )
+    rounding = None
+    if precision != "fp32":
+        rounding = Rounding(
+            BITS[precision], BITS.get(head_precision), block_size, symmetric, algorithm
         )
     with (
         peft_directories(given) as local,
@@ -172,7 +204,7 @@ def export(
             wanted = chosen_task(model, loaded, task, mode, say)
             loaded = stack.enter_context(fitted(loaded, model, wanted, say))
             options = Options(
-                mode, form, backend, sites, tuple(kinds), wanted, precision, activations
+                mode, form, backend, sites, tuple(kinds), wanted, rounding, activations
             )
             check_precision(options)
             manifest, reference = build(model, loaded, stage, options, say)

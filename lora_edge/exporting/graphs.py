@@ -44,6 +44,8 @@ def write_merged(
 
     if quantization is not None:
         matrices = {path.removesuffix(".weight") for path in changes}
+        if matrices & set(captured.tied):
+            matrices |= set(captured.tied)  # one weight, of which the other's copy is made
         touched = [path for path in quantization.layers if path in matrices]
         others = [path for path in quantization.layers if path not in matrices]
         passes.quantize_layers(models["decoder"], modules, others, quantization)

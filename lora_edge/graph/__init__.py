@@ -7,7 +7,13 @@ from lora_edge.graph.branch import branch
 from lora_edge.graph.check import check
 from lora_edge.graph.fuse import fuse
 from lora_edge.graph.merge import merge
-from lora_edge.graph.quantize import compute_in, quantizable, quantize_layers, round_layers
+from lora_edge.graph.quantize import (
+    compute_in,
+    quantizable,
+    quantizable_vocabulary,
+    quantize_layers,
+    round_layers,
+)
 from lora_edge.graph.sites import Site, find_sites, graph_weights
 from lora_edge.graph.store import load, own_inputs, save_graph, save_with_data
 from lora_edge.graph.stored import stored_weight
@@ -24,6 +30,7 @@ __all__ = [
     "merge",
     "own_inputs",
     "quantizable",
+    "quantizable_vocabulary",
     "quantize_layers",
     "round_layers",
     "save_graph",

@@ -310,11 +310,16 @@ class Reference:
     def _rounded(self, model: Any) -> None:
         if self._quantization is None:
             return
+        plain = (self._torch.nn.Linear, self._torch.nn.Embedding)
+        done: set[int] = set()
         for path in self._quantization.layers:
             module = model.get_submodule(path)
             own = module.weight.detach()
-            matrix = own if isinstance(module, self._torch.nn.Linear) else own.T  # Conv1D
-            rounded = self._torch.from_numpy(self._quantization.rounded(matrix.numpy()))
+            if own.data_ptr() in done:  # tied
+                continue
+            done.add(own.data_ptr())
+            matrix = own if isinstance(module, plain) else own.T  # Conv1D
+            rounded = self._torch.from_numpy(self._quantization.rounded(path, matrix.numpy()))
             matrix.copy_(rounded)
 
     def _output(

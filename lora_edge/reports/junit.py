@@ -75,8 +75,8 @@ def explain(data: Data, case: Case) -> str:
     for each in drifts([case]):
         own = each["drift"]
         lines.append(
-            f"drift         KL {number(own['kl'])}, limit {number(own['kl_limit'])}, effect that is "
-            f"there {share(own['retained'])}, best tokens {share(own['top1'])} agree"
+            f"drift         KL {number(own['kl'])}, limit {number(own['kl_limit'])}, effect that "
+            f"is there {share(own['retained'])}, best tokens {share(own['top1'])} agree"
         )
     if task:
         lines.append(
