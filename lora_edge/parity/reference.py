@@ -168,7 +168,7 @@ class Reference:
             return
         # PEFT's adapter names are module names, which must not have dots.
         inner = f"adapter{len(self._names)}"
-        self._shared = attached(self._shared, directory, inner)
+        self._shared = self._attached(self._shared, directory, inner)
         self._names[name] = inner
         self._state = None
 
@@ -307,6 +307,22 @@ class Reference:
         self._rounded(model)
         return model
 
+    def _attached(self, model: Any, directory: str | os.PathLike[str], inner: str) -> Any:
+        """The model with an adapter; its base stays as it is.
+
+        An adapter file may hold the base's embedding and output layer, which PEFT would load over
+        the rounded ones.
+        """
+        ends: list[Any] = []
+        if self._quantization is not None:
+            ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+        own = [x.weight for x in ends if x is not None]
+        kept = {id(x): (x, x.detach().clone()) for x in own}
+        adapted = attached(model, directory, inner)
+        for parameter, values in kept.values():
+            parameter.detach().copy_(values)
+        return adapted
+
     def _rounded(self, model: Any) -> None:
         if self._quantization is None:
             return
@@ -394,7 +410,7 @@ class Reference:
             while self._loaded and (len(self._loaded) + 1) * self._size > _KEPT:
                 del self._loaded[next(iter(self._loaded))]
             directory, task = self._apart[name]
-            model = attached(self._load(task), directory, "only")
+            model = self._attached(self._load(task), directory, "only")
         self._loaded[name] = model
         return model
 
