@@ -13,6 +13,7 @@ from lora_edge.graph.quantize import (
     quantizable_vocabulary,
     quantize_layers,
     round_layers,
+    same_but_for_activations,
 )
 from lora_edge.graph.sites import Site, find_sites, graph_weights
 from lora_edge.graph.store import load, own_inputs, save_graph, save_with_data
@@ -33,6 +34,7 @@ __all__ = [
     "quantizable_vocabulary",
     "quantize_layers",
     "round_layers",
+    "same_but_for_activations",
     "save_graph",
     "save_with_data",
     "stored_weight",

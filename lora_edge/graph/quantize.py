@@ -158,6 +158,18 @@ def compute_in(model: ir.Model, activations: Activations) -> None:
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", level)
 
 
+def same_but_for_activations(one: ir.Model, other: ir.Model) -> bool:
+    """Whether two graphs compute the same, but for what :func:`compute_in` changes.
+
+    Args:
+        one, other: the graphs; both compute in floats afterwards.
+    """
+    for model in (one, other):
+        compute_in(model, "fp32")
+    first, second = (ir.to_proto(x).SerializeToString(deterministic=True) for x in (one, other))
+    return bool(first == second)
+
+
 def _linear(model: ir.Model, layers: Mapping[str, Layer]) -> dict[str, Multiplication]:
     found = {}
     for multiplication in multiplications(model):

@@ -16,6 +16,7 @@ import lora_edge
 from lora_edge.bundle.bundle import load_bundle
 from lora_edge.parity.drift import DriftLimits
 from lora_edge.reports import html, junit, load_report, markdown
+from tests.support.failing import signed
 from tests.support.kinds import make_kinds
 
 IDS = np.random.default_rng(5).integers(0, 256, (2, 12))
@@ -126,6 +127,21 @@ def test_wrong_codes_are_no_drift(made: Made, tmp_path: Path) -> None:
     (tmp_path / "out" / "lora_edge.json").write_text(json.dumps(data))
     report = lora_edge.validate(tmp_path / "out", reference=made.base, depth="quick")
     assert not report.exact
+    assert all(case.status == "passed" for case in report.drift)
+
+
+def test_the_graph_that_ships_is_the_one_that_is_proved(made: Made, tmp_path: Path) -> None:
+    """A small damage of the one that ships might pass for drift."""
+    shutil.copytree(made.bundle, tmp_path / "out")
+    file = tmp_path / "out" / "onnx" / "model.onnx"
+    model = onnx.load(str(file), load_external_data=False)
+    node = next(node for node in model.graph.node if node.name.endswith("q_proj.gated"))
+    node.input[0], node.input[1] = node.input[1], node.input[0]  # a product all the same
+    onnx.save(model, str(file))
+    signed(tmp_path / "out")
+    report = lora_edge.validate(tmp_path / "out", reference=made.base, depth="quick")
+    (case,) = [case for case in report.failures if case.kind == "weights" and case.figures is None]
+    assert "are not one graph" in case.reason
     assert all(case.status == "passed" for case in report.drift)
 
 

@@ -31,6 +31,7 @@ from lora_edge.bundle.bundle import (
 )
 from lora_edge.fit.changes import ParameterChange, parameter_changes
 from lora_edge.fit.rename import without_unread
+from lora_edge.graph import load, same_but_for_activations
 from lora_edge.graph.contents import Content, contents
 from lora_edge.parity.around.reference import Parameters
 from lora_edge.parity.ask import silent
@@ -61,7 +62,8 @@ def compare_weights(
         parameters: the checkpoint, as transformers loads it.
 
     Yields:
-        For each graph file, in which something differs, a sentence.
+        For each graph file, in which something differs, a sentence; and one where the graph that
+        ships is not the one that is proved.
     """
     expected = _Expected(bundle, base, sources, parameters)
     seen: dict[object, str] = {}
@@ -84,6 +86,13 @@ def compare_weights(
         if found:
             more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
             yield f"{relative}: {', '.join(found[:_NAMED])}{more}"
+    for part in bundle.manifest.parts.values():
+        pair = [bundle.directory / x for x in (part.file, part.exact or part.file)]
+        if part.exact and not same_but_for_activations(*map(load, pair)):
+            yield (
+                f"{part.file} and {part.exact} are not one graph: they differ in more than what "
+                "their activations are rounded to"
+            )
 
 
 @dataclass
