@@ -6,6 +6,7 @@ Knows files; knows nothing of graphs, adapters' maths or runtimes. The layout is
       lora_edge.json                         the manifest, with a hash of every file
       onnx/model.onnx, onnx/model.onnx_data  (of an encoder-decoder: encoder_model, decoder_model)
       onnx/base.onnx                         the same graph without branches, on the same data
+      onnx/exact.onnx                        of few bits: the graph in floats, on the same data
       adapters/NAME/adapter.onnx_adapter     for the runtime
       adapters/NAME/peft/                    the PEFT files, verbatim: what parity is proved against
       parity/                                golden cases and the report of the export's own check
@@ -43,6 +44,7 @@ __all__ = [
     "DATA_FILE",
     "DECODER_FILE",
     "ENCODER_FILE",
+    "EXACT_GRAPH_FILE",
     "GRAPH_FILE",
     "MANIFEST_NAME",
     "AdapterEntry",
@@ -58,6 +60,7 @@ __all__ = [
 GRAPH_FILE = "onnx/model.onnx"
 DATA_FILE = "onnx/model.onnx_data"
 BASE_GRAPH_FILE = "onnx/base.onnx"  # the decoder without branches, on the same data file
+EXACT_GRAPH_FILE = "onnx/exact.onnx"  # the decoder in floats, on the same data file
 ENCODER_FILE = "onnx/encoder_model.onnx"
 DECODER_FILE = "onnx/decoder_model.onnx"
 

@@ -68,6 +68,11 @@ from lora_edge.errors import DataError
     is_flag=True,
     help="Keep no optimized graph of large bundles in the user's cache (LORA_EDGE_CACHE).",
 )
+@click.option(
+    "--exact",
+    is_flag=True,
+    help="Of a bundle of few bits: compute in floats, as it is proved, not with int8 activations.",
+)
 @options.repeatable(
     "--pin",
     "pinned",
@@ -93,6 +98,7 @@ def command(
     verify: Literal["sampled", "full"],
     no_cache: bool,
     pinned: tuple[str, ...],
+    exact: bool,
     **settings: Any,
 ) -> None:
     """Run BUNDLE: complete prompts, label texts or images, or embed texts, as its task is.
@@ -122,6 +128,7 @@ def command(
         pinned=pinned,
         session_cache=not no_cache,
         verify=verify,
+        exact=exact,
     )
     task = runner.bundle.manifest.task
     field = TASKS[task].takes.replace("pixel_values", "image")

@@ -6,6 +6,7 @@ Knows captures, passes and where the files of a bundle are; knows nothing of man
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_edge.base.layer import Layer
-from lora_edge.bundle.bundle import BASE_GRAPH_FILE
+from lora_edge.bundle.bundle import BASE_GRAPH_FILE, EXACT_GRAPH_FILE, GRAPH_FILE
 from lora_edge.bundle.part import Part, SiteEntry, WeightEntry
 from lora_edge.fit.changes import ParameterChange
 from lora_edge.maths.quantization import Quantization
@@ -57,6 +58,8 @@ class Graphs:
         if quantization is not None:
             decoder = self.models["decoder"]
             matrices = {path.removesuffix(".weight") for path in changes}
+            if matrices & set(self.captured.tied):
+                matrices |= set(self.captured.tied)  # one weight, of which the other's copy is made
             touched = [path for path in quantization.layers if path in matrices]
             others = [path for path in quantization.layers if path not in matrices]
             passes.quantize_layers(decoder, modules, others, quantization)
@@ -112,6 +115,18 @@ class Graphs:
 
     def _target(self, part: str) -> Path:
         return self.stage / published(self.captured.parts[part])
+
+
+def write_fast(stage: Path) -> None:
+    """Let a decoder's quantized layers compute in int8; the graph in floats is kept beside it."""
+    from lora_edge import graph as passes
+
+    shutil.copyfile(stage / GRAPH_FILE, stage / EXACT_GRAPH_FILE)
+    for path in (stage / GRAPH_FILE, stage / BASE_GRAPH_FILE):
+        if path.is_file():
+            model = passes.load(path)
+            passes.compute_in(model, "int8")
+            passes.save_graph(model, path)
 
 
 def with_weights(layers: Mapping[str, SiteEntry], found: Mapping[str, Any]) -> dict[str, SiteEntry]:

@@ -137,11 +137,7 @@ class _Run:
         chosen, places = torch.unique(ids, return_inverse=True)
         held, weight = self._held.setdefault(id(module), []), module.weight
         with _changing():
-            if id(weight) in self._codes:
-                found = self._values(weight)[chosen]
-            else:
-                found = weight.detach()[chosen].to(self._dtype)
-            self._put(held, weight, found)
+            self._put(held, weight, self._some(weight, chosen))
         return ((places, *args[1:]), kwargs) if args else (args, {**kwargs, "input": places})
 
     @contextlib.contextmanager
@@ -149,17 +145,15 @@ class _Run:
         """A linear layer that computes some of its outputs at a time."""
 
         def forward(x: Tensor) -> Tensor:
-            weight = module.weight.detach()
-            if id(module.weight) in self._codes:
-                weight = self._values(module.weight)
+            weight = module.weight
             bias = None if module.bias is None else module.bias.detach().to(self._dtype)
             count = max(1, _PART // weight.shape[1])
             y = x.new_empty(*x.shape[:-1], len(weight))
             for start in range(0, len(weight), count):
                 some = slice(start, start + count)
-                part = nn.functional.linear(x, weight[some].to(self._dtype))
+                part = nn.functional.linear(x, self._some(weight, some))
                 y[..., some] = part if bias is None else part + bias[some]
-            self._mapped.give_back(module.weight)
+            self._mapped.give_back(weight)
             return y
 
         had = vars(module).get("forward")
@@ -179,6 +173,16 @@ class _Run:
         blocks, transposed = self._codes[id(tensor)]
         matrix = decoded(blocks)
         return (matrix.T if transposed else matrix).to(self._dtype)
+
+    def _some(self, tensor: Tensor, rows: Tensor | slice) -> Tensor:
+        """Some rows of a tensor ``[rows, columns]``, in the dtype."""
+        if id(tensor) not in self._codes:
+            return tensor.detach()[rows].to(self._dtype)
+        blocks, transposed = self._codes[id(tensor)]
+        assert not transposed  # a table and a head are [out, in]
+        return decoded(blocks.rows(rows.numpy() if isinstance(rows, Tensor) else rows)).to(
+            self._dtype
+        )
 
     def _put(self, held: list[tuple[Tensor, Tensor]], tensor: Tensor, values: Tensor) -> None:
         held.append((tensor, tensor.data))
@@ -203,7 +207,10 @@ def _changing() -> Iterator[None]:
 def decoded(blocks: Blocks) -> Tensor:
     """The weight that codes mean, ``[out, in]`` float32, as :meth:`Blocks.weight` has it."""
     steps = torch.from_numpy(blocks.codes).to(torch.float32)
-    steps -= torch.from_numpy(blocks.zeros)[..., None]
+    if blocks.zeros is None:
+        steps -= 2 ** (blocks.bits - 1)
+    else:
+        steps -= torch.from_numpy(blocks.zeros)[..., None]
     steps *= torch.from_numpy(blocks.scales)[..., None]
     return steps.view(len(steps), -1)[:, : blocks.in_features]
 

@@ -180,7 +180,7 @@ class Reference:
             return
         # PEFT's adapter names are module names, which must not have dots.
         inner = f"adapter{len(self._names)}"
-        self._shared = attached(self._shared, directory, inner)
+        self._shared = self._attached(self._shared, directory, inner)
         self._names[name] = inner
         self._state = None
 
@@ -318,16 +318,37 @@ class Reference:
             config._experts_implementation = "eager"
         return load_whole(self.base, task, config=config, pooler=True, stored=stored)
 
+    def _attached(self, model: Any, directory: str | os.PathLike[str], inner: str) -> Any:
+        """The model with an adapter; its base stays as it is.
+
+        An adapter file may hold the base's embedding and output layer, which PEFT would load over
+        the rounded ones.
+        """
+        ends: list[Any] = []
+        if self._quantization is not None and not self._large:  # whose codes stand apart
+            ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+        own = [x.weight for x in ends if x is not None]
+        kept = {id(x): (x, x.detach().clone()) for x in own}
+        adapted = attached(model, directory, inner)
+        for parameter, values in kept.values():
+            parameter.detach().copy_(values)
+        return adapted
+
     def _rounded(self, model: Any, by_layer: ByLayer) -> None:
         """Give a model, without adapters yet, the quantized layers' values."""
         if self._quantization is None:
             return
+        plain = (self._torch.nn.Linear, self._torch.nn.Embedding)
+        done: set[int] = set()
         for path in self._quantization.layers:
             module = model.get_submodule(path)
             own = module.weight.detach()
-            transposed = not isinstance(module, self._torch.nn.Linear)  # Conv1D
+            if id(module.weight) in done:  # tied
+                continue
+            done.add(id(module.weight))
+            transposed = not isinstance(module, plain)  # Conv1D
             matrix = own.T if transposed else own
-            blocks = self._quantization.blocks(matrix.float().numpy())
+            blocks = self._quantization.blocks(path, matrix.float().numpy())
             if self._large:
                 by_layer.round(module.weight, blocks, transposed=transposed)
             else:
@@ -420,7 +441,7 @@ class Reference:
             by_layer = ByLayer(Mapped(model, self.base.files), parts=False)
             self._by_layer_apart[name] = by_layer
             self._rounded(model, by_layer)
-            model = attached(model, directory, "only")
+            model = self._attached(model, directory, "only")
         self._loaded[name] = model
         return model
 

@@ -43,6 +43,7 @@ class PinnedSessions:
         active: its adapters.
         names: adapters to pin; None (or ``none``) is no adapter.
         options: of every session: provider, threads, ...
+        plain: rows without an adapter run on the graph without branches in any case.
 
     Raises:
         AdapterNotFoundError: a name that the bundle does not have.
@@ -57,6 +58,8 @@ class PinnedSessions:
         active: ActiveAdapters,
         names: Sequence[str | None],
         options: Mapping[str, Any],
+        *,
+        plain: bool = False,
     ) -> None:
         if (
             isinstance(names, str)
@@ -76,7 +79,7 @@ class PinnedSessions:
             _check_bundle(bundle)
         self._states = frozenset(active.states(tuple(names), len(names)))
         self._prepared: PreparedGraphs | None = options["prepared"]
-        if self._prepared is not None and _has_plain_graph(bundle):
+        if plain and _has_plain_graph(bundle):
             self._states |= {()}  # its session costs no copy of the weights
         for name in sorted(self.names):
             _check(name, active.changes(name), bundle)

@@ -86,6 +86,8 @@ class Runner:
             and mixed batches, and the KV buffers of finished runs. The longest unused goes first
             and is made again when it is asked for. What is in use is not counted.
         keep: adapters that are loaded now and stay, whatever ``cache_bytes`` says.
+        exact: run the graph that computes in floats, which is the one that is proved; slower. A
+            bundle whose graph computes in floats itself runs as ever. Not with ``pinned``.
 
     Raises:
         AdapterNotFoundError: a name in ``pinned`` or ``keep`` that the bundle does not have.
@@ -109,6 +111,7 @@ class Runner:
         verify: Literal["sampled", "full"] = "sampled",
         cache_bytes: int = CACHE_BYTES,
         keep: Sequence[str] = (),
+        exact: bool = False,
     ) -> None:
         opt.text("provider", provider)
         if threads is not None:
@@ -120,6 +123,7 @@ class Runner:
         opt.one_of("verify", verify, ("sampled", "full"))
         cache_bytes = opt.whole("cache_bytes", cache_bytes, 0)
         keep = opt.texts("keep", keep)
+        opt.flag("exact", exact)
         self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
         if verify == "full":
             self.bundle.verify_all()
@@ -131,13 +135,23 @@ class Runner:
             "provider_options": provider_options,
             "resident": SizedCache(cache_bytes),
         }
+        if exact and pinned and any(part.exact for part in self.bundle.manifest.parts.values()):
+            raise DataError(
+                "nothing can be pinned with exact: pinned sessions compute with int8 activations",
+                "Leave out one of the two.",
+            )
         prepared = prepared_graphs(self.bundle, session_cache)
         options["prepared"] = prepared if provider == "cpu" and optimization is None else None
-        self.session = open_parts(self.bundle, options)
+        self.session = open_parts(self.bundle, options, exact=exact)
         self._cache = self.session.resident
         self._active = ActiveAdapters(self.bundle, self.session.tensors, self._cache, keep)
         self._pinned = PinnedSessions(
-            self.bundle, lambda: self.decoder, self._active, pinned, options
+            self.bundle,
+            lambda: self.decoder,
+            self._active,
+            pinned,
+            options,
+            plain=options["prepared"] is not None and not exact,
         )
         for name in keep:
             self._active.load(name)
@@ -213,6 +227,11 @@ class Runner:
     def part(self) -> Part:
         """The facts of the graph of a bundle that generates text."""
         return self.decoder.part
+
+    @property
+    def graph_file(self) -> str:
+        """The first graph that runs, relative to the bundle."""
+        return next(iter(self.session.parts.values())).file
 
     @property
     def adapters(self) -> tuple[str, ...]:

@@ -105,6 +105,7 @@ class ModelSession:
         resident: SizedCache | None = None,
     ) -> None:
         self.resident = SizedCache(CACHE_BYTES) if resident is None else resident
+        self.parts = parts
         self.sites = {path: site for part in parts.values() for path, site in part.sites.items()}
         self.provider = resolve(provider, provider_options)
         # Kept for as long as the sessions: those do not keep the weights alive.

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_edge.bundle.bundle import GRAPH_FILE
 from lora_edge.maths.lora import FloatArray
 from lora_edge.parity.compare import Tolerance
 from lora_edge.parity.explain.rerun import alone, new_columns, rerun
@@ -170,7 +169,7 @@ class _Bench:
         self._row = row
         self._multiple = multiple
         self._output = self._subject.gives.output
-        graph = tap(runner.bundle.directory / GRAPH_FILE)
+        graph = tap(runner.bundle.directory / runner.graph_file)
         self._taps = graph.layers
         self._names = [self._output, *dict.fromkeys(x.value for x in graph.layers.values())]
         self._session = open_like(runner.session.session, graph.model, graph.folder)
