@@ -47,6 +47,7 @@ __all__ = [
     "EXACT_GRAPH_FILE",
     "GRAPH_FILE",
     "MANIFEST_NAME",
+    "SINGLE_GRAPH_FILE",
     "AdapterEntry",
     "Bundle",
     "FileEntry",
@@ -60,6 +61,7 @@ __all__ = [
 GRAPH_FILE = "onnx/model.onnx"
 DATA_FILE = "onnx/model.onnx_data"
 BASE_GRAPH_FILE = "onnx/base.onnx"  # the decoder without branches, on the same data file
+SINGLE_GRAPH_FILE = "onnx/single.onnx"  # with branches for one adapter, without gates
 EXACT_GRAPH_FILE = "onnx/exact.onnx"  # the decoder in floats, on the same data file
 ENCODER_FILE = "onnx/encoder_model.onnx"
 DECODER_FILE = "onnx/decoder_model.onnx"

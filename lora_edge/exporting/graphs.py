@@ -16,7 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_edge.base.layer import Layer
-from lora_edge.bundle.bundle import BASE_GRAPH_FILE, EXACT_GRAPH_FILE, GRAPH_FILE
+from lora_edge.bundle.bundle import (
+    BASE_GRAPH_FILE,
+    EXACT_GRAPH_FILE,
+    GRAPH_FILE,
+    SINGLE_GRAPH_FILE,
+)
 from lora_edge.bundle.part import Part, SiteEntry, WeightEntry
 from lora_edge.fit.changes import ParameterChange
 from lora_edge.maths.quantization import Quantization
@@ -78,7 +83,8 @@ class Graphs:
             passes.save_with_data(model, self._target(part))
 
     def write_branched(self, covered: Mapping[str, SiteEntry]) -> dict[str, SiteEntry]:
-        """Write each graph with branches, of a decoder one without beside it on the same data.
+        """Write each graph with branches; of a decoder, on the same data, one without, and one
+        without gates.
 
         Returns:
             The layers, with where the data file has their weights.
@@ -111,6 +117,9 @@ class Graphs:
             data.rename(target.with_name(data.name))
             if cached:
                 plain.rename(self.stage / BASE_GRAPH_FILE)
+                single = passes.load(target)
+                passes.ungate(single)
+                passes.save_graph(single, self.stage / SINGLE_GRAPH_FILE)
         return located
 
     def _target(self, part: str) -> Path:
@@ -122,7 +131,7 @@ def write_fast(stage: Path) -> None:
     from lora_edge import graph as passes
 
     shutil.copyfile(stage / GRAPH_FILE, stage / EXACT_GRAPH_FILE)
-    for path in (stage / GRAPH_FILE, stage / BASE_GRAPH_FILE):
+    for path in (stage / GRAPH_FILE, stage / BASE_GRAPH_FILE, stage / SINGLE_GRAPH_FILE):
         if path.is_file():
             model = passes.load(path)
             passes.compute_in(model, "int8")

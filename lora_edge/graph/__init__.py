@@ -18,6 +18,7 @@ from lora_edge.graph.quantize import (
 from lora_edge.graph.sites import Site, find_sites, graph_weights
 from lora_edge.graph.store import load, own_inputs, save_graph, save_with_data
 from lora_edge.graph.stored import stored_weight
+from lora_edge.graph.ungate import ungate
 
 __all__ = [
     "Site",
@@ -38,4 +39,5 @@ __all__ = [
     "save_graph",
     "save_with_data",
     "stored_weight",
+    "ungate",
 ]

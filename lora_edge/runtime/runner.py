@@ -27,6 +27,7 @@ from lora_edge.runtime.pinned import PinnedSessions
 from lora_edge.runtime.prepared import prepared_graphs
 from lora_edge.runtime.providers import LEVELS
 from lora_edge.runtime.resident import CACHE_BYTES, Resident, SizedCache
+from lora_edge.runtime.routes import Routes
 from lora_edge.runtime.rows import token_rows
 from lora_edge.runtime.sampling import Sampling
 from lora_edge.runtime.session import ModelSession
@@ -76,8 +77,8 @@ class Runner:
         session_cache: keep ONNX Runtime's optimized graph, with its weights as the kernels of this
             processor read them, in this folder; True: in the user's cache, or where
             ``LORA_EDGE_CACHE`` says; False: nowhere. Of 32 MiB of weights and more, on the CPU:
-            opening it again takes a tenth of the time, sessions share one mapped file, and rows
-            without an adapter run on the graph without branches.
+            opening it again takes a fraction of the time, sessions share one mapped file, and a
+            batch with one adapter, or none, runs on a smaller graph.
         verify: ``full``: check every byte of the bundle against its hashes first. ``sampled``:
             weights of more than 16 MiB by some of their blocks, which shows another or a damaged
             file, and may not show a few changed bytes; everything else by its hash when it is
@@ -151,15 +152,23 @@ class Runner:
             self._active,
             pinned,
             options,
-            plain=options["prepared"] is not None and not exact,
         )
+        self._routes = None
+        kept, manifest = options["prepared"], self.bundle.manifest
+        branched = manifest.mode == "switchable" and self.driver == "decoder"
+        if kept is not None and branched and not exact:
+            self._routes = Routes(self.bundle, lambda: self.decoder, self._active, kept, options)
         for name in keep:
             self._active.load(name)
 
     def _session_for(self, adapter: AdapterArgument, batch: int) -> tuple[Decoder, Binding]:
         """Where a batch of text runs, and what is bound there; raises as :meth:`binding`."""
-        found = self._pinned.find(self._active.states(adapter, batch))
-        return found or (self.decoder, self.binding(adapter, batch))
+        states = self._active.states(adapter, batch)
+        found = self._pinned.find(states)
+        if found is not None:
+            return found
+        routed = None if self._routes is None else self._routes.find(states)
+        return routed or self.decoder, self.binding(adapter, batch)
 
     @property
     def decoder(self) -> Decoder:

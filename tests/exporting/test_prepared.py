@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from click.testing import CliRunner
 
 import lora_edge
 from lora_edge import Runner
-from lora_edge.bundle.bundle import BASE_GRAPH_FILE
+from lora_edge.bundle.bundle import (
+    BASE_GRAPH_FILE,
+    SINGLE_GRAPH_FILE,
+    file_entry,
+    load_bundle,
+)
 from lora_edge.cli import cli
-from lora_edge.runtime import prepared
+from lora_edge.errors import BundleError
+from lora_edge.runtime import prepared, routes
+from tests.support.kinds import make_kinds
 
 IDS = [[5, 9, 3, 11, 40, 2]]
 
@@ -67,14 +76,14 @@ def test_kept_graphs_give_the_same_to_the_bit(
     wanted = _answers(exported, cache=False)
     assert not made
     _assert_same(_answers(exported, tmp_path), wanted)
-    assert made == ["onnx/model.onnx", BASE_GRAPH_FILE]
+    assert made == ["onnx/model.onnx", BASE_GRAPH_FILE, SINGLE_GRAPH_FILE]
     # Both read one file.
     assert len(list(_folder(tmp_path).rglob("*.data"))) == 1
     _assert_same(_answers(exported, tmp_path), wanted)
-    assert len(made) == 2
+    assert len(made) == 3
 
 
-def test_no_adapter_is_the_graph_without_branches(
+def test_a_batch_runs_on_the_smallest_graph_that_serves_it(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
@@ -91,27 +100,79 @@ def test_no_adapter_is_the_graph_without_branches(
     assert opened == ["model.onnx", "base.onnx"]
     switchable = runner.decoder.start(1, 9, runner.binding(None, 1)).extend_all(IDS)[0]
     np.testing.assert_array_equal(off[0], switchable)
-    runner.logits(IDS, adapter=runner.adapters[0])
-    runner.logits(IDS)
-    assert len(opened) == 2
+    one, other = runner.adapters[:2]
+    on = runner.logits(IDS, adapter=one)
+    assert opened[2:] == ["single.onnx"]
+    switchable = runner.decoder.start(1, 9, runner.binding(one, 1)).extend_all(IDS)[0]
+    np.testing.assert_allclose(on[0], switchable, atol=1e-5)
+    blend = {one: 0.7, other: 0.3}
+    mixed = runner.logits(IDS * 2, adapter=[blend, None])
+    np.testing.assert_allclose(runner.logits(IDS, adapter=blend)[0], mixed[0], atol=1e-5)
+    half = runner.logits(IDS * 2, adapter=[{one: 0.5}, other])
+    np.testing.assert_allclose(runner.logits(IDS, adapter={one: 0.5})[0], half[0], atol=1e-5)
+    assert len(opened) == 3
 
 
-def test_the_graph_without_branches_is_compared_once(
+def test_an_adapter_that_begins_at_a_token_runs_on_the_switchable_graph(
+    tmp_path: Path, made: list[str]
+) -> None:
+    base, adapters = make_kinds("llama", tmp_path, ("alora", "all-linear"))
+    bundle = lora_edge.export(base, adapters, output=tmp_path / "b").directory
+    invocation = load_bundle(bundle).manifest.adapters["alora"].invocation
+    ids = [[5, *invocation, 7, 8]]
+    plain = Runner(bundle, session_cache=False)
+    runner = Runner(bundle, session_cache=tmp_path / "cache")
+    np.testing.assert_array_equal(
+        runner.logits(ids, adapter="alora"), plain.logits(ids, adapter="alora")
+    )
+    assert SINGLE_GRAPH_FILE not in made
+    runner.logits(ids, adapter="all-linear")
+    assert SINGLE_GRAPH_FILE in made
+
+
+def test_the_smaller_graphs_are_compared_once(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lora_edge.runtime.pinned import PinnedSessions
+    compared: list[str] = []
+    plain = routes.check_agrees
 
-    compared: list[Any] = []
-    plain = PinnedSessions._check_opened
+    def check(*arguments: Any) -> None:
+        compared.append(arguments[-1])
+        plain(*arguments)
 
-    def check(self: Any, decoder: Any, state: Any) -> None:
-        compared.append(state)
-        plain(self, decoder, state)
-
-    monkeypatch.setattr(PinnedSessions, "_check_opened", check)
+    monkeypatch.setattr(routes, "check_agrees", check)
     for _ in range(2):
-        Runner(exported, session_cache=tmp_path).logits(IDS)
-    assert compared == [()]
+        _answers(exported, tmp_path)
+    assert compared == [BASE_GRAPH_FILE, SINGLE_GRAPH_FILE]
+
+
+@pytest.mark.parametrize("name", [BASE_GRAPH_FILE, SINGLE_GRAPH_FILE])
+def test_a_smaller_graph_that_computes_something_else_is_refused(
+    name: str, bundle: Path, tmp_path: Path
+) -> None:
+    path = bundle / name
+    model = onnx.load(path, load_external_data=False)
+    norms = [x for x in model.graph.node if "LayerNormalization" in x.op_type]
+    for attribute in norms[0].attribute:
+        if attribute.name == "epsilon":
+            attribute.f = 0.5
+    onnx.save(model, path)
+    manifest = load_bundle(bundle).manifest
+    signed = replace(manifest, files={**manifest.files, name: file_entry(path)})
+    (bundle / "lora_edge.json").write_text(signed.to_json())
+    runner = Runner(bundle, session_cache=tmp_path / "cache")
+    adapter = None if name == BASE_GRAPH_FILE else runner.adapters[0]
+    with pytest.raises(BundleError, match=f"{name}, .* does not give what it gives"):
+        runner.logits(IDS, adapter=adapter)
+
+
+def test_a_bundle_of_before_has_no_graph_without_gates(bundle: Path, tmp_path: Path) -> None:
+    wanted = _answers(bundle, cache=False)
+    manifest = load_bundle(bundle).manifest
+    files = {name: entry for name, entry in manifest.files.items() if name != SINGLE_GRAPH_FILE}
+    (bundle / "lora_edge.json").write_text(replace(manifest, files=files).to_json())
+    (bundle / SINGLE_GRAPH_FILE).unlink()
+    _assert_same(_answers(bundle, tmp_path / "cache"), wanted)
 
 
 @pytest.mark.parametrize("what", ["onnxruntime", "build", "processor"])
@@ -154,7 +215,7 @@ def test_what_is_damaged_is_made_again(
     (path,) = _folder(tmp_path).glob(file)
     harm(path)
     _assert_same(_answers(exported, tmp_path), wanted)
-    assert len(made) == 4
+    assert len(made) == 6
     assert len(list(_folder(tmp_path).rglob("*.data"))) == 1
     _assert_same(_answers(exported, tmp_path), wanted)
 
@@ -188,8 +249,6 @@ def test_the_longest_unused_goes_first(
 
 
 def test_weights_larger_than_the_limit_are_not_kept(exported: Path, tmp_path: Path) -> None:
-    from lora_edge.bundle.bundle import load_bundle
-
     graphs = prepared.PreparedGraphs(load_bundle(exported), tmp_path, limit=1000)
     assert not graphs.worth
 

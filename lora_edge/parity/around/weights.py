@@ -27,6 +27,7 @@ from lora_edge.bundle.bundle import (
     ENCODER_FILE,
     EXACT_GRAPH_FILE,
     GRAPH_FILE,
+    SINGLE_GRAPH_FILE,
     Bundle,
 )
 from lora_edge.fit.changes import ParameterChange, parameter_changes
@@ -37,7 +38,14 @@ from lora_edge.parity.around.reference import Parameters
 from lora_edge.parity.ask import silent
 from lora_edge.tasks.task import Task
 
-GRAPHS = (GRAPH_FILE, BASE_GRAPH_FILE, EXACT_GRAPH_FILE, ENCODER_FILE, DECODER_FILE)
+GRAPHS = (
+    GRAPH_FILE,
+    BASE_GRAPH_FILE,
+    SINGLE_GRAPH_FILE,
+    EXACT_GRAPH_FILE,
+    ENCODER_FILE,
+    DECODER_FILE,
+)
 
 _NAMED = 3  # tensors that a reason names
 _FEW = 4  # a constant of fewer numbers is used everywhere, so that every probe reaches it
