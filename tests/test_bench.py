@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import decode
+import hot_loop
 import numpy as np
 import pytest
 from contestants import (
@@ -46,6 +47,25 @@ def test_every_contestant_is_reported(tmp_path: Path) -> None:
     over_merged = {(name, MERGED) for name in (ON, OFF, ON_PINNED, OFF_PINNED)}
     assert over_merged | {(ON, PEFT)} <= targets
     for name in expected:
+        assert name in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_the_hot_loop_is_reported(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    command = [sys.executable, str(hot_loop.__file__), "--tiny", "--processes", "2"]
+    command += ["--turns", "2", "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(file.read_text(encoding="utf-8"))
+    seconds = results["milliseconds"]
+    assert set(seconds) == {"step", "own", "switch", "load", "hash"}
+    assert all(len(each) == 2 and min(each) > 0 for each in seconds.values())
+    for name, over, under, _ in hot_loop.RATIOS:
+        ratios = [a / b for a, b in zip(seconds[over], seconds[under], strict=True)]
+        found = results["ratios"][name]
+        assert (found["lowest"], found["highest"]) == pytest.approx((min(ratios), max(ratios)))
         assert name in done.stdout
 
 
