@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
 SHARED: dict[str, set[str]] = {"errors": set(), "lazy": set(), "names": set(), "types": {"errors"}}
 FACE = {"__init__", "__main__", "pytest_plugin"}
 TORCH = {"torch", "transformers", "peft", "accelerate", "optimum"}
-TORCH_FILES = {"quiet.py", "reference.py", "peft_models.py", "factorize.py"}
+TORCH_FILES = {"quiet.py", "reference.py", "peft_models.py", "by_layer.py", "factorize.py"}
 ONNX = {"onnx", "onnx_ir", "onnxscript"}
 
 

@@ -22,7 +22,7 @@ WHOLE = 50_000_000
 """Parameters of a model that may be in memory as a whole, and twice in another dtype."""
 
 _LARGE = 1 << 20  # numbers of a weight outside of the layers that is read in parts
-_PART = 1 << 23  # numbers of a part
+_PART = 1 << 21  # numbers of a part
 
 
 class ByLayer:

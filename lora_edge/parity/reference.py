@@ -1,7 +1,7 @@
 """The reference: Hugging Face's eager model with PEFT's unmerged forward, on the CPU.
 
-Beside ``peft_models`` and ``around/reference``, the only file of this package that imports torch,
-transformers or peft.
+Beside ``peft_models``, ``by_layer`` and ``around/reference``, the only file of this package that
+imports torch, transformers or peft.
 Each row runs alone and unpadded, so that no batching, padding or cache of PyTorch's can be part of
 what is compared. PEFT's own merge is not used: it is wrong for tied embeddings.
 """
