@@ -11,7 +11,6 @@ from typing import Any
 
 from lora_edge.bundle.manifest import Manifest
 from lora_edge.names import NUM_LOGITS_TO_KEEP
-from lora_edge.tasks.task import TEXT_GENERATION
 
 GENAI_FILE = "genai_config.json"
 TRANSFORMERS_JS = "transformers.js_config"
@@ -52,14 +51,11 @@ def client_config(
         manifest: of the bundle.
         architecture: transformers' class of the model.
     """
-    found = dict(config)
-    if manifest.driver != "decoder":
-        found["architectures"] = [architecture]
-    if manifest.mode == "merged" and manifest.driver == "encoder":
-        (entry,) = manifest.adapters.values()
-        if entry.labels:
-            found["id2label"] = {str(index): name for index, name in enumerate(entry.labels)}
-            found["label2id"] = {name: index for index, name in enumerate(entry.labels)}
+    found = {**config, "architectures": [architecture]}
+    entries = manifest.adapters.values() if manifest.mode == "merged" else ()
+    for labels in (entry.labels for entry in entries if entry.labels):
+        found["id2label"] = {str(index): name for index, name in enumerate(labels)}
+        found["label2id"] = {name: index for index, name in enumerate(labels)}
     if len(manifest.parts) == 1:
         graph = PurePosixPath(manifest.reads.file).name
         found[TRANSFORMERS_JS] = {"dtype": "fp32", "use_external_data_format": {graph: True}}
@@ -77,7 +73,7 @@ def genai_config(
         generation: its ``generation_config.json``; empty: it has none.
     """
     part = manifest.parts.get("decoder")
-    if manifest.task != TEXT_GENERATION or part is None or part.cache is None:
+    if part is None or part.cache is None:
         return None
     text = {**config, **(config.get("text_config") or {})}
     told = {**text, **generation}

@@ -7,7 +7,6 @@ its check.
 from __future__ import annotations
 
 import dataclasses
-import math
 import shutil
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from lora_edge.bundle.part import Part, SiteEntry
 from lora_edge.bundle.sentence import load_sentence_modules, sentence_files
 from lora_edge.errors import MissingDependencyError, UnsupportedModelError
 from lora_edge.exporting.graphs import Graphs, Progress, Weights, published, write_fast
+from lora_edge.exporting.rounding import quantization_of
 from lora_edge.fit.changes import parameter_changes, site_changes
 from lora_edge.fit.check import (
     changeable,
@@ -43,9 +43,7 @@ from lora_edge.maths.quantization import (
     BITS,
     Activations,
     Precision,
-    Quantization,
     Rounding,
-    measured,
     rounded_weights,
 )
 from lora_edge.names import NONE_ADAPTER, InputPart
@@ -153,12 +151,8 @@ def build(
     figures = check_base(captured, task, reference)
     quantization = None
     if options.rounding is not None:
-        quantization = _quantization(options.rounding, captured, models, modules, weights, say)
-        share = _share(quantization, captured.tied, modules, base)
-        say(
-            f"rounding {len(quantization.layers)} layers, {share:.0%} of the parameters, to "
-            f"{options.precision}: ‖W - Q(W)‖ / ‖W‖ is {quantization.mean_error:.3g} in the mean, "
-            f"{quantization.worst_error:.3g} at worst"
+        quantization = quantization_of(
+            options.rounding, base, captured, models["decoder"], modules, weights, say
         )
         weights = rounded_weights(weights, quantization, modules)
     graphs = Graphs(captured, models, modules, weights, quantization, stage)
@@ -235,44 +229,6 @@ def _weights(base: Base, captured: Any, models: Mapping[str, Any]) -> Weights:
         return found
 
     return value
-
-
-def _quantization(
-    rounding: Rounding,
-    captured: Any,
-    models: Mapping[str, Any],
-    modules: Mapping[str, Layer],
-    weights: Weights,
-    say: Progress,
-) -> Quantization:
-    """Which layers are rounded, and how; says what stays as it is."""
-    from lora_edge import graph as passes
-
-    model, head = models["decoder"], captured.head
-    linear = passes.quantizable(model, {path: x for path, x in modules.items() if path != head})
-    vocabulary: tuple[str, ...] = ()
-    if rounding.head_bits is not None:
-        vocabulary = passes.quantizable_vocabulary(
-            model, modules, head, captured.tied, rounding.block_size
-        )
-        if head not in vocabulary:
-            shared = f", and {captured.tied[0]}, whose weight it shares," if captured.tied else ""
-            say(
-                f"{head}{shared} stays in fp32: its weight has other readers, or an embedding's "
-                f"width is no multiple of {rounding.block_size}"
-            )
-    return measured(rounding, linear, vocabulary, weights, modules)
-
-
-def _share(
-    quantization: Quantization, tied: Sequence[str], modules: Mapping[str, Layer], base: Base
-) -> float:
-    """The share of the base's parameters that is rounded."""
-    twice = tied[1:] if set(tied) <= set(quantization.layers) else ()
-    rounded = [modules[path] for path in quantization.layers if path not in twice]
-    names = base.keys()
-    whole = sum(math.prod(base.shape(name) or ()) for name in names)
-    return sum(x.in_features * x.out_features for x in rounded) / whole
 
 
 def manifest_of(

@@ -91,7 +91,7 @@ def test_transformers_js_finds_the_graph_and_its_data() -> None:
     found = client_config(CONFIG, _manifest("decoder"), "LlamaForCausalLM")
     told = found.pop("transformers.js_config")
     assert told == {"dtype": "fp32", "use_external_data_format": {"model.onnx": True}}
-    assert found == CONFIG
+    assert found == {**CONFIG, "architectures": ["LlamaForCausalLM"]}
 
 
 @pytest.mark.parametrize("mode", ["switchable", "merged"])
