@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from lora_edge.bundle.manifest import Manifest
+from lora_edge.names import NUM_LOGITS_TO_KEEP
 from lora_edge.tasks.task import TEXT_GENERATION
 
 GENAI_FILE = "genai_config.json"
@@ -107,7 +108,8 @@ def genai_config(
                 "head_size": part.cache.head_dim,
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
                 "inputs": {
-                    **{name: name for name in part.inputs},
+                    # Refused as unknown there, and filled all the same.
+                    **{name: name for name in part.inputs if name != NUM_LOGITS_TO_KEEP},
                     "past_key_names": "past_key_values.%d.key",
                     "past_value_names": "past_key_values.%d.value",
                 },

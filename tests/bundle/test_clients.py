@@ -51,6 +51,16 @@ def test_genai_reads_the_sizes_of_the_graph() -> None:
     json.dumps(found)
 
 
+def test_an_input_that_genai_fills_is_not_named() -> None:
+    """0.18 refuses a config that names it."""
+    manifest = _manifest("decoder")
+    inputs = (*manifest.reads.inputs, "num_logits_to_keep")
+    found = genai_config(_part(manifest, inputs=inputs), CONFIG, {})
+    assert found is not None
+    assert set(manifest.reads.inputs) <= set(found["model"]["decoder"]["inputs"])
+    assert "num_logits_to_keep" not in found["model"]["decoder"]["inputs"]
+
+
 def test_what_genai_does_not_say_is_left_out() -> None:
     config = {"model_type": "olmo2", "num_attention_heads": 4}
     found = genai_config(_manifest("decoder"), config, {})
