@@ -49,7 +49,7 @@ class Child:
 
     def serve(self, order: Mapping[str, Any]) -> Answer:
         """Do what an order says; whatever the player raises is raised."""
-        todo = {
+        todo: dict[str, Callable[[Mapping[str, Any]], Answer]] = {
             "open": self._open,
             "start": self._start,
             "steps": self._steps,

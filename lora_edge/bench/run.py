@@ -57,7 +57,7 @@ def tried(plan: Plan, settings: Settings, say: Say) -> Plan:
             if entry.key in references:
                 raise
             gone.add(entry.key)
-            left[entry.key] = str(error).removeprefix(f"{entry.key}: ")
+            left[entry.key] = " ".join(str(error).removeprefix(f"{entry.key}: ").split())
             say(f"{entry.key} is left out: {left[entry.key]}")
     figures = [
         replace(figure, takers=tuple(x for x in figure.takers if x.entry not in gone))

@@ -167,7 +167,7 @@ def _merge(given: Any, output: Path) -> str:
     export(
         given.base,
         {given.adapter: given.peft_folder(given.adapter)},
-        output,
+        output=output,
         mode="merged",
         form=given.bundle.manifest.gives.form,
         precision=given.bundle.manifest.precision,

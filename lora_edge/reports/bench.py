@@ -21,6 +21,7 @@ Data = dict[str, Any]
 Figure = dict[str, Any]
 Entry = dict[str, Any]
 
+_WIDE = 10  # times: an interval that says nothing
 _HINT = "Write one with: lora-edge bench BUNDLE --json FILE"
 _LEFT, _WIDTH, _RIGHT, _LINE, _HEAD = 270, 760, 120, 20, 34
 _STYLE = (
@@ -54,7 +55,7 @@ def table(data: Data) -> str:
         lines.append(f"{figure['title']}  ({resolves(figure)})")
         lines.append(f"  {'':{width}}  {unit:>10}   / {figure['reference']}")
         for entry in figure["entries"]:
-            words = f"{compared(entry):24}  {entry['verdict']}".rstrip()
+            words = f"{compared(entry):26}  {entry['verdict']}".rstrip()
             lines.append(f"  {entry['name']:{width}}  {shown(entry['value']):>10}   {words}")
         lines.append("")
     lines += [f"left out: {name}: {reason}" for name, reason in data["left_out"].items()]
@@ -122,6 +123,8 @@ def compared(entry: Entry) -> str:
         return "1"
     if found["low"] is None or found["low"] == found["high"]:
         return f"{found['value']:.3f}"
+    if found["high"] > _WIDE * found["low"]:
+        return f"{found['value']:.3f} (too wide a spread)"
     return f"{found['value']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
 
 
