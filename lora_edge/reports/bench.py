@@ -123,7 +123,7 @@ def compared(entry: Entry) -> str:
         return "1"
     if found["low"] is None or found["low"] == found["high"]:
         return f"{found['value']:.3f}"
-    if found["high"] > _WIDE * found["low"]:
+    if found["high"] > _WIDE * found["low"] and entry["verdict"] in ("", "not resolved"):
         return f"{found['value']:.3f} (too wide a spread)"
     return f"{found['value']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
 
