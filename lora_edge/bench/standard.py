@@ -85,7 +85,7 @@ def standard_plan(bundle: Bundle, choices: Choices, rivals: Sequence[Rival]) -> 
         OptionError: no such figure.
     """
     manifest = bundle.manifest
-    if manifest.driver != "decoder":
+    if set(manifest.parts) != {"decoder"}:
         raise DataError(
             f"bench measures bundles that generate text with a decoder; this one's task is "
             f"{manifest.task}",
