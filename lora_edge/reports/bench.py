@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -22,6 +22,7 @@ Figure = dict[str, Any]
 Entry = dict[str, Any]
 
 _WIDE = 10  # times: an interval that says nothing
+_UNKNOWN = ("", "not resolved")
 _HINT = "Write one with: lora-edge bench BUNDLE --json FILE"
 _LEFT, _WIDTH, _RIGHT, _LINE, _HEAD = 270, 760, 120, 20, 34
 _STYLE = (
@@ -119,11 +120,19 @@ def resolves(figure: Figure) -> str:
 def compared(entry: Entry) -> str:
     """A ratio and its spread."""
     found = entry["ratio"]
-    if found is None:
-        return "1"
+    return "1" if found is None else spread(found, known=entry["verdict"] not in _UNKNOWN)
+
+
+def spread(found: Mapping[str, Any], *, known: bool = False) -> str:
+    """A ratio and its 95 % interval.
+
+    Args:
+        found: ``value``, ``low`` and ``high``.
+        known: it is judged, and its interval is shown however wide it is.
+    """
     if found["low"] is None or found["low"] == found["high"]:
         return f"{found['value']:.3f}"
-    if found["high"] > _WIDE * found["low"] and entry["verdict"] in ("", "not resolved"):
+    if found["high"] > _WIDE * found["low"] and not known:
         return f"{found['value']:.3f} (too wide a spread)"
     return f"{found['value']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
 
@@ -182,7 +191,7 @@ def chart(data: Data) -> str:
 
 def _mark(entry: Entry, x: Any, y: float) -> str:
     found = entry["ratio"]
-    style = ' class="no"' if entry["verdict"] in ("", "not resolved") else ""
+    style = ' class="no"' if entry["verdict"] in _UNKNOWN else ""
     ends = (found["low"], found["high"])
     bar = ""
     if None not in ends:

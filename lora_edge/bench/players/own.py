@@ -77,7 +77,8 @@ class BundlePlayer(_Ours):
 class GraphPlayer(_Ours):
     """Another exporter's graph of a decoder in our loop.
 
-    Given: ``file``, the graph; ``bundle``, one of the same model, which tells its sizes.
+    Given: ``file``, the graph; ``bundle``, one of the same model, which tells its sizes; ``own``:
+    it is one of lora-edge's, without branches.
     """
 
     package = "onnxruntime"
@@ -94,7 +95,9 @@ class GraphPlayer(_Ours):
         super().open()
         file = Path(self.given["file"])
         facts = load_bundle(self.given["bundle"]).manifest.parts["decoder"]
-        part = dataclasses.replace(facts, file=file.name, sites={}, form="foreign", backend="genai")
+        part = dataclasses.replace(facts, file=file.name, sites={})
+        if not self.given.get("own"):
+            part = dataclasses.replace(part, form="foreign", backend="genai")
         self._decoder: Decoder = Decoder(file.parent, {"decoder": part}, threads=self.threads)
 
     def _start(self, adapters: Adapters, room: int) -> Decoding:
