@@ -42,6 +42,7 @@ class Made:
             self._say(f"{self.name}: making {name}")
             started = path.with_name(f"{name}.started")
             shutil.rmtree(started, ignore_errors=True)
+            started.unlink(missing_ok=True)
             self._folder.mkdir(parents=True, exist_ok=True)
             make(started)
             started.rename(path)
@@ -81,6 +82,14 @@ class Made:
         return self._kept(
             f"genai-{precision}", lambda path: _build_genai(self.base(), path, precision)
         )
+
+    def gguf(self) -> tuple[Path, Path]:
+        """The base and the first adapter for llama.cpp."""
+        from gguf_files import write_adapter, write_model
+
+        model = self._kept("base-q4_0.gguf", lambda path: write_model(self, path))
+        lora = self._kept("a0.gguf", lambda path: write_adapter(self, path))
+        return model, lora
 
     def base_bytes(self) -> int:
         """Of the checkpoint, in float32."""

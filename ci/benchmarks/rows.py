@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
 
 from made import ADAPTERS, ON, Made, genai_installed
@@ -301,10 +302,11 @@ def decode(made: Made, precision: str) -> Plan:
 
 def llama_cpp(made: Made, precision: str) -> Plan:
     """The bundle beside llama.cpp with Q4_0 weights and the same adapter as a GGUF file."""
-    from gguf_files import gguf_files
-
+    for package in ("gguf", "llama_cpp"):
+        if find_spec(package) is None:
+            raise LackingError(f"{package} is not installed; pip install gguf llama-cpp-python")
     bundle = made.bundle(precision)
-    model, lora = gguf_files(made)
+    model, lora = made.gguf()
     paths = {"llama.cpp": str(model), "llama.cpp-lora": str(lora)}
     off, on = rival("llama.cpp", Given(bundle, ON, 1024, paths)).ways
     own = {"bundle": str(bundle.directory)}
