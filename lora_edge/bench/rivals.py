@@ -154,6 +154,11 @@ def _genai(given: Given) -> Rival:
         "none": NONE_ADAPTER if NONE_ADAPTER in adapters else None,
     }
     # The same graph, so that it computes the same whatever its precision.
+    if given.bundle.manifest.mode == "merged":
+        return Rival(
+            "genai",
+            (Way(Entry("genai", "genai", found, python), None, f"adapter {given.adapter}"),),
+        )
     ways = [Way(Entry("genai, off", "genai", found, python), None, "base")]
     if given.adapter:
         on = Entry(f"genai, on: {given.adapter}", "genai", found, python)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lora_edge.bench.memory import memory
 from lora_edge.bench.plan import AGAIN, Entry, Figure, Plan, Taker, Work
 from lora_edge.bench.rivals import Rival
 from lora_edge.bundle.bundle import Bundle
@@ -107,6 +108,7 @@ class _Standard:
             bundle.adapter(choices.adapter)
             names = [choices.adapter, *(x for x in names if x != choices.adapter)]
         self._names = names if self._switchable else []
+        self._base = "base" if self._switchable else f"adapter {choices.adapter}"
         self._limit = bundle.manifest.parts["decoder"].max_length or 1 << 31
         self._left: dict[str, str] = {}
         self._rivals = []
@@ -176,6 +178,9 @@ class _Standard:
             title = f"start: imports, opening, a prompt of {tokens}"
             return [Figure(name, title, "ms", self._once("start"), tokens, 1e3, False)]
         if name == "memory":
+            if not memory():
+                self._left[name] = "this system does not tell it"
+                return []
             return [
                 Figure(
                     "pss", "memory after decoding (PSS)", "MiB", self._once("pss"), 0, _MIB, False
@@ -189,18 +194,14 @@ class _Standard:
             self._left[name] = f"the model has no more than {self._limit} positions"
         return count <= self._limit
 
-    def _computes(self, adapter: str | None) -> str:
-        return f"adapter {adapter}" if adapter else "base"
-
     def _tokens(self, work: Work) -> tuple[Taker, ...]:
         """Everyone, one row."""
-        takers = [Taker(key, key, work, computes="base") for key in (OFF, OFF + AGAIN)]
+        takers = [Taker(key, key, work, computes=self._base) for key in (OFF, OFF + AGAIN)]
         if self._names:
             on = self._names[0]
             for entry in self._ways():
                 name = f"{entry}: {on}"
-                computes = self._computes(on)
-                takers.append(Taker(name, entry, work, (on,), computes=computes))
+                takers.append(Taker(name, entry, work, (on,), computes=f"adapter {on}"))
         for rival in self._rivals:
             takers += rival.takers(work)
         return tuple(takers)
