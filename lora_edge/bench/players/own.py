@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from lora_edge.bench.players.player import Adapters, Player, Rows
+from lora_edge.names import NUM_LOGITS_TO_KEEP
 
 if TYPE_CHECKING:
     from lora_edge.runtime import Runner
@@ -97,7 +98,8 @@ class GraphPlayer(_Ours):
         facts = load_bundle(self.given["bundle"]).manifest.parts["decoder"]
         part = dataclasses.replace(facts, file=file.name, sites={})
         if not self.given.get("own"):
-            part = dataclasses.replace(part, form="foreign", backend="genai")
+            inputs = tuple(name for name in facts.inputs if name != NUM_LOGITS_TO_KEEP)
+            part = dataclasses.replace(part, form="foreign", backend="genai", inputs=inputs)
         self._decoder: Decoder = Decoder(file.parent, {"decoder": part}, threads=self.threads)
 
     def _start(self, adapters: Adapters, room: int) -> Decoding:
