@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import hot_loop
 import pytest
 import rows
 import table
@@ -175,3 +176,22 @@ def test_every_row_is_measured(tmp_path: Path) -> None:
         lacking |= {row.name for row in ROWS if "genai" in row.name} | {"loop", "on-off"}
     assert unmeasured <= lacking, done.stdout
     assert done.stdout == table.table(lines) + "\n"
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_the_hot_loop_is_reported(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    command = [sys.executable, str(hot_loop.__file__), "--tiny", "--processes", "2"]
+    command += ["--turns", "2", "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(file.read_text(encoding="utf-8"))
+    seconds = results["milliseconds"]
+    assert set(seconds) == {"step", "own", "switch", "load", "hash"}
+    assert all(len(each) == 2 and min(each) > 0 for each in seconds.values())
+    for name, over, under, _ in hot_loop.RATIOS:
+        ratios = [a / b for a, b in zip(seconds[over], seconds[under], strict=True)]
+        found = results["ratios"][name]
+        assert (found["lowest"], found["highest"]) == pytest.approx((min(ratios), max(ratios)))
+        assert name in done.stdout

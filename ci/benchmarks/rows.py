@@ -15,7 +15,7 @@ from made import ADAPTERS, ON, Made, genai_installed
 from lora_edge.bench.plan import AGAIN, Entry, Figure, Plan, Taker, Work
 from lora_edge.bench.rivals import Given, Rival, rival
 from lora_edge.bench.standard import Choices, standard_plan
-from lora_edge.bundle.bundle import BASE_GRAPH_FILE, Bundle
+from lora_edge.bundle.bundle import BASE_GRAPH_FILE, DATA_FILE, GRAPH_FILE, Bundle
 
 PLAIN, OFF, OFF_PINNED, MERGED, GENAI = "plain", "off", "off, pinned", "merged", "genai's graph"
 SWITCH = "switch a0, a1"
@@ -219,9 +219,7 @@ def genai(made: Made, precision: str) -> Plan:
         Taker("on", "on", "decode", (ON,)),
     ]
     graph = sum(
-        x.bytes
-        for name, x in bundle.manifest.files.items()
-        if name in ("onnx/model.onnx", "onnx/model.onnx_data")
+        x.bytes for name, x in bundle.manifest.files.items() if name in (GRAPH_FILE, DATA_FILE)
     )
     size = sum(file.stat().st_size for file in folder.glob("model.onnx*"))
     files = (Taker(theirs, OFF, "files", bytes=size), Taker("ours", OFF, "files", bytes=graph))

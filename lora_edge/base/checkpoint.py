@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,16 @@ class Base:
     def keys(self) -> tuple[str, ...]:
         """Names of all tensors of the checkpoint, sorted."""
         return tuple(sorted(_records(self._files())))
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The safetensors files of the weights."""
+        return tuple(_weight_files(self.directory))
+
+    @property
+    def size(self) -> int:
+        """How many numbers the checkpoint's tensors have together."""
+        return sum(math.prod(record.shape) for record in _records(self._files()).values())
 
     def weight(self, key: str) -> NDArray[np.float32]:
         """One tensor of the checkpoint as float32, in the checkpoint's own layout.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import re
@@ -26,7 +27,7 @@ _LARGEST = 1 << 40
 _COUNTS_LAYERS = re.compile(r"layers?$|blocks?$|depth$|groups$")
 
 
-def load_model(base: Base, attention: str | None, task: Task) -> Any:
+def load_model(base: Base, attention: str | None, task: Task, *, stored: bool = False) -> Any:
     """The model that is captured: in fp32 on the CPU, in evaluation mode.
 
     Args:
@@ -34,6 +35,7 @@ def load_model(base: Base, attention: str | None, task: Task) -> Any:
         attention: the registered attention function to trace it with; ``None`` for the model's own
             eager one.
         task: what it is to do.
+        stored: as :func:`load_whole`.
 
     Raises:
         UnsupportedModelError: the architecture is refused.
@@ -46,7 +48,8 @@ def load_model(base: Base, attention: str | None, task: Task) -> Any:
             refuse_untraceable(config.to_dict())
         refuse_experts(base, config, task)  # before any weight is loaded
     # A model keeps its config and writes into it, so this one must be its own.
-    model = load_whole(base, task, attention=attention or "eager", config=copy.deepcopy(config))
+    own = copy.deepcopy(config)
+    model = load_whole(base, task, attention=attention or "eager", config=own, stored=stored)
     refuse_loops(model, base.model_type, None)
     return model
 
@@ -59,6 +62,7 @@ def load_whole(
     attention: str | None = "eager",
     config: Any = None,
     pooler: bool = False,
+    stored: bool = False,
     **options: Any,
 ) -> Any:
     """transformers' model of a base, in evaluation mode: whole, or not at all.
@@ -72,6 +76,9 @@ def load_whole(
         attention: an attention function's name; ``None``: the one that transformers takes.
         config: transformers' config; ``None``: one of its own.
         pooler: keep a pooler that the task does not read.
+        stored: leave the matrices in the checkpoint's dtype, mapped from its file, in a model that
+            is otherwise of ``dtype``; with a release of transformers that cannot do that they have
+            the ``dtype`` too.
         options: more arguments of ``from_pretrained``.
 
     Raises:
@@ -83,7 +90,8 @@ def load_whole(
     import transformers
 
     registered = None if attention in (None, "eager") else attention
-    with loading(base, task, registered), quiet():
+    plan = _as_stored() if stored else contextlib.nullcontext()
+    with loading(base, task, registered), quiet(), plan:
         model, found = getattr(transformers, task.loader).from_pretrained(
             base.directory,
             config=read_config(base, task) if config is None else config,
@@ -105,6 +113,28 @@ def load_whole(
             "an adapter brings may be missing, if it is named among the task's heads.",
         )
     return model.eval()
+
+
+@contextmanager
+def _as_stored() -> Iterator[None]:
+    """Matrices keep the checkpoint's dtype when transformers loads a model, and are not copied."""
+    from transformers import PreTrainedModel
+
+    owner: Any = PreTrainedModel
+    if not hasattr(owner, "_get_dtype_plan"):  # before transformers 5
+        yield
+        return
+
+    def plan(model: Any, dtype: torch.dtype) -> dict[str, None]:  # noqa: ARG001
+        names = [name for name, x in model.named_parameters() if x.ndim > 1]
+        return {f"^(?:{'|'.join(map(re.escape, names))})$": None} if names else {}
+
+    original = owner._get_dtype_plan
+    owner._get_dtype_plan = plan
+    try:
+        yield
+    finally:
+        owner._get_dtype_plan = original
 
 
 @contextmanager

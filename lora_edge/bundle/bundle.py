@@ -6,6 +6,7 @@ Knows files; knows nothing of graphs, adapters' maths or runtimes. The layout is
       lora_edge.json                         the manifest, with a hash of every file
       onnx/model.onnx, onnx/model.onnx_data  (of an encoder-decoder: encoder_model, decoder_model)
       onnx/base.onnx                         the same graph without branches, on the same data
+      onnx/exact.onnx                        of few bits: the graph in floats, on the same data
       adapters/NAME/adapter.onnx_adapter     for the runtime
       adapters/NAME/peft/                    the PEFT files, verbatim: what parity is proved against
       parity/                                golden cases and the report of the export's own check
@@ -18,6 +19,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from lora_edge.bundle.manifest import (
     MANIFEST_NAME,
@@ -26,11 +28,15 @@ from lora_edge.bundle.manifest import (
     Manifest,
 )
 from lora_edge.errors import AdapterNotFoundError, BundleError
-from lora_edge.files.hashes import hash_file
+from lora_edge.files.hashes import hash_file, read_hashed
 from lora_edge.files.json import read_bytes
 from lora_edge.files.paths import path_inside
 from lora_edge.files.sample import SMALL, sample_file
 from lora_edge.types import path as checked_path
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 # The manifest's types can be had here too.
 __all__ = [
@@ -38,8 +44,10 @@ __all__ = [
     "DATA_FILE",
     "DECODER_FILE",
     "ENCODER_FILE",
+    "EXACT_GRAPH_FILE",
     "GRAPH_FILE",
     "MANIFEST_NAME",
+    "SINGLE_GRAPH_FILE",
     "AdapterEntry",
     "Bundle",
     "FileEntry",
@@ -53,6 +61,8 @@ __all__ = [
 GRAPH_FILE = "onnx/model.onnx"
 DATA_FILE = "onnx/model.onnx_data"
 BASE_GRAPH_FILE = "onnx/base.onnx"  # the decoder without branches, on the same data file
+SINGLE_GRAPH_FILE = "onnx/single.onnx"  # with branches for one adapter, without gates
+EXACT_GRAPH_FILE = "onnx/exact.onnx"  # the decoder in floats, on the same data file
 ENCODER_FILE = "onnx/encoder_model.onnx"
 DECODER_FILE = "onnx/decoder_model.onnx"
 
@@ -99,18 +109,48 @@ class Bundle:
         Raises:
             BundleError: the file is missing, lies outside, or differs from the manifest.
         """
+        path, entry = self._sized(relative)
+        if hash_file(path) != entry.sha256:
+            raise self._changed(relative)
+        return path
+
+    def read(self, relative: str) -> NDArray[np.uint8]:
+        """The content of one file, checked against its hash as it is read.
+
+        Returns:
+            ``[bytes] uint8``, in memory of its own: what was checked is what is returned.
+
+        Raises:
+            BundleError: as :meth:`verify`, or the file cannot be read.
+        """
+        path, entry = self._sized(relative)
+        try:
+            content, digest = read_hashed(path, entry.bytes)
+        except OSError as error:
+            raise BundleError(
+                f"{path} cannot be read: {error.strerror}", "Copy the bundle again."
+            ) from error
+        if digest != entry.sha256:
+            raise self._changed(relative)
+        return content
+
+    def _sized(self, relative: str) -> tuple[Path, FileEntry]:
+        """The path and the entry of a file that is there and as long as it should be."""
         path = self.path(relative)
         entry = self.manifest.files.get(relative)
         if entry is None or not path.is_file():
             raise BundleError(
                 f"{self.directory}: {relative} is missing", "Copy the whole bundle folder again."
             )
-        if path.stat().st_size != entry.bytes or hash_file(path) != entry.sha256:
-            raise BundleError(
-                f"{self.directory}: {relative} differs from its hash in {MANIFEST_NAME}",
-                "The file was changed or cut off; copy the bundle again, or export it again.",
-            )
-        return path
+        if path.stat().st_size != entry.bytes:
+            raise self._changed(relative)
+        return path, entry
+
+    def _changed(self, relative: str) -> BundleError:
+        return BundleError(
+            f"{self.directory}: {relative} differs from its hash in {MANIFEST_NAME}",
+            "The file was changed or cut off; copy the bundle again, or export it again.",
+        )
 
     def verify_sample(self, relative: str) -> Path:
         """Check a large file by its size and some of its blocks, a small one as :meth:`verify`.

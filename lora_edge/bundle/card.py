@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from lora_edge.bundle.manifest import Manifest
 from lora_edge.tasks.task import TASKS
 
@@ -14,8 +17,13 @@ _OPTION = {
 _ARGUMENT = {"pixel_values": '["photo.png"]', "input_features": "input_features"}
 
 
-def bundle_card(manifest: Manifest) -> str:
-    """Markdown for a bundle's own ``README.md``."""
+def bundle_card(manifest: Manifest, cases: Sequence[Mapping[str, Any]] = ()) -> str:
+    """Markdown for a bundle's own ``README.md``.
+
+    Args:
+        manifest: of the bundle.
+        cases: of the report of its export's check, as JSON has them.
+    """
     graphs = "two ONNX graphs" if len(manifest.parts) > 1 else "one ONNX graph"
     lines = [
         f"# {manifest.base['name_or_path']}, {manifest.mode}",
@@ -41,6 +49,7 @@ def bundle_card(manifest: Manifest) -> str:
                 f"the mean over its layers, {made.worst_error:.2e} at worst. The proof is of "
                 "the LoRA.",
             ]
+    lines += _drift(cases)
     task = TASKS[manifest.task]
     argument = _ARGUMENT.get(task.takes, '["Hello"]')
     example = next((name for name in sorted(manifest.adapters) if name != "none"), "NAME")
@@ -69,3 +78,26 @@ def bundle_card(manifest: Manifest) -> str:
             "`adapters/none` holds the values for no adapter.",
         ]
     return "\n".join(lines) + "\n"
+
+
+def _drift(cases: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What int8 activations add, where the report has measured it."""
+    found = [(case, case["drift"]) for case in cases if case.get("drift")]
+    if not found:
+        return []
+    lines = [
+        "",
+        "The proof is of `onnx/exact.onnx`, which computes in floats. `onnx/model.onnx` has the "
+        "same weights and rounds activations to int8, which adds, measured at export:",
+        "",
+        "| | KL, nats | effect that is there | effect error | same best token |",
+        "|---|---|---|---|---|",
+    ]
+    for case, figures in found:
+        who = ", ".join(case["adapters"]) or "no adapter"
+        there = "" if figures["retained"] is None else f"{figures['retained']:.1%}"
+        lines.append(
+            f"| {who} | {figures['kl']:.1e} | {there} | {figures['effect_error']:.1e} | "
+            f"{figures['top1']:.1%} |"
+        )
+    return [*lines, "", '`lora_edge.Runner(".", exact=True)` and `run --exact` compute in floats.']

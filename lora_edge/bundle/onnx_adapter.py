@@ -1,24 +1,39 @@
-"""Write and read ``.onnx_adapter`` files through ONNX Runtime's own ``AdapterFormat``.
+"""``.onnx_adapter`` files: written by ONNX Runtime's own ``AdapterFormat``, read as they lie.
 
 Knows nothing of bundles or sessions. The format is a FlatBuffer of named tensors without a
 checksum: a file that was changed inside reads without an error, so whoever opens one verifies its
-hash first. Tensors of rank 0 (a zero-size dimension) survive the round trip.
+hash first. Tensors of rank 0 (a zero-size dimension) survive the round trip. ONNX Runtime's own
+reader takes a path, reads the file once more than its hash does, and gives tensors that are copied
+to outlive it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 
+from lora_edge.bundle.flatbuffer import FlatBuffer
 from lora_edge.errors import BundleError
 from lora_edge.maths.lora import FloatArray
 
 ADAPTER_VERSION = 1
 MODEL_VERSION = 1
 _FILE_ID = b"TORT"
+_FORMAT_VERSION = 1
+_HINT = "Copy the bundle again, or add the adapter again."
+
+# adapter_schema.fbs of ONNX Runtime: fields of Adapter and of its Parameters.
+_VERSION, _PARAMETERS = 0, 3
+_NAME, _DIMS, _TYPE, _DATA = range(4)
+_FLOAT = 1
+_TYPES = {2: "uint8", 3: "int8", 6: "int32", 7: "int64", 10: "float16", 11: "float64"} | {
+    16: "bfloat16"
+}
 
 
 def write_adapter(path: Path, tensors: Mapping[str, FloatArray]) -> None:
@@ -50,7 +65,7 @@ def write_adapter(path: Path, tensors: Mapping[str, FloatArray]) -> None:
 
 
 def read_adapter(path: Path) -> dict[str, FloatArray]:
-    """Read the tensors of an adapter file into memory of their own.
+    """Read the tensors of an adapter file; nothing checks that they are what was written.
 
     Returns:
         Graph input name -> float32 array, in the order of the names.
@@ -58,27 +73,62 @@ def read_adapter(path: Path) -> dict[str, FloatArray]:
     Raises:
         BundleError: the file is missing, is not an adapter file, or is cut off.
     """
-    hint = "Copy the bundle again, or add the adapter again."
     try:
-        with path.open("rb") as stream:
-            head = stream.read(8)
+        content = np.fromfile(path, np.uint8)
     except OSError as error:
-        raise BundleError(f"{path} cannot be read: {error.strerror}", hint) from error
-    if head[4:8] != _FILE_ID:
-        raise BundleError(f"{path} is not an .onnx_adapter file", hint)
+        raise BundleError(f"{path} cannot be read: {error.strerror}", _HINT) from error
+    return parse_adapter(content, str(path))
+
+
+def parse_adapter(content: NDArray[np.uint8], source: str) -> dict[str, FloatArray]:
+    """The tensors of an adapter file's content, without a copy.
+
+    Args:
+        content: ``[bytes] uint8``; the arrays are views of it.
+        source: names the file in errors.
+
+    Returns:
+        Graph input name -> float32 array, in the order of the names.
+
+    Raises:
+        BundleError: it is not an adapter file, is damaged or cut off, or holds other numbers.
+    """
+    if bytes(content[4:8]) != _FILE_ID:
+        raise BundleError(f"{source} is not an .onnx_adapter file", _HINT)
     try:
-        # The tensors are views of the file's buffer, which this object owns, aligned to 4 bytes.
-        adapter = ort.AdapterFormat.read_adapter(str(path))
-        parameters = adapter.get_parameters()
-        tensors = {name: np.array(parameters[name].numpy()) for name in sorted(parameters)}
-        del parameters, adapter
-    except (RuntimeError, ValueError) as error:
-        raise BundleError(f"{path} is damaged: {_first_line(error)}", hint) from error
-    for name, tensor in tensors.items():
-        if tensor.dtype != np.float32:
-            raise BundleError(f"{path}: {name} is {tensor.dtype}, expected float32", hint)
+        found = list(_tensors(FlatBuffer(content.data), content))
+    except ValueError as error:  # UnicodeDecodeError too
+        raise BundleError(f"{source} is damaged: {error}", _HINT) from error
+    tensors: dict[str, FloatArray] = {}
+    for name, kind, tensor in sorted(found, key=lambda each: each[0]):
+        if kind != _FLOAT:
+            raise BundleError(
+                f"{source}: {name} is {_TYPES.get(kind, f'of type {kind}')}, expected float32",
+                _HINT,
+            )
+        if name in tensors:
+            raise BundleError(f"{source} is damaged: {name} is there twice", _HINT)
+        tensors[name] = tensor
     return tensors
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0]
+def _tensors(
+    buffer: FlatBuffer, content: NDArray[np.uint8]
+) -> Iterator[tuple[str, int, FloatArray]]:
+    """Name, type and tensor of each parameter; of other types than float32 an empty tensor."""
+    root = buffer.root()
+    version = buffer.integer(root, _VERSION)
+    if version != _FORMAT_VERSION:
+        raise ValueError(f"its format is of version {version}, expected {_FORMAT_VERSION}")
+    for parameter in buffer.tables(root, _PARAMETERS):
+        name, kind = buffer.text(parameter, _NAME), buffer.integer(parameter, _TYPE)
+        if kind != _FLOAT:
+            yield name, kind, np.empty(0, np.float32)
+            continue
+        shape = buffer.longs(parameter, _DIMS)
+        start, count = buffer.vector(parameter, _DATA, 1)
+        if min(shape, default=0) < 0 or math.prod(shape) * 4 != count:
+            raise ValueError(f"{name} is {shape} of {count} bytes")
+        tensor = content[start : start + count].view(np.float32).reshape(shape)
+        # FlatBuffers align the data to 4 bytes; what does not is copied.
+        yield name, kind, tensor if tensor.flags.aligned else tensor.copy()

@@ -108,6 +108,8 @@ class Part:
         head: module path of the layer that makes the logits of a vocabulary; empty: none does.
         cache: of its past; None: it has none.
         sites: module path -> layer with inputs for adapters; empty when merged.
+        exact: path of the same graph, on the same data, that computes in floats where ``file``
+            computes with int8 activations; empty: ``file`` computes in floats itself.
     """
 
     file: RelativePath
@@ -123,6 +125,11 @@ class Part:
     head: str = ""
     cache: Cache | None = None
     sites: Mapping[str, SiteEntry] = field(default_factory=dict)
+    exact: RelativePath | Literal[""] = ""
+
+    def in_floats(self) -> Part:
+        """The part with the graph that computes in floats in the place of the fast one."""
+        return dataclasses.replace(self, file=self.exact or self.file, exact="")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lora_edge.base.checkpoint import Base
 from lora_edge.base.experts import parameter_modules
 from lora_edge.base.families import OPTIMUM
+from lora_edge.base.mapped import Mapped
 from lora_edge.base.model import load_model, model_layers, path_of, tied_pair
 from lora_edge.bundle.part import Cache, Part
 from lora_edge.capture.attention import (
@@ -116,7 +117,8 @@ def trace(base: Base, directory: Path, task: Task, form: Literal["fused", "porta
     """
     swap = AttentionSwap(base.model_type)
     with swap.registered(), torch.no_grad():
-        model = load_model(base, swap.name, task)
+        model = load_model(base, swap.name, task, stored=True)
+        mapped = Mapped(model, base.files)
         modules = model_layers(model)
         longest = max_length(model.config)
         rotary = RotarySwap(model, longest) if form == "fused" else None
@@ -124,7 +126,7 @@ def trace(base: Base, directory: Path, task: Task, form: Literal["fused", "porta
             facts = _survey(model, swap, rotary, base.model_type)
         tied = tied_pair(model)
         head = path_of(model, model.get_output_embeddings())
-        graph, flattened = _export(model, swap, rotary, facts, directory)
+        graph, flattened = _export(model, swap, rotary, facts, mapped, directory)
         modules = {path: layer for path, layer in modules.items() if path not in flattened}
     onnx.save(graph, directory / "model.onnx")
     first = facts[0]
@@ -159,11 +161,15 @@ def trace(base: Base, directory: Path, task: Task, form: Literal["fused", "porta
 def _survey(
     model: nn.Module, swap: AttentionSwap, rotary: RotarySwap | None, model_type: str
 ) -> list[LayerFacts]:
-    """Run the model once, untraced, to see what each layer asks of attention."""
+    """Run the model once, without weights, to see what each layer asks of attention."""
     ids = torch.zeros(_BATCH, _SEQ, dtype=torch.long)
     positions = torch.arange(_SEQ)[None].expand(_BATCH, _SEQ)
     swap.begin(Survey())
-    with rotary.applied() if rotary is not None else ExitStack():
+    with ExitStack() as stack:
+        if rotary is not None:
+            stack.enter_context(rotary.applied())
+        stack.enter_context(placeholders(model))
+        stack.enter_context(swapped_linears(model))
         _forward(model, Survey(), ids, positions, None)
     layers = swap.calls
     if layers == 0:
@@ -194,6 +200,7 @@ def _export(
     swap: AttentionSwap,
     rotary: RotarySwap | None,
     facts: list[LayerFacts],
+    mapped: Mapped,
     directory: Path,
 ) -> tuple[onnx.ModelProto, set[str]]:
     """The graph, and the linear layers whose activations are flattened, which take no branch."""
@@ -238,7 +245,7 @@ def _export(
         graph = to_onnx(traced, example, ["logits", *present], dims, domains=domains)
     lower_choices(graph)
     add_buffers(model, graph, weights)
-    missing = attach(graph, weights, directory / "model.onnx_data")
+    missing = attach(graph, weights, directory / "model.onnx_data", mapped)
     check_inputs(model, graph, set(example), missing, weights)
     name_nodes(graph)
     return graph, flattened

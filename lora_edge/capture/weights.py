@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lora_edge.base.linear import is_linear
+from lora_edge.base.mapped import Mapped
 
 _ALIGNMENT = 4096  # bytes; a page, so that the runtime can map tensors
 _INLINE_BELOW = 1024  # bytes; shapes and other small constants stay in the graph
@@ -65,7 +66,7 @@ def placeholders(model: nn.Module) -> Iterator[dict[str, Weight]]:
                 stand_in = nn.Parameter(number.expand(shape), requires_grad=False)
                 stand_in.lora_edge_tied = readers[id(parameter)] > 1
                 stand_ins[id(parameter)] = stand_in
-                weights[f"{path}.{name}" if path else name] = Weight(parameter.detach(), transpose)
+                weights[f"{path}.{name}" if path else name] = Weight(parameter, transpose)
     try:
         for module, name, parameter in originals:
             module._parameters[name] = stand_ins[id(parameter)]
@@ -80,7 +81,12 @@ def _transposed(module: nn.Module, name: str) -> bool:
     return name == "weight" and isinstance(module, nn.Linear) and is_linear(module)
 
 
-def attach(model: onnx.ModelProto, tensors: Mapping[str, Weight], data_file: Path) -> list[str]:
+def attach(
+    model: onnx.ModelProto,
+    tensors: Mapping[str, Weight],
+    data_file: Path,
+    mapped: Mapped | None = None,
+) -> list[str]:
     """Turn graph inputs that stand for weights into initializers in an external data file.
 
     Large constants (the rotary tables) go there too.
@@ -89,6 +95,7 @@ def attach(model: onnx.ModelProto, tensors: Mapping[str, Weight], data_file: Pat
         model: the graph; changed in place.
         tensors: graph input name -> weight.
         data_file: written; tensor by tensor, so that one of them is in memory at a time.
+        mapped: which of the tensors are mapped from the checkpoint.
 
     Returns:
         The names that the graph does not have.
@@ -99,9 +106,11 @@ def attach(model: onnx.ModelProto, tensors: Mapping[str, Weight], data_file: Pat
         for name, weight in tensors.items():
             if name not in inputs:
                 continue
-            value = weight.value.t() if weight.transpose else weight.value
-            array = value.to(torch.float32).contiguous().numpy()
+            value = weight.value.detach()
+            array = (value.t() if weight.transpose else value).float().contiguous().numpy()
             _write(model, name, array, stream)
+            if mapped is not None:
+                mapped.give_back(weight.value)
             model.graph.input.remove(inputs[name])
         for node in [node for node in model.graph.node if node.op_type == "Constant"]:
             tensor = node.attribute[0].t

@@ -65,9 +65,35 @@ from lora_edge.tasks.task import TASKS
 @options.choice(
     "--precision",
     ["fp32", "int8", "int4"],
-    "Of the linear layers, but for the head and mixtures' experts. int8 and int4 are for text "
-    "generation in the fused form; adapters stay in fp32, and so do the layers that a merged one "
-    "changes.",
+    "Of the linear layers, but for mixtures' experts. int8 and int4 are for text generation in the "
+    "fused form; adapters stay in fp32, and so do the layers that a merged one changes.",
+)
+@options.choice(
+    "--head-precision",
+    ["int8", "int4", "fp32"],
+    "Of the output layer and the token embedding, where --precision is int8 or int4.",
+)
+@click.option(
+    "--block-size",
+    type=click.Choice(["16", "32", "64", "128"]),
+    default="32",
+    show_default=True,
+    help="Weights of few bits: inputs that share a scale. Larger is smaller and less exact.",
+)
+@click.option(
+    "--symmetric", is_flag=True, help="Weights of few bits: no zero points (with rtn only)."
+)
+@options.choice(
+    "--algorithm",
+    ["rtn", "k-quant"],
+    "How weights of few bits are rounded: to the nearest code, or with scales searched for the "
+    "least error.",
+)
+@options.choice(
+    "--activations",
+    ["int8", "fp32"],
+    "What the layers of int8 and int4 multiply their codes with. With int8, which is faster, the "
+    "graph in floats is written too, on the same data: it is what is proved.",
 )
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 def command(adapters: tuple[str, ...], output: Path, **given: Any) -> None:
@@ -82,6 +108,7 @@ def command(adapters: tuple[str, ...], output: Path, **given: Any) -> None:
     started = time.monotonic()
     base = given.pop("base")
     given["kinds"] = [kind.strip() for kind in given["kinds"].split(",") if kind.strip()]
+    given["block_size"] = int(given["block_size"])
     bundle = export(
         base,
         named_paths(adapters),

@@ -86,9 +86,13 @@ def _bundle(path: Path, manifest: Manifest, size: int) -> Iterator[str]:
     )
     if manifest.quantization is not None:
         made = manifest.quantization
+        others = "".join(f", {path} to {bits}" for path, bits in made.bits_of.items())
+        how = f"{made.algorithm}{', symmetric' if made.symmetric else ''}"
+        int8 = any(part.exact for part in manifest.parts.values())
         yield from _entry(
             "quantized",
-            f"{len(made.layers)} layers to {made.bits} bits in blocks of {made.block_size}: "
+            f"{len(made.layers)} layers to {made.bits} bits{others}, in blocks of "
+            f"{made.block_size} ({how}), activations in {'int8' if int8 else 'floats'}: "
             f"‖W − Q(W)‖/‖W‖ {made.mean_error:.2e} in the mean, {made.worst_error:.2e} at worst",
         )
     if manifest.mode == "switchable":

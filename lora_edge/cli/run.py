@@ -63,6 +63,16 @@ from lora_edge.errors import DataError
     ["sampled", "full"],
     "Check large weights by some of their blocks, or every byte of the bundle, before.",
 )
+@click.option(
+    "--no-cache",
+    is_flag=True,
+    help="Keep no optimized graph of large bundles in the user's cache (LORA_EDGE_CACHE).",
+)
+@click.option(
+    "--exact",
+    is_flag=True,
+    help="Of a bundle of few bits: compute in floats, as it is proved, not with int8 activations.",
+)
 @options.repeatable(
     "--pin",
     "pinned",
@@ -86,7 +96,9 @@ def command(
     provider_options: tuple[str, ...],
     allow_fallback: bool,
     verify: Literal["sampled", "full"],
+    no_cache: bool,
     pinned: tuple[str, ...],
+    exact: bool,
     **settings: Any,
 ) -> None:
     """Run BUNDLE: complete prompts, label texts or images, or embed texts, as its task is.
@@ -114,7 +126,9 @@ def command(
         provider_options=named_options(provider_options),
         allow_fallback=allow_fallback,
         pinned=pinned,
+        session_cache=not no_cache,
         verify=verify,
+        exact=exact,
     )
     task = runner.bundle.manifest.task
     field = TASKS[task].takes.replace("pixel_values", "image")

@@ -83,6 +83,12 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     help="Where the first failure leaves its smallest reproduction: inputs, both outputs, and a "
     "script for plain ONNX Runtime.",
 )
+@click.option(
+    "--exact",
+    is_flag=True,
+    help="Of a bundle of few bits, judge the graph that computes in floats alone, and not what "
+    "int8 activations add.",
+)
 @click.option("--json", "json_file", type=_FILE, help="Write the report there.")
 @click.option("--html", "html_file", type=_FILE, help="Write it as one page for people.")
 @click.option("--junit", "junit_file", type=_FILE, help="Write it for a CI's test view.")
@@ -111,6 +117,7 @@ def command(
     metric: str | None,
     resume: Path | None,
     repro: Path,
+    exact: bool,
     json_file: Path | None,
     html_file: Path | None,
     junit_file: Path | None,
@@ -122,7 +129,7 @@ def command(
     Every adapter state runs on every provider with every level of optimization that is named.
 
     Exit code 0: passed. 1: an adapter differs from PyTorch, has no effect, is unproved, or is worse
-    than the --baseline.
+    than the --baseline; or int8 activations add more than they may.
     """
     from lora_edge.files.transaction import write_atomically
     from lora_edge.parity import validate
@@ -157,6 +164,7 @@ def command(
         metric=metric,
         resume=resume,
         repro=repro,
+        exact=exact,
         progress=lambda line: click.echo(line, err=True),
     )
     found = report.to_data()

@@ -23,11 +23,12 @@ from lora_edge.adapter.loading import BaseView
 from lora_edge.base.checkpoint import Base
 from lora_edge.base.layer import Layer
 from lora_edge.bundle.adapter_files import with_heads, write_adapter_folder, write_none
+from lora_edge.bundle.bundle import EXACT_GRAPH_FILE
 from lora_edge.bundle.manifest import AdapterEntry, Manifest, Mode
 from lora_edge.bundle.part import Part, SiteEntry
 from lora_edge.bundle.sentence import load_sentence_modules, sentence_files
 from lora_edge.errors import MissingDependencyError, UnsupportedModelError
-from lora_edge.exporting.graphs import Progress, Weights, published, write_branched, write_merged
+from lora_edge.exporting.graphs import Graphs, Progress, Weights, published, write_fast
 from lora_edge.fit.changes import parameter_changes, site_changes
 from lora_edge.fit.check import (
     changeable,
@@ -38,7 +39,15 @@ from lora_edge.fit.check import (
 )
 from lora_edge.fit.kinds import kind_of, parts_of_kinds
 from lora_edge.maths.lora import Head, SiteChange
-from lora_edge.maths.quantization import BITS, Precision, Quantization, measured, rounded_weights
+from lora_edge.maths.quantization import (
+    BITS,
+    Activations,
+    Precision,
+    Quantization,
+    Rounding,
+    measured,
+    rounded_weights,
+)
 from lora_edge.names import NONE_ADAPTER, InputPart
 from lora_edge.runtime import installed
 from lora_edge.tasks.task import EMBEDDING, Task
@@ -49,6 +58,9 @@ Backend = Literal["trace", "optimum"]
 _COPIED = (
     "config.json", "generation_config.json", "preprocessor_config.json",
 )  # fmt: skip
+
+
+_PRECISION: Mapping[int, Any] = {bits: name for name, bits in BITS.items()}
 
 
 @dataclass(frozen=True)
@@ -65,7 +77,13 @@ class Options:
     sites: Literal["all", "adapters"]
     kinds: tuple[str, ...]
     task: Task
-    precision: Precision = "fp32"
+    rounding: Rounding | None = None
+    activations: Activations = "int8"
+
+    @property
+    def precision(self) -> Precision:
+        """Of the linear layers."""
+        return "fp32" if self.rounding is None else _PRECISION[self.rounding.bits]
 
 
 def check_precision(options: Options) -> None:
@@ -74,7 +92,7 @@ def check_precision(options: Options) -> None:
     Raises:
         UnsupportedModelError: there are none.
     """
-    if options.precision == "fp32":
+    if options.rounding is None:
         return
     plain = options.task.causal and options.backend == "trace"
     if not plain or options.form != "fused":
@@ -134,26 +152,26 @@ def build(
     reference = Reference(base, task)
     figures = check_base(captured, task, reference)
     quantization = None
-    if options.precision != "fp32":
-        # Not the head: it is the layer that suffers most, and often the embedding too.
-        linear = {path: x for path, x in modules.items() if path != captured.head}
-        rounding = passes.quantizable(models["decoder"], linear)
-        quantization = measured(BITS[options.precision], rounding, weights, modules)
+    if options.rounding is not None:
+        quantization = _quantization(options.rounding, captured, models, modules, weights, say)
+        share = _share(quantization, captured.tied, modules, base)
         say(
-            f"rounding {len(rounding)} layers, {_share(quantization, modules, base):.0%} "
-            f"of the parameters, to {options.precision}: ‖W - Q(W)‖ / ‖W‖ is "
-            f"{quantization.mean_error:.3g} in the mean, {quantization.worst_error:.3g} at worst"
+            f"rounding {len(quantization.layers)} layers, {share:.0%} of the parameters, to "
+            f"{options.precision}: ‖W - Q(W)‖ / ‖W‖ is {quantization.mean_error:.3g} in the mean, "
+            f"{quantization.worst_error:.3g} at worst"
         )
         weights = rounded_weights(weights, quantization, modules)
+    graphs = Graphs(captured, models, modules, weights, quantization, stage)
     fingerprint = base.fingerprint()
     base_labels = _base_labels(base, captured)
+    fast = quantization is not None and options.activations == "int8"
     entries: dict[str, AdapterEntry] = {}
     covered: dict[str, SiteEntry] = {}
     given: dict[str, Mapping[str, SiteChange]] = {}
     if merged:
         changes = parameter_changes(adapters[0], modules, captured.tied, captured.parameter_modules)
         say(f"merging {adapters[0].name} into {len(changes)} parameters")
-        write_merged(captured, models, modules, changes, weights, quantization, stage, say)
+        graphs.write_merged(changes, say)
     else:
         for adapter in adapters:
             given[adapter.name] = site_changes(adapter, modules, weights, captured.tied)
@@ -167,13 +185,16 @@ def build(
         }
         given = {name: with_heads(changes, heads) for name, changes in given.items()}
         say(f"adding branches to {len(covered)} layers")
-        covered = write_branched(captured, models, modules, covered, weights, quantization, stage)
+        covered = graphs.write_branched(covered)
         none = write_none(stage, covered, fingerprint, heads)
         entries[NONE_ADAPTER] = dataclasses.replace(none, labels=base_labels)
+    if fast:
+        write_fast(stage)
     parts = {
         name: dataclasses.replace(
             part,
             file=published(part),
+            exact=EXACT_GRAPH_FILE if fast else "",
             inputs=passes.own_inputs(passes.load(stage / published(part))),
             sites={path: x for path, x in covered.items() if captured.part_of(path) == name},
         )
@@ -181,6 +202,8 @@ def build(
     }
     for part in parts.values():
         passes.check(stage / part.file)
+        if part.exact:
+            passes.check(stage / part.exact)
     shutil.rmtree(raw)
     for adapter in adapters:
         own = None if merged else given[adapter.name]
@@ -214,9 +237,39 @@ def _weights(base: Base, captured: Any, models: Mapping[str, Any]) -> Weights:
     return value
 
 
-def _share(quantization: Quantization, modules: Mapping[str, Layer], base: Base) -> float:
+def _quantization(
+    rounding: Rounding,
+    captured: Any,
+    models: Mapping[str, Any],
+    modules: Mapping[str, Layer],
+    weights: Weights,
+    say: Progress,
+) -> Quantization:
+    """Which layers are rounded, and how; says what stays as it is."""
+    from lora_edge import graph as passes
+
+    model, head = models["decoder"], captured.head
+    linear = passes.quantizable(model, {path: x for path, x in modules.items() if path != head})
+    vocabulary: tuple[str, ...] = ()
+    if rounding.head_bits is not None:
+        vocabulary = passes.quantizable_vocabulary(
+            model, modules, head, captured.tied, rounding.block_size
+        )
+        if head not in vocabulary:
+            shared = f", and {captured.tied[0]}, whose weight it shares," if captured.tied else ""
+            say(
+                f"{head}{shared} stays in fp32: its weight has other readers, or an embedding's "
+                f"width is no multiple of {rounding.block_size}"
+            )
+    return measured(rounding, linear, vocabulary, weights, modules)
+
+
+def _share(
+    quantization: Quantization, tied: Sequence[str], modules: Mapping[str, Layer], base: Base
+) -> float:
     """The share of the base's parameters that is rounded."""
-    rounded = (modules[path] for path in quantization.layers)
+    twice = tied[1:] if set(tied) <= set(quantization.layers) else ()
+    rounded = [modules[path] for path in quantization.layers if path not in twice]
     names = base.keys()
     whole = sum(math.prod(base.shape(name) or ()) for name in names)
     return sum(x.in_features * x.out_features for x in rounded) / whole

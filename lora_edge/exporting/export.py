@@ -50,13 +50,23 @@ from lora_edge.fit.kinds import KINDS
 from lora_edge.fit.rename import fitted, fitted_to
 from lora_edge.fit.task import chosen_task
 from lora_edge.maths.lora import Head, SiteChange
-from lora_edge.maths.quantization import Precision, rounded_weights
+from lora_edge.maths.quantization import (
+    BITS,
+    BLOCK_SIZE,
+    BLOCK_SIZES,
+    Activations,
+    Algorithm,
+    Precision,
+    Rounding,
+    rounded_weights,
+)
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.runtime.adapters.changes import parse_changes
 from lora_edge.tasks.task import Task
 
 if TYPE_CHECKING:
     from lora_edge.parity.reference import Reference
+    from lora_edge.parity.report import Report
 
 
 def export(
@@ -72,6 +82,11 @@ def export(
     kinds: Sequence[str] = ("lora",),
     convert: int | float | None = None,
     precision: Precision = "fp32",
+    activations: Activations = "int8",
+    head_precision: Precision = "int8",
+    block_size: int = BLOCK_SIZE,
+    symmetric: bool = False,
+    algorithm: Algorithm = "rtn",
     force: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -99,11 +114,20 @@ def export(
             and 1, of the ranks that keep this share of each delta's energy; ``None`` refuses them.
             The bundle is proved against the converted adapters; the error of the conversion itself
             goes to ``progress`` and into the manifest.
-        precision: of the linear layers' weights, but for the head, and experts and their routers:
-            ``fp32``; or ``int8`` or
-            ``int4``, codes for blocks of 32 inputs (text generation, trace, fused form). The bundle
-            is proved against PyTorch with the same rounded weights, which are also what DoRA's
-            norms are of; layers that a merged adapter changes stay in fp32.
+        precision: of the linear layers' weights, but for experts and their routers: ``fp32``; or
+            ``int8`` or ``int4``, codes for blocks of inputs (text generation, trace, fused form).
+            The bundle is proved against PyTorch with the same rounded weights, which are also what
+            DoRA's norms are of; layers that a merged adapter changes stay in fp32.
+        activations: what the layers of ``int8`` and ``int4`` multiply their codes with: ``int8``
+            (faster: each block of activations is rounded to 8 bits; a graph in floats is written
+            beside it, on the same data, and is what is proved) or ``fp32``. What int8 activations
+            add is measured, and refused beyond a limit.
+        head_precision: of the output layer and the token embedding, where ``precision`` is not
+            ``fp32``. The codes of a tied embedding are the output layer's.
+        block_size: inputs that share a scale and a zero point: 16, 32, 64 or 128.
+        symmetric: the zero point is the middle code, so that none is stored; ``rtn`` only.
+        algorithm: ``rtn``: each block's range is spread evenly over its codes; ``k-quant``: scale
+            and zero point are searched for the least error (llama.cpp's, as ONNX Runtime has it).
         force: replace an existing bundle.
         progress: called with one line for each stage.
 
@@ -113,7 +137,8 @@ def export(
     Raises:
         BaseModelError, AdapterError: an input is refused.
         CaptureError: the base graph differs from PyTorch.
-        ParityError: an adapter does not do in the bundle what it does in PyTorch.
+        ParityError: an adapter does not do in the bundle what it does in PyTorch, or int8
+            activations add more than they may.
         BundleError: ``output`` is in the way.
     """
     opt.called("progress", progress)
@@ -124,9 +149,19 @@ def export(
         ("form", form, ("fused", "portable")),
         ("backend", backend, ("trace", "optimum")),
         ("sites", sites, ("all", "adapters")),
+        ("activations", activations, get_args(Activations)),
+        ("head_precision", head_precision, get_args(Precision)),
+        ("algorithm", algorithm, get_args(Algorithm)),
     ):
         opt.one_of(name, value, known)
     opt.flag("force", force)
+    opt.flag("symmetric", symmetric)
+    if opt.whole("block_size", block_size, 1) not in BLOCK_SIZES:
+        raise opt.refused("block_size", block_size, f"one of {BLOCK_SIZES}")
+    if symmetric and algorithm != "rtn":
+        raise opt.refused(
+            "symmetric", symmetric, f"False with {algorithm}, which finds zero points"
+        )
     if task is not None and not opt.text("task", task):
         raise opt.refused("task", task, "the name of a task")
     if convert is not None and opt.number("convert", convert, 0) >= 1:
@@ -141,6 +176,11 @@ def export(
     if precision not in get_args(Precision):
         raise BaseModelError(
             f"{precision!r} is no precision", f"Precisions are {', '.join(get_args(Precision))}."
+        )
+    rounding = None
+    if precision != "fp32":
+        rounding = Rounding(
+            BITS[precision], BITS.get(head_precision), block_size, symmetric, algorithm
         )
     with (
         peft_directories(given) as local,
@@ -164,7 +204,9 @@ def export(
         with staging(where, marker=MANIFEST_NAME, force=force) as stage, ExitStack() as stack:
             wanted = chosen_task(model, loaded, task, mode, say)
             loaded = stack.enter_context(fitted(loaded, model, wanted, say))
-            options = Options(mode, form, backend, sites, tuple(kinds), wanted, precision)
+            options = Options(
+                mode, form, backend, sites, tuple(kinds), wanted, rounding, activations
+            )
             check_precision(options)
             manifest, reference = build(model, loaded, stage, options, say)
             write_client_files(model, stage, manifest, reference.architecture)
@@ -173,8 +215,8 @@ def export(
             write_sentence_modules(stage, manifest.task, folders)
             manifest = write_adapter_texts(stage, manifest, folders, say)
             staged = Bundle(stage, _signed(stage, manifest, conversions))
-            _prove(staged, reference, say)
-            _finish(stage)
+            report = _prove(staged, reference, say)
+            _finish(stage, report)
     return load_bundle(output)
 
 
@@ -344,22 +386,29 @@ def _signed(stage: Path, manifest: Manifest, conversions: Mapping[str, Conversio
     return signed
 
 
-def _prove(staged: Bundle, reference: Reference, say: Progress) -> None:
+def _prove(staged: Bundle, reference: Reference, say: Progress) -> Report:
     from lora_edge.parity import validate
 
     say("validating every adapter against PyTorch")
     report = validate(staged, reference)
+    if report.exact and not report.passed:
+        raise ParityError(
+            f"every adapter does what it does in PyTorch, and int8 activations change too much: "
+            f"{report.failures[0].reason}",
+            "Nothing was published. Export with --activations fp32, which is slower and exact.",
+        )
     if not report.passed:
         first = report.failures[0].reason if report.failures else "nothing was compared"
         raise ParityError(
             f"the export is not proved to do what PyTorch does: {first}",
             "Nothing was published. An adapter without effect cannot be proved: is it trained?",
         )
+    return report
 
 
-def _finish(stage: Path) -> None:
+def _finish(stage: Path, report: Report) -> None:
     staged = load_bundle(stage)
-    card = bundle_card(staged.manifest)
+    card = bundle_card(staged.manifest, report.to_data()["cases"])
     (stage / "README.md").write_text(card, encoding="utf-8")
     # What was there before has its hash.
     files = {**staged.manifest.files, "README.md": file_entry(stage / "README.md")}

@@ -6,7 +6,9 @@ Knows captures, passes and where the files of a bundle are; knows nothing of man
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_edge.base.layer import Layer
-from lora_edge.bundle.bundle import BASE_GRAPH_FILE
+from lora_edge.bundle.bundle import (
+    BASE_GRAPH_FILE,
+    EXACT_GRAPH_FILE,
+    GRAPH_FILE,
+    SINGLE_GRAPH_FILE,
+)
 from lora_edge.bundle.part import Part, SiteEntry, WeightEntry
 from lora_edge.fit.changes import ParameterChange
 from lora_edge.maths.quantization import Quantization
@@ -28,81 +35,107 @@ def published(part: Part) -> str:
     return f"onnx/{part.file}"
 
 
-def write_merged(
-    captured: Any,
-    models: Mapping[str, Any],
-    modules: Mapping[str, Layer],
-    changes: Mapping[str, ParameterChange],
-    weights: Weights,
-    quantization: Quantization | None,
-    stage: Path,
-    say: Progress,
-) -> None:
-    """Write each graph with the changes in its weights."""
-    from lora_edge import graph as passes
+@dataclass(frozen=True)
+class Graphs:
+    """What is captured of a base, on its way into a bundle.
 
-    if quantization is not None:
-        matrices = {path.removesuffix(".weight") for path in changes}
-        touched = [path for path in quantization.layers if path in matrices]
-        others = [path for path in quantization.layers if path not in matrices]
-        passes.quantize_layers(models["decoder"], modules, others, quantization)
-        passes.round_layers(models["decoder"], modules, touched, quantization)
-        if touched:
-            say(f"{len(touched)} layers stay in fp32: the adapter is in their rounded weights")
-    for part, model in models.items():
-        own = {
-            path: change
-            for path, change in changes.items()
-            if captured.part_of(path.rpartition(".")[0]) == part
-        }
-        owners = {path.rpartition(".")[0] for path in own} & set(modules)
-        layers = {path: SiteEntry.of(modules[path]) for path in sorted(owners)}
-        passes.merge(model, passes.find_sites(model, layers, weights), own, weights)
-        passes.save_with_data(model, stage / published(captured.parts[part]))
-
-
-def write_branched(
-    captured: Any,
-    models: Mapping[str, Any],
-    modules: Mapping[str, Layer],
-    covered: Mapping[str, SiteEntry],
-    weights: Weights,
-    quantization: Quantization | None,
-    stage: Path,
-) -> dict[str, SiteEntry]:
-    """Write each graph with branches, of a decoder one without beside it on the same data.
-
-    Returns:
-        The layers, with where the data file has their weights.
+    Attributes:
+        captured: the :class:`~lora_edge.capture.BaseGraph`.
+        models: part -> its graph; changed by what writes it.
+        modules: module path -> layer that an adapter may change.
+        weights: the base's parameters, rounded where the graphs' will be.
+        quantization: how the graphs' weights are rounded; ``None``: they are not.
+        stage: where the bundle is made.
     """
+
+    captured: Any
+    models: Mapping[str, Any]
+    modules: Mapping[str, Layer]
+    weights: Weights
+    quantization: Quantization | None
+    stage: Path
+
+    def write_merged(self, changes: Mapping[str, ParameterChange], say: Progress) -> None:
+        """Write each graph with the changes in its weights."""
+        from lora_edge import graph as passes
+
+        quantization, modules = self.quantization, self.modules
+        if quantization is not None:
+            decoder = self.models["decoder"]
+            matrices = {path.removesuffix(".weight") for path in changes}
+            if matrices & set(self.captured.tied):
+                matrices |= set(self.captured.tied)  # one weight, of which the other's copy is made
+            touched = [path for path in quantization.layers if path in matrices]
+            others = [path for path in quantization.layers if path not in matrices]
+            passes.quantize_layers(decoder, modules, others, quantization)
+            passes.round_layers(decoder, modules, touched, quantization)
+            if touched:
+                say(f"{len(touched)} layers stay in fp32: the adapter is in their rounded weights")
+        for part, model in self.models.items():
+            own = {
+                path: change
+                for path, change in changes.items()
+                if self.captured.part_of(path.rpartition(".")[0]) == part
+            }
+            owners = {path.rpartition(".")[0] for path in own} & set(modules)
+            layers = {path: SiteEntry.of(modules[path]) for path in sorted(owners)}
+            passes.merge(model, passes.find_sites(model, layers, self.weights), own, self.weights)
+            passes.save_with_data(model, self._target(part))
+
+    def write_branched(self, covered: Mapping[str, SiteEntry]) -> dict[str, SiteEntry]:
+        """Write each graph with branches; of a decoder, on the same data, one without, and one
+        without gates.
+
+        Returns:
+            The layers, with where the data file has their weights.
+        """
+        from lora_edge import graph as passes
+
+        captured, quantization = self.captured, self.quantization
+        located = dict(covered)
+        for part, source in self.models.items():
+            path, model = captured.path(part), source
+            if quantization is not None:
+                passes.quantize_layers(model, self.modules, quantization.layers, quantization)
+                path = path.parent / "quantized" / path.name
+                path.parent.mkdir()
+                passes.save_with_data(model, path)
+                model = passes.load(path)
+            own = {x: site for x, site in covered.items() if captured.part_of(x) == part}
+            found = passes.find_sites(model, own, self.weights)
+            plain = path.with_name("base.onnx")
+            cached = captured.parts[part].cache is not None
+            if cached:
+                passes.save_graph(model, plain)
+                located |= with_weights(own, found)
+            passes.branch(model, found)
+            # Beside its data, which is moved and never rewritten.
+            passes.save_graph(model, path)
+            target = self._target(part)
+            path.rename(target)
+            data = path.with_name(f"{path.name}_data")
+            data.rename(target.with_name(data.name))
+            if cached:
+                plain.rename(self.stage / BASE_GRAPH_FILE)
+                single = passes.load(target)
+                passes.ungate(single)
+                passes.save_graph(single, self.stage / SINGLE_GRAPH_FILE)
+        return located
+
+    def _target(self, part: str) -> Path:
+        return self.stage / published(self.captured.parts[part])
+
+
+def write_fast(stage: Path) -> None:
+    """Let a decoder's quantized layers compute in int8; the graph in floats is kept beside it."""
     from lora_edge import graph as passes
 
-    located = dict(covered)
-    for part, source in models.items():
-        path, model = captured.path(part), source
-        if quantization is not None:
-            passes.quantize_layers(model, modules, quantization.layers, quantization)
-            path = path.parent / "quantized" / path.name
-            path.parent.mkdir()
-            passes.save_with_data(model, path)
+    shutil.copyfile(stage / GRAPH_FILE, stage / EXACT_GRAPH_FILE)
+    for path in (stage / GRAPH_FILE, stage / BASE_GRAPH_FILE, stage / SINGLE_GRAPH_FILE):
+        if path.is_file():
             model = passes.load(path)
-        own = {x: site for x, site in covered.items() if captured.part_of(x) == part}
-        found = passes.find_sites(model, own, weights)
-        plain = path.with_name("base.onnx")
-        cached = captured.parts[part].cache is not None
-        if cached:
-            passes.save_graph(model, plain)
-            located |= with_weights(own, found)
-        passes.branch(model, found)
-        # Beside its data, which is moved and never rewritten.
-        passes.save_graph(model, path)
-        target = stage / published(captured.parts[part])
-        path.rename(target)
-        data = path.with_name(f"{path.name}_data")
-        data.rename(target.with_name(data.name))
-        if cached:
-            plain.rename(stage / BASE_GRAPH_FILE)
-    return located
+            passes.compute_in(model, "int8")
+            passes.save_graph(model, path)
 
 
 def with_weights(layers: Mapping[str, SiteEntry], found: Mapping[str, Any]) -> dict[str, SiteEntry]:

@@ -186,14 +186,9 @@ def _shape_of(layer: Layer, own: str) -> tuple[int, ...] | None:
     return layer.out_features, layer.in_features
 
 
-_ONE_GRAPH_KINDS = frozenset({"linear", "norm", "conv"})
-
-
 def changeable(layers: Mapping[str, Layer], task: Task) -> Mapping[str, Layer]:
     """The layers that an adapter may change: of an encoder-decoder, those that are in one graph."""
-    if not task.seq2seq:
-        return layers
-    return {path: x for path, x in layers.items() if x.kind in _ONE_GRAPH_KINDS}
+    return {path: x for path, x in layers.items() if x.kind not in task.shared}
 
 
 def check_kinds(adapter: Adapter, layers: Mapping[str, Layer], task: Task) -> None:

@@ -33,7 +33,7 @@ from lora_edge.base.layers import built_layers
 from lora_edge.errors import UnsupportedAdapterError
 from lora_edge.files.safetensors import rename_tensors
 from lora_edge.names import PEFT_PREFIX, parse_peft_key
-from lora_edge.tasks.task import Task
+from lora_edge.tasks.task import TASKS, Task
 
 Rules = tuple[tuple[str, str], ...]
 
@@ -80,11 +80,7 @@ _TEXT_PARTS: tuple[Rules, ...] = (
     ((r"^model\.text_model\.", "model."),),
     ((r"^thinker\.model\.", "model."), (r"^thinker\.lm_head", "lm_head")),
 )  # fmt: skip
-_OTHER_SENSES = re.compile(
-    r"(^|\.)(visual|vision_tower|vision_model|vision_backbone|multi_modal_projector|connector|"
-    r"audio_tower|embed_vision|embed_audio|image_newline|vision_embed_tokens)(\.|$)"
-)
-_POOLER = "pooler."
+_UNREAD = [unread.modules for facts in TASKS.values() for unread in facts.unread]
 
 
 def without_unread(
@@ -104,14 +100,10 @@ def without_unread(
     Raises:
         UnsupportedAdapterError: it changes nothing else.
     """
-    features = task.output == "last_hidden_state"
     told = {path for path in _owners(adapter) if path not in modules}
-    pooler = {path for path in told if features and path.startswith(_POOLER)}
-    senses = {path for path in told if task.causal and _OTHER_SENSES.search(path)}
-    for found, reason in (
-        (pooler, "last_hidden_state does not pass through the pooler"),
-        (senses, "text alone does not pass through them"),
-    ):
+    dropped: set[str] = set()
+    for unread, reason in task.facts.unread:
+        found = {path for path in told if unread.search(path)}
         if not found:
             continue
         first = min(found)
@@ -121,7 +113,8 @@ def without_unread(
                 "Is it for another task (--task), or another part of the model?",
             )
         say(f"{adapter.name}: {len(found)} modules are left out ({first} …): {reason}")
-    return _without(adapter, pooler | senses) if pooler or senses else adapter
+        dropped |= found
+    return _without(adapter, dropped) if dropped else adapter
 
 
 def new_names(adapter: Adapter, modules: Collection[str], model_type: str) -> dict[str, str]:
@@ -191,7 +184,7 @@ def _may_be_renamed(adapter: Adapter, model_type: str) -> bool:
     """Whether a rule changes any name of an adapter, or a part may be left out."""
     rules = [*SINCE_5.get(model_type, ()), *(rule for part in _TEXT_PARTS for rule in part)]
     return any(
-        path.startswith(_POOLER) or _OTHER_SENSES.search(path) or _renamed(path, rules) != path
+        any(unread.search(path) for unread in _UNREAD) or _renamed(path, rules) != path
         for path in _owners(adapter)
     )
 

@@ -7,15 +7,24 @@ from lora_edge.graph.branch import branch
 from lora_edge.graph.check import check
 from lora_edge.graph.fuse import fuse
 from lora_edge.graph.merge import merge
-from lora_edge.graph.quantize import quantizable, quantize_layers, round_layers
+from lora_edge.graph.quantize import (
+    compute_in,
+    quantizable,
+    quantizable_vocabulary,
+    quantize_layers,
+    round_layers,
+    same_but_for_activations,
+)
 from lora_edge.graph.sites import Site, find_sites, graph_weights
 from lora_edge.graph.store import load, own_inputs, save_graph, save_with_data
 from lora_edge.graph.stored import stored_weight
+from lora_edge.graph.ungate import ungate
 
 __all__ = [
     "Site",
     "branch",
     "check",
+    "compute_in",
     "find_sites",
     "fuse",
     "graph_weights",
@@ -23,9 +32,12 @@ __all__ = [
     "merge",
     "own_inputs",
     "quantizable",
+    "quantizable_vocabulary",
     "quantize_layers",
     "round_layers",
+    "same_but_for_activations",
     "save_graph",
     "save_with_data",
     "stored_weight",
+    "ungate",
 ]

@@ -1,8 +1,12 @@
-"""Linear layers of few bits: ``MatMul`` with a constant -> ``com.microsoft.MatMulNBits``."""
+"""Layers of few bits: ``com.microsoft.MatMulNBits`` and ``GatherBlockQuantized``.
+
+They take the place of a ``MatMul`` with a constant and of an embedding's ``Gather``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -13,9 +17,11 @@ from lora_edge.base.layer import Layer
 from lora_edge.errors import GraphError
 from lora_edge.graph.merge import WideArray, add_initializer, lazily
 from lora_edge.graph.sites import Multiplication, multiplications
-from lora_edge.maths.quantization import Blocks, Quantization, quantize
+from lora_edge.maths.quantization import Activations, Blocks, Quantization
 
 MATMUL_NBITS = "MatMulNBits"
+GATHER_NBITS = "GatherBlockQuantized"
+_ACCURACY: Mapping[Activations, int] = {"fp32": 1, "int8": 4}
 
 
 def quantizable(model: ir.Model, layers: Mapping[str, Layer]) -> tuple[str, ...]:
@@ -25,7 +31,41 @@ def quantizable(model: ir.Model, layers: Mapping[str, Layer]) -> tuple[str, ...]
         model: a graph of our own capture, whose nodes are named by module path.
         layers: module path -> layer.
     """
-    return tuple(_own(model, layers))
+    return tuple(_linear(model, layers))
+
+
+def quantizable_vocabulary(
+    model: ir.Model,
+    layers: Mapping[str, Layer],
+    head: str,
+    tied: Collection[str],
+    block_size: int,
+) -> tuple[str, ...]:
+    """The output layer and the token embedding, those of them that can be quantized.
+
+    Args:
+        model: a graph of our own capture.
+        layers: module path -> layer.
+        head: module path of the output layer.
+        tied: module paths of the two, if they share a weight: then both can or none.
+        block_size: an embedding's width must be a multiple of it.
+    """
+    embeddings = _embeddings(model, layers, layers[head].out_features, block_size)
+    named = {m.node.name: m for m in multiplications(model)}
+    own = named.get(head)
+    if own is None or own.node.op_type != "MatMul":
+        return tuple(embeddings) if not tied else ()
+    readers = {id(use.node) for use in own.weight.uses()}
+    if not tied:
+        return (*([head] if len(readers) == 1 else []), *embeddings)
+    gathers = {id(node) for node in embeddings.values() if node.inputs[0] is own.weight}
+    turned = own.node.inputs[1]
+    transpose = None if turned is None else turned.producer()
+    if turned is None or transpose is None or len(turned.uses()) != 1:
+        return ()
+    if readers != {id(transpose), *gathers}:
+        return ()
+    return (head, *embeddings) if gathers else ()
 
 
 def quantize_layers(
@@ -37,16 +77,29 @@ def quantize_layers(
     """Put codes of few bits in the place of weights.
 
     Args:
-        model: the graph; changed in place. Codes are in memory until it is saved.
+        model: the graph; changed in place. Codes are in memory until it is saved; a tied weight's
+            are there once, and once in the file of :func:`~lora_edge.graph.store.save_with_data`.
         layers: module path -> layer.
-        paths: of those, which to quantize; each is :func:`quantizable`.
+        paths: of those, which to quantize; each is :func:`quantizable`, or of
+            :func:`quantizable_vocabulary`.
         quantization: bits and size of a block.
     """
-    found = _own(model, layers)
+    linear = {m.node.name: m for m in multiplications(model)}
+    gathers = _embeddings(model, layers, None, quantization.block_size)
+    shared: dict[int, _Codes] = {}
     for path in paths:
-        weight = _matrix(found[path])
-        blocks = quantize(weight, quantization.bits, quantization.block_size)
-        _replace(model, path, found[path], blocks)
+        weight = gathers[path].inputs[0] if path in gathers else linear[path].weight
+        assert weight is not None
+        codes = shared.get(id(weight))
+        if codes is None:
+            turned = path in gathers or linear[path].transposed
+            codes = _Codes.of(quantization.blocks(path, _matrix(weight, turned)))
+        if len(weight.uses()) > 1:
+            shared[id(weight)] = codes
+        if path in gathers:
+            _replace_gather(model, path, gathers[path], codes)
+        else:
+            _replace(model, path, linear[path], codes)
     RemoveUnusedNodesPass()(model)  # and the weights that nobody reads any more
     model.opset_imports.setdefault("com.microsoft", 1)
 
@@ -61,19 +114,63 @@ def round_layers(
 
     Arguments as of :func:`quantize_layers`.
     """
-    found = _own(model, layers)
+    linear = {m.node.name: m for m in multiplications(model)}
+    gathers = _embeddings(model, layers, None, quantization.block_size)
+    done: set[int] = set()
     for path in paths:
-        transposed = found[path].transposed
+        value = gathers[path].inputs[0] if path in gathers else linear[path].weight
+        turned = path in gathers or linear[path].transposed
+        assert value is not None
+        if id(value) in done:  # tied
+            continue
+        done.add(id(value))
 
-        def rounded(stored: WideArray, transposed: bool = transposed) -> WideArray:
-            matrix = quantization.rounded(stored if transposed else stored.T)
-            return (matrix if transposed else matrix.T).astype(np.float64)
+        def rounded(stored: WideArray, path: str = path, turned: bool = turned) -> WideArray:
+            matrix = quantization.rounded(path, stored if turned else stored.T)
+            return (matrix if turned else matrix.T).astype(np.float64)
 
-        value = found[path].weight
         value.const_value = lazily(str(value.name), value, rounded)
 
 
-def _own(model: ir.Model, layers: Mapping[str, Layer]) -> dict[str, Multiplication]:
+class _Codes(NamedTuple):
+    """What a quantized layer reads: arrays by name, ``[out, …]`` when shaped so."""
+
+    arrays: Mapping[str, NDArray[np.generic]]
+    rows: int
+    attributes: Mapping[str, int]
+
+    @classmethod
+    def of(cls, blocks: Blocks) -> _Codes:
+        attributes = {"bits": blocks.bits, "block_size": blocks.block_size}
+        return cls(blocks.packed(), len(blocks.codes), attributes)
+
+
+def compute_in(model: ir.Model, activations: Activations) -> None:
+    """Let the quantized layers multiply their codes with floats, or with codes of 8 bits.
+
+    Args:
+        model: the graph; changed in place.
+        activations: ``fp32``; or ``int8``, to which ONNX Runtime rounds each block of activations.
+    """
+    for node in model.graph:
+        if node.op_type == MATMUL_NBITS:
+            level = _ACCURACY[activations]
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", level)
+
+
+def same_but_for_activations(one: ir.Model, other: ir.Model) -> bool:
+    """Whether two graphs compute the same, but for what :func:`compute_in` changes.
+
+    Args:
+        one, other: the graphs; both compute in floats afterwards.
+    """
+    for model in (one, other):
+        compute_in(model, "fp32")
+    first, second = (ir.to_proto(x).SerializeToString(deterministic=True) for x in (one, other))
+    return bool(first == second)
+
+
+def _linear(model: ir.Model, layers: Mapping[str, Layer]) -> dict[str, Multiplication]:
     found = {}
     for multiplication in multiplications(model):
         node, weight = multiplication.node, multiplication.weight
@@ -90,36 +187,58 @@ def _own(model: ir.Model, layers: Mapping[str, Layer]) -> dict[str, Multiplicati
     return found
 
 
-def _matrix(multiplication: Multiplication) -> NDArray[np.floating]:
-    """The weight, ``[out, in]``."""
-    tensor = multiplication.weight.const_value
-    if tensor is None:
-        raise GraphError(
-            f"the weight {multiplication.weight.name} has no values", "Export the base again."
-        )
-    values: NDArray[np.floating] = tensor.numpy()
-    return values if multiplication.transposed else values.T
+def _embeddings(
+    model: ir.Model, layers: Mapping[str, Layer], rows: int | None, block_size: int
+) -> dict[str, ir.Node]:
+    """Module path -> Gather, of embeddings of so many rows (any) whose weight one Gather reads."""
+    found = {}
+    for path, layer in layers.items():
+        weight = model.graph.initializers.get(f"{path}.weight")
+        if layer.kind != "embedding" or weight is None or layer.out_features % block_size:
+            continue
+        nodes = [use.node for use in weight.uses() if use.node.op_type == "Gather"]
+        axis = nodes[0].attributes.get("axis") if len(nodes) == 1 else None
+        by_row = len(nodes) == 1 and (axis is None or axis.as_int() == 0)
+        if by_row and rows in (None, layer.in_features):
+            found[path] = nodes[0]
+    return found
 
 
-def _replace(model: ir.Model, path: str, found: Multiplication, blocks: Blocks) -> None:
-    old = found.node
-    codes, scales, zeros = blocks.packed()
-    inputs = [old.inputs[0]]
-    for name, array in (("codes", codes), ("scales", scales), ("zeros", zeros)):
+def _matrix(weight: ir.Value, turned: bool) -> NDArray[np.floating]:
+    """The weight, ``[out, in]``; ``turned``: it is kept so."""
+    if weight.const_value is None:
+        raise GraphError(f"the weight {weight.name} has no values", "Export the base again.")
+    values: NDArray[np.floating] = weight.const_value.numpy()
+    return values if turned else values.T
+
+
+def _replace(model: ir.Model, path: str, found: Multiplication, codes: _Codes) -> None:
+    inputs = [found.node.inputs[0]]
+    for name, array in codes.arrays.items():
         inputs.append(add_initializer(model, f"{path}.weight.{name}", array))
-    node = ir.node(
-        MATMUL_NBITS,
-        inputs,
-        {
-            "K": found.in_features,
-            "N": found.width,
-            "bits": blocks.bits,
-            "block_size": blocks.codes.shape[-1],
-            "accuracy_level": 1,  # activations in fp32
-        },
-        domain="com.microsoft",
-        name=path,
-    )
+    attributes = {
+        "K": found.in_features,
+        "N": found.width,
+        **codes.attributes,
+        "accuracy_level": _ACCURACY["fp32"],
+    }
+    node = ir.node(MATMUL_NBITS, inputs, attributes, domain="com.microsoft", name=path)
+    _take_place(model, found.node, node, path)
+
+
+def _replace_gather(model: ir.Model, path: str, old: ir.Node, codes: _Codes) -> None:
+    """An embedding that reads rows of the very arrays that ``MatMulNBits`` reads, shaped anew."""
+    parts = {
+        name: add_initializer(model, f"{path}.weight.{name}", array.reshape(codes.rows, -1))
+        for name, array in codes.arrays.items()
+    }
+    inputs = [parts.pop("codes"), old.inputs[1], *parts.values()]
+    attributes = {**codes.attributes, "gather_axis": 0, "quantize_axis": 1}
+    node = ir.node(GATHER_NBITS, inputs, attributes, domain="com.microsoft", name=path)
+    _take_place(model, old, node, path)
+
+
+def _take_place(model: ir.Model, old: ir.Node, node: ir.Node, path: str) -> None:
     y, result = old.outputs[0], node.outputs[0]
     name = y.name or path
     result.type, result.shape = y.type, y.shape

@@ -191,13 +191,14 @@ def graph_weights(model: ir.Model, layers: Mapping[str, Layer], otherwise: Weigh
     return value
 
 
-_OPERATORS = {"embedding": ("Gather",), "conv": ("Conv",)}
+_OPERATORS = {"embedding": ("Gather", "GatherBlockQuantized"), "conv": ("Conv",)}
 NORMS = ("LayerNormalization", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
 
 
 def _find_by_weight(model: ir.Model, path: str, layer: SiteEntry, weights: Weights | None) -> Site:
     """The node that reads a layer's weight: of an embedding, a convolution or a norm."""
-    weight = find_initializer(model, f"{path}.weight", weights)
+    codes = model.graph.initializers.get(f"{path}.weight.codes")
+    weight = codes if codes is not None else find_initializer(model, f"{path}.weight", weights)
     value = weight
     if weight is not None and layer.kind == "norm":
         value = effective_weight(weight)

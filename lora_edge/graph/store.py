@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from lora_edge.errors import GraphError
@@ -14,7 +16,7 @@ _INLINE_BELOW = 1024  # bytes; shapes and other small constants stay in the grap
 
 
 def load(path: str | os.PathLike[str]) -> ir.Model:
-    """Load a graph; tensors in external data files stay there until they are read.
+    """Load a graph; tensors in external data files stay there, and no memory keeps what is read.
 
     Raises:
         GraphError: the file is missing or is not an ONNX model.
@@ -23,9 +25,45 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     if not file.is_file():
         raise GraphError(f"{file} is missing", "Give the path of an ONNX model.")
     try:
-        return ir.load(file)
+        model = ir.load(file)
     except (ValueError, RuntimeError, TypeError) as error:
         raise GraphError(f"{file} is not an ONNX model: {error}", "Export it again.") from error
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                value.const_value = _Unkept.of(value.const_value)
+    return model
+
+
+class _Unkept(ir.ExternalTensor):
+    """A tensor in a data file, mapped for as long as somebody holds the values that it gave."""
+
+    @classmethod
+    def of(cls, tensor: ir.ExternalTensor) -> _Unkept:
+        """The same tensor."""
+        return cls(
+            tensor.location,
+            tensor.offset,
+            tensor.length,
+            tensor.dtype,
+            shape=tensor.shape,
+            name=str(tensor.name),
+            doc_string=tensor.doc_string,
+            metadata_props=tensor.metadata_props,
+            base_dir=tensor.base_dir,
+        )
+
+    def numpy(self) -> np.ndarray:
+        """The values, mapped anew."""
+        found = super().numpy()
+        self._array = self.raw = None
+        return found
+
+    def tobytes(self) -> bytes:
+        """The values' bytes, read anew."""
+        found = super().tobytes()
+        self._array = self.raw = None
+        return found
 
 
 def save_graph(model: ir.Model, path: str | os.PathLike[str]) -> None:
@@ -51,7 +89,8 @@ def save_graph(model: ir.Model, path: str | os.PathLike[str]) -> None:
 def save_with_data(model: ir.Model, path: str | os.PathLike[str]) -> None:
     """Save the graph, and all tensors of 1 KiB or more in ``<path>_data`` beside it.
 
-    Tensors are streamed one by one; lazy ones are computed while they are written.
+    Tensors are streamed one by one; lazy ones are computed while they are written. Tensors of one
+    array in memory, whatever their shapes, are one in the file.
 
     Raises:
         GraphError: the target data file is one that the model still reads from.
@@ -66,7 +105,50 @@ def save_with_data(model: ir.Model, path: str | os.PathLike[str]) -> None:
                 raise GraphError(
                     f"{data} is being read and cannot be rewritten", "Save to another folder."
                 )
+    seen: dict[tuple[int, int], str] = {}
+    again: dict[str, tuple[str, ir.TensorProtocol]] = {}
+    for name, value in model.graph.initializers.items():
+        place = _memory(value.const_value)
+        if place is not None and seen.setdefault(place, name) != name:
+            assert value.const_value is not None
+            again[name] = seen[place], value.const_value
+            value.const_value = ir.tensor(np.zeros(0, np.uint8), name=name)
     ir.save(model, target, external_data=data.name, size_threshold_bytes=_INLINE_BELOW)
+    if again:
+        _point(target, again)
+    for name, (_, tensor) in again.items():
+        model.graph.initializers[name].const_value = tensor
+
+
+def _memory(tensor: ir.TensorProtocol | None) -> tuple[int, int] | None:
+    """Where a tensor's array is, and its bytes; ``None``: it is lazy, or small."""
+    raw = tensor.raw if isinstance(tensor, ir.Tensor) else None
+    if not isinstance(raw, np.ndarray) or raw.nbytes < _INLINE_BELOW:
+        return None
+    return int(raw.__array_interface__["data"][0]), raw.nbytes
+
+
+def _point(path: Path, again: Mapping[str, tuple[str, ir.TensorProtocol]]) -> None:
+    """Let tensors of a saved graph read what the data file has for others.
+
+    Args:
+        path: the graph.
+        again: name -> name of the other, and the tensor.
+    """
+    saved = load(path)
+    for name, (other, tensor) in again.items():
+        stored = saved.graph.initializers[other].const_value
+        assert isinstance(stored, ir.ExternalTensor)
+        saved.graph.initializers[name].const_value = ir.ExternalTensor(
+            stored.location,
+            stored.offset,
+            stored.length,
+            tensor.dtype,
+            shape=ir.Shape(int(size) for size in tensor.shape.numpy()),
+            name=name,
+            base_dir=stored.base_dir,
+        )
+    save_graph(saved, path)
 
 
 def own_inputs(model: ir.Model) -> tuple[str, ...]:

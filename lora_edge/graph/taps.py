@@ -86,7 +86,8 @@ def tap(path: str | os.PathLike[str]) -> TappedGraph:
 
 def _layers(model: ir.Model) -> Iterator[tuple[str, ir.Value, int, int | None]]:
     """Module path, output, first column, columns; of a layer found twice the last one holds."""
-    for name, weight in model.graph.initializers.items():
+    for stored, weight in model.graph.initializers.items():
+        name = stored.removesuffix(".codes")
         if name.endswith(".weight"):
             path = name.removesuffix(".weight")
             yield from ((path, value, 0, None) for value in _read_by_one(weight))
@@ -111,7 +112,11 @@ def _layers(model: ir.Model) -> Iterator[tuple[str, ir.Value, int, int | None]]:
 def _read_by_one(weight: ir.Value) -> Iterator[ir.Value]:
     """The output of the only embedding or norm that reads a weight."""
     readers = [use.node for use in effective_weight(weight).uses()]
-    nodes = [node for node in readers if node.op_type in ("Gather", "Mul", *NORMS)]
+    nodes = [
+        node
+        for node in readers
+        if node.op_type in ("Gather", "GatherBlockQuantized", "Mul", *NORMS)
+    ]
     value = nodes[0].outputs[0] if len(nodes) == 1 else None
     if value is None or _scaled_after(value, nodes[0]):
         return
@@ -129,7 +134,7 @@ def _scaled_after(value: ir.Value, node: ir.Node) -> bool:
     while node.op_type == "Add" and source is not None and source.producer() is not None:
         node = source.producer()  # type: ignore[assignment]
         source = node.inputs[0]
-    if node.op_type != "Gather":
+    if node.op_type not in ("Gather", "GatherBlockQuantized"):
         return False
     return any(
         use.node.op_type in ("Mul", "Div") and _is_constant(use.node.inputs[1 - use.idx])

@@ -1,4 +1,4 @@
-"""Weights of few bits: rounded to the nearest of each block's codes, and what the codes mean.
+"""Weights of few bits: rounded to codes, block by block, and what the codes mean.
 
 ``w = scale * (code - zero)``, for blocks of consecutive inputs of one output, as ONNX Runtime's
 ``MatMulNBits`` has them. Deterministic and plain numpy, so that whoever has the base model gets the
@@ -10,17 +10,45 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_edge.errors import MissingDependencyError
 from lora_edge.files.schema import Rule, between
 
 Precision = Literal["fp32", "int8", "int4"]
+Activations = Literal["fp32", "int8"]
+Algorithm = Literal["rtn", "k-quant"]
 BITS: Mapping[str, int] = {"int8": 8, "int4": 4}
 BLOCK_SIZE = 32
+BLOCK_SIZES = (16, 32, 64, 128)
+_ROWS = 1 << 22  # numbers that are rounded at a time
+
+_Bits = Annotated[int, Rule("4 or 8", (4, 8).__contains__)]
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How weights are to be rounded.
+
+    Attributes:
+        bits: of a code, 4 or 8.
+        head_bits: of the output layer's and the token embedding's codes; ``None``: they stay as
+            they are.
+        block_size: consecutive inputs that share a scale and a zero point.
+        symmetric: the zero point is the middle code, so that none is stored.
+        algorithm: ``rtn``: a block's range is spread evenly over its codes; ``k-quant``: scale and
+            zero point are searched for the least error, weighted by size.
+    """
+
+    bits: int
+    head_bits: int | None = 8
+    block_size: int = BLOCK_SIZE
+    symmetric: bool = False
+    algorithm: Algorithm = "rtn"
 
 
 @dataclass(frozen=True)
@@ -30,20 +58,37 @@ class Quantization:
     Attributes:
         bits: of a code, 4 or 8.
         block_size: consecutive inputs that share a scale and a zero point.
-        layers: module paths of the linear layers whose weights are rounded.
+        layers: module paths of the layers whose weights are rounded: linear ones, and the token
+            embedding.
         mean_error: ‖W − Q(W)‖ / ‖W‖ of a layer, their mean.
         worst_error: the largest of them.
+        bits_of: module path -> bits, of those layers that have others than ``bits``.
+        symmetric, algorithm: as of :class:`Rounding`.
     """
 
-    bits: Annotated[int, Rule("4 or 8", (4, 8).__contains__)]
+    bits: _Bits
     block_size: Annotated[int, between(1, 1 << 16)]
     layers: tuple[str, ...]
     mean_error: float = 0.0
     worst_error: float = 0.0
+    bits_of: Mapping[str, _Bits] = field(default_factory=dict)
+    symmetric: bool = False
+    algorithm: Algorithm = "rtn"
 
-    def rounded(self, weight: NDArray[np.floating]) -> NDArray[np.float32]:
-        """A weight ``[out, in]`` as the quantized layer has it, float32."""
-        return quantize(weight, self.bits, self.block_size).weight()
+    def blocks(self, path: str, weight: NDArray[np.floating]) -> Blocks:
+        """The codes of a layer's weight ``[out, in]``, of an embedding's ``[vocab, hidden]``."""
+        bits = self.bits_of.get(path, self.bits)
+        return quantize(
+            weight,
+            bits,
+            self.block_size,
+            symmetric=self.symmetric,
+            algorithm=self.algorithm,
+        )
+
+    def rounded(self, path: str, weight: NDArray[np.floating]) -> NDArray[np.float32]:
+        """A weight, as :meth:`blocks` takes it, as the quantized layer has it, float32."""
+        return self.blocks(path, weight).weight()
 
 
 @dataclass(frozen=True)
@@ -53,47 +98,94 @@ class Blocks:
     Attributes:
         codes: ``[out, blocks, block_size]``, uint8; the last block is filled up with zero points.
         scales: ``[out, blocks]``, float32.
-        zeros: ``[out, blocks]``, uint8.
+        zeros: ``[out, blocks]``, uint8; ``None``: the middle code.
         in_features: number of inputs.
         bits: of a code.
     """
 
     codes: NDArray[np.uint8]
     scales: NDArray[np.float32]
-    zeros: NDArray[np.uint8]
+    zeros: NDArray[np.uint8] | None
     in_features: int
     bits: int
 
+    @property
+    def block_size(self) -> int:
+        """Inputs of a block."""
+        return int(self.codes.shape[-1])
+
     def weight(self) -> NDArray[np.float32]:
         """The weight that the codes mean, ``[out, in]``, float32."""
-        steps = self.codes.astype(np.float32) - self.zeros[..., None].astype(np.float32)
-        values = steps * self.scales[..., None]
+        middle = np.float32(2 ** (self.bits - 1))
+        zeros = middle if self.zeros is None else self.zeros[..., None].astype(np.float32)
+        values = self.codes.astype(np.float32)
+        values -= zeros
+        values *= self.scales[..., None]
         return values.reshape(len(values), -1)[:, : self.in_features]
 
-    def packed(self) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.uint8]]:
+    def rows(self, rows: NDArray[np.integer] | slice) -> Blocks:
+        """The codes of some outputs."""
+        zeros = None if self.zeros is None else self.zeros[rows]
+        return dataclasses.replace(
+            self, codes=self.codes[rows], scales=self.scales[rows], zeros=zeros
+        )
+
+    def packed(self) -> dict[str, NDArray[np.generic]]:
         """Codes, scales and zero points as ``MatMulNBits`` reads them.
 
         Returns:
-            ``[out, blocks, block_size * bits / 8]``, ``[out * blocks]`` and
-            ``[out * ceil(blocks * bits / 8)]``; of two codes of 4 bits the first is the lower half.
+            ``codes [out, blocks, block_size * bits / 8]``, ``scales [out * blocks]`` and, if there
+            are any, ``zeros [out * ceil(blocks * bits / 8)]``; of two codes of 4 bits the first is
+            the lower half.
         """
-        codes = _halves(self.codes, self.bits)
-        zeros = _halves(self.zeros, self.bits)
-        return codes, self.scales.reshape(-1), zeros.reshape(-1)
+        found: dict[str, NDArray[np.generic]] = {
+            "codes": _halves(self.codes, self.bits),
+            "scales": self.scales.reshape(-1),
+        }
+        if self.zeros is not None:
+            found["zeros"] = _halves(self.zeros, self.bits).reshape(-1)
+        return found
 
 
-def quantize(weight: NDArray[np.floating], bits: int, block_size: int = BLOCK_SIZE) -> Blocks:
-    """Round a weight to the nearest codes; each block's range, with zero in it, is spread evenly.
+def quantize(
+    weight: NDArray[np.floating],
+    bits: int,
+    block_size: int = BLOCK_SIZE,
+    *,
+    symmetric: bool = False,
+    algorithm: Algorithm = "rtn",
+) -> Blocks:
+    """Round a weight to codes.
 
     Args:
         weight: ``[out, in]``.
         bits: 4 or 8.
         block_size: inputs of a block.
+        symmetric, algorithm: as of :class:`Rounding`.
     """
-    values = np.asarray(weight, np.float32)
-    size_out, size_in = values.shape
-    padded = np.pad(values, ((0, 0), (0, -size_in % block_size)))
-    blocks = padded.reshape(size_out, -1, block_size)
+    size_out, size_in = weight.shape
+    count = -(-size_in // block_size)
+    codes = np.empty((size_out, count, block_size), np.uint8)
+    scales = np.empty((size_out, count), np.float32)
+    zeros = None if symmetric else np.empty((size_out, count), np.uint8)
+    step = max(1, _ROWS // max(size_in, 1))
+    for first in range(0, size_out, step):
+        some = slice(first, first + step)
+        rows = np.asarray(weight[some], np.float32)
+        padded = np.pad(rows, ((0, 0), (0, count * block_size - size_in)))
+        blocks = padded.reshape(len(rows), count, block_size)
+        if zeros is None:
+            codes[some], scales[some] = _centred(blocks, bits)
+        else:
+            codes[some], scales[some], zeros[some] = _ALGORITHMS[algorithm](blocks, bits)
+    return Blocks(codes, scales, zeros, size_in, bits)
+
+
+_Rounded = tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.uint8]]
+
+
+def _to_nearest(blocks: NDArray[np.float32], bits: int) -> _Rounded:
+    """Each block's range, with zero in it, is spread evenly over the codes."""
     largest = 2**bits - 1
     low = np.minimum(blocks.min(axis=2), 0)
     high = np.maximum(blocks.max(axis=2), 0)
@@ -101,7 +193,58 @@ def quantize(weight: NDArray[np.floating], bits: int, block_size: int = BLOCK_SI
     scales[scales == 0] = 1  # a block of zeros
     zeros = np.clip(np.rint(-low / scales), 0, largest)
     codes = np.clip(np.rint(blocks / scales[..., None]) + zeros[..., None], 0, largest)
-    return Blocks(codes.astype(np.uint8), scales, zeros.astype(np.uint8), size_in, bits)
+    return codes.astype(np.uint8), scales, zeros.astype(np.uint8)
+
+
+def _centred(
+    blocks: NDArray[np.float32], bits: int
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Zero is the middle code, and the value that is largest by size has the first code."""
+    middle = 2 ** (bits - 1)
+    places = np.abs(blocks).argmax(axis=2)[..., None]
+    extremes = np.take_along_axis(blocks, places, axis=2)[..., 0]
+    scales = (extremes / np.float32(-middle)).astype(np.float32)
+    scales[scales == 0] = 1
+    codes = np.clip(np.rint(blocks / scales[..., None]) + middle, 0, 2 * middle - 1)
+    return codes.astype(np.uint8), scales
+
+
+def _searched(blocks: NDArray[np.float32], bits: int) -> _Rounded:
+    """llama.cpp's k-quant, as ONNX Runtime has it; where that is farther off, to the nearest.
+
+    A block without both signs is farther off: its zero point would lie outside of the codes.
+    """
+    try:
+        from onnxruntime.quantization.neural_compressor.weight_only import (
+            quant_tensor_k_quant_cpu,
+        )
+    except ImportError as error:
+        raise MissingDependencyError.of_export(error) from error
+    plain = _to_nearest(blocks, bits)
+    size_out, count, size = blocks.shape
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found, steps, middles = quant_tensor_k_quant_cpu(blocks, bits, size)
+    shape = (size_out, count)
+    codes = np.nan_to_num(found).astype(np.uint8).reshape(blocks.shape)
+    scales, zeros = steps.astype(np.float32).reshape(shape), middles.reshape(shape)
+
+    def off(codes: NDArray[Any], scales: NDArray[Any], zeros: NDArray[Any]) -> NDArray[Any]:
+        values = (codes.astype(np.float32) - zeros[..., None]) * scales[..., None]
+        squares: NDArray[Any] = np.square(values - blocks, dtype=np.float64).sum(axis=2)
+        return squares
+
+    nearer = off(codes, scales, zeros) < off(*plain)  # NaN is not
+    return (
+        np.where(nearer[..., None], codes, plain[0]),
+        np.where(nearer, scales, plain[1]),
+        np.where(nearer, zeros, plain[2]).astype(np.uint8),
+    )
+
+
+_ALGORITHMS: Mapping[str, Callable[[NDArray[np.float32], int], _Rounded]] = {
+    "rtn": _to_nearest,
+    "k-quant": _searched,
+}
 
 
 def _halves(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
@@ -122,26 +265,41 @@ Weights = Callable[[str], "NDArray[np.floating] | None"]
 
 
 def measured(
-    bits: int, paths: Sequence[str], weights: Weights, layers: Mapping[str, _Layer]
+    rounding: Rounding,
+    paths: Sequence[str],
+    vocabulary: Sequence[str],
+    weights: Weights,
+    layers: Mapping[str, _Layer],
 ) -> Quantization:
     """How these layers are quantized, with the errors of their weights.
 
     Args:
-        bits: of a code, 4 or 8.
-        paths: module paths of the layers.
+        rounding: how they are to be rounded.
+        paths: module paths of the linear layers.
+        vocabulary: module paths of the output layer and the token embedding, or of none.
         weights, layers: as :func:`rounded_weights` has them.
     """
-    plain = Quantization(bits, BLOCK_SIZE, tuple(paths))
+    bits_of = {}
+    if rounding.head_bits not in (None, rounding.bits):
+        bits_of = dict.fromkeys(vocabulary, rounding.head_bits)
+    plain = Quantization(
+        rounding.bits,
+        rounding.block_size,
+        (*paths, *vocabulary),
+        bits_of=bits_of,
+        symmetric=rounding.symmetric,
+        algorithm=rounding.algorithm,
+    )
     after = rounded_weights(weights, plain, layers)
-    errors = [0.0]
-    for parameter in (f"{path}.weight" for path in paths):
+    errors = []
+    for parameter in (f"{path}.weight" for path in plain.layers):
         weight, rounded = weights(parameter), after(parameter)
-        assert weight is not None
-        assert rounded is not None
+        if weight is None or rounded is None:
+            continue  # a tied output layer's, which is the embedding's
         size = float(np.linalg.norm(weight))
         errors.append(float(np.linalg.norm(rounded - weight)) / size if size else 0.0)
-    mean = sum(errors) / max(len(paths), 1)
-    return dataclasses.replace(plain, mean_error=mean, worst_error=max(errors))
+    mean = sum(errors) / max(len(errors), 1)
+    return dataclasses.replace(plain, mean_error=mean, worst_error=max(errors, default=0.0))
 
 
 def rounded_weights(
@@ -164,7 +322,7 @@ def rounded_weights(
         if found is None or own != "weight" or path not in quantized:
             return found
         if layers[path].transposed:
-            return quantization.rounded(found.T).T
-        return quantization.rounded(found)
+            return quantization.rounded(path, found.T).T
+        return quantization.rounded(path, found)
 
     return value

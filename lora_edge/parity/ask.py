@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,20 +16,14 @@ from lora_edge.fit.task import with_heads_of
 from lora_edge.parity.compare import Floor, expect, noise
 from lora_edge.parity.plan.conversation import chat_row
 from lora_edge.parity.plan.plan import Depth
-from lora_edge.parity.plan.states import BASE, Inputs, Probe, Row, label
-from lora_edge.parity.question import Question, is_long
+from lora_edge.parity.plan.states import Inputs, Probe, Row, label
+from lora_edge.parity.question import Question
 from lora_edge.parity.record.golden import Golden
 from lora_edge.parity.reference import Reference
 from lora_edge.parity.subjects import Subject, subject_of
 from lora_edge.parity.subjects.encoder import by_position
-from lora_edge.parity.subjects.subject import LARGE
 from lora_edge.runtime import Runner
 from lora_edge.tasks.task import Task
-
-# The floor belongs to the inputs that are compared: its largest values sit at few positions. Large
-# models are sampled all the same, because float64 is slow; their floor may be too low.
-_FLOOR_ROWS_OF_LARGE = 2
-_FLOOR_TOKENS_OF_LARGE = 40
 
 
 def open_reference(bundle: Bundle, base: Base, sources: Mapping[str, Path]) -> Reference:
@@ -123,8 +118,11 @@ def ask(
     wanted = [kept for probe in every if (kept := subject.prepared(probe, runner.bundle))]
     for index, probe in enumerate(wanted, 1):
         progress(f"running {probe.name} in PyTorch ({index} of {len(wanted)})")
-        tails = tuple(subject.propose(runner, probe))
-        yield _expected(reference, subject, probe, tails, floors)
+        tails, seen = subject.propose(runner, probe)
+        yield dataclasses.replace(
+            _expected(reference, subject, probe, tuple(tails), floors), observed=seen
+        )
+        del seen  # whole logits, as what was yielded: of one probe at a time
 
 
 def _expected(
@@ -134,25 +132,17 @@ def _expected(
     tails: tuple[Row, ...],
     floors: dict[str, Floor],
 ) -> Golden:
-    """Run one probe; ``floors`` holds what earlier probes measured and is added to.
-
-    The effect of an adapter is measured against the base; where it brings a task head, against the
-    model with its low-rank parts off and that head kept: beside a whole new head, a lost low-rank
-    part would hardly show.
-    """
+    """Run one probe; ``floors`` holds what earlier probes measured and is added to."""
     rows = [subject.inputs(row, tail) for row, tail in zip(probe.rows, tails, strict=True)]
     prompts = [len(row) for row in probe.rows]
     found = reference.outputs(rows, probe.states, prompts)
-    narrow = [by_position(row).astype(np.float32) for row in found]
+    narrow = [by_position(row).astype(np.float32, copy=False) for row in found]
     active = [index for index, state in enumerate(probe.states) if state]
-    plain = (
-        reference.outputs(
-            [rows[i] for i in active], [probe.states[i] for i in active], low_rank=False
-        )
-        if subject.headed
-        else reference.outputs([rows[i] for i in active], [BASE] * len(active))
-    )
-    bases = {i: by_position(row).astype(np.float32) for i, row in zip(active, plain, strict=True)}
+    plain = subject.without(reference, [rows[i] for i in active], [probe.states[i] for i in active])
+    bases = {
+        i: by_position(row).astype(np.float32, copy=False)
+        for i, row in zip(active, plain, strict=True)
+    }
     measured = _floors(reference, subject, probe, tails, (rows, prompts, narrow), floors)
     return Golden(
         probe,
@@ -171,32 +161,24 @@ def _floors(
     ran: tuple[Sequence[Inputs], Sequence[int], Sequence[np.ndarray]],
     floors: dict[str, Floor],
 ) -> dict[str, Floor]:
-    """The reference's noise in each state of a probe.
-
-    Few outputs on few rows say little: what earlier probes saw counts as well. Of a decoder, a
-    state is measured on its first short rows, and again on those that are long.
-    """
+    """The reference's noise in each state of a probe, as its subject has it measured."""
     rows, prompts, narrow = ran
-    longer = not subject.remeasured and is_long(probe, tails)
+    how = subject.measuring(probe, tails, reference.parameters)
     found = dict(floors)
     for state in dict.fromkeys(probe.states):
         name = label(state)
-        # The weights a blend has in a crowd were seen on few tokens before.
-        again = subject.remeasured or longer or probe.part == "crowd"
-        if name in floors and not again:
+        if name in floors and not how.again:
             continue
-        own, longest = [i for i, other in enumerate(probe.states) if other == state], None
-        if not subject.remeasured and reference.parameters > LARGE and not longer:
-            own, longest = own[:_FLOOR_ROWS_OF_LARGE], _FLOOR_TOKENS_OF_LARGE
-        sample = [{key: value[:longest] for key, value in rows[i].items()} for i in own]
+        own = [i for i, other in enumerate(probe.states) if other == state][: how.rows]
+        sample = [{key: value[: how.tokens] for key, value in rows[i].items()} for i in own]
         with reference.wide():
             wide = reference.outputs(sample, [state] * len(own), [prompts[i] for i in own])
         exact = [by_position(row) for row in wide]
-        floor = noise([narrow[i][:longest] for i in own], exact)
+        floor = noise([narrow[i][: how.tokens] for i in own], exact)
         found[name] = floor.joined(floors.get(name))
-        if subject.remeasured:
+        if how.kept == "joined":
             floors[name] = found[name]
-        elif not longer:
+        elif how.kept == "first":
             floors.setdefault(name, floor)
     return found
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from numpy.typing import NDArray
 
 from lora_edge.base.checkpoint import Base, resolve_base
-from lora_edge.bundle.bundle import GRAPH_FILE, Bundle, load_bundle
+from lora_edge.bundle.bundle import Bundle, load_bundle
 from lora_edge.errors import DataError, MissingDependencyError
 from lora_edge.files.transaction import check_free, staging
 from lora_edge.names import NUM_LOGITS_TO_KEEP, past_name, present_name
@@ -72,7 +72,7 @@ def write_onnx_test_data(
         )
     named = target.manifest.base["name_or_path"] if reference is None else reference
     base = named if isinstance(named, Base) else resolve_base(named)
-    runner = Runner(target)
+    runner = Runner(target, exact=True)
     sources = sources_of(target, base, runner.adapters, adapters or {})
     model = open_reference(target, base, sources)
     plain = [golden for golden in recorded(target) if not golden.probe.part]
@@ -102,7 +102,7 @@ def write_onnx_test_data(
         sets.append(DataSet(*_tensors(runner, model, probe)))
         names.append(probe.name)
     with staging(Path(output), marker=_MARKER) as stage:
-        write_test_data(stage, target.directory / GRAPH_FILE, sets)
+        write_test_data(stage, target.directory / runner.graph_file, sets)
     return names
 
 

@@ -58,7 +58,9 @@ def compare(
         broken: what failed and was explained, so that what goes further need not be.
     """
     probe = golden.probe
-    actual = _observe(runner, probe, golden.tails)
+    actual = golden.observed
+    if actual is None:
+        actual = _observe(runner, probe, golden.tails)
     for index, (wanted, logits) in enumerate(zip(golden.expected, actual, strict=True)):
         if wanted.length != len(logits):
             raise BundleError(
@@ -121,15 +123,56 @@ def switching(
     plain = [g for g in goldens if not g.probe.given and not g.probe.part]
     probes = [g for g in plain if g.probe.kind in {"base", "adapter"}]
     cases: list[Case] = []
+    ran = _Ran(runner, pair=len(probes) == 2)
     for index, golden in enumerate(probes):
         others = [*probes[index + 1 :], *probes[:index]]
         chosen = others[: None if all_pairs else 1]
-        cases += [_switched(runner, golden, other, tolerance) for other in chosen]
+        cases += [_switched(ran, golden, other, tolerance) for other in chosen]
     return cases
 
 
-def _switched(runner: Runner, golden: Golden, other: Golden, tolerance: Tolerance) -> Case:
-    first, _, again = (_shortly(runner, each) for each in (golden, other, golden))
+class _Ran:
+    """The latest runs, and what ran before each: what is known need not run again.
+
+    Args:
+        runner: of the bundle.
+        pair: there are two cases only, so that nothing else can run before either of them.
+    """
+
+    def __init__(self, runner: Runner, *, pair: bool) -> None:
+        self.runner = runner
+        self._pair = pair
+        # By stem, the latest last, two at most; with the stem of what ran before.
+        self._found: dict[str, tuple[list[FloatArray], str]] = {}
+
+    def now(self, golden: Golden) -> list[FloatArray]:
+        """Run a case."""
+        before = next(reversed(self._found), "")
+        found = _shortly(self.runner, golden)
+        self._found.pop(golden.stem, None)
+        self._found[golden.stem] = found, before
+        while len(self._found) > 2:
+            del self._found[next(iter(self._found))]
+        return found
+
+    def before(self, golden: Golden, other: Golden) -> list[FloatArray]:
+        """What a case gives when the other one did not run just before, where that can be."""
+        found, was = self._found.get(golden.stem, (None, ""))
+        if found is None or (was == other.stem and not self._pair):
+            return self.now(golden)
+        return found
+
+    def last(self, golden: Golden) -> None:
+        """Have a case be the one that ran last."""
+        if next(reversed(self._found), "") != golden.stem:
+            self.now(golden)
+
+
+def _switched(ran: _Ran, golden: Golden, other: Golden, tolerance: Tolerance) -> Case:
+    runner = ran.runner
+    first = ran.before(golden, other)
+    ran.last(other)
+    again = ran.now(golden)
     one, two = (label(each.probe.states[0]) for each in (golden, other))
     name = f"{one} -> {two} -> {one}, bit for bit"
     if _same(first, again):

@@ -13,7 +13,7 @@ in float64 on the same inputs. Knows nothing of bundles, runtimes or PyTorch.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,7 +25,7 @@ from lora_edge.errors import BundleError
 Status = Literal["passed", "failed", "unproved"]
 FloatArray = NDArray[np.float32]
 
-_BLOCK = 1 << 22  # elements that are widened to float64 at once
+_BLOCK = 1 << 19  # elements that are widened to float64 at once
 
 
 @dataclass(frozen=True)
@@ -182,20 +182,27 @@ def expect(reference: FloatArray, base: FloatArray | None = None) -> Expected:
     top = np.argmax(reference, axis=-1)
     margin = np.full(len(reference), np.inf, np.float32)
     if reference.shape[1] > 1:
-        best_two = np.partition(reference, -2, axis=-1)[:, -2:]
-        margin = best_two.max(-1) - best_two.min(-1)
+        for part in _blocks(reference):
+            best_two = np.partition(reference[part], -2, axis=-1)[:, -2:]
+            margin[part] = best_two.max(-1) - best_two.min(-1)
     return Expected(None, reference, base, log_total(reference), top, margin)
 
 
 def log_total(logits: FloatArray) -> NDArray[np.float64]:
     """logsumexp over the last axis in float64, block by block."""
     total = np.empty(logits.shape[0], np.float64)
-    step = max(1, _BLOCK // logits.shape[1])
-    for start in range(0, len(total), step):
-        wide = logits[start : start + step].astype(np.float64)
+    for part in _blocks(logits):
+        wide = logits[part].astype(np.float64)
         peak = wide.max(-1, keepdims=True)
-        total[start : start + step] = peak[:, 0] + np.log(np.exp(wide - peak).sum(-1))
+        total[part] = peak[:, 0] + np.log(np.exp(wide - peak).sum(-1))
     return total
+
+
+def _blocks(values: NDArray[np.floating]) -> Iterator[slice]:
+    """Some rows at a time, of all of them."""
+    step = max(1, _BLOCK // max(1, values[:1].size))
+    for start in range(0, len(values), step):
+        yield slice(start, start + step)
 
 
 def noise(narrow: Sequence[FloatArray], wide: Sequence[NDArray[np.floating]]) -> Floor:
@@ -203,13 +210,21 @@ def noise(narrow: Sequence[FloatArray], wide: Sequence[NDArray[np.floating]]) ->
 
     Never below one unit in the last place of the largest logit: agreement by luck is no floor.
     """
-    errors = [np.abs(a.astype(np.float64) - b) for a, b in zip(narrow, wide, strict=True)]
     unit = float(np.finfo(np.float32).eps)
-    largest = max(float(np.abs(row).max()) for row in narrow)
-    size = _rms([row.astype(np.float64) for row in narrow])
+    worst = largest = error = size = 0.0
+    for row, exact in zip(narrow, wide, strict=True):
+        for part in _blocks(row):
+            own = row[part].astype(np.float64)
+            off = np.abs(own - exact[part])
+            # max would drop a NaN; a NaN must reach the verdict
+            worst = float(np.maximum(worst, off.max()))
+            largest = float(np.maximum(largest, np.abs(own).max()))
+            error += float(np.sum(off * off))
+            size += float(np.sum(own * own))
+    count = sum(row.size for row in narrow)
     return Floor(
-        max(*(float(error.max()) for error in errors), unit * largest),
-        max(_rms(errors), unit * size),
+        float(np.maximum(worst, unit * largest)),
+        float(np.maximum(math.sqrt(error / count), unit * math.sqrt(size / count))),
     )
 
 
@@ -240,9 +255,7 @@ def measure(
         agree += int(same.sum())
         differences += int(beyond.sum())
         ties += int((~same & ~beyond).sum())
-        step = max(1, _BLOCK // logits.shape[1])
-        for start in range(0, len(row.top1), step):
-            part = slice(start, start + step)
+        for part in _blocks(logits):
             whole = logits[part].astype(np.float64)
             reference = row.reference[part].astype(np.float64)
             kept = whole if row.columns is None else _take(whole, row.columns[part])
@@ -373,8 +386,3 @@ def _divergence(
     safe_p, safe_q = np.where(some, rest_p, 1.0), np.where(some, rest_q, 1.0)
     rest = np.where(some, safe_p * (np.log(safe_p) - np.log(safe_q)), 0.0)
     return float(np.sum(np.maximum(inside + rest, 0.0)))
-
-
-def _rms(rows: Sequence[NDArray[np.float64]]) -> float:
-    total = sum(float(np.sum(row * row)) for row in rows)
-    return math.sqrt(total / sum(row.size for row in rows))

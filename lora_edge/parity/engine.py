@@ -21,6 +21,7 @@ from lora_edge.parity.around import look_around
 from lora_edge.parity.ask import ask, open_base, silent
 from lora_edge.parity.checks import Broken, broken_by, compare, switching
 from lora_edge.parity.compare import Tolerance
+from lora_edge.parity.drift import DriftLimits, drift, drifts
 from lora_edge.parity.entries import check_entries
 from lora_edge.parity.evaluate.evaluate import check_examples, evaluate
 from lora_edge.parity.explain.explain import explain
@@ -46,7 +47,7 @@ from lora_edge.runtime import Runner
 Say = Callable[[str], None]
 
 _QUICK_STEPS = 8
-_SWITCHING = "switching"
+_SWITCHING, _DRIFT = "switching", "drift"
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ def validate(
     metric: str | None = None,
     resume: str | os.PathLike[str] | None = None,
     repro: str | os.PathLike[str] | None = None,
+    exact: bool = False,
     progress: Say | None = None,
 ) -> Report:
     """Check that a bundle does what PyTorch does.
@@ -102,6 +104,8 @@ def validate(
 
     Every adapter state runs in every session: each provider with each level of optimization. The
     first session is compared with whole logits, the others with those that a golden case keeps.
+    Of a bundle of few bits these are sessions on the graph that computes in floats. What int8
+    activations add in the graph that ships is measured beside it, once for each provider.
 
     Args:
         bundle: the bundle or its folder.
@@ -129,6 +133,8 @@ def validate(
             from it when called again; it is removed at the end.
         repro: a folder for the smallest reproduction of the first failure: what the graph is fed,
             both outputs, and a script that needs numpy and ONNX Runtime alone.
+        exact: leave out what int8 activations add; of a bundle of few bits the graph in floats
+            alone is then judged.
         progress: called with a line for each probe.
 
     Raises:
@@ -147,6 +153,7 @@ def validate(
     opt.texts("provider", provider)
     provider_options = opt.pairs("provider_options", provider_options or {})
     opt.flag("allow_fallback", allow_fallback)
+    opt.flag("exact", exact)
     opt.texts("optimization", optimization or ())
     opt.paths("adapters", adapters or {})
     opt.words("prompts", prompts)
@@ -232,6 +239,9 @@ def validate(
             own, left = explain(runner, own, goldens, model, wanted_repro, settings.tolerance, say)
         cases += own
         cases += _switched(runner, session, goldens, journal, settings)
+        drifting = drifts(target.manifest) and not exact
+        if drifting and name not in (first for first, _ in wanted[:index]):
+            cases += _drifted(runner, session, opening, goldens, journal, say)
         if index == 0 and model is not None and examples:
             floors = {name: floor for golden in goldens for name, floor in golden.floors.items()}
             cases += [
@@ -258,7 +268,7 @@ def validate(
         machine=machine(),
         settings=settings.facts(),
         base=target.manifest.base["name_or_path"],
-        command=_command(target, base, adapters or {}, opening, settings),
+        command=_command(target, base, adapters or {}, opening, settings, exact=exact),
         repro=left,
         reach=reach_of(target, goldens),
     )
@@ -292,6 +302,7 @@ def _compared(
                 small = reduce(golden, count)
                 journal.finish(session.name, probe.name, part, small)
                 broken |= broken_by(probe, part)
+                del golden
                 yield small, part
                 continue
             journal.finish(session.name, probe.name, part)
@@ -311,6 +322,24 @@ def _switched(
         found = switching(runner, goldens, settings.tolerance, all_pairs=settings.all_pairs)
         part = [dataclasses.replace(case, kind="switch", session=session.name) for case in found]
         journal.finish(session.name, _SWITCHING, part)
+    return part
+
+
+def _drifted(
+    runner: Runner,
+    session: Session,
+    opening: Opening,
+    goldens: Sequence[Golden],
+    journal: Journal,
+    say: Say,
+) -> list[Case]:
+    part = journal.finished(session.name, _DRIFT)
+    if part is None:
+        say(f"measuring what int8 activations add ({session.name})")
+        fast = opening.runner(runner.bundle, session.provider, session.optimization, exact=False)
+        found = drift(runner, fast, goldens, DriftLimits())
+        part = [dataclasses.replace(case, session=session.name) for case in found]
+        journal.finish(session.name, _DRIFT, part)
     return part
 
 
@@ -343,6 +372,8 @@ def _command(
     adapters: Mapping[str, str | os.PathLike[str]],
     opening: Opening,
     settings: _Settings,
+    *,
+    exact: bool,
 ) -> str:
     words = ["lora-edge", "validate", str(bundle.directory)]
     if base is not None:
@@ -351,6 +382,8 @@ def _command(
     if settings.depth != "normal":
         words.append(f"--{settings.depth}")
     words += opening.words()
+    if exact:
+        words.append("--exact")
     quick = settings.depth == "quick" and settings.steps == _QUICK_STEPS
     if settings.steps is not None and not quick:
         words += ["--steps", str(settings.steps)]

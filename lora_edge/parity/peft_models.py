@@ -33,8 +33,6 @@ _APART: dict[str, tuple[Any, ...]] = {
     "trainable_token_indices": (None, [], {}),
 }
 
-_CAST_WHOLE = 50_000_000  # parameters of a model that may be in memory twice
-
 
 def is_peft(model: Any) -> bool:
     """Whether an adapter is attached to a model."""
@@ -63,77 +61,12 @@ def without_low_rank(model: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def widened(model: Any) -> Iterator[None]:
-    """A model that computes in float64 inside the block; the weights come back unchanged.
-
-    A small model is cast as a whole. Of a large one, what is in its lists of layers is float64
-    while it runs, and the rest throughout, so that it is never in memory twice.
-    """
-    import torch
-
-    if sum(x.numel() for x in model.parameters()) <= _CAST_WHOLE:
-        model.double()
-        try:
-            yield
-        finally:
-            model.float()
-        return
-    opened: set[int] = set()
-
-    def widen(module: Any, *_: Any) -> None:
-        # What it is a part of may be float64 already; one weight tells.
-        first = next(filter(torch.is_floating_point, _all(module)), None)
-        if first is not None and first.dtype == torch.float32:
-            opened.add(id(module))
-            with torch.inference_mode(False):
-                module.double()
-
-    def narrow(module: Any, *_: Any) -> None:
-        if id(module) in opened:
-            opened.remove(id(module))
-            with torch.inference_mode(False):
-                module.float()
-
-    layered = [x for layer in _layers(model) for x in layer.modules()]
-    inside = {id(value) for module in layered for value in _own(module)}
-    outside = [x for x in model.modules() if any(id(value) not in inside for value in _own(x))]
-    with contextlib.ExitStack() as stack:
-        for module in dict.fromkeys(layered):
-            stack.callback(module.register_forward_pre_hook(widen).remove)
-            stack.callback(module.register_forward_hook(narrow, always_call=True).remove)
-        for module in outside:
-            _cast(module, torch.float64)
-            stack.callback(_cast, module, torch.float32)
+    """A model that is float64 as a whole inside the block; the weights come back unchanged."""
+    model.double()
+    try:
         yield
-
-
-def _layers(module: Any) -> Iterator[Any]:
-    """The items of the outermost lists of modules."""
-    from torch import nn
-
-    for child in module.children():
-        listed = isinstance(module, nn.ModuleList) and not isinstance(child, nn.ModuleList)
-        yield from [child] if listed else _layers(child)
-
-
-def _all(module: Any) -> Iterator[Any]:
-    yield from module.parameters()
-    yield from module.buffers()
-
-
-def _own(module: Any) -> Iterator[Any]:
-    yield from module.parameters(recurse=False)
-    yield from module.buffers(recurse=False)
-
-
-def _cast(module: Any, dtype: Any) -> None:
-    """A module's own floats, without those of modules inside it."""
-    for own in (module._parameters, module._buffers):
-        for name, value in own.items():
-            if value is not None and value.is_floating_point():
-                if name in module._parameters:
-                    value.data = value.data.to(dtype)
-                else:
-                    own[name] = value.to(dtype)
+    finally:
+        model.float()
 
 
 def attached(model: Any, directory: str | os.PathLike[str], inner: str) -> Any:

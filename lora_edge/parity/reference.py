@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,9 @@ from lora_edge.parity.peft_models import (
 )
 from lora_edge.parity.plan.states import BASE, Inputs, State
 from lora_edge.tasks.task import TEXT, Task
+
+if TYPE_CHECKING:
+    from lora_edge.parity.by_layer import ByLayer
 
 LOGITS = ""
 """The path of the model itself, among those of its modules."""
@@ -97,10 +100,18 @@ class Reference:
             BaseModelError: transformers cannot load the folder, or it lacks more than the head.
         """
         self._torch, self.versions = libraries()
+        from lora_edge.base.mapped import Mapped  # these import torch
+        from lora_edge.parity.by_layer import WHOLE, ByLayer
+
         self.base = base
         self.task = task
         self._quantization: Quantization | None = None
-        self._shared: Any = self._load(task)
+        self._large = base.size > WHOLE
+        self._shared: Any = self._load(task, stored=self._large)
+        # How a large model runs, and one that an adapter has for itself.
+        self.mapped = Mapped(self._shared, base.files)
+        self._by_layer = ByLayer(self.mapped)
+        self._by_layer_apart: dict[str, ByLayer] = {}
         self._size = sum(int(parameter.numel()) for parameter in self._shared.parameters())
         self.label_layer: str = task.label_layer(self._shared)
         self.architecture = type(self._shared).__name__
@@ -142,7 +153,7 @@ class Reference:
         Before any adapter is attached.
         """
         self._quantization = quantization
-        self._rounded(self._shared)
+        self._rounded(self._shared, self._by_layer)
 
     def attach(
         self, name: str, directory: str | os.PathLike[str], num_labels: int | None = None
@@ -169,7 +180,7 @@ class Reference:
             return
         # PEFT's adapter names are module names, which must not have dots.
         inner = f"adapter{len(self._names)}"
-        self._shared = attached(self._shared, directory, inner)
+        self._shared = self._attached(self._shared, directory, inner)
         self._names[name] = inner
         self._state = None
 
@@ -202,10 +213,11 @@ class Reference:
         """
         found: dict[int, NDArray[np.floating]] = {}
         # PEFT goes through the whole model to switch, so rows of one state run one after the other.
-        for index in sorted(range(len(rows)), key=lambda index: states[index]):
-            prompt = None if prompts is None else prompts[index]
-            with self._active(states[index], low_rank=low_rank) as model:
-                found[index] = self._output(model, rows[index], states[index], prompt)
+        for state in sorted(set(states)):
+            with self._active(state, low_rank=low_rank) as model:
+                for index in [index for index, own in enumerate(states) if own == state]:
+                    prompt = None if prompts is None else prompts[index]
+                    found[index] = self._output(model, rows[index], state, prompt)
         return [found[index] for index in range(len(rows))]
 
     def logits(
@@ -284,8 +296,8 @@ class Reference:
     def wide(self) -> Iterator[None]:
         """Run in float64 inside the block; the weights come back unchanged.
 
-        Parts that the model itself computes in float32 (its norms, its softmax) stay so. A model's
-        layers are float64 one by one, each while it runs: there is no copy of the model.
+        Parts that the model itself computes in float32 (its norms, its softmax) stay so. Of a large
+        model no copy is made.
         """
         with contextlib.ExitStack() as stack:
             self._widening, self._widened = stack, set()
@@ -294,7 +306,7 @@ class Reference:
             finally:
                 self._widening = None
 
-    def _load(self, task: Task) -> Any:
+    def _load(self, task: Task, *, stored: bool = False) -> Any:
         # Imports torch, so it waits until libraries() has said that it is there.
         from lora_edge.base.model import load_whole, loading
         from lora_edge.base.model import read_config as read_model_config
@@ -304,19 +316,43 @@ class Reference:
         if hasattr(config, "_experts_implementation"):
             # The model's own loop; the grouped operator does not exist in float64.
             config._experts_implementation = "eager"
-        model = load_whole(self.base, task, config=config, pooler=True)
-        self._rounded(model)
-        return model
+        return load_whole(self.base, task, config=config, pooler=True, stored=stored)
 
-    def _rounded(self, model: Any) -> None:
+    def _attached(self, model: Any, directory: str | os.PathLike[str], inner: str) -> Any:
+        """The model with an adapter; its base stays as it is.
+
+        An adapter file may hold the base's embedding and output layer, which PEFT would load over
+        the rounded ones.
+        """
+        ends: list[Any] = []
+        if self._quantization is not None and not self._large:  # whose codes stand apart
+            ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+        own = [x.weight for x in ends if x is not None]
+        kept = {id(x): (x, x.detach().clone()) for x in own}
+        adapted = attached(model, directory, inner)
+        for parameter, values in kept.values():
+            parameter.detach().copy_(values)
+        return adapted
+
+    def _rounded(self, model: Any, by_layer: ByLayer) -> None:
+        """Give a model, without adapters yet, the quantized layers' values."""
         if self._quantization is None:
             return
+        plain = (self._torch.nn.Linear, self._torch.nn.Embedding)
+        done: set[int] = set()
         for path in self._quantization.layers:
             module = model.get_submodule(path)
             own = module.weight.detach()
-            matrix = own if isinstance(module, self._torch.nn.Linear) else own.T  # Conv1D
-            rounded = self._torch.from_numpy(self._quantization.rounded(matrix.numpy()))
-            matrix.copy_(rounded)
+            if id(module.weight) in done:  # tied
+                continue
+            done.add(id(module.weight))
+            transposed = not isinstance(module, plain)  # Conv1D
+            matrix = own.T if transposed else own
+            blocks = self._quantization.blocks(path, matrix.float().numpy())
+            if self._large:
+                by_layer.round(module.weight, blocks, transposed=transposed)
+            else:
+                matrix.copy_(self._torch.from_numpy(blocks.weight()))
 
     def _output(
         self, model: Any, row: Inputs, state: State, prompt: int | None
@@ -362,7 +398,12 @@ class Reference:
                 if self._names and self._state != wanted:
                     self._activate(wanted)
                 model = self._shared
-            if self._widening is not None and id(model) not in self._widened:
+            if self._large:
+                by_layer = self._by_layer_apart[apart[0]] if apart else self._by_layer
+                wide = self._widening is not None
+                dtype = self._torch.float64 if wide else self._torch.float32
+                stack.enter_context(by_layer.computing(model, dtype))
+            elif self._widening is not None and id(model) not in self._widened:
                 self._widening.enter_context(widened(model))
                 self._widened.add(id(model))
             stack.enter_context(running(state, self._names))
@@ -388,9 +429,19 @@ class Reference:
         model = self._loaded.pop(name, None)
         if model is None:
             while self._loaded and (len(self._loaded) + 1) * self._size > _KEPT:
-                del self._loaded[next(iter(self._loaded))]
+                gone = next(iter(self._loaded))
+                del self._loaded[gone]
+                self._by_layer_apart.pop(gone, None)
+            from lora_edge.base.mapped import Mapped
+            from lora_edge.parity.by_layer import ByLayer
+
             directory, task = self._apart[name]
-            model = attached(self._load(task), directory, "only")
+            # PEFT makes what replaces or adds to a module in the dtype that the module has.
+            model = self._load(task)
+            by_layer = ByLayer(Mapped(model, self.base.files), parts=False)
+            self._by_layer_apart[name] = by_layer
+            self._rounded(model, by_layer)
+            model = self._attached(model, directory, "only")
         self._loaded[name] = model
         return model
 

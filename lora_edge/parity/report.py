@@ -18,9 +18,12 @@ from lora_edge.parity.plan.reach import Reach
 SCHEMA_VERSION = 2
 Against = Literal["reference", "goldens"]
 CaseKind = Literal[
-    "base", "adapter", "blend", "mixed", "switch", "task", "proof", "around", "weights"
+    "base", "adapter", "blend", "mixed", "switch", "task", "proof", "around", "weights", "drift"
 ]
 
+_DRIFT_HEADER = (
+    "case", "effect error", "effect", "KL", "limit", "top-1", "perplexity", "in floats", "",
+)  # fmt: skip
 _HEADER = ("case", "logit error", "limit", "effect error", "limit", "effect", "top-1", "KL", "")
 
 
@@ -91,6 +94,36 @@ class TaskFigures:
 
 
 @dataclass(frozen=True)
+class DriftFigures:
+    """What int8 activations add: the graph that ships against the one in floats, on equal codes.
+
+    Attributes:
+        positions: number of compared positions.
+        logit_error: largest absolute difference of a logit.
+        effect_error: error relative to the adapter's effect; without an adapter, to the spread of
+            the logits.
+        retained: share of the adapter's effect that is there (1: all); ``nan`` without an adapter.
+        kl: mean KL divergence, in nats.
+        top1: share of positions with the same best token.
+        perplexity: of the greedy continuations of the goldens; ``nan`` where there are none.
+        exact_perplexity: the same in floats.
+        kl_limit: largest ``kl`` that passes.
+        retained_limit: smallest ``retained`` that passes.
+    """
+
+    positions: int
+    logit_error: float
+    effect_error: float
+    retained: float
+    kl: float
+    top1: float
+    perplexity: float
+    exact_perplexity: float
+    kl_limit: float
+    retained_limit: float
+
+
+@dataclass(frozen=True)
 class Case:
     """One comparison and its verdict.
 
@@ -107,6 +140,7 @@ class Case:
         layers: of a case that failed, the layers in the order in which they run, up to the first
             that differs and a few beyond; empty where they were not compared.
         task: what ``--eval`` measured; ``None`` elsewhere.
+        drift: what int8 activations add, of a case of that kind; ``None`` elsewhere.
     """
 
     name: str
@@ -120,6 +154,7 @@ class Case:
     session: str = ""
     layers: tuple[Layer, ...] = ()
     task: TaskFigures | None = None
+    drift: DriftFigures | None = None
 
 
 @dataclass(frozen=True)
@@ -170,16 +205,28 @@ class Report:
         """The cases that failed or are unproved."""
         return tuple(case for case in self.cases if case.status != "passed")
 
+    @property
+    def drift(self) -> tuple[Case, ...]:
+        """What int8 activations add; every other case is about the graph in floats."""
+        return tuple(case for case in self.cases if case.kind == "drift")
+
+    @property
+    def exact(self) -> bool:
+        """Every case passed but for drift."""
+        cases = [case for case in self.cases if case.kind != "drift"]
+        return bool(cases) and all(case.status == "passed" for case in cases)
+
     def adapter_passed(self, name: str) -> bool:
         """The adapter was compared on its own, and every case that it took part in passed.
 
         A case that it shares with an adapter that fails alone does not count against it, nor does a
-        metric of the user's that cannot tell.
+        metric of the user's that cannot tell, nor drift.
         """
         around = [case for case in self.cases if case.kind in {"around", "weights"}]
         if any(case.status == "failed" and not case.adapters for case in around):
             return False  # what all adapters share is not PyTorch's
-        told = [case for case in self.cases if case.kind != "task" or case.status != "unproved"]
+        cases = [case for case in self.cases if case.kind != "drift"]
+        told = [case for case in cases if case.kind != "task" or case.status != "unproved"]
         failed = [case for case in told if case.status != "passed"]
         broken = {case.adapters for case in failed if len(case.adapters) == 1}
         alone_broken = {case.adapters for case in failed if case.kind == "adapter"}
@@ -229,6 +276,10 @@ class Report:
         for title, cases in self._groups():
             rows = [_HEADER, *(_cells(case) for case in cases)]
             blocks.append("\n".join([title, *_columns(rows)]))
+        if self.drift:
+            title = "quantization drift: int8 activations against floats, on the same weights"
+            rows = [_DRIFT_HEADER, *map(_drift_cells, self.drift)]
+            blocks.append("\n".join([title, *_columns(rows)]))
         lines = [f"{case.status}: {case.reason}" for case in self.failures]
         if lines:
             blocks.append("\n".join(lines))
@@ -238,15 +289,20 @@ class Report:
     def summary(self) -> str:
         """The verdict in one line."""
         source = "PyTorch" if self.against == "reference" else "the recorded goldens"
-        good = sum(case.status == "passed" for case in self.cases)
+        cases = [case for case in self.cases if case.kind != "drift"]
+        good = sum(case.status == "passed" for case in cases)
         verdict = "passed" if self.passed else "NOT PASSED"
+        within = sum(case.status == "passed" for case in self.drift)
+        drift = f"; drift within its limits in {within} of {len(self.drift)}" if self.drift else ""
         return (
-            f"{verdict}: {good} of {len(self.cases)} cases against {source}, {self.seconds:.1f} s"
+            f"{verdict}: {good} of {len(cases)} cases against {source}{drift}, {self.seconds:.1f} s"
         )
 
     def _groups(self) -> list[tuple[str, list[Case]]]:
         groups: dict[str, list[Case]] = {}
         for case in self.cases:
+            if case.kind == "drift":
+                continue
             if not case.adapters:
                 title = "no adapter"
             elif len(case.adapters) == 1 and case.kind not in {"blend", "mixed"}:
@@ -272,6 +328,7 @@ def _case(case: Case) -> dict[str, Any]:
         "controls": None if case.controls is None else _finite(dict(case.controls)),
         "layers": [_plain(layer) for layer in case.layers],
         "task": None if case.task is None else _plain(case.task),
+        "drift": None if case.drift is None else _plain(case.drift),
     }
 
 
@@ -301,6 +358,23 @@ def _cells(case: Case) -> tuple[str, ...]:
         f"{figures.top1:.1%}",
         f"{figures.kl:.1e}",
         verdict,
+    )
+
+
+def _drift_cells(case: Case) -> tuple[str, ...]:
+    figures = case.drift
+    assert figures is not None
+    name = f"{case.name.removeprefix('drift, ')} ({case.session})"
+    return (
+        name,
+        f"{figures.effect_error:.1e}",
+        "-" if math.isnan(figures.retained) else f"{figures.retained:.1%}",
+        f"{figures.kl:.1e}",
+        f"{figures.kl_limit:.1e}",
+        f"{figures.top1:.1%}",
+        "-" if math.isnan(figures.perplexity) else f"{figures.perplexity:.4g}",
+        "-" if math.isnan(figures.exact_perplexity) else f"{figures.exact_perplexity:.4g}",
+        case.status if case.status == "passed" else case.status.upper(),
     )
 
 

@@ -13,6 +13,7 @@ from lora_edge.reports.charts import drawn, effect_chart
 from lora_edge.reports.load import Data
 from lora_edge.reports.words import (
     Case,
+    drifts,
     failures,
     figure,
     first_layer,
@@ -77,6 +78,7 @@ def html(data: Data, worse: Sequence[Regression] = ()) -> str:
         left_out=sum(bool(c["figures"]) and not drawn(c) for c in data["cases"]),
         tokens=_tokens(data["cases"]),
         layers=[_layers(case) for case in bad if case["layers"]],
+        drifts=drifts(data["cases"]),
         tasks=[case for case in data["cases"] if case["task"]],
         words=_WORDS,
         placements=[_placement(session) for session in data["sessions"]],
@@ -113,6 +115,8 @@ def _cell(cases: Sequence[Case]) -> dict[str, Any] | None:
     text = {"passed": "equal", "failed": "differs", "unproved": "unproved"}[status]
     if status != "unproved" and ratios:
         text = times(max(ratios))
+    elif drifted := drifts(own):
+        text = f"KL {number(max(case['drift']['kl'] or 0.0 for case in drifted))}"
     elif own[0]["task"]:
         text = figure(own[0]["task"]["bundle"])
     return {

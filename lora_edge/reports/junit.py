@@ -8,7 +8,16 @@ from xml.etree import ElementTree as ET
 
 from lora_edge.reports.baseline import Regression
 from lora_edge.reports.load import Data
-from lora_edge.reports.words import Case, column, figure, number, reach_line, share, unsaid_layer
+from lora_edge.reports.words import (
+    Case,
+    column,
+    drifts,
+    figure,
+    number,
+    reach_line,
+    share,
+    unsaid_layer,
+)
 
 _CLASS = "lora_edge"
 # What XML 1.0 cannot hold; adapters' names may.
@@ -63,6 +72,12 @@ def explain(data: Data, case: Case) -> str:
             f"floor {number(limits['effect_floor'])}",
             f"best tokens   {share(figures['top1'])} agree over {figures['positions']} positions",
         ]
+    for each in drifts([case]):
+        own = each["drift"]
+        lines.append(
+            f"drift         KL {number(own['kl'])}, limit {number(own['kl_limit'])}, effect that "
+            f"is there {share(own['retained'])}, best tokens {share(own['top1'])} agree"
+        )
     if task:
         lines.append(
             f"{task['metric']}: {figure(task['bundle'])} under the bundle, "

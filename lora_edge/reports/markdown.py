@@ -9,6 +9,7 @@ from lora_edge.reports.baseline import Regression
 from lora_edge.reports.load import Data
 from lora_edge.reports.words import (
     Case,
+    drifts,
     failures,
     grid,
     number,
@@ -61,6 +62,7 @@ def markdown(data: Data, worse: Sequence[Regression] = ()) -> str:
                 "",
                 f"The first failure alone, for plain ONNX Runtime: {_code(data['repro'])}",
             ]
+    lines += _drift(data)
     if worse:
         lines += ["", "### Worse than before", ""]
         lines += [f"- {_text(each.text)}" for each in worse]
@@ -86,6 +88,25 @@ def _cell(cases: Sequence[Case]) -> str:
     sign = _SIGNS[worst(cases)]
     ratios = [value for case in cases if (value := ratio(case)) is not None]
     return f"{sign} {times(max(ratios))} of limit" if ratios else sign
+
+
+def _drift(data: Data) -> list[str]:
+    found = drifts(data["cases"])
+    if not found:
+        return []
+    lines = [
+        "",
+        "### Quantization drift: int8 activations against floats, on the same weights",
+        "",
+        "| session | case | KL | limit | effect that is there | effect error | top-1 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for case in found:
+        own = case["drift"]
+        cells = [case["session"], _text(case["name"]), number(own["kl"]), number(own["kl_limit"])]
+        cells += [share(own["retained"]), number(own["effect_error"]), share(own["top1"])]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def _figures(data: Data) -> list[str]:

@@ -11,7 +11,7 @@ Case = Mapping[str, Any]
 
 COLUMNS = (
     "alone", "long prompts", "blend", "mixed rows", "switching", "your prompts", "task metric",
-    "around", "weights",
+    "around", "weights", "drift",
 )  # fmt: skip
 """Adapter states, in the order in which they are shown."""
 
@@ -25,6 +25,7 @@ _KINDS = {
     "task": "task metric",
     "around": "around",
     "weights": "weights",
+    "drift": "drift",
 }
 _PARTS = {
     ", given prompts": "your prompts",
@@ -178,6 +179,11 @@ def ratio(case: Case) -> float | None:
         if figures[error] is not None and limits[limit]
     ]
     return max(found, default=None)
+
+
+def drifts(cases: Sequence[Case]) -> list[Case]:
+    """The cases that tell what int8 activations add; reports of earlier versions have none."""
+    return [case for case in cases if case.get("drift")]
 
 
 def times(value: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, cast, final
 
 import numpy as np
 import onnxruntime as ort
@@ -12,15 +12,18 @@ import onnxruntime as ort
 from lora_edge.maths.lora import FloatArray
 from lora_edge.runtime.adapters.binding import Binding, Values
 from lora_edge.runtime.decoding import Chunk, Decoding, IntArray, Rows
+from lora_edge.runtime.pool import give_back, take_buffers
 
 if TYPE_CHECKING:
     from lora_edge.runtime.decoder import Decoder
 
+_MASK_STEP = 64  # positions by which the mask of a step grows
+
 
 @final
 class SharedCache(Decoding):
-    """One buffer of ``max_length`` positions per layer: present is bound onto past, nothing is
-    copied.
+    """One buffer of ``max_length`` positions or more per layer: present is bound onto past, nothing
+    is copied.
 
     For GroupQueryAttention: padding on the right only; what lies behind a row's end is overwritten
     by its next tokens.
@@ -30,14 +33,15 @@ class SharedCache(Decoding):
         self, decoder: Decoder, batch: int, max_length: int, binding: Binding, context: Values
     ) -> None:
         super().__init__(decoder, batch, max_length, binding, context)
-        cache = decoder.kept
-        shape = (batch, cache.kv_heads, max_length, cache.head_dim)
-        arrays = [np.zeros(shape, decoder.cache_dtype) for _ in decoder.past_names]
-        device = decoder.provider.device
-        self.cache = [ort.OrtValue.ortvalue_from_numpy(array, device) for array in arrays]
-        # On the CPU an OrtValue is a view of its array, and so has views of single rows.
-        self._arrays = arrays if device == "cpu" else []
-        self._bind_cache(self._io, self.cache)
+        buffers = take_buffers(decoder, batch, max_length, self._io.buffers)
+        self.cache, self._arrays = buffers.values, buffers.arrays
+        if self._io.buffers != buffers.serial:
+            self._bind_cache(self._io.io, self.cache)
+            self._io.buffers = buffers.serial
+        self._room = buffers.length
+        self._steady = False  # the run before was a step of all rows
+        if decoder.pools:
+            give_back(self, decoder, buffers, self._io, binding.spare)
 
     def _bind_cache(self, io: Any, cache: Sequence[Any]) -> None:
         names = zip(self.decoder.past_names, self.decoder.present_names, cache, strict=True)
@@ -45,7 +49,65 @@ class SharedCache(Decoding):
             io.bind_ortvalue_input(past, value)
             io.bind_ortvalue_output(present, value)
 
+    def step(self, tokens: Sequence[int | None]) -> FloatArray:
+        logits = self._step(tokens)
+        return self._any_step(tokens) if logits is None else logits.copy()
+
+    def advance(self, tokens: Sequence[int | None]) -> FloatArray:
+        logits = self._step(tokens)
+        return self._any_step(tokens) if logits is None else logits
+
+    def _any_step(self, tokens: Sequence[int | None]) -> FloatArray:
+        logits = super().step(tokens)
+        whole = None not in tokens and self.binding.token_gates is None
+        self._steady = whole and self.decoder.pools
+        return logits
+
+    def _step(self, tokens: Sequence[int | None]) -> FloatArray | None:
+        """A step like the one before, with everything but its numbers bound already.
+
+        A step reads all weights, and what the processor's caches held of this program goes. What
+        costs is not how long this runs when it is warm, but how much of numpy and ONNX Runtime it
+        touches: so the inputs are written in place, and the mask has room for the next steps. Zeros
+        behind all rows' ends are what the longer rows of a batch are to the shorter ones.
+
+        Returns:
+            ``[batch, vocab] float32``, which the next step overwrites; None where this is no such
+            step, or one to be refused.
+        """
+        if not self._steady or None in tokens:
+            return None
+        given = cast("Sequence[int]", tokens)
+        decoder, io, history = self.decoder, self._io, self.history
+        vocabulary = decoder.part.vocab_size
+        if len(given) != self.batch:
+            return None
+        for token, old in zip(given, history, strict=True):
+            if not 0 <= token < vocabulary or len(old) >= self.max_length:
+                return None
+        mask, total = io.fed("attention_mask"), max(map(len, history)) + 1
+        if mask.shape[1] < total:
+            width = min(-(-total // _MASK_STEP) * _MASK_STEP, self._room)
+            mask = np.zeros((self.batch, width), np.int64)
+            for row, old in zip(mask, history, strict=True):
+                row[: len(old)] = 1
+            mask = io.feed("attention_mask", mask)
+        ids = io.fed("input_ids")
+        positions = io.fed("position_ids") if "position_ids" in decoder.inputs else None
+        for index, (token, old) in enumerate(zip(given, history, strict=True)):
+            end = len(old)
+            ids[index, 0] = token
+            mask[index, end] = 1
+            if positions is not None:
+                positions[index, 0] = end
+        logits = io.output_again("logits", (self.batch, 1, vocabulary))
+        io.run()
+        for token, old in zip(given, history, strict=True):
+            old.append(token)
+        return logits[:, 0]
+
     def _feed(self, rows: Rows, every: bool) -> list[FloatArray]:
+        self._steady = False
         if not any(self.history) or self.batch == 1 or max(len(row) for row in rows) == 1:
             return self._run(self._io, self._chunk(rows, self.history), every)
         # GroupQueryAttention takes a past and several new tokens for one row only.
@@ -59,9 +121,13 @@ class SharedCache(Decoding):
         ]
         binding = self.binding.row(index)
         io = self._bind_adapters(binding)
-        self._bind_cache(io, views)
+        io.buffers = None
+        self._bind_cache(io.io, views)
         chunk = replace(self._chunk([row], [self.history[index]]), row=index)
-        return self._run(io, chunk, every)[0]
+        logits = self._run(io, chunk, every)[0]
+        if not self.context:
+            binding.spare.append(io)
+        return logits
 
     def _feed_by_token(self, rows: Rows, every: bool) -> list[FloatArray]:
         """For a cache in device memory, of which no row view can be had."""
@@ -159,8 +225,8 @@ class ConcatenatedCache(Decoding):
         presents = [self._present(mask.shape[1]) for _ in self._past]
         names = zip(self.decoder.past_names, self.decoder.present_names, strict=True)
         for (past, present), old, new_value in zip(names, self._past, presents, strict=True):
-            self._io.bind_ortvalue_input(past, old)
-            self._io.bind_ortvalue_output(present, new_value)
+            self._io.io.bind_ortvalue_input(past, old)
+            self._io.io.bind_ortvalue_output(present, new_value)
         chunk = Chunk(ids, mask, positions, first, [len(row) for row in rows])
         logits = self._run(self._io, chunk, every)
         self._past = presents

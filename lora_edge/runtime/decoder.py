@@ -6,6 +6,7 @@ Knows tensors and token ids; knows nothing of bundles, adapters' names or text.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ _CACHES: Mapping[str | None, Callable[..., Decoding]] = {
     "shared": SharedCache,
     "concatenated": ConcatenatedCache,
 }
+_serial = itertools.count()
 _ANY_LENGTH = 1 << 31  # where positions are relative
 
 
@@ -65,6 +67,7 @@ class Decoder(ModelSession):
                 "Export the bundle again.",
             )
         self.inputs = frozenset(inputs)
+        self.serial = next(_serial)  # tells its buffers from those of other sessions
         kinds = {inputs[name] for name in self.past_names}
         if kinds - set(_DTYPES):
             raise BundleError(
@@ -81,6 +84,14 @@ class Decoder(ModelSession):
     @session.setter
     def session(self, session: Any) -> None:
         self.graphs["decoder"] = dataclasses.replace(self.graphs["decoder"], session=session)
+
+    @property
+    def pools(self) -> bool:
+        """Buffers and IO bindings are used again: it is ONNX Runtime's own CPU provider.
+
+        Others may copy an input when it is bound, or read a cache's unwritten places.
+        """
+        return self.provider.name == "cpu"
 
     @property
     def longest(self) -> int:
@@ -114,8 +125,8 @@ class Decoder(ModelSession):
 
         Args:
             batch: number of rows.
-            max_length: longest sequence, prompt and new tokens together; the shared cache is
-                allocated for it.
+            max_length: longest sequence, prompt and new tokens together; the shared cache has at
+                least so many positions.
             binding: the adapters of the rows; None is off on every row.
             context: what else the graph reads, the same at every step: input name -> OrtValue, such
                 as an encoder's states.

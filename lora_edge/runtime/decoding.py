@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from lora_edge.errors import DataError
 from lora_edge.maths.lora import FloatArray
 from lora_edge.names import LOGITS_POSITIONS, NUM_LOGITS_TO_KEEP, lora_input
 from lora_edge.runtime.adapters.binding import Binding, Values
+from lora_edge.runtime.feeds import Feeds
+from lora_edge.runtime.pool import take_feeds
 
 if TYPE_CHECKING:
     from lora_edge.runtime.decoder import Decoder
@@ -79,8 +80,6 @@ class Decoding(ABC):
         self._starts: IntArray | None = None
         self._gates_key: tuple[Any, ...] = ()
         self._gates: Values = {}  # what is bound; a binding does not keep its values alive
-        self._logits: Any = None
-        self._logits_array: FloatArray = np.zeros((0, 0, 0), np.float32)
         self._io = self._bind_adapters(binding)
 
     @property
@@ -109,7 +108,7 @@ class Decoding(ABC):
 
     def extend(self, rows: Rows) -> FloatArray:
         """Append one or more tokens to every row; returns and raises as :meth:`prefill`."""
-        return np.stack([logits[-1] for logits in self._checked(rows, every=False)])
+        return _last(self._checked(rows, every=False))
 
     def extend_all(self, rows: Rows) -> list[FloatArray]:
         """Append one or more tokens to every row.
@@ -131,7 +130,11 @@ class Decoding(ABC):
         rows = [() if token is None else (token,) for token in tokens]
         if not any(rows) or not all(self.history):
             raise DataError("step() needs a prompt and a token", "Call prefill() first.")
-        return np.stack([logits[-1] for logits in self._checked(rows, every=False, rest=True)])
+        return _last(self._checked(rows, every=False, rest=True))
+
+    def advance(self, tokens: Sequence[int | None]) -> FloatArray:
+        """As :meth:`step`, but the logits are the next step's to overwrite: no copy is made."""
+        return self.step(tokens)
 
     @abstractmethod
     def _feed(self, rows: Rows, every: bool) -> list[FloatArray]:
@@ -162,15 +165,17 @@ class Decoding(ABC):
             old.extend(row)
         return logits
 
-    def _bind_adapters(self, binding: Binding) -> Any:
+    def _bind_adapters(self, binding: Binding) -> Feeds:
         """An IO binding with the adapters and the context bound; they stay bound for its life."""
-        io = self.decoder.session.io_binding()
-        for name, value in (*binding.values.items(), *self.context.items()):
-            if name in self.decoder.inputs:  # others are of the encoder
-                io.bind_ortvalue_input(name, value)
-        return io
+        decoder = self.decoder
+        spare = None if self.context else take_feeds(binding, decoder.session)
+        if spare is not None:
+            return spare
+        values = {**binding.values, **self.context}
+        own = {name: x for name, x in values.items() if name in decoder.inputs}  # not an encoder's
+        return Feeds(decoder.session, own, in_place=decoder.pools)
 
-    def _run(self, io: Any, chunk: Chunk, every: bool) -> list[FloatArray]:
+    def _run(self, io: Feeds, chunk: Chunk, every: bool) -> list[FloatArray]:
         """Bind the chunk and the logits, run, and return each row's logits."""
         decoder = self.decoder
         batch, width = chunk.ids.shape
@@ -187,33 +192,24 @@ class Decoding(ABC):
             "attention_mask": chunk.mask,
             "position_ids": chunk.positions,
             NUM_LOGITS_TO_KEEP: np.array(0 if every else 1, np.int64),
-            LOGITS_POSITIONS: np.ascontiguousarray(picked),
+            LOGITS_POSITIONS: picked,
         }
-        # The binding does not keep its values alive.
-        values = {
-            name: ort.OrtValue.ortvalue_from_numpy(array)
-            for name, array in arrays.items()
-            if name in decoder.inputs
-        }
-        for name, value in values.items():
-            io.bind_ortvalue_input(name, value)
+        for name, array in arrays.items():
+            if name in decoder.inputs:
+                io.feed(name, array)
         self._bind_gates(io, chunk, picked)
         kept = picked.shape[1] if decoder.keeps_last else width
-        shape = (batch, kept, decoder.part.vocab_size)
-        if self._logits_array.shape != shape:
-            self._logits_array = np.empty(shape, np.float32)
-            self._logits = ort.OrtValue.ortvalue_from_numpy(self._logits_array)
-        io.bind_ortvalue_output("logits", self._logits)
-        decoder.session.run_with_iobinding(io)
+        logits = io.output("logits", (batch, kept, decoder.part.vocab_size))
+        io.run()
         if every:
             spans = [(f, f + n) for f, n in zip(chunk.first, chunk.counts, strict=True)]
         elif decoder.keeps_last:
             spans = [(0, 1)] * batch
         else:
             spans = [(column, column + 1) for column in last]
-        return [self._logits_array[i, a:b].copy() for i, (a, b) in enumerate(spans)]
+        return [logits[i, a:b] for i, (a, b) in enumerate(spans)]
 
-    def _bind_gates(self, io: Any, chunk: Chunk, picked: IntArray) -> None:
+    def _bind_gates(self, io: Feeds, chunk: Chunk, picked: IntArray) -> None:
         """Bind the gates that depend on the tokens of a chunk; the head sees those picked.
 
         From one step to the next they seldom change, and then they are bound already.
@@ -232,5 +228,10 @@ class Decoding(ABC):
         if self.decoder.keeps_last:
             values |= gates.values(seen, lora_input(self.decoder.part.head, "gate"))
         for name, value in values.items():
-            io.bind_ortvalue_input(name, value)
+            io.io.bind_ortvalue_input(name, value)
         self._gates_key, self._gates = key, values
+
+
+def _last(logits: Sequence[FloatArray]) -> FloatArray:
+    """``[batch, vocab]``, the last of each row's; of one row without a copy."""
+    return logits[0][-1:] if len(logits) == 1 else np.stack([row[-1] for row in logits])

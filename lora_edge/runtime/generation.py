@@ -22,8 +22,9 @@ class Steps(Protocol):
     def prefill(self, rows: Sequence[Sequence[int]]) -> FloatArray:
         """The first tokens of each row; returns the logits ``[batch, vocab]`` after the last."""
 
-    def step(self, tokens: Sequence[int | None]) -> FloatArray:
-        """One more token of each row, ``None`` for one that rests; returns as :meth:`prefill`."""
+    def advance(self, tokens: Sequence[int | None]) -> FloatArray:
+        """One more token of each row, ``None`` for one that rests; returns as :meth:`prefill`,
+        but what it returned before is gone."""
 
 
 def check_room(longest: int, max_new_tokens: int, limit: int) -> None:
@@ -115,7 +116,7 @@ class Generation:
             yield tokens
             if all(self._finished) or count == self._max_new_tokens:
                 return
-            logits = self._decoding.step(
+            logits = self._decoding.advance(
                 [
                     None if done else token
                     for done, token in zip(self._finished, tokens, strict=True)

@@ -14,23 +14,27 @@ from lora_edge.runtime.session import ModelSession
 from lora_edge.tasks.task import Driver
 
 
-def open_parts(bundle: Bundle, options: Mapping[str, Any]) -> ModelSession:
+def open_parts(bundle: Bundle, options: Mapping[str, Any], *, exact: bool = False) -> ModelSession:
     """The session of a bundle.
 
     Args:
         bundle: the bundle; its graphs are checked against their hashes, their data by samples.
         options: of :class:`~lora_edge.runtime.session.ModelSession`.
+        exact: open the graphs that compute in floats, where the bundle's own do not.
 
     Raises:
         BundleError, ProviderError: as a session.
     """
     manifest = bundle.manifest
-    for part in manifest.parts.values():
-        bundle.verify(part.file)
+    parts = dict(manifest.parts)
+    for name, part in manifest.parts.items():
+        if exact:
+            parts[name] = part.in_floats()
+        bundle.verify(parts[name].file)
         data = f"{part.file}_data"
         if data in manifest.files:  # small graphs carry their weights inside
             bundle.verify_sample(data)
-    return _driver(manifest.driver)(bundle.directory, manifest.parts, **options)
+    return _driver(manifest.driver)(bundle.directory, parts, **options)
 
 
 def _driver(name: Driver) -> Callable[..., ModelSession]:

@@ -23,13 +23,11 @@ from lora_edge.maths.lora import Factors, SiteChange, delta
 from lora_edge.runtime.adapters.active import ActiveAdapters
 from lora_edge.runtime.adapters.binding import Binding, Changes, State, Values
 from lora_edge.runtime.decoder import Decoder
+from lora_edge.runtime.routes import check_agrees
 from lora_edge.runtime.session import Fixed
 
 _UNPIN = "Leave it out of pinned: it runs on the switchable graph."
 _BLOCK = 1 << 20  # numbers in float64 at once: a large head is never whole in it
-_CHECKED = 16  # tokens
-_SHARE = 1e-3  # of an adapter's effect: what one layer of many may add to it
-_ROUNDING = {"float32": 1e-5, "float16": 1e-2}  # of the logits; two graphs add up in two orders
 _AGAIN = "Export the bundle again with this release."
 
 
@@ -70,7 +68,7 @@ class PinnedSessions:
         self._switchable = switchable
         self._active = active
         self._options = dict(options)
-        self._opened: dict[State, Decoder] = {}
+        self._opened: dict[State, tuple[Decoder, Binding]] = {}
         if names:
             _check_bundle(bundle)
         self._states = frozenset(active.states(tuple(names), len(names)))
@@ -100,9 +98,10 @@ class PinnedSessions:
             return None
         if state not in self._opened:
             decoder = self._open(state)
-            self._check_opened(decoder, state)
-            self._opened[state] = decoder
-        return self._opened[state], Binding((state,), {})
+            binding = Binding((state,), {})
+            check_agrees(decoder, binding, self._switchable(), self._active, state, "pinned")
+            self._opened[state] = decoder, binding
+        return self._opened[state]
 
     def _open(self, state: State) -> Decoder:
         self._bundle.verify(BASE_GRAPH_FILE)
@@ -115,32 +114,6 @@ class PinnedSessions:
         part = self._bundle.manifest.parts["decoder"]
         plain = dataclasses.replace(part, file=BASE_GRAPH_FILE, sites={})
         return Decoder(self._bundle.directory, {"decoder": plain}, fixed=fixed, **self._options)
-
-    def _check_opened(self, decoder: Decoder, state: State) -> None:
-        """Compare a session with the switchable graph, on one prompt.
-
-        Where a weight is, and that ONNX Runtime takes another in its place, is what no hash tells.
-        """
-        switchable = self._switchable()
-        part = decoder.part
-        count = min(_CHECKED, part.max_length)
-        rows = [np.random.default_rng(0).integers(0, part.vocab_size, count).tolist()]
-
-        def logits(session: Decoder, binding: Binding) -> NDArray[np.float64]:
-            return session.start(1, count, binding).extend_all(rows)[0].astype(np.float64)
-
-        found = logits(decoder, Binding((state,), {}))
-        expected = logits(switchable, self._active.binding(dict(state), 1))
-        effect = np.linalg.norm(expected - logits(switchable, self._active.binding(None, 1)))
-        rounding = _ROUNDING[decoder.cache_dtype.name] * np.linalg.norm(expected)
-        error = np.linalg.norm(found - expected)
-        if not error <= max(_SHARE * effect, rounding):
-            name = next((name for name, _ in state), "no adapter")
-            raise BundleError(
-                f"pinned, {name} does not give what it gives on the switchable graph: off by "
-                f"{error:.2g} where its effect is {effect:.2g}",
-                f"{_UNPIN} Export the bundle again, or report it, with the provider's name.",
-            )
 
 
 def merged_values(data: Path, sites: Mapping[str, SiteEntry], changes: Changes) -> Values:

@@ -7,12 +7,13 @@ unless the caller allows them, and the placement of every node can be asked for.
 from __future__ import annotations
 
 import mmap
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnxruntime as ort
 
@@ -20,6 +21,9 @@ from lora_edge.errors import BundleError, OptionError, ProviderError
 from lora_edge.runtime import installed, plugins
 from lora_edge.runtime.native_log import NativeLog, captured, release, without_status
 from lora_edge.targets.target import TARGETS, Target, target, unknown
+
+if TYPE_CHECKING:
+    from lora_edge.runtime.prepared import PreparedGraphs
 
 _CPU = "CPUExecutionProvider"
 _DEVICE = "device"  # an option of ours: which of a plugin's devices
@@ -168,6 +172,7 @@ def open_session(
     optimization: str | None = None,
     allow_fallback: bool = False,
     weights: Mapping[str, Any] | None = None,
+    prepared: PreparedGraphs | None = None,
 ) -> Any:
     """An ``onnxruntime.InferenceSession`` on exactly this provider.
 
@@ -182,6 +187,7 @@ def open_session(
         allow_fallback: let the CPU run the nodes that the provider does not take.
         weights: initializer name -> OrtValue to use instead of its external data. They must live as
             long as the session, which reads them where they are.
+        prepared: keeps the optimized graph, for the CPU and the whole of the optimizations.
 
     Raises:
         ProviderError: the provider does not start, or leaves float work to the CPU.
@@ -193,23 +199,25 @@ def open_session(
             f"optimization is {optimization!r}, expected one of {', '.join(LEVELS)}",
             "Leave it out for all of ONNX Runtime's optimizations.",
         )
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.graph_optimization_level = LEVELS[optimization or "all"]
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    if weights:
-        # Not add_initializer, which takes effect after constants were folded: where a weight is
-        # transposed first, the old one would be used without a word.
-        options.add_external_initializers(list(weights), list(weights.values()))
+    level = optimization or "all"
+    threads = threads or _allowed()
     if provider.ort_name == _CPU:
-        try:
-            return ort.InferenceSession(str(graph), options, providers=[_CPU])
-        except Exception as error:  # onnxruntime's exceptions share no base class of their own
-            raise BundleError(
-                f"{graph} cannot be loaded: {_first_line(error)}", "Export it again."
-            ) from error
+
+        def start(path: Path, settings: Mapping[str, str], saved: Path | None) -> Any:
+            options = _options(level, threads, weights, settings)
+            if saved is not None:
+                options.optimized_model_filepath = str(saved)
+            try:
+                return ort.InferenceSession(str(path), options, providers=[_CPU])
+            except Exception as error:  # onnxruntime's exceptions share no base class of their own
+                raise BundleError(
+                    f"{path} cannot be loaded: {_first_line(error)}", "Export it again."
+                ) from error
+
+        if prepared is None or weights or level != "all":
+            return start(graph, {}, None)
+        return prepared.open(graph, start)
+    options = _options(level, threads, weights, {})
     tells = hasattr(ort.InferenceSession, "get_provider_graph_assignment_info")
     if not allow_fallback and not tells:  # then no node at all may be left
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
@@ -225,6 +233,37 @@ def open_session(
             _fallback_hint(provider.target),
         )
     return session
+
+
+def _options(
+    level: str,
+    threads: int | None,
+    weights: Mapping[str, Any] | None,
+    settings: Mapping[str, str],
+) -> Any:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = LEVELS[level]
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    for key, value in settings.items():
+        options.add_session_config_entry(key, value)
+    if weights:
+        # Not add_initializer, which takes effect after constants were folded: where a weight is
+        # transposed first, the old one would be used without a word.
+        options.add_external_initializers(list(weights), list(weights.values()))
+    return options
+
+
+def _allowed() -> int | None:
+    """Processors that this process may use, where those are not all there are.
+
+    ONNX Runtime would start a thread for each processor of the machine, and have them wait for each
+    other in turns: on one of two, a step takes nearly twice the processor's time.
+    """
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    return None if found == os.cpu_count() else found
 
 
 def _started(graph: Path, provider: Provider, options: Any) -> Any:

@@ -24,7 +24,10 @@ from lora_edge.runtime.finite import finite
 from lora_edge.runtime.generation import Generation, begin, check_room
 from lora_edge.runtime.opening import open_parts
 from lora_edge.runtime.pinned import PinnedSessions
+from lora_edge.runtime.prepared import prepared_graphs
 from lora_edge.runtime.providers import LEVELS
+from lora_edge.runtime.resident import CACHE_BYTES, Resident, SizedCache
+from lora_edge.runtime.routes import Routes
 from lora_edge.runtime.rows import token_rows
 from lora_edge.runtime.sampling import Sampling
 from lora_edge.runtime.session import ModelSession
@@ -72,13 +75,24 @@ class Runner:
             on the switchable graph as ever. For bundles that generate text, and adapters that
             change nothing but weights of linear layers and untied embeddings: LoRA and DoRA.
 
+        session_cache: keep ONNX Runtime's optimized graph, with its weights as the kernels of this
+            processor read them, in this folder; True: in the user's cache, or where
+            ``LORA_EDGE_CACHE`` says; False: nowhere. Of 32 MiB of weights and more, on the CPU:
+            opening it again takes a fraction of the time, sessions share one mapped file, and a
+            batch with one adapter, or none, runs on a smaller graph.
         verify: ``full``: check every byte of the bundle against its hashes first. ``sampled``:
             weights of more than 16 MiB by some of their blocks, which shows another or a damaged
             file, and may not show a few changed bytes; everything else by its hash when it is
             first used.
+        cache_bytes: what is kept in memory for its next use is at most so much: adapters, blends
+            and mixed batches, and the KV buffers of finished runs. The longest unused goes first
+            and is made again when it is asked for. What is in use is not counted.
+        keep: adapters that are loaded now and stay, whatever ``cache_bytes`` says.
+        exact: run the graph that computes in floats, which is the one that is proved; slower. A
+            bundle whose graph computes in floats itself runs as ever. Not with ``pinned``.
 
     Raises:
-        AdapterNotFoundError: a name in ``pinned`` that the bundle does not have.
+        AdapterNotFoundError: a name in ``pinned`` or ``keep`` that the bundle does not have.
         DataError: an adapter that cannot be pinned; the message says why.
         BundleError: the folder is not a bundle, or a file is missing, damaged or cut off.
         ProviderError: the provider is not available, does not start, or would leave work on floats
@@ -95,7 +109,11 @@ class Runner:
         allow_fallback: bool = False,
         provider_options: Mapping[str, str] | None = None,
         pinned: Sequence[str | None] = (),
+        session_cache: bool | str | os.PathLike[str] = True,
         verify: Literal["sampled", "full"] = "sampled",
+        cache_bytes: int = CACHE_BYTES,
+        keep: Sequence[str] = (),
+        exact: bool = False,
     ) -> None:
         opt.text("provider", provider)
         if threads is not None:
@@ -105,6 +123,9 @@ class Runner:
         opt.flag("allow_fallback", allow_fallback)
         provider_options = opt.pairs("provider_options", provider_options or {})
         opt.one_of("verify", verify, ("sampled", "full"))
+        cache_bytes = opt.whole("cache_bytes", cache_bytes, 0)
+        keep = opt.texts("keep", keep)
+        opt.flag("exact", exact)
         self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
         if verify == "full":
             self.bundle.verify_all()
@@ -114,17 +135,41 @@ class Runner:
             "optimization": optimization,
             "allow_fallback": allow_fallback,
             "provider_options": provider_options,
+            "resident": SizedCache(cache_bytes),
         }
-        self.session = open_parts(self.bundle, options)
-        self._active = ActiveAdapters(self.bundle, self.session.tensors)
+        if exact and pinned and any(part.exact for part in self.bundle.manifest.parts.values()):
+            raise DataError(
+                "nothing can be pinned with exact: pinned sessions compute with int8 activations",
+                "Leave out one of the two.",
+            )
+        prepared = prepared_graphs(self.bundle, session_cache)
+        options["prepared"] = prepared if provider == "cpu" and optimization is None else None
+        self.session = open_parts(self.bundle, options, exact=exact)
+        self._cache = self.session.resident
+        self._active = ActiveAdapters(self.bundle, self.session.tensors, self._cache, keep)
         self._pinned = PinnedSessions(
-            self.bundle, lambda: self.decoder, self._active, pinned, options
+            self.bundle,
+            lambda: self.decoder,
+            self._active,
+            pinned,
+            options,
         )
+        self._routes = None
+        kept, manifest = options["prepared"], self.bundle.manifest
+        branched = manifest.mode == "switchable" and self.driver == "decoder"
+        if kept is not None and branched and not exact:
+            self._routes = Routes(self.bundle, lambda: self.decoder, self._active, kept, options)
+        for name in keep:
+            self._active.load(name)
 
     def _session_for(self, adapter: AdapterArgument, batch: int) -> tuple[Decoder, Binding]:
         """Where a batch of text runs, and what is bound there; raises as :meth:`binding`."""
-        found = self._pinned.find(self._active.states(adapter, batch))
-        return found or (self.decoder, self.binding(adapter, batch))
+        states = self._active.states(adapter, batch)
+        found = self._pinned.find(states)
+        if found is not None:
+            return found
+        routed = None if self._routes is None else self._routes.find(states)
+        return routed or self.decoder, self.binding(adapter, batch)
 
     def start(self, adapter: AdapterArgument, batch: int, max_length: int) -> Decoding:
         """A new batch of text with an empty cache, to be stepped by hand.
@@ -210,6 +255,11 @@ class Runner:
         return self.decoder.part
 
     @property
+    def graph_file(self) -> str:
+        """The first graph that runs, relative to the bundle."""
+        return next(iter(self.session.parts.values())).file
+
+    @property
     def adapters(self) -> tuple[str, ...]:
         """Names of the bundle's adapters, sorted; without ``none``."""
         return tuple(sorted(set(self.bundle.manifest.adapters) - {NONE_ADAPTER}))
@@ -264,6 +314,10 @@ class Runner:
             BundleError: the file is damaged.
         """
         return self._texts.defaults
+
+    def resident(self) -> Resident:
+        """What is kept in memory for its next use, and its bytes."""
+        return self._cache.report()
 
     def binding(self, adapter: AdapterArgument, batch: int) -> Binding:
         """What is bound for a batch, for use with :attr:`decoder`.
@@ -497,12 +551,13 @@ class Runner:
             DataError: an empty prompt, one that leaves no room for ``max_new_tokens``, a setting
                 outside its range or for another task, or ``chat`` without a template.
         """
-        max_new_tokens, stop = _checked(max_new_tokens, stop, chat, tools, documents)
         given = _given(temperature, top_k, top_p, seed, min_p, repetition_penalty)
-        sampling, count = self._choices(defaults, given, max_new_tokens)
-        rows = self._read(prompts, adapter, chat, tools=tools, documents=documents)
-        texts = [""] * len(rows)
-        for row, piece in self._pieces(rows, adapter, count, sampling, stop, start):
+        chosen = self._choices(defaults, given, max_new_tokens)
+        count, said = self._completions(
+            prompts, adapter, chosen, stop, chat=chat, tools=tools, documents=documents, start=start
+        )
+        texts = [""] * count
+        for row, piece in said:
             texts[row] += piece
         return texts
 
@@ -530,13 +585,13 @@ class Runner:
         Speech is ``[1, mels, frames] float32``. The pieces' concatenation is what :meth:`generate`
         returns; arguments and errors are its own.
         """
-        max_new_tokens, stop = _checked(max_new_tokens, stop, chat, tools, documents)
         given = _given(temperature, top_k, top_p, seed, min_p, repetition_penalty)
-        sampling, count = self._choices(defaults, given, max_new_tokens)
+        chosen = self._choices(defaults, given, max_new_tokens)
         one = prompt if self._hears else [prompt]
-        rows = self._read(one, adapter, chat, tools=tools, documents=documents)
-        pieces = self._pieces(rows, adapter, count, sampling, stop, start)
-        return (piece for _, piece in pieces if piece)
+        _, said = self._completions(
+            one, adapter, chosen, stop, chat=chat, tools=tools, documents=documents, start=start
+        )
+        return (piece for _, piece in said if piece)
 
     def generate_ids(
         self,
@@ -554,15 +609,17 @@ class Runner:
         start: Sequence[int] | None = None,
     ) -> list[list[int]]:
         """As :meth:`generate` on token ids: each row's new ids, its end token included."""
-        max_new_tokens, _ = _checked(max_new_tokens)
         given = _given(temperature, top_k, top_p, seed, min_p, repetition_penalty)
-        sampling, count = self._choices(defaults, given, max_new_tokens)
+        chosen = self._choices(defaults, given, max_new_tokens)
         ids: Any = rows if self._hears else token_rows(rows, None)[0]
-        return new_ids(self._generation(ids, adapter, count, sampling, start), len(ids))
+        return new_ids(self._generation(ids, adapter, chosen, start), len(ids))
 
     def _choices(
         self, defaults: str | None, given: Mapping[str, Any], max_new_tokens: int | None
     ) -> tuple[Sampling, int]:
+        """How tokens are chosen, and how many at most."""
+        if max_new_tokens is not None:
+            max_new_tokens = opt.whole("max_new_tokens", max_new_tokens, 1)
         if defaults not in (None, "model"):
             raise OptionError(
                 f"defaults is {defaults!r:.100}, expected 'model' or None",
@@ -577,15 +634,37 @@ class Runner:
             )
         return choices(model, given, max_new_tokens)
 
+    def _completions(
+        self,
+        prompts: Any,
+        adapter: AdapterArgument,
+        chosen: tuple[Sampling, int],
+        stop: str | Sequence[str],
+        *,
+        chat: bool,
+        tools: Sequence[Mapping[str, Any]] | None,
+        documents: Sequence[Mapping[str, Any]] | None,
+        start: Sequence[int] | None,
+    ) -> tuple[int, Iterator[tuple[int, str]]]:
+        """How many prompts there are; and (row, text) as it becomes certain.
+
+        Errors in the arguments are raised here and now.
+        """
+        stops = _checked(stop, chat, tools, documents)
+        rows = self._read(prompts, adapter, chat, tools=tools, documents=documents)
+        generation = self._generation(rows, adapter, chosen, start)
+        tokenizers = self._tokenizers(adapter, len(rows), chat=False)
+        return len(rows), pieces(generation, len(rows), [one.decode for one in tokenizers], stops)
+
     def _generation(
         self,
         rows: Any,
         adapter: AdapterArgument,
-        max_new_tokens: int,
-        sampling: Sampling,
+        chosen: tuple[Sampling, int],
         start: Sequence[int] | None,
     ) -> Generation:
         """What an encoder-decoder answers to rows or speech, or how a decoder goes on."""
+        sampling, max_new_tokens = chosen
         batch = len(opt.listed("inputs", rows))
         eos_ids = self._eos(self._active.states(adapter, batch))
         beginning = self.bundle.manifest.beginning
@@ -619,20 +698,6 @@ class Runner:
             sampling=sampling,
         )
 
-    def _pieces(
-        self,
-        rows: Any,
-        adapter: AdapterArgument,
-        max_new_tokens: int,
-        sampling: Sampling,
-        stop: str | Sequence[str],
-        start: Sequence[int] | None,
-    ) -> Iterator[tuple[int, str]]:
-        """(row, text) as it becomes certain. Errors in the arguments are raised here and now."""
-        generation = self._generation(rows, adapter, max_new_tokens, sampling, start)
-        tokenizers = self._tokenizers(adapter, len(rows), chat=False)
-        return pieces(generation, len(rows), [one.decode for one in tokenizers], stop)
-
     @property
     def _hears(self) -> bool:
         """Whether prompts are speech."""
@@ -661,15 +726,12 @@ class Runner:
 
 
 def _checked(
-    max_new_tokens: int | None,
-    stop: str | Sequence[str] = (),
-    chat: bool = False,
-    tools: Sequence[Mapping[str, Any]] | None = None,
-    documents: Sequence[Mapping[str, Any]] | None = None,
-) -> tuple[int | None, Sequence[str]]:
-    """The number of tokens and the stop strings; refuses what is of another type."""
-    if max_new_tokens is not None:
-        max_new_tokens = opt.whole("max_new_tokens", max_new_tokens, 1)
+    stop: str | Sequence[str],
+    chat: bool,
+    tools: Sequence[Mapping[str, Any]] | None,
+    documents: Sequence[Mapping[str, Any]] | None,
+) -> Sequence[str]:
+    """The stop strings; refuses what is of another type."""
     opt.flag("chat", chat)
     for name, given in (("tools", tools), ("documents", documents)):
         for each in opt.listed(name, given if given is not None else ()):
@@ -678,7 +740,7 @@ def _checked(
     stops = opt.texts("stop", stop)
     if "" in stops:
         raise opt.refused("stop", stop, "strings that are not empty")
-    return max_new_tokens, stops
+    return stops
 
 
 def _given(

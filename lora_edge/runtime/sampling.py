@@ -143,8 +143,8 @@ class Sampling:
         """
         if self.temperature == 0:
             values = self.penalized(logits, history)
-            best = int(np.argmax(values))  # the first NaN, where there is one
-            if not np.isfinite(values[best]):
+            best = int(values.argmax())  # the first NaN, where there is one
+            if not math.isfinite(values[best]):
                 raise not_finite()
             return best
         with np.errstate(invalid="ignore"):

@@ -17,7 +17,9 @@ from lora_edge.bundle.part import Cache, Part
 from lora_edge.errors import BundleError, DataError
 from lora_edge.names import past_name, present_name
 from lora_edge.runtime.adapters.binding import Binding, State, Tensors, check_adapter_inputs
+from lora_edge.runtime.prepared import PreparedGraphs
 from lora_edge.runtime.providers import open_session, placement, resolve
+from lora_edge.runtime.resident import CACHE_BYTES, SizedCache
 from lora_edge.runtime.sizes import Sizes, check_sizes, site_sizes
 
 
@@ -78,6 +80,8 @@ class ModelSession:
         allow_fallback: let the CPU run the nodes that the provider does not take.
         provider_options: the provider's own, name -> value.
         fixed: the state of every batch, on graphs without adapter inputs.
+        prepared: keeps the optimized graphs; None: each session optimizes its own.
+        resident: where what is used again is kept; None: a cache of its own.
 
     Raises:
         ProviderError: the provider is missing, does not start, or would leave work on floats to
@@ -97,7 +101,11 @@ class ModelSession:
         allow_fallback: bool = False,
         provider_options: Mapping[str, str] | None = None,
         fixed: Fixed | None = None,
+        prepared: PreparedGraphs | None = None,
+        resident: SizedCache | None = None,
     ) -> None:
+        self.resident = SizedCache(CACHE_BYTES) if resident is None else resident
+        self.parts = parts
         self.sites = {path: site for part in parts.values() for path, site in part.sites.items()}
         self.provider = resolve(provider, provider_options)
         # Kept for as long as the sessions: those do not keep the weights alive.
@@ -106,6 +114,7 @@ class ModelSession:
             "optimization": optimization,
             "allow_fallback": allow_fallback,
             "weights": {} if fixed is None else fixed.weights,
+            "prepared": prepared,
         }
         self.graphs = {name: self._open(folder / part.file, part) for name, part in parts.items()}
         self.tensors = Tensors(self.sites, self.provider.device, zero_rank=self.provider.zero_rank)

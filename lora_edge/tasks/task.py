@@ -5,6 +5,7 @@ Knows names and shapes; knows nothing of PyTorch, graphs or runtimes.
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,28 @@ EMBEDDING = "feature-extraction"
 TEXT2TEXT, SPEECH = "text2text-generation", "automatic-speech-recognition"
 
 
+class Unread(NamedTuple):
+    """Modules of a model that a task does not read.
+
+    Attributes:
+        modules: what their paths match.
+        reason: why it does not, for people.
+    """
+
+    modules: re.Pattern[str]
+    reason: str
+
+
+_POOLER = Unread(re.compile(r"^pooler\."), "last_hidden_state does not pass through the pooler")
+_OTHER_SENSES = Unread(
+    re.compile(
+        r"(^|\.)(visual|vision_tower|vision_model|vision_backbone|multi_modal_projector|connector|"
+        r"audio_tower|embed_vision|embed_audio|image_newline|vision_embed_tokens)(\.|$)"
+    ),
+    "text alone does not pass through them",
+)
+
+
 class Facts(NamedTuple):
     """What is known of a task.
 
@@ -35,6 +58,7 @@ class Facts(NamedTuple):
         verb: the Runner's method that a person calls.
         by_token: the model has an output for each token of its input.
         metrics: what an adapter's quality is measured by, the usual one first.
+        unread: modules that an adapter may change and the task does not read.
     """
 
     loader: str
@@ -44,6 +68,7 @@ class Facts(NamedTuple):
     verb: Literal["generate", "classify", "embed"]
     by_token: bool = False
     metrics: tuple[str, ...] = ()
+    unread: tuple[Unread, ...] = ()
 
 
 TASKS: Mapping[str, Facts] = {
@@ -54,6 +79,7 @@ TASKS: Mapping[str, Facts] = {
         "prompt",
         "generate",
         metrics=("exact_match", "perplexity"),
+        unread=(_OTHER_SENSES,),
     ),
     "text-classification": Facts(
         "AutoModelForSequenceClassification",
@@ -66,7 +92,15 @@ TASKS: Mapping[str, Facts] = {
     "token-classification": Facts(
         "AutoModelForTokenClassification", "encoder", "TOKEN_CLS", "text", "classify", by_token=True
     ),
-    EMBEDDING: Facts("AutoModel", "encoder", "FEATURE_EXTRACTION", "text", "embed", by_token=True),
+    EMBEDDING: Facts(
+        "AutoModel",
+        "encoder",
+        "FEATURE_EXTRACTION",
+        "text",
+        "embed",
+        by_token=True,
+        unread=(_POOLER,),
+    ),
     "image-classification": Facts(
         "AutoModelForImageClassification", "encoder", "", "pixel_values", "classify"
     ),
@@ -145,6 +179,11 @@ class Task:
     def seq2seq(self) -> bool:
         """Whether the model is an encoder-decoder."""
         return self.driver == "encoder-decoder"
+
+    @property
+    def shared(self) -> frozenset[str]:
+        """Kinds of layers that both graphs of an encoder-decoder read; of one graph, none."""
+        return frozenset({"embedding"}) if self.seq2seq else frozenset()
 
     @property
     def output(self) -> Output:

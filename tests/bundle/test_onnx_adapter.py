@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
+from lora_edge.bundle.onnx_adapter import parse_adapter
 from lora_edge.errors import BundleError
 from lora_edge.runtime import read_adapter, write_adapter
 
@@ -48,6 +49,56 @@ def test_onnxruntime_loads_the_file_itself(tmp_path: Path) -> None:
     path = tmp_path / "adapter.onnx_adapter"
     write_adapter(path, tensors())
     ort.LoraAdapter().Load(str(path))
+
+
+def test_it_reads_what_onnxruntime_reads(tmp_path: Path) -> None:
+    path = tmp_path / "adapter.onnx_adapter"
+    rng = np.random.default_rng(1)
+    shapes = [(1,), (0,), (3, 0, 2), (2, 3, 4), (1, 1, 1, 1), (517, 3)]
+    given = {f"näme.{n}": rng.standard_normal(s).astype(np.float32) for n, s in enumerate(shapes)}
+    write_adapter(path, given)
+    theirs = ort.AdapterFormat.read_adapter(str(path)).get_parameters()
+    ours = read_adapter(path)
+    assert set(ours) == set(theirs) == set(given)
+    for name, value in theirs.items():
+        assert ours[name].shape == given[name].shape
+        np.testing.assert_array_equal(ours[name], value.numpy().reshape(given[name].shape))
+
+
+def test_tensors_are_views_of_what_was_read(tmp_path: Path) -> None:
+    path = tmp_path / "adapter.onnx_adapter"
+    write_adapter(path, tensors())
+    content = np.fromfile(path, np.uint8)
+    found = parse_adapter(content, "x")
+    assert all(np.shares_memory(x, content) for x in found.values() if x.size)
+    assert all(x.flags.c_contiguous and x.flags.aligned for x in found.values())
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_damage_is_an_error_or_other_numbers_and_nothing_else(tmp_path: Path, seed: int) -> None:
+    path = tmp_path / "adapter.onnx_adapter"
+    write_adapter(path, tensors())
+    whole, rng = path.read_bytes(), np.random.default_rng(seed)
+    refused = 0
+    for _ in range(400):
+        content = np.frombuffer(whole, np.uint8).copy()
+        for at in rng.integers(0, len(content), rng.integers(1, 4)):
+            content[at] = rng.choice([0, 1, 127, 128, 255, rng.integers(0, 256)])
+        try:
+            found = parse_adapter(content[: rng.integers(len(whole) // 2, len(whole) + 1)], "x")
+        except BundleError:
+            refused += 1
+        else:
+            assert all(x.dtype == np.float32 and x.nbytes <= len(whole) for x in found.values())
+    assert refused > 40
+
+
+def test_a_parameter_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "adapter.onnx_adapter"
+    write_adapter(path, {"lora.p.A": np.ones((2, 2), np.float32), "lora.q.A": np.zeros((2, 2))})
+    path.write_bytes(path.read_bytes().replace(b"lora.q.A", b"lora.p.A"))
+    with pytest.raises(BundleError, match=r"damaged: lora\.p\.A is there twice"):
+        read_adapter(path)
 
 
 @pytest.mark.parametrize("kept", [0, 3, 7, 8, 20, 0.5])

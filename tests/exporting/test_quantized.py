@@ -16,13 +16,24 @@ import pytest
 
 import lora_edge
 from lora_edge.bundle.bundle import load_bundle
+from lora_edge.graph.contents import contents
 from tests.support.failing import signed
 from tests.support.kinds import make_kinds
 
 IDS = np.random.default_rng(5).integers(0, 256, (2, 12))
 NAMES = {
-    "llama": ("plain", "dora", "lora-bias", "saved-linear", "embedding", "alora"),
-    "qwen2": ("bias-and-dora",),
+    "llama": (
+        "plain",
+        "dora",
+        "lora-bias",
+        "saved-linear",
+        "embedding",
+        "alora",
+        "embedding-and-head",
+        "tokens",
+        "saved-head",
+    ),
+    "qwen2": ("bias-and-dora", "tokens-untied"),
     "gpt2": ("conv1d-dora",),
 }
 PRECISIONS = {"llama": "int4", "qwen2": "int8", "gpt2": "int4"}
@@ -48,10 +59,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
     return make
 
 
-def _quantized(bundle: Path) -> int:
+def _quantized(bundle: Path, operator: str = "MatMulNBits") -> int:
     """How many layers of a graph are codes."""
     model = onnx.load(str(bundle / "onnx" / "model.onnx"), load_external_data=False)
-    return sum(node.op_type == "MatMulNBits" for node in model.graph.node)
+    return sum(node.op_type == operator for node in model.graph.node)
 
 
 @pytest.mark.parametrize("key", NAMES)
@@ -68,16 +79,23 @@ def test_every_kind_is_exact_on_rounded_weights(key: str, made: Callable[[str], 
     manifest = load_bundle(found.bundle).manifest
     assert manifest.precision == PRECISIONS[key]
     assert manifest.quantization is not None
-    linear = {
-        path
-        for path, site in {**manifest.sites, **manifest.uncovered}.items()
-        if site.kind == "linear" and path != manifest.head
-    }
-    assert set(manifest.quantization.layers) == linear
+    layers = {**manifest.sites, **manifest.uncovered}
+    linear = {path for path, site in layers.items() if site.kind == "linear"}
+    embedding = {"gpt2": "transformer.wte"}.get(key, "model.embed_tokens")
+    assert set(manifest.quantization.layers) == {*linear, embedding}
     assert _quantized(found.bundle) == len(linear)
+    assert _quantized(found.bundle, "GatherBlockQuantized") == 1
+    other = dict.fromkeys((manifest.head, embedding), 8) if PRECISIONS[key] == "int4" else {}
+    assert manifest.quantization.bits_of == other
 
 
-@pytest.mark.parametrize("name", ["plain", "dora", "saved-linear", "lora-bias", "embedding"])
+TOUCHED = {
+    "plain": 4, "dora": 4, "saved-linear": 6, "lora-bias": 4, "embedding": 3,
+    "embedding-and-head": 1, "tokens": 3, "saved-head": 5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOUCHED)
 def test_merged_and_switchable_agree(
     name: str, made: Callable[[str], Made], tmp_path: Path
 ) -> None:
@@ -85,13 +103,14 @@ def test_merged_and_switchable_agree(
     lora_edge.export(
         found.base, {name: found.adapters[name]}, "merged", tmp_path / "out", precision="int4"
     )
-    merged = lora_edge.Runner(tmp_path / "out").logits(IDS)
-    switchable = lora_edge.Runner(found.bundle)
+    merged = lora_edge.Runner(tmp_path / "out", exact=True).logits(IDS)
+    switchable = lora_edge.Runner(found.bundle, exact=True)
     np.testing.assert_allclose(merged, switchable.logits(IDS, adapter=name), atol=3e-5)
     assert np.abs(merged - switchable.logits(IDS)).max() > 0.01
-    # Layers that the adapter leaves alone are codes, those that it is merged into are not.
-    touched = {"plain": 4, "dora": 4, "saved-linear": 6, "lora-bias": 4, "embedding": 2}[name]
-    assert _quantized(tmp_path / "out") == _quantized(found.bundle) - touched
+    # Layers that the adapter leaves alone are codes, those that it is merged into are not; nor is
+    # a layer that shares its weight with one of those.
+    assert _quantized(tmp_path / "out") == _quantized(found.bundle) - TOUCHED[name]
+    assert merged.shape == (2, 12, 256)
 
 
 def test_an_added_dora_has_the_norms_of_the_rounded_weights(
@@ -162,3 +181,71 @@ def test_an_unknown_precision_is_refused(made: Callable[[str], Made], tmp_path: 
     with pytest.raises(lora_edge.LoraEdgeError, match="'int3' is no precision"):
         lora_edge.export(base, {}, output=tmp_path / "out", precision="int3")  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
+
+
+def _places(bundle: Path) -> dict[str, tuple[str, int, int] | tuple[()]]:
+    return {x.name: x.place for x in contents(bundle / "onnx" / "model.onnx")}
+
+
+def test_a_tied_weight_is_there_once(made: Callable[[str], Made], tmp_path: Path) -> None:
+    """And an untied one twice; a head in floats is what it was."""
+    places = _places(made("llama").bundle)
+    for part in ("codes", "scales"):
+        head, embedding = (places[f"{x}.weight.{part}"] for x in ("lm_head", "model.embed_tokens"))
+        assert head
+        assert head == embedding
+    untied = _places(made("qwen2").bundle)
+    assert untied["lm_head.weight.codes"] != untied["model.embed_tokens.weight.codes"]
+    output = tmp_path / "out"
+    lora_edge.export(made("llama").base, {}, output=output, precision="int4", head_precision="fp32")
+    assert "model.embed_tokens.weight" in _places(output)
+    assert load_bundle(output).manifest.quantization.bits_of == {}  # type: ignore[union-attr]
+    assert _quantized(output, "GatherBlockQuantized") == 0
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"head_precision": "int4", "block_size": 16},
+        {"symmetric": True, "block_size": 64},
+        {"algorithm": "k-quant"},
+    ],
+    ids=str,
+)
+def test_every_way_of_rounding_is_proved(
+    how: dict[str, Any], made: Callable[[str], Made], tmp_path: Path
+) -> None:
+    found, output = made("llama"), tmp_path / "out"
+    own = {name: found.adapters[name] for name in ("dora", "tokens")}
+    lora_edge.export(found.base, own, output=output, precision="int4", **how)
+    quantization = load_bundle(output).manifest.quantization
+    assert quantization is not None
+    assert quantization.block_size == how.get("block_size", 32)
+    assert quantization.symmetric == how.get("symmetric", False)
+    assert quantization.algorithm == how.get("algorithm", "rtn")
+    assert any(name.endswith(".zeros") for name in _places(output)) != quantization.symmetric
+    # The control: the manifest tells of other codes than there are.
+    data: dict[str, Any] = json.loads((output / "lora_edge.json").read_text())
+    data["quantization"] |= {"symmetric": not quantization.symmetric, "algorithm": "rtn"}
+    (output / "lora_edge.json").write_text(json.dumps(data))
+    report = lora_edge.validate(output, reference=found.base, depth="quick")
+    assert {"base", "weights"} <= {case.kind for case in report.failures}
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"block_size": 48}, "block_size"),
+        ({"symmetric": True, "algorithm": "k-quant"}, "symmetric"),
+        ({"algorithm": "gptq"}, "algorithm"),
+        ({"head_precision": "int3"}, "head_precision"),
+        ({"activations": "fp16"}, "activations"),
+    ],
+)
+def test_an_unknown_way_of_rounding_is_refused(
+    options: dict[str, Any], named: str, made: Callable[[str], Made], tmp_path: Path
+) -> None:
+    with pytest.raises(lora_edge.LoraEdgeError, match=named):
+        lora_edge.export(
+            made("qwen2").base, {}, output=tmp_path / "out", precision="int4", **options
+        )

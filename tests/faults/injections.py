@@ -403,6 +403,16 @@ def replaced(owner: type, name: str, around: Callable[..., Any]) -> Iterator[Non
         yield
 
 
+@contextmanager
+def _chunks(around: Callable[..., Any]) -> Iterator[None]:
+    """What is fed at every run, those included that are written in place."""
+    with (
+        replaced(SharedCache, "_chunk", around),
+        replaced(SharedCache, "_step", lambda real, self, tokens: None),  # noqa: ARG005
+    ):
+        yield
+
+
 def gates_turned() -> AbstractContextManager[Any]:
     """Each row of a mixed batch gets the gates of the row above it."""
 
@@ -446,7 +456,7 @@ def stale_cache() -> AbstractContextManager[Any]:
 
     def extend_all(real: Any, self: Any, rows: Any) -> Any:
         logits = real(self, rows)
-        key = tuple(map(tuple, rows)), self.max_length
+        key = tuple(map(tuple, rows)), *self.cache[0].shape()
         if key in seen:
             for value, old in zip(self.cache, seen[key], strict=True):
                 value.update_inplace(old)
@@ -491,7 +501,7 @@ def decode_shifted() -> AbstractContextManager[Any]:
         made = real(self, rows, history)
         return _moved_on(self, made) if any(history) else made
 
-    return replaced(SharedCache, "_chunk", chunk)
+    return _chunks(chunk)
 
 
 def positions_shifted() -> AbstractContextManager[Any]:
@@ -500,7 +510,7 @@ def positions_shifted() -> AbstractContextManager[Any]:
     def chunk(real: Any, self: Any, rows: Any, history: Any) -> Any:
         return _moved_on(self, real(self, rows, history))
 
-    return replaced(SharedCache, "_chunk", chunk)
+    return _chunks(chunk)
 
 
 def encoder_unmasked() -> AbstractContextManager[Any]:
@@ -521,7 +531,7 @@ def prompts_cut(tokens: int) -> Patch:
         made.ids[:, tokens:] = 0
         return made
 
-    return lambda: replaced(SharedCache, "_chunk", chunk)
+    return lambda: _chunks(chunk)
 
 
 def rows_lost(most: int) -> Patch:
@@ -532,7 +542,7 @@ def rows_lost(most: int) -> Patch:
         made.ids[most:] = (made.ids[most:] + 1) % self.decoder.part.vocab_size
         return made
 
-    return lambda: replaced(SharedCache, "_chunk", chunk)
+    return lambda: _chunks(chunk)
 
 
 def resting_overwritten() -> AbstractContextManager[Any]:
@@ -543,7 +553,7 @@ def resting_overwritten() -> AbstractContextManager[Any]:
         made.ids[[index for index, row in enumerate(rows) if not row]] = 0
         return made
 
-    return replaced(SharedCache, "_chunk", chunk)
+    return _chunks(chunk)
 
 
 def neighbours_of_resting() -> AbstractContextManager[Any]:
@@ -555,7 +565,7 @@ def neighbours_of_resting() -> AbstractContextManager[Any]:
             made.ids[[index for index, row in enumerate(rows) if row]] = 0
         return made
 
-    return replaced(SharedCache, "_chunk", chunk)
+    return _chunks(chunk)
 
 
 def third_dropped() -> AbstractContextManager[Any]:

@@ -34,6 +34,8 @@ OPENING: dict[str, list[Any]] = {
     "provider_options": [5, "a=b", ["a"], {1: "b"}, {"a": None}, {"a": True}, {"a": "b"}],
     "pinned": [None, 5, "alpha", [5], [["alpha"]], ["no such"], {"alpha": 1.0}.items()],
     "verify": [None, True, "none", "FULL", 1],
+    "cache_bytes": [None, -1, 1.5, 2.0, "1", True, NAN, [1]],
+    "keep": [None, 5, b"alpha", [5], [["alpha"]], "no such", ["no such"], {"alpha": 1.0}],
 }
 ROWS: list[Any] = [
     *(None, 5, 1.5, True, "text", b"text", {}, {1: 2}, [], [[]], [[], [1]], [None], [5], ["text"]),

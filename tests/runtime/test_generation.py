@@ -38,7 +38,7 @@ class Counting:
         self.rows = [list(row) for row in rows]
         return self._last()
 
-    def step(self, tokens: Sequence[int | None]) -> FloatArray:
+    def advance(self, tokens: Sequence[int | None]) -> FloatArray:
         for row, token in zip(self.rows, tokens, strict=True):
             row.extend([] if token is None else [token])
         return self._last()

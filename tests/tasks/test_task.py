@@ -32,6 +32,26 @@ def test_the_others(name: str) -> None:
     assert not task.in_head("model.classifiers.weight")
 
 
+def test_which_layers_both_graphs_read() -> None:
+    shared = {name for name in TASKS if Task(name).shared}
+    assert shared == {"text2text-generation", "automatic-speech-recognition"}
+
+
+@pytest.mark.parametrize(
+    ("path", "unread_by"),
+    [
+        ("pooler.dense", {"feature-extraction"}),
+        ("model.visual.blocks.0.attn", {TEXT_GENERATION}),
+        ("audio_tower.layers.0", {TEXT_GENERATION}),
+        ("encoder.pooler.dense", set()),
+        ("model.layers.0.visualizer", set()),
+    ],
+)
+def test_what_a_task_does_not_read(path: str, unread_by: set[str]) -> None:
+    found = {name for name, facts in TASKS.items() for x in facts.unread if x.modules.search(path)}
+    assert found == unread_by
+
+
 def test_an_unknown_task_names_the_known_ones() -> None:
     with pytest.raises(BaseModelError, match="'telepathy' is unknown") as caught:
         Task("telepathy")

@@ -56,7 +56,7 @@ def look_around(
     base = reference.base
     say("checking what lies around the graph against transformers")
     cases = [_case(f"file {name}", said) for name, said in compare_files(runner.bundle, base)]
-    parameters = Parameters(reference.bare, reference.task)
+    parameters = Parameters(reference.bare, reference.task, reference.mapped)
     say("checking every weight against the checkpoint")
     manifest = runner.bundle.manifest
     said = "; ".join(compare_weights(runner.bundle, base, sources, parameters))

@@ -26,6 +26,7 @@ from lora_edge.parity.around.reference import (
 )
 from lora_edge.parity.plan.states import state_of
 from lora_edge.parity.reference import Reference
+from lora_edge.parity.subjects import subject_of
 from lora_edge.parity.subjects.encoder import EncoderSubject
 from lora_edge.runtime import ImageProcessor, Runner, load_sentence_modules
 from lora_edge.runtime.text.corpus import CONVERSATIONS
@@ -122,17 +123,12 @@ def _tokens(tokenizer: Any, *, generates: bool) -> dict[str, Any]:
 
 
 def _lengths(runner: Runner, base: Base, parameters: Parameters) -> dict[str, int]:
-    manifest = runner.bundle.manifest
-    found: dict[str, int] = {}
-    if manifest.beginning is not None or asked.takes_pixels(manifest):
-        return found
-    found["vocab_size"] = parameters.vocab_size
-    if parameters.positions is not None:
-        found["max_length"] = parameters.positions
-    if manifest.driver == "encoder":
-        text = base.config.get("text_config", base.config)
-        found["pad_token_id"] = int(text.get("pad_token_id") or parameters.pad_token_id)
-    return found
+    """Facts of the part that reads, as config.json has them or else the model."""
+    text = base.config.get("text_config", base.config)
+    told = {"pad_token_id": text.get("pad_token_id")}
+    known = subject_of(runner.bundle.manifest).known
+    found = {name: told.get(name) or getattr(parameters, name) for name in known}
+    return {name: int(value) for name, value in found.items() if value is not None}
 
 
 def _labels(

@@ -9,7 +9,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,30 +18,36 @@ from lora_edge.base.quiet import quiet
 from lora_edge.errors import BaseModelError
 from lora_edge.tasks.task import Task
 
+if TYPE_CHECKING:
+    from lora_edge.base.mapped import Mapped
+
 Array = NDArray[Any]
 
 
 class Parameters:
     """The weights of a base as transformers loads them."""
 
-    def __init__(self, model: Any, task: Task) -> None:
+    def __init__(self, model: Any, task: Task, mapped: Mapped | None = None) -> None:
         """Note what the model has.
 
         Args:
-            model: transformers' model, float32. What is attached to it later is not seen.
+            model: transformers' model, of any dtype. What is attached to it later is not seen.
             task: what it was loaded for.
+            mapped: what of it is mapped from the checkpoint.
         """
         import torch
 
         self._model = model
         self.label_layer = task.label_layer(model)
-        self.positions = _positions(model)
+        self.max_length = _positions(model)
         self._torch = torch
         self._tensors = {
             **dict(self._model.named_buffers(remove_duplicate=False)),
             **dict(self._model.named_parameters(remove_duplicate=False)),
         }
         self._parameters = set(dict(self._model.named_parameters(remove_duplicate=False)))
+        self._mapped = mapped
+        self._last: Any = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -63,6 +69,9 @@ class Parameters:
         tensor = self._tensors.get(name)
         if tensor is None:
             return None
+        if self._last is not None and self._mapped is not None:
+            self._mapped.give_back(self._last)
+        self._last = tensor
         tensor = tensor.detach()
         found: Array = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
         return found

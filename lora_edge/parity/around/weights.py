@@ -21,16 +21,31 @@ from lora_edge.adapter.load import load_adapter
 from lora_edge.base.checkpoint import Base
 from lora_edge.base.layer import Layer
 from lora_edge.base.layers import Layers, built_layers
-from lora_edge.bundle.bundle import BASE_GRAPH_FILE, DECODER_FILE, ENCODER_FILE, GRAPH_FILE, Bundle
+from lora_edge.bundle.bundle import (
+    BASE_GRAPH_FILE,
+    DECODER_FILE,
+    ENCODER_FILE,
+    EXACT_GRAPH_FILE,
+    GRAPH_FILE,
+    SINGLE_GRAPH_FILE,
+    Bundle,
+)
 from lora_edge.fit.changes import ParameterChange, parameter_changes
 from lora_edge.fit.rename import without_unread
+from lora_edge.graph import load, same_but_for_activations
 from lora_edge.graph.contents import Content, contents
-from lora_edge.maths.quantization import quantize
 from lora_edge.parity.around.reference import Parameters
 from lora_edge.parity.ask import silent
 from lora_edge.tasks.task import Task
 
-GRAPHS = (GRAPH_FILE, BASE_GRAPH_FILE, ENCODER_FILE, DECODER_FILE)
+GRAPHS = (
+    GRAPH_FILE,
+    BASE_GRAPH_FILE,
+    SINGLE_GRAPH_FILE,
+    EXACT_GRAPH_FILE,
+    ENCODER_FILE,
+    DECODER_FILE,
+)
 
 _NAMED = 3  # tensors that a reason names
 _FEW = 4  # a constant of fewer numbers is used everywhere, so that every probe reaches it
@@ -55,7 +70,8 @@ def compare_weights(
         parameters: the checkpoint, as transformers loads it.
 
     Yields:
-        For each graph file, in which something differs, a sentence.
+        For each graph file, in which something differs, a sentence; and one where the graph that
+        ships is not the one that is proved.
     """
     expected = _Expected(bundle, base, sources, parameters)
     seen: dict[object, str] = {}
@@ -78,6 +94,13 @@ def compare_weights(
         if found:
             more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
             yield f"{relative}: {', '.join(found[:_NAMED])}{more}"
+    for part in bundle.manifest.parts.values():
+        pair = [bundle.directory / x for x in (part.file, part.exact or part.file)]
+        if part.exact and not same_but_for_activations(*map(load, pair)):
+            yield (
+                f"{part.file} and {part.exact} are not one graph: they differ in more than what "
+                "their activations are rounded to"
+            )
 
 
 @dataclass
@@ -169,13 +192,20 @@ class _Expected:
         """Codes, scales or zero points of a weight of few bits, computed again."""
         quantization = self.bundle.manifest.quantization
         weight = self.parameters.value(name)
+        path = name.removesuffix(".weight")
+        if weight is None and path in self.bundle.manifest.tied:
+            shared = (self.parameters.value(f"{x}.weight") for x in self.bundle.manifest.tied)
+            weight = next((x for x in shared if x is not None), None)
         if quantization is None or weight is None:
             return f"{name} is quantized, and the manifest or the checkpoint does not have it so"
-        matrix = weight.T if self._layers[name.removesuffix(".weight")].transposed else weight
-        blocks = quantize(matrix.astype(np.float32), quantization.bits, quantization.block_size)
-        packed: tuple[Array, ...] = blocks.packed()
-        expected = packed[_PARTS.index(part)]
-        return _difference(f"{name} ({part})", values, [expected], computed=False)
+        matrix = weight.T if self._layers[path].transposed else weight
+        packed = quantization.blocks(path, matrix).packed()
+        if part not in packed:
+            return f"{name} has {part}, and the manifest says that its codes have none"
+        # An embedding has the same numbers in another shape.
+        rows = len(matrix)
+        expected, found = packed[part].reshape(rows, -1), values.reshape(rows, -1)
+        return _difference(f"{name} ({part})", found, [expected], computed=False)
 
     def _judge_unnamed(self, name: str, values: Array) -> str:
         """A tensor that no parameter has the name of: found by its content."""
@@ -218,7 +248,7 @@ class _Expected:
         transposed = path in self._layers and self._layers[path].transposed
         turned: Callable[[Array], Array] = (lambda x: x.T) if transposed else (lambda x: x)
         if manifest.quantization is not None and path in manifest.quantization.layers:
-            value = turned(manifest.quantization.rounded(turned(value).astype(np.float32)))
+            value = turned(manifest.quantization.rounded(path, turned(value)))
         if change in self._changes:
             wide = value.astype(np.float64)
             linear = value.ndim == 2 and transposed

@@ -57,15 +57,16 @@ class DecoderTrial(Trial):
         if self._part.padding != "right":
             # A foreign graph's rows are laid out on the left; any graph that takes both must pass.
             sides["left"] = replace(self._part, form="foreign", padding="left")
+        first, *_ = sides.values()
+        decoder = Decoder(self._folder, {"decoder": first})
         for side, layout in sides.items():
-            decoder = Decoder(self._folder, {"decoder": layout})
+            decoder.part = layout  # how rows are laid out is no affair of the session
             longest = max(map(len, rows)) + _CONTINUED + _STEPS
             decoding = decoder.start(len(rows), longest)
             starts = [(i, 0) for i in range(len(rows))]
             yield Observed(f"prompt, padded on the {side}", starts, decoding.extend_all(rows))
             starts = [(i, len(row)) for i, row in enumerate(rows)]
-            first = [tail[:_CONTINUED] for tail in tails]
-            found = decoding.extend_all(first)
+            found = decoding.extend_all([tail[:_CONTINUED] for tail in tails])
             yield Observed(f"continuation after padding on the {side}", starts, found)
             starts = [(i, len(row) + _CONTINUED) for i, row in enumerate(rows)]
             steps = [
@@ -73,7 +74,7 @@ class DecoderTrial(Trial):
             ]
             decoded = list(np.stack(steps, axis=1))
             yield Observed(f"decode after padding on the {side}", starts, decoded)
-        decoder = Decoder(self._folder, {"decoder": next(iter(sides.values()))})
+        decoder.part = first
         # Experts of a single token may be computed in another way than those of many.
         alone = decoder.start(1, len(rows[0]) + _CONTINUED)
         yield Observed("prompt, one row", [(0, 0)], alone.extend_all(rows[:1]))

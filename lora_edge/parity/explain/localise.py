@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_edge.bundle.bundle import GRAPH_FILE
 from lora_edge.maths.lora import FloatArray
 from lora_edge.parity.compare import Tolerance
 from lora_edge.parity.explain.rerun import alone, new_columns, rerun
@@ -170,7 +169,7 @@ class _Bench:
         self._row = row
         self._multiple = multiple
         self._output = self._subject.gives.output
-        graph = tap(runner.bundle.directory / GRAPH_FILE)
+        graph = tap(runner.bundle.directory / runner.graph_file)
         self._taps = graph.layers
         self._names = [self._output, *dict.fromkeys(x.value for x in graph.layers.values())]
         self._session = open_like(runner.session.session, graph.model, graph.folder)
@@ -205,9 +204,9 @@ class _Bench:
 
         plain = rerun(self._runner, probe, fed, listen)[index]
         actual = {path: np.concatenate([part[path] for part in parts]) for path in parts[0]}
-        span = slice(None)
-        if self._subject.behind:
-            span = slice(length, None) if tails else slice(length)
+        # PyTorch has run the prompt and what follows it, if anything does, as one row.
+        followed = bool(self._golden.tails[self._row])
+        span = slice(length, None) if tails else slice(length if followed else None)
         return self._compared(actual, plain[span], span)
 
     def untold(self, found: _Comparison) -> tuple[str, list[str]]:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_edge.bundle.bundle import GRAPH_FILE
 from lora_edge.errors import BundleError
 from lora_edge.files.transaction import staging
 from lora_edge.maths.lora import FloatArray
@@ -262,8 +261,10 @@ def _write(
         "case": name,
         "what": shown.what,
         "tokens": _tokens(shown.feeds),
-        "graph": Path(os.path.relpath(runner.bundle.directory / GRAPH_FILE, target)).as_posix(),
-        "file": GRAPH_FILE,
+        "graph": Path(
+            os.path.relpath(runner.bundle.directory / runner.graph_file, target)
+        ).as_posix(),
+        "file": runner.graph_file,
         "provider": session.get_providers()[0],
         "optimization": level,
         "output": runner.bundle.manifest.gives.output,
@@ -293,7 +294,7 @@ def _write(
         (stage / file).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     (stage / "repro.py").write_text(_SCRIPT.read_text(encoding="utf-8"), encoding="utf-8")
     found = divergence.text if divergence else "The layers were not compared."
-    text = _README.format(case=name, what=shown.what, found=found, file=GRAPH_FILE)
+    text = _README.format(case=name, what=shown.what, found=found, file=runner.graph_file)
     (stage / "README.txt").write_text(text, encoding="utf-8")
 
 

@@ -115,11 +115,12 @@ class Opening:
                 "Name one provider beside cpu, or leave the options out.",
             )
 
-    def runner(self, bundle: Bundle, provider: str, level: str) -> Runner:
-        """The bundle in one of the sessions."""
+    def runner(self, bundle: Bundle, provider: str, level: str, *, exact: bool = True) -> Runner:
+        """The bundle in one of the sessions; ``exact``: computing in floats, as it is proved."""
         return Runner(
             bundle,
             provider,
+            exact=exact,
             optimization=level,
             allow_fallback=self.allow_fallback,
             provider_options={} if provider == "cpu" else self.options,

@@ -114,7 +114,7 @@ def add_goldens(
     target.verify_all()
     named = target.manifest.base["name_or_path"] if reference is None else reference
     base = named if isinstance(named, Base) else resolve_base(named)
-    runner = Runner(target)
+    runner = Runner(target, exact=True)
     subject = subject_of(target.manifest)
     longest = subject.longest_prompt(_STEPS if steps is None else steps)
     probes = given_probes(

@@ -52,6 +52,8 @@ class Golden:
         expected: for each row, the logits at every position of prompt and continuation.
         floors: label of a state -> the reference's own noise in it.
         versions: packages and versions of the reference.
+        observed: what the bundle gave for each row while it proposed the tails, in the session that
+            did; ``None``: nothing yet. It is not kept.
     """
 
     probe: Probe
@@ -59,6 +61,7 @@ class Golden:
     expected: tuple[Expected, ...]
     floors: Mapping[str, Floor]
     versions: Mapping[str, str]
+    observed: Sequence[NDArray[np.float32]] | None = None
 
     @property
     def prompts(self) -> list[int]:
@@ -100,6 +103,7 @@ def reduce(golden: Golden, probes: int, *, seed: int = 0) -> Golden:
             the end the shorter the continuation, and the fewer the positions.
         seed: of the subset, which is the same at all positions of a row.
     """
+    golden = replace(golden, observed=None)
     if golden.probe.part:
         return _sampled(golden, _FAR_BUDGET / probes, seed)
     share = _BUDGET / probes

@@ -8,29 +8,34 @@ of a greedy continuation, the whole continuation is PyTorch's.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from lora_edge.maths.lora import FloatArray
 from lora_edge.parity.plan.plan import shortest_window
 from lora_edge.parity.plan.states import Inputs, Probe, Row, schedule
-from lora_edge.parity.question import Question
+from lora_edge.parity.question import Question, is_long
 from lora_edge.parity.reference import Reference
-from lora_edge.parity.subjects.subject import LARGE, Subject, binding_of, continued, reach_of
-from lora_edge.runtime import Decoding, Runner
+from lora_edge.parity.subjects.subject import LARGE, Measuring, Subject, binding_of, reach_of
+from lora_edge.runtime import Runner
+
+Turn = tuple[int | None, ...]
 
 _STEPS, _STEPS_OF_LARGE = 64, 16
 _DECODED, _DECODED_OF_LARGE = 256, 128  # of the long continuation in ``full``
 # Of one long row: parameters x tokens, a layer's eager attention scores, and its logits, in bytes.
 _WORK, _SCORES, _LOGITS = 1e12, 1 << 30, 1 << 30
 
+# The floor belongs to the inputs that are compared: its largest values sit at few positions. Large
+# models are sampled all the same, because float64 is slow; their floor may be too low.
+_FLOOR_ROWS_OF_LARGE, _FLOOR_TOKENS_OF_LARGE = 2, 40
+
 
 class DecoderSubject(Subject):
     """A text generator."""
 
     behind = True
-    remeasured = False
 
     def probes(self, question: Question, reference: Reference) -> Sequence[Probe]:
         """64 greedy tokens after each prompt, or 16 above 20 M parameters."""
@@ -51,6 +56,16 @@ class DecoderSubject(Subject):
             decoded=_DECODED if small else _DECODED_OF_LARGE,
         )
 
+    def measuring(self, probe: Probe, tails: Sequence[Row], parameters: int) -> Measuring:
+        """On the first short rows of a state, and again on those that are long."""
+        if is_long(probe, tails):
+            return Measuring(kept="never")
+        # The weights a blend has in a crowd were seen on few tokens before.
+        again = probe.part == "crowd"
+        if parameters <= LARGE:
+            return Measuring(again, kept="first")
+        return Measuring(again, _FLOOR_ROWS_OF_LARGE, _FLOOR_TOKENS_OF_LARGE, "first")
+
     def longest_prompt(self, steps: int) -> int | None:
         """What follows stands in the same row."""
         longest = super().longest_prompt(steps)
@@ -69,20 +84,51 @@ class DecoderSubject(Subject):
 
     def observe(self, runner: Runner, probe: Probe, tails: Sequence[Row]) -> list[FloatArray]:
         """Prompts at once, tails token by token; rows rest where the probe says so."""
-        longest = max(len(row) + len(tail) for row, tail in zip(probe.rows, tails, strict=True))
-        decoding = _start(runner, probe, longest)
-        parts = [[row] for row in decoding.extend_all(probe.rows)]
-        for tokens in schedule(tails, probe.rests):
-            for part, token, logits in zip(parts, tokens, decoding.step(tokens), strict=True):
+        turns = iter(schedule(tails, probe.rests))
+        return _decoded(runner, probe, [len(tail) for tail in tails], lambda _: next(turns, None))
+
+    def propose(self, runner: Runner, probe: Probe) -> tuple[list[Row], list[FloatArray]]:
+        """Greedy, through the cache; one run gives the tokens and the outputs."""
+        rests = probe.rests or (0,) * len(probe.rows)
+        counts = [probe.steps - rest for rest in rests]
+        tails: list[list[int]] = [[] for _ in counts]
+        # Whose turn it is does not depend on what the tokens are.
+        turns = iter(schedule([(0,) * count for count in counts], probe.rests))
+
+        def best(outputs: Sequence[FloatArray]) -> Turn | None:
+            turn = next(turns, None)
+            if turn is None:
+                return None
+            for index, token in enumerate(turn):
                 if token is not None:
-                    part.append(logits[None])
-        return [np.concatenate(part) for part in parts]
+                    tails[index].append(int(np.argmax(outputs[index])))
+            pairs = zip(turn, tails, strict=True)
+            return tuple(None if token is None else tail[-1] for token, tail in pairs)
 
-    def propose(self, runner: Runner, probe: Probe) -> list[Row]:
-        """Greedy, through the cache."""
-        decoding = _start(runner, probe, max(map(len, probe.rows)) + probe.steps)
-        return continued(decoding.prefill(probe.rows), decoding.step, probe)
+        found = _decoded(runner, probe, counts, best)
+        return [tuple(tail) for tail in tails], found
 
 
-def _start(runner: Runner, probe: Probe, longest: int) -> Decoding:
-    return runner.decoder.start(len(probe.rows), longest, binding_of(runner, probe))
+def _decoded(
+    runner: Runner,
+    probe: Probe,
+    counts: Sequence[int],
+    choose: Callable[[Sequence[FloatArray]], Turn | None],
+) -> list[FloatArray]:
+    """The outputs ``[positions, vocab]`` of each row, its prompt first.
+
+    Args:
+        runner: of the bundle.
+        probe: the prompts.
+        counts: how many tokens follow each prompt.
+        choose: the last outputs of each row -> the token that it is fed, or None where it rests;
+            None at the end.
+    """
+    longest = max(len(row) + count for row, count in zip(probe.rows, counts, strict=True))
+    decoding = runner.decoder.start(len(probe.rows), longest, binding_of(runner, probe))
+    parts = [[row] for row in decoding.extend_all(probe.rows)]
+    while (turn := choose([part[-1][-1] for part in parts])) is not None:
+        for part, token, logits in zip(parts, turn, decoding.step(turn), strict=True):
+            if token is not None:
+                part.append(logits[None])
+    return [np.concatenate(part) for part in parts]

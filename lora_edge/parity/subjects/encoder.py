@@ -15,7 +15,7 @@ from lora_edge.bundle.bundle import Bundle
 from lora_edge.maths.lora import FloatArray
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.parity.plan.plan import shortest_window
-from lora_edge.parity.plan.states import Inputs, Probe, Row
+from lora_edge.parity.plan.states import Inputs, Probe, Row, State
 from lora_edge.parity.question import Question
 from lora_edge.parity.reference import Reference
 from lora_edge.parity.subjects.subject import SEEDS, Subject, binding_of, noise_of, reach_of
@@ -26,6 +26,11 @@ class EncoderSubject(Subject):
     """A model of labels or embeddings."""
 
     headed = True
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """What fills up short rows, too; of images nothing."""
+        return () if self.reads.sample else (*super().known, "pad_token_id")
 
     def probes(self, question: Question, reference: Reference) -> Sequence[Probe]:
         """Rows at once."""
@@ -44,6 +49,15 @@ class EncoderSubject(Subject):
         """Without decode steps; without rows of a base that has no head of its own."""
         plain = dataclasses.replace(probe, steps=0)
         return _with_heads(plain) if _lacks_head(bundle) else plain
+
+    def without(
+        self, reference: Reference, rows: Sequence[Inputs], states: Sequence[State]
+    ) -> Sequence[NDArray[np.floating]]:
+        """The model's with the low-rank parts off and the adapter's task head kept.
+
+        Beside a whole new head, a lost low-rank part would hardly show.
+        """
+        return reference.outputs(rows, states, low_rank=False)
 
     def inputs(self, row: Row, tail: Row = ()) -> Inputs:  # noqa: ARG002
         """Ids, a mask of ones, two token types; or pixels."""

@@ -30,6 +30,11 @@ class EncoderDecoderSubject(Subject):
 
     layered = False
 
+    @property
+    def known(self) -> tuple[str, ...]:
+        """Nothing: the model's config is of both parts."""
+        return ()
+
     def probes(self, question: Question, reference: Reference) -> Sequence[Probe]:
         """16 greedy tokens after what the decoder begins with."""
         speech = bool(self.reads.sample)
@@ -78,8 +83,8 @@ class EncoderDecoderSubject(Subject):
         binding = binding_of(runner, probe)
         return runner.seq2seq.logits(self.sources(probe.rows), targets, binding)
 
-    def propose(self, runner: Runner, probe: Probe) -> list[Row]:
+    def propose(self, runner: Runner, probe: Probe) -> tuple[list[Row], None]:
         """Greedy, each row after its own beginning."""
         decoding = runner.seq2seq.answer(self.sources(probe.rows), binding_of(runner, probe))
         first = decoding.prefill([self.begun(row) for row in probe.rows])
-        return continued(first, decoding.step, probe)
+        return continued(first, decoding.step, probe), None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from lora_edge.errors import DataError
 from lora_edge.maths.lora import FloatArray
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.parity.plan.plan import plan
-from lora_edge.parity.plan.states import Inputs, Probe, Row
+from lora_edge.parity.plan.states import BASE, Inputs, Probe, Row, State
 from lora_edge.runtime import Binding, Runner
 
 if TYPE_CHECKING:
@@ -27,6 +27,22 @@ LARGE = 20_000_000  # parameters
 SEEDS = 1 << 30  # seeds of images and of speech are below it
 
 _REACHED_TOKENS = 4
+
+
+class Measuring(NamedTuple):
+    """How the reference's noise is measured on a probe, in each of its states.
+
+    Attributes:
+        again: also where an earlier probe has measured the state.
+        rows: of how many of the state's rows; ``None``: of all.
+        tokens: on how many tokens of each; ``None``: on all.
+        kept: for later probes: ``joined`` with what is known, the ``first`` only, or ``never``.
+    """
+
+    again: bool = True
+    rows: int | None = None
+    tokens: int | None = None
+    kept: Literal["joined", "first", "never"] = "joined"
 
 
 class Subject(ABC):
@@ -42,18 +58,21 @@ class Subject(ABC):
         behind: what is decoded stands behind the prompt, in one row.
         headed: adapters may bring a task head, beside which their effect is measured.
         layered: its layers can be compared one by one.
-        remeasured: the reference's noise is measured with every probe; else once for each state.
     """
 
     behind: ClassVar[bool] = False
     headed: ClassVar[bool] = False
     layered: ClassVar[bool] = True
-    remeasured: ClassVar[bool] = True
 
     def __init__(self, parts: Mapping[str, Part], beginning: Beginning | None) -> None:
         self.reads = parts.get("encoder") or parts["decoder"]
         self.gives = parts.get("decoder") or parts["encoder"]
         self.beginning = beginning
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """Facts of the part that reads which PyTorch's model tells as well: names of its fields."""
+        return ("vocab_size", "max_length")
 
     @abstractmethod
     def probes(self, question: Question, reference: Reference) -> Sequence[Probe]:
@@ -62,6 +81,19 @@ class Subject(ABC):
     def prepared(self, probe: Probe, bundle: Bundle) -> Probe | None:  # noqa: ARG002
         """A probe, planned or given, as this kind of model can run it; ``None``: not at all."""
         return probe
+
+    def without(
+        self, reference: Reference, rows: Sequence[Inputs], states: Sequence[State]
+    ) -> Sequence[NDArray[np.floating]]:
+        """The reference's outputs against which the effect of adapters is measured: the base's."""
+        return reference.outputs(rows, [BASE] * len(states))
+
+    def measuring(self, probe: Probe, tails: Sequence[Row], parameters: int) -> Measuring:  # noqa: ARG002
+        """How the noise of a reference of so many parameters is measured: with every probe.
+
+        Few outputs on few rows say little, so what earlier probes saw counts as well.
+        """
+        return Measuring()
 
     def longest_prompt(self, steps: int) -> int | None:  # noqa: ARG002
         """Tokens that a prompt may have, which so many follow; ``None``: any number."""
@@ -75,12 +107,18 @@ class Subject(ABC):
     def observe(self, runner: Runner, probe: Probe, tails: Sequence[Row]) -> list[FloatArray]:
         """The bundle's outputs ``[positions, columns]`` of each row and its tail, as one batch."""
 
-    def propose(self, runner: Runner, probe: Probe) -> list[Row]:  # noqa: ARG002
+    def propose(
+        self,
+        runner: Runner,  # noqa: ARG002
+        probe: Probe,
+    ) -> tuple[list[Row], list[FloatArray] | None]:
         """The bundle's greedy continuation of each row, past any end token.
 
-        ``probe.steps`` tokens, less those of the steps for which the row rests.
+        Returns:
+            ``probe.steps`` tokens, less those of the steps for which the row rests; and what
+            :meth:`observe` gives for them, where that is known by then.
         """
-        return [()] * len(probe.rows)
+        return [()] * len(probe.rows), None
 
     def tokens_of(self, runner: Runner, text: str, adapter: str | None = None) -> Row:
         """The token ids of a text, as a row of the adapter reads it.

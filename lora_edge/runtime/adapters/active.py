@@ -5,20 +5,20 @@ Knows the bundle's adapters and how their factors combine; knows nothing of sess
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Hashable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lora_edge.bundle.bundle import Bundle
-from lora_edge.bundle.onnx_adapter import read_adapter
+from lora_edge.bundle.onnx_adapter import parse_adapter
 from lora_edge.errors import AdapterNotFoundError, BundleError, DataError
 from lora_edge.maths.lora import Head, SiteChange, concatenate
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.runtime.adapters.binding import Binding, Changes, State, Tensors, TokenGates, Values
 from lora_edge.runtime.adapters.changes import parse_changes
+from lora_edge.runtime.resident import ADAPTER, CACHE_BYTES, COMBINED, Key, SizedCache
 
 Choice = str | Mapping[str, float] | None
 """What one row may ask for: off (None), an adapter's name, or a blend ``{name: weight}``."""
@@ -26,29 +26,55 @@ Choice = str | Mapping[str, float] | None
 AdapterArgument = Choice | Sequence[Choice]
 """One choice for all rows, or a list with one per row."""
 
-_CACHED = 8
+_BINDINGS = 16  # weights of one adapter, or orders of rows, whose bindings are kept
 _LARGEST = float(np.finfo(np.float32).max)
-T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Resident:
+    """Adapters in memory: one, a blend, or those of a mixed batch side by side.
+
+    Attributes:
+        changes: what one adapter changes; empty for several.
+        values: the factors and stacked vectors that are bound.
+        ranks: module path -> rank of each of several adapters there.
+        bindings: by weight, or by the states of the rows.
+    """
+
+    changes: Changes
+    values: Values
+    ranks: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    bindings: SizedCache = field(default_factory=lambda: SizedCache(_BINDINGS))
 
 
 class ActiveAdapters:
     """The adapters of one bundle, loaded when first used, combined on request.
 
     One adapter is bound as it was loaded: switching is a change of pointers. Blends and mixed
-    batches are concatenated along the rank and stacked, and the last few of each are kept.
+    batches are concatenated along the rank and stacked. The last used ones stay in memory, and with
+    them what was bound.
 
     Args:
-        bundle: the bundle; files are verified against its manifest before they are read.
+        bundle: the bundle; files are verified against its manifest as they are read.
         tensors: makes the OrtValues in the provider's memory.
+        cache: where they are kept.
+        keep: adapters that are never dropped from it once they are loaded.
     """
 
-    def __init__(self, bundle: Bundle, tensors: Tensors) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        tensors: Tensors,
+        cache: SizedCache | None = None,
+        keep: Collection[str] = (),
+    ) -> None:
         self._bundle = bundle
         self._tensors = tensors
-        self._changes: dict[str, Changes] = {}
-        self._bound: dict[str, Values] = {}
-        self._blends: OrderedDict[Hashable, Values] = OrderedDict()
-        self._mixed: OrderedDict[Hashable, Values] = OrderedDict()
+        self._cache = SizedCache(CACHE_BYTES) if cache is None else cache
+        self._overrides: dict[str, Changes] = {}
+        self._generation = 0  # of the overrides: what was made under another is not found any more
+        self._keep = frozenset(keep)
+        self._pin()
         self._nothing = tensors.off()
 
     def binding(self, adapter: AdapterArgument, batch: int) -> Binding:
@@ -88,11 +114,15 @@ class ActiveAdapters:
             )
         return tuple(self._state(choice) for choice in adapter)
 
+    def load(self, name: str) -> None:
+        """Load an adapter, of a switchable bundle; raises as :meth:`binding`."""
+        self._bundle.adapter(name)
+        if self._bundle.manifest.mode == "switchable":
+            self._resident(name)
+
     def changes(self, name: str) -> Changes:
         """What an adapter changes at the sites that it touches; raises as :meth:`binding`."""
-        if name not in self._changes:
-            self._changes[name] = self._load(name)
-        return self._changes[name]
+        return self._resident(name).changes
 
     def override(self, name: str, tensors: Mapping[str, NDArray[np.floating]] | None) -> None:
         """Use other tensors for an adapter from now on, in this process only.
@@ -116,12 +146,20 @@ class ActiveAdapters:
         loaded = None
         if tensors is not None:
             loaded = parse_changes(f"override of {name!r}", tensors, self._tensors.sites)
-        self._changes.pop(name, None)
-        self._bound.pop(name, None)
-        self._blends.clear()
-        self._mixed.clear()
-        if loaded is not None:
-            self._changes[name] = loaded
+        if loaded is None:
+            self._overrides.pop(name, None)
+        else:
+            self._overrides[name] = loaded
+        self._generation += 1
+        self._pin()
+        now = self._generation
+        self._cache.clear(lambda key: key[0] in (ADAPTER, COMBINED) and key[1] != now)
+
+    def _pin(self) -> None:
+        self._cache.pin([self._key(name) for name in self._keep])
+
+    def _key(self, name: str) -> Key:
+        return ADAPTER, self._generation, name
 
     def _state(self, choice: Choice) -> State:
         merged = self._bundle.manifest.mode == "merged"
@@ -174,51 +212,71 @@ class ActiveAdapters:
 
     def _alike(self, state: State) -> Binding:
         heads, labels = self._heads((state,))
+        if not state and not heads[0]:
+            return self._nothing
         if not state:
             return Binding(((),), {**self._nothing.values, **heads[0]}, labels=labels)
         if len(state) == 1:
             name, weight = state[0]
-            if name not in self._bound:
-                changes = self.changes(name)
-                self._bound[name] = self._tensors.changes(changes, [changes])
-            values, gates = self._bound[name], None
-            invocation = self._bundle.adapter(name).invocation
-            if invocation:
-                layouts: dict[tuple[int, ...], tuple[str, ...]] = {(1,): self._tensors.gates}
-                weights = np.full((1, 1), weight, np.float32)
-                gates = TokenGates(weights, (invocation,), layouts, self._tensors)
-            everything = {**values, **self._tensors.weight(weight), **heads[0]}
-            return Binding((state,), everything, token_gates=gates, labels=labels)
-        blended = _recall(self._blends, state)
-        if blended is None:
-            blend = self._blend(state)
-            blended = _keep(self._blends, state, self._tensors.changes(blend, [blend]))
-        return Binding(
-            (state,), {**blended, **self._tensors.weight(1.0), **heads[0]}, labels=labels
+            resident = self._resident(name)
+        else:
+            name, weight = "", 1.0
+            resident = self._cache.get_or_make(
+                (COMBINED, self._generation, state), lambda: self._blended(state)
+            )
+        if heads[0]:
+            return self._one(resident, state, name, weight, heads[0], labels)
+        return resident.bindings.get_or_make(
+            (weight,), lambda: (self._one(resident, state, name, weight, {}, ()), 1)
         )
+
+    def _one(
+        self,
+        resident: _Resident,
+        state: State,
+        name: str,
+        weight: float,
+        heads: Values,
+        labels: tuple[int, ...],
+    ) -> Binding:
+        """All rows in one state: an adapter at a weight, or a blend, which has no name."""
+        gates = None
+        invocation = self._bundle.adapter(name).invocation if name else ()
+        if invocation:
+            layouts: dict[tuple[int, ...], tuple[str, ...]] = {(1,): self._tensors.gates}
+            weights = np.full((1, 1), weight, np.float32)
+            gates = TokenGates(weights, (invocation,), layouts, self._tensors)
+        everything = {**resident.values, **self._tensors.weight(weight), **heads}
+        return Binding((state,), everything, token_gates=gates, labels=labels)
 
     def _rows(self, states: tuple[State, ...]) -> Binding:
         names = tuple(sorted({name for state in states for name, _ in state}))
-        values = _recall(self._mixed, names)
-        if values is None:
-            together = self._blend([(name, 1.0) for name in names])
-            each = [self.changes(name) for name in names]
-            values = _keep(self._mixed, names, self._tensors.changes(together, each))
+        resident = self._cache.get_or_make(
+            (COMBINED, self._generation, names), lambda: self._together(names)
+        )
+        if self._tensors.heads:
+            return self._mixed(resident, states, names)
+        return resident.bindings.get_or_make(
+            states, lambda: (self._mixed(resident, states, names), 1)
+        )
+
+    def _mixed(
+        self, resident: _Resident, states: tuple[State, ...], names: tuple[str, ...]
+    ) -> Binding:
+        """Rows in unlike states."""
         weights = np.zeros((len(states), len(names)), np.float32)
         for row, state in enumerate(states):
             for name, weight in state:
                 weights[row, names.index(name)] = weight
-        ranks = {path: [self._rank(name, path) for name in names] for path in self._tensors.sites}
-        by_row, arrays = self._tensors.row_weights(ranks, weights)
+        by_row, arrays = self._tensors.row_weights(resident.ranks, weights)
         heads, labels = self._heads(states)
         invocations = tuple(self._bundle.adapter(name).invocation for name in names)
         gates = None
         if any(invocations):
-            layouts = self._tensors.layouts(ranks)
+            layouts = self._tensors.layouts(resident.ranks)
             gates = TokenGates(weights, invocations, layouts, self._tensors)
-        return Binding(
-            states, {**values, **by_row, **heads[0]}, {**arrays, **heads[1]}, gates, labels
-        )
+        values = {**resident.values, **by_row, **heads[0]}
+        return Binding(states, values, {**arrays, **heads[1]}, gates, labels)
 
     def _heads(
         self, states: tuple[State, ...]
@@ -245,14 +303,12 @@ class ActiveAdapters:
             )
         return head
 
-    def _rank(self, name: str, path: str) -> int:
-        return self.changes(name).get(path, SiteChange()).rank
-
     def _blend(self, parts: Sequence[tuple[str, float]]) -> dict[str, SiteChange]:
         """The weighted sum of adapters: pairs side by side, vectors added."""
         together = {}
+        loaded = [(self.changes(name), weight) for name, weight in parts]
         for path in self._tensors.sites:
-            touching = [(self.changes(n)[path], w) for n, w in parts if path in self.changes(n)]
+            touching = [(x[path], weight) for x, weight in loaded if path in x]
             pairs = [(x.factors, w) for x, w in touching if x.factors is not None]
             together[path] = SiteChange(
                 factors=concatenate(pairs) if pairs else None,
@@ -261,7 +317,36 @@ class ActiveAdapters:
             )
         return together
 
-    def _load(self, name: str) -> Changes:
+    def _blended(self, state: State) -> tuple[_Resident, int]:
+        """A blend, and its bytes."""
+        blend = self._blend(state)
+        values = self._tensors.changes(blend, [blend])
+        return _Resident({}, values), _bytes(blend) + self._tensors.copied(values)
+
+    def _together(self, names: tuple[str, ...]) -> tuple[_Resident, int]:
+        """Adapters side by side, for rows in unlike states, and their bytes."""
+        together = self._blend([(name, 1.0) for name in names])
+        each = [self.changes(name) for name in names]
+        values = self._tensors.changes(together, each)
+        ranks = {
+            path: [change.get(path, SiteChange()).rank for change in each]
+            for path in self._tensors.sites
+        }
+        return _Resident({}, values, ranks), _bytes(together) + self._tensors.copied(values)
+
+    def _resident(self, name: str) -> _Resident:
+        """One adapter."""
+        found: _Resident = self._cache.get_or_make(self._key(name), lambda: self._loaded(name))
+        return found
+
+    def _loaded(self, name: str) -> tuple[_Resident, int]:
+        changes = self._overrides.get(name)
+        if changes is None:
+            changes = self._read(name)
+        values = self._tensors.changes(changes, [changes])
+        return _Resident(changes, values), _bytes(changes) + self._tensors.copied(values)
+
+    def _read(self, name: str) -> Changes:
         entry = self._bundle.adapter(name)
         base = self._bundle.manifest.base["fingerprint"]
         if entry.base_fingerprint != base:
@@ -270,8 +355,9 @@ class ActiveAdapters:
                 f"the bundle's base is {base}",
                 f"Add it again: lora-edge add {self._bundle.directory} -a {name}=PEFT_DIRECTORY",
             )
-        path = self._bundle.verify(entry.file)
-        return parse_changes(str(path), read_adapter(path), self._tensors.sites)
+        source = str(self._bundle.path(entry.file))
+        tensors = parse_adapter(self._bundle.read(entry.file), source)
+        return parse_changes(source, tensors, self._tensors.sites)
 
 
 def _weighted(
@@ -281,14 +367,14 @@ def _weighted(
     return sum(terms[1:], terms[0]) if terms else None
 
 
-def _recall(cache: OrderedDict[Hashable, T], key: Hashable) -> T | None:
-    if key in cache:
-        cache.move_to_end(key)
-    return cache.get(key)
-
-
-def _keep(cache: OrderedDict[Hashable, T], key: Hashable, value: T) -> T:
-    cache[key] = value
-    if len(cache) > _CACHED:
-        cache.popitem(last=False)
-    return value
+def _bytes(changes: Changes) -> int:
+    """Bytes of all arrays."""
+    total = 0
+    for change in changes.values():
+        arrays = [*change.stacked().values()]
+        if change.factors is not None:
+            arrays += [change.factors.A, change.factors.B]
+        if change.head is not None:
+            arrays += [change.head.W, change.head.c]
+        total += sum(array.nbytes for array in arrays if array is not None)
+    return total

@@ -5,7 +5,8 @@ Knows names and tensors; knows nothing of bundles or sessions.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import math
+from collections import OrderedDict, deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ Changes = Mapping[str, SiteChange]
 """Module path -> what one adapter changes there."""
 
 _KEPT_WEIGHTS = 64
+_SPARE = 8  # as many decodings as are likely to run at once under the same adapters
 NEVER = np.iinfo(np.int64).max
 """The first position of an adapter that is not active on a row."""
 
@@ -102,9 +104,12 @@ def _start(row: Sequence[int], invocation: Sequence[int]) -> int:
     return int(NEVER)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Binding:
     """The adapter inputs of one batch.
+
+    Whoever asks for the same adapters again should get the same Binding again: what they were bound
+    to is kept with it.
 
     Attributes:
         states: one state for every row alike, or one per row.
@@ -113,6 +118,8 @@ class Binding:
             ``lora.select``, task heads); empty when all rows are alike.
         token_gates: the gates, where they depend on the tokens too.
         labels: number of outputs of each row's task head; empty where no row has its own.
+        spare: IO bindings that it is bound to already and that nobody uses
+            (:class:`~lora_edge.runtime.feeds.Feeds`); a deque, whose appends and pops are atomic.
     """
 
     states: tuple[State, ...]
@@ -120,6 +127,7 @@ class Binding:
     rows: Mapping[str, FloatArray] = field(default_factory=dict)
     token_gates: TokenGates | None = None
     labels: tuple[int, ...] = ()
+    spare: deque[Any] = field(default_factory=lambda: deque(maxlen=_SPARE), repr=False)
 
     @property
     def batch(self) -> int | None:
@@ -210,6 +218,18 @@ class Tensors:
                     vectors = [vectors[part] for vectors in own]
                     values[lora_input(path, part)] = self._stack(vectors, site.out_features)
         return values
+
+    def copied(self, values: Values) -> int:
+        """Bytes of the tensors of :meth:`changes` that are copies of an adapter's own arrays.
+
+        On the CPU pairs are views, and vectors are copied into stacks.
+        """
+        own = {
+            id(value): 4 * math.prod(value.shape())
+            for name, value in values.items()
+            if self._device != "cpu" or not name.endswith((".A", ".B"))
+        }
+        return sum(own.values())
 
     def weight(self, weight: float) -> Values:
         """The same weight for every row, token and rank: one ``[1, 1, 1]`` tensor for all."""

@@ -16,7 +16,7 @@ from lora_edge.parity.plan.states import BASE, Probe, only
 from lora_edge.parity.subjects import of_parts
 from lora_edge.parity.subjects.encoder import by_position
 from lora_edge.parity.subjects.encoder_decoder import EncoderDecoderSubject
-from lora_edge.parity.subjects.subject import continued
+from lora_edge.parity.subjects.subject import LARGE, Measuring, continued
 
 TEXT = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -39,6 +39,9 @@ def test_which_part_reads_and_which_gives() -> None:
     assert (ANSWERS.reads, ANSWERS.gives) == (READS, GIVES)
     kinds = [(x.behind, x.headed, x.layered) for x in (DECODER, ENCODER, ANSWERS)]
     assert kinds == [(True, False, True), (False, True, True), (False, False, False)]
+    known = [x.known for x in (DECODER, ENCODER, IMAGES, ANSWERS, SPEECH)]
+    sizes = ("vocab_size", "max_length")
+    assert known == [sizes, (*sizes, "pad_token_id"), (), (), ()]
 
 
 def test_what_a_row_is() -> None:
@@ -91,6 +94,42 @@ def test_a_base_without_a_head_of_its_own_is_not_asked() -> None:
         assert found is not None
         assert (found.rows, found.steps) == (base.rows, 0)
     assert DECODER.prepared(base, lacks) is base
+
+
+def test_what_an_effect_is_measured_against() -> None:
+    """The base; where there may be a new head, that head without the low-rank part."""
+    asked: list[Any] = []
+    reference: Any = SimpleNamespace(outputs=lambda *given, **more: asked.append((*given, more)))
+    rows = [DECODER.inputs((1,))] * 2
+    for subject in (DECODER, ANSWERS, ENCODER):
+        subject.without(reference, rows, [only("a"), only("b")])
+    base = (rows, [BASE, BASE], {})
+    assert asked == [base, base, (rows, [only("a"), only("b")], {"low_rank": False})]
+
+
+def test_how_often_noise_is_measured() -> None:
+    """Where a row has few outputs, with every probe; where it has many, once and on few rows."""
+    short = Probe("base", "base", ((1,), (2,)), (BASE, BASE), 4)
+    crowd = Probe("crowd", "blend", ((1,), (2,)), (BASE, BASE), 4, part="crowd")
+    long = Probe("long", "base", ((1,) * 200,), (BASE,), 4)
+    for probe in (short, crowd, long):
+        tails = [()] * len(probe.rows)
+        for subject in (ENCODER, ANSWERS):
+            assert subject.measuring(probe, tails, LARGE + 1) == Measuring()
+    found = [
+        DECODER.measuring(probe, [()] * len(probe.rows), size)
+        for probe in (short, crowd, long)
+        for size in (LARGE, LARGE + 1)
+    ]
+    assert Measuring() == (True, None, None, "joined")
+    assert found == [
+        Measuring(False, None, None, "first"),
+        Measuring(False, 2, 40, "first"),
+        Measuring(True, None, None, "first"),
+        Measuring(True, 2, 40, "first"),
+        Measuring(True, None, None, "never"),
+        Measuring(True, None, None, "never"),
+    ]
 
 
 @pytest.mark.parametrize(("subject", "what"), [(IMAGES, "images"), (SPEECH, "speech")])

@@ -8,18 +8,19 @@ import numpy as np
 import onnx
 import pytest
 
-from lora_edge.bundle.bundle import Bundle
+from lora_edge.bundle.bundle import Bundle, file_entry
 from lora_edge.errors import AdapterNotFoundError, BundleError, DataError
-from lora_edge.runtime import Runner, write_adapter
+from lora_edge.runtime import Runner, read_adapter, write_adapter
 from lora_edge.runtime.adapters.active import ActiveAdapters
 from lora_edge.runtime.adapters.binding import Tensors
+from lora_edge.runtime.resident import SizedCache
 
 FORMS = ["fused", "portable", "foreign"]
 LIMIT = 1e-5
 
 
-def active(bundle: Bundle, **options: Any) -> ActiveAdapters:
-    return ActiveAdapters(bundle, Tensors(bundle.manifest.sites, **options))
+def active(bundle: Bundle, cache: SizedCache | None = None, **options: Any) -> ActiveAdapters:
+    return ActiveAdapters(bundle, Tensors(bundle.manifest.sites, **options), cache)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -141,15 +142,120 @@ def test_providers_without_zero_ranks_get_zeros_of_rank_one(
         np.testing.assert_allclose(logits[row], expected, atol=2e-5)
 
 
-def test_only_the_last_blends_are_kept(bundle: Bundle) -> None:
+def test_the_last_used_are_kept_within_the_bytes(bundle: Bundle) -> None:
+    cache = SizedCache(100_000)
+    adapters = active(bundle, cache=cache)
+    name = "lora.lm_head.A"
+
+    def blend(weight: float) -> Any:
+        return adapters.binding({"alpha": 1.0, "beta": weight}, 1).values[name]
+
+    values = [blend(float(n)) for n in range(1, 40)]
+    report = cache.report()
+    assert 50_000 < report.total <= report.limit
+    assert report.combined > 0
+    assert blend(39.0) is values[-1]
+    again = blend(1.0)
+    assert again is not values[0]  # made again, and equal
+    np.testing.assert_array_equal(again.numpy(), values[0].numpy())
+
+
+def test_the_same_state_is_the_same_binding(bundle: Bundle) -> None:
     adapters = active(bundle)
-    values = [
-        adapters.binding({"alpha": 1.0, "beta": float(n)}, 1).values["lora.lm_head.A"]
-        for n in range(1, 12)
+    states: list[tuple[Any, int]] = [
+        *[(None, 1), ("alpha", 1), ({"alpha": 0.5}, 1), ({"alpha": 1.0, "beta": 1.0}, 1)],
+        (["alpha", None], 2),
     ]
-    assert len(adapters._blends) == 8
-    again = adapters.binding({"alpha": 1.0, "beta": 11.0}, 1).values["lora.lm_head.A"]
-    assert again is values[-1]
+    first = [adapters.binding(*state) for state in states]
+    assert [adapters.binding(*state) for state in states] == first  # by identity
+    assert len(set(first)) == len(first)
+    assert adapters.binding([None, "alpha"], 2) not in first
+
+
+def many(tiny: Any, bundle: Bundle, count: int) -> Bundle:
+    """A bundle of so many adapters, each a multiple of one that the reference knows."""
+    entries, files = dict(bundle.manifest.adapters), dict(bundle.manifest.files)
+    for index in range(count):
+        file = f"adapters/n{index}/adapter.onnx_adapter"
+        (bundle.directory / file).parent.mkdir(parents=True)
+        tensors = tiny.tensors(tiny.adapters["beta"])
+        scaled = {
+            k: v * np.float32(0.25 + index % 4) if k.endswith(".B") else v
+            for k, v in tensors.items()
+        }
+        write_adapter(bundle.directory / file, scaled)
+        entries[f"n{index}"] = replace(entries["beta"], name=f"n{index}", file=file)
+        files[file] = file_entry(bundle.directory / file)
+    return Bundle(bundle.directory, replace(bundle.manifest, adapters=entries, files=files))
+
+
+def test_hundreds_of_adapters_in_little_memory(tiny: Any, bundle: Bundle) -> None:
+    whole = many(tiny, bundle, 300)
+    runner = Runner(whole, threads=1, cache_bytes=150_000, keep=["n7"])
+    rows, held = tiny.rows(6), set()
+    expected = [runner.logits(rows, adapter={"beta": 0.25 + index}) for index in range(4)]
+    for index in [*range(300), *range(0, 300, 50)]:
+        found = runner.logits(rows, adapter=f"n{index}")
+        np.testing.assert_allclose(found, expected[index % 4], atol=LIMIT)
+        report = runner.resident()
+        assert report.total <= 150_000
+        assert "n7" in report.adapters
+        held |= set(report.adapters)
+    assert {f"n{index}" for index in range(300)} <= held
+    mixed = runner.logits(rows * 12, adapter=[f"n{index}" for index in range(12)])
+    for index, row in enumerate(mixed):
+        np.testing.assert_allclose(row, expected[index % 4][0], atol=LIMIT)
+
+
+def test_adapters_that_stay(tiny: Any, bundle: Bundle) -> None:
+    runner = Runner(bundle, threads=1, cache_bytes=0, keep=["alpha", "beta"])
+    assert set(runner.resident().adapters) == {"alpha", "beta"}
+    values = runner.binding("alpha", 1).values
+    runner.logits(tiny.rows(5), adapter="readout")
+    assert set(runner.resident().adapters) == {"alpha", "beta"}
+    assert runner.binding("alpha", 1).values is values
+    runner.override("alpha", tiny.tensors({}))
+    np.testing.assert_array_equal(
+        runner.logits(tiny.rows(5), adapter="alpha"), runner.logits(tiny.rows(5))
+    )
+    with pytest.raises(AdapterNotFoundError, match="'gamma'"):
+        Runner(bundle, threads=1, keep=["gamma"])
+
+
+def test_an_adapter_that_comes_back_is_verified_again(tiny: Any, bundle: Bundle) -> None:
+    runner = Runner(bundle, threads=1, cache_bytes=0)
+    expected = runner.logits(tiny.rows(5), adapter="beta")
+    np.testing.assert_array_equal(runner.logits(tiny.rows(5), adapter="beta"), expected)
+    path = bundle.directory / bundle.manifest.adapters["beta"].file
+    content = bytearray(path.read_bytes())
+    content[-40] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(BundleError, match="differs from its hash"):
+        runner.logits(tiny.rows(5), adapter="beta")
+
+
+@pytest.mark.parametrize("change", [lambda content: content[:0], lambda content: content[::-1]])
+def test_what_was_verified_is_what_runs_whatever_becomes_of_the_file(
+    tiny: Any, bundle: Bundle, change: Any
+) -> None:
+    """Written over or cut off in place, as ``cp`` does: not a bit changes, and nothing crashes."""
+    runner = Runner(bundle, threads=1)
+    expected = runner.logits(tiny.rows(5), adapter="beta")
+    path = bundle.directory / bundle.manifest.adapters["beta"].file
+    path.write_bytes(change(path.read_bytes()))
+    np.testing.assert_array_equal(runner.logits(tiny.rows(5), adapter="beta"), expected)
+    blend = runner.logits(tiny.rows(5), adapter={"alpha": 1.0, "beta": 1.0})
+    assert np.abs(blend - expected).max() > 0.1
+
+
+def test_the_bytes_are_those_of_the_files(bundle: Bundle) -> None:
+    runner = Runner(bundle, threads=1)
+    for name in ("alpha", "beta"):
+        runner.binding(name, 1)
+        file = bundle.manifest.adapters[name].file
+        numbers = sum(x.nbytes for x in read_adapter(bundle.directory / file).values())
+        gates = 4 * len(bundle.manifest.sites)
+        assert runner.resident().adapters[name] == numbers - gates
 
 
 def test_unknown_names_list_the_known_ones(runners: dict[str, Runner]) -> None:

@@ -1,0 +1,57 @@
+"""Memory that maps a file: where it is, and how it is given back while nobody needs it.
+
+A page that was given back is read from the file again when it is touched. Only Linux tells what is
+mapped; elsewhere nothing is given back.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from bisect import bisect_right
+from collections.abc import Iterable
+from pathlib import Path
+
+_MAPS = Path("/proc/self/maps")
+_DONTNEED = getattr(mmap, "MADV_DONTNEED", 4)
+
+
+class MappedFiles:
+    """The places of this process' memory that hold files, as they are now."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        """Find them.
+
+        Args:
+            files: whose mappings are wanted.
+        """
+        wanted = {os.path.realpath(file) for file in files}
+        self._begins: list[int] = []
+        self._ends: list[int] = []
+        if not _MAPS.exists():
+            return
+        for line in _MAPS.read_text(errors="replace").splitlines():
+            fields = line.split(maxsplit=5)
+            if len(fields) == 6 and fields[5] in wanted:
+                begin, _, end = fields[0].partition("-")
+                self._begins.append(int(begin, 16))
+                self._ends.append(int(end, 16))
+
+    def hold(self, address: int, size: int) -> bool:
+        """Whether these bytes of the memory are a file's."""
+        index = bisect_right(self._begins, address) - 1
+        return size > 0 and index >= 0 and address + size <= self._ends[index]
+
+    def give_back(self, address: int, size: int) -> None:
+        """Let the system take the memory of bytes that are a file's; others are left alone.
+
+        What was written there since is lost: only for memory that is read.
+        """
+        if not self.hold(address, size):
+            return
+        page = mmap.PAGESIZE
+        begin, end = -(-address // page) * page, (address + size) // page * page
+        if begin < end:
+            libc = ctypes.CDLL(None, use_errno=True)
+            libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _DONTNEED)

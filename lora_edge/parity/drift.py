@@ -1,0 +1,134 @@
+"""Quantization drift: what int8 activations add to a bundle that was proved without them.
+
+A bundle of few bits has two graphs on the same codes. One computes in floats; it is compared with
+PyTorch, and that is the adapters' exactness. The other is the one that ships, and rounds its
+activations to int8. Here the second is compared with the first. Knows nothing of PyTorch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lora_edge.bundle.manifest import Manifest
+from lora_edge.maths.lora import FloatArray
+from lora_edge.parity.compare import Expected, Floor, Tolerance, expect, log_total, measure
+from lora_edge.parity.plan.states import BASE, Probe, Row
+from lora_edge.parity.record.golden import Golden
+from lora_edge.parity.report import Case, DriftFigures
+from lora_edge.parity.subjects import subject_of
+from lora_edge.runtime import Runner
+
+_NO_NOISE = Floor(0.0, 0.0)
+_WAY_OUT = "--activations fp32 exports it without int8 activations, --exact runs it without"
+
+
+@dataclass(frozen=True)
+class DriftLimits:
+    """What int8 activations may add.
+
+    Attributes:
+        kl: mean KL divergence from the graph in floats, in nats. Three times what SmolLM2-135M in
+            int4 was measured to have.
+        retained: least share of an adapter's effect that is there, and as much too much is allowed.
+    """
+
+    kl: float = 0.05
+    retained: float = 0.9
+
+
+def drifts(manifest: Manifest) -> bool:
+    """Whether a bundle ships a graph beside the one that is proved."""
+    return any(part.exact for part in manifest.parts.values())
+
+
+def drift(
+    exact: Runner, fast: Runner, goldens: Sequence[Golden], limits: DriftLimits
+) -> Iterator[Case]:
+    """One case for the base and for each adapter, alone, on the short prompts of the goldens.
+
+    Args:
+        exact: the bundle, computing in floats.
+        fast: the same bundle as it ships.
+        goldens: their prompts and greedy continuations are run.
+        limits: what is allowed.
+    """
+    for golden in goldens:
+        probe = golden.probe
+        if probe.kind in {"base", "adapter"} and not probe.part:
+            yield _case(probe, _figures(exact, fast, golden, limits), limits)
+
+
+def _figures(exact: Runner, fast: Runner, golden: Golden, limits: DriftLimits) -> DriftFigures:
+    probe, tails = golden.probe, golden.tails
+    subject = subject_of(exact.bundle.manifest)
+    wanted = subject.observe(exact, probe, tails)
+    found = subject.observe(fast, probe, tails)
+    if not probe.adapters:
+        expected = [expect(row) for row in wanted]
+    elif exact.bundle.manifest.mode == "merged":
+        expected = [_kept(*pair) for pair in zip(golden.expected, wanted, strict=True)]
+    else:
+        off = dataclasses.replace(probe, kind="base", states=(BASE,) * len(probe.rows))
+        plain = subject.observe(exact, off, tails)
+        expected = [expect(*pair) for pair in zip(wanted, plain, strict=True)]
+    figures = measure(expected, found, _NO_NOISE, Tolerance())
+    return DriftFigures(
+        positions=figures.positions,
+        logit_error=figures.logit_error,
+        effect_error=figures.effect_error,
+        retained=figures.gain,
+        kl=figures.kl,
+        top1=figures.top1,
+        perplexity=_perplexity(probe, tails, found),
+        exact_perplexity=_perplexity(probe, tails, wanted),
+        kl_limit=limits.kl,
+        retained_limit=limits.retained,
+    )
+
+
+def _kept(golden: Expected, logits: FloatArray) -> Expected:
+    """The logits of a merged bundle's graph in floats, at what a golden case keeps of them.
+
+    Its base is not in the bundle; the golden case has PyTorch's.
+    """
+    own = golden.of(logits)
+    kept = own if golden.columns is None else np.take_along_axis(own, golden.columns, -1)
+    return dataclasses.replace(
+        golden, reference=kept, log_total=log_total(own), top1=np.argmax(own, axis=-1)
+    )
+
+
+def _perplexity(probe: Probe, tails: Sequence[Row], outputs: Sequence[FloatArray]) -> float:
+    """Of the continuations, which are the model's own greedy text; ``nan`` where there are none."""
+    total, count = 0.0, 0
+    for row, tail, logits in zip(probe.rows, tails, outputs, strict=True):
+        before = logits[len(row) - 1 : len(row) - 1 + len(tail)]
+        own = before[np.arange(len(tail)), list(tail)].astype(np.float64)
+        total += float(np.sum(log_total(before) - own))
+        count += len(tail)
+    return math.exp(total / count) if count else math.nan
+
+
+def _case(probe: Probe, figures: DriftFigures, limits: DriftLimits) -> Case:
+    who = f"adapter {probe.adapters[0]}" if probe.adapters else "the base"
+    name = f"drift, {probe.name}"
+    said = ""
+    if not figures.kl <= limits.kl:
+        said = f"its KL divergence is {figures.kl:.2g} nats, and {limits.kl:.2g} is allowed"
+    elif probe.adapters and not abs(1 - figures.retained) <= 1 - limits.retained:
+        said = (
+            f"{figures.retained:.0%} of its effect is there, and {limits.retained:.0%} to "
+            f"{2 - limits.retained:.0%} is allowed"
+        )
+    if not said:
+        return Case(name, probe.adapters, "passed", kind="drift", drift=figures)
+    reason = (
+        f"{who}: quantization drift, which is no fault of an adapter: with int8 activations {said} "
+        f"({_WAY_OUT})"
+    )
+    return Case(name, probe.adapters, "failed", reason, kind="drift", drift=figures)
