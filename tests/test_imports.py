@@ -34,15 +34,23 @@ ALLOWED: dict[str, set[str]] = {
     "runtime": _BELOW_RUN,
     "parity": {*_BELOW_RUN, "capture", "graph", "runtime"},
     "exporting": {*_BELOW_RUN, "capture", "graph", "runtime", "parity"},
+    "bench": {*_BELOW_RUN, "runtime", "exporting"},
     "training": {*_BELOW_RUN, "capture", "graph", "runtime", "parity", "exporting"},
     "reports": {"files"},
-    "cli": {*_BELOW_RUN, "runtime", "parity", "exporting", "training", "reports"},
+    "cli": {*_BELOW_RUN, "runtime", "parity", "exporting", "training", "bench", "reports"},
 }
 # At the root, for every folder: what they import in turn.
 SHARED: dict[str, set[str]] = {"errors": set(), "lazy": set(), "names": set(), "types": {"errors"}}
 FACE = {"__init__", "__main__", "pytest_plugin"}
 TORCH = {"torch", "transformers", "peft", "accelerate", "optimum"}
-TORCH_FILES = {"quiet.py", "reference.py", "peft_models.py", "by_layer.py", "factorize.py"}
+TORCH_FILES = {
+    "quiet.py",
+    "reference.py",
+    "peft_models.py",
+    "by_layer.py",
+    "factorize.py",
+    "pytorch.py",
+}
 ONNX = {"onnx", "onnx_ir", "onnxscript"}
 
 
@@ -132,7 +140,17 @@ def test_heavy_imports_stay_where_they_belong() -> None:
     ["import lora_edge", "from lora_edge.cli import main; main(['--help'])"]
     + [
         f"from lora_edge.cli import main; main(['{verb}', '--help'])"
-        for verb in ("train", "export", "add", "remove", "run", "validate", "golden", "inspect")
+        for verb in (
+            "train",
+            "export",
+            "add",
+            "remove",
+            "run",
+            "bench",
+            "validate",
+            "golden",
+            "inspect",
+        )
     ],
 )
 def test_help_and_import_need_no_torch_and_switch_telemetry_off(code: str) -> None:

@@ -17,15 +17,15 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import geometric_mean, median
 from typing import Any
 
-from decode import processor
-from prepare import TINY, Shape, copy_tokenizer, make_adapter, make_model
+from shapes import SHAPES, Shape, make_adapter, make_model
 
+from lora_edge.bench.results import processor
 from lora_edge.bundle.bundle import load_bundle
 from lora_edge.exporting.export import export
 from lora_edge.runtime import Runner
@@ -156,10 +156,9 @@ def make_bundle(folder: Path, shape: Shape, precision: Any) -> Path:
     """A random model and two adapters, exported with their proof: minutes for the default shape."""
     base = folder / "base"
     make_model(base, shape)
-    copy_tokenizer(base)
     adapters = {"one": folder / "one", "two": folder / "two"}
     for seed, path in enumerate(adapters.values(), 1):
-        make_adapter(base, path, shape.rank, seed)
+        make_adapter(path, base, shape, seed)
     export(base, adapters, output=folder / "bundle", precision=precision)
     return folder / "bundle"
 
@@ -174,7 +173,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a toy shape, to try the script")
     parser.add_argument("--json", type=Path, help="write all results to this file")
     chosen = parser.parse_args()
-    shape = TINY if chosen.tiny else Shape(rank=chosen.rank)
+    shape = SHAPES["tiny"] if chosen.tiny else replace(SHAPES["135M"], rank=chosen.rank)
     with tempfile.TemporaryDirectory() as folder:
         bundle = chosen.bundle or make_bundle(Path(folder), shape, chosen.precision)
         settings = {"prompt": PROMPT, "turns": chosen.turns, "clock": "cpu", "threads": 1} | {

@@ -24,11 +24,12 @@ from pathlib import Path
 from statistics import geometric_mean, median
 from typing import Any
 
-import numpy as np
-from decode import Ratio, verdict
-from prepare import Shape, copy_tokenizer, make_model
+from shapes import Shape, make_model
 
 from lora_edge.base.checkpoint import resolve_base
+from lora_edge.bench.ratios import Ratio, reached, resolution
+from lora_edge.bench.ratios import ratio as ratio_of
+from lora_edge.reports.bench import spread
 from lora_edge.training import Settings, train
 from lora_edge.training.callbacks import Progress
 from lora_edge.training.data import read_data
@@ -73,11 +74,16 @@ class Run:
 def make_base(folder: Path) -> Path:
     """A Llama of 17.5 million random parameters, a seventh of them in the output head."""
     shape = Shape(
-        layers=12, hidden=320, intermediate=864, heads=5, kv_heads=5, vocabulary=8192, positions=512
+        layers=12,
+        hidden=320,
+        intermediate=864,
+        heads=5,
+        kv_heads=5,
+        vocabulary=8192,
+        positions=512,
     )
     base = folder / "base"
     make_model(base, shape)
-    copy_tokenizer(base)
     return base
 
 
@@ -234,33 +240,34 @@ Rounds = Sequence[Mapping[str, Run]]
 
 def ratio(rounds: Rounds, name: str) -> Ratio:
     """Tokens/s of a contestant over the reference's: of both of its entries, but for the second."""
-    values = []
+    own, others = [], []
     for one in rounds:
         entries = [one[REFERENCE].tokens_per_second]
         if name != AGAIN:
             entries.append(one[AGAIN].tokens_per_second)
-        values.append(one[name].tokens_per_second / geometric_mean(entries))
-    error = 2 * float(np.std(np.log(values), ddof=1)) / len(values) ** 0.5 if values[1:] else None
-    return Ratio(geometric_mean(values), error, min(values), max(values))
+        own.append(one[name].tokens_per_second)
+        others.append(geometric_mean(entries))
+    return ratio_of(own, others)
 
 
 def table(rounds: Rounds) -> str:
     """All results, for people."""
     lines = [
         f"{'':24}{'tokens/s':>10}{'s/step':>9}{'memory':>12}{'trained':>13}"
-        f"   tokens/s / {REFERENCE}: mean ± 2 s.e.  [lowest, highest]"
+        f"   tokens/s / {REFERENCE}: mean (95 %)"
     ]
     for name in rounds[0]:
         runs = [one[name] for one in rounds]
-        compared = "1" if name == REFERENCE else str(ratio(rounds, name))
+        compared = "1" if name == REFERENCE else spread(asdict(ratio(rounds, name)))
         lines.append(
             f"{name:24}{median(r.tokens_per_second for r in runs):10.0f}"
             f"{median(r.seconds for r in runs):9.3f}"
             f"{median(r.peak_bytes for r in runs) / (1 << 20):8.0f} MiB"
             f"{runs[0].trainable:13,}   {compared}"
         )
-    reached = ratio(rounds, "lora-edge")
-    lines += ["", f"lora-edge / {REFERENCE} >= {TARGET:g}: {reached}  {verdict(reached, TARGET)}"]
+    own, resolved = ratio(rounds, "lora-edge"), resolution(ratio(rounds, AGAIN))
+    word = reached(own, resolved, TARGET, least=True)
+    lines += ["", f"lora-edge / {REFERENCE} >= {TARGET:g}: {spread(asdict(own))}  {word}"]
     return "\n".join(lines)
 
 

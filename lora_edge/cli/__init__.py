@@ -27,6 +27,7 @@ _VERBS = {
     "add": "Add adapters to an existing bundle.",
     "remove": "Remove adapters from a bundle.",
     "run": "Generate text, or label texts and images, with a bundle.",
+    "bench": "Measure how fast a bundle is, beside itself and beside others.",
     "validate": "Check a bundle against PyTorch, or against its own golden cases.",
     "golden": "Keep your own prompts in a bundle as golden cases.",
     "inspect": "Show what an adapter or a bundle holds.",

@@ -38,6 +38,7 @@ from lora_edge.runtime.text.tokenizer import Tokenizer
 from lora_edge.tasks.task import Driver
 
 if TYPE_CHECKING:
+    from lora_edge.runtime.decoding import Decoding
     from lora_edge.runtime.encoder import Encoder
     from lora_edge.runtime.outputs.outputs import Label, Outputs, TextInput, TokenLabel
     from lora_edge.runtime.seq2seq import Seq2Seq
@@ -169,6 +170,22 @@ class Runner:
             return found
         routed = None if self._routes is None else self._routes.find(states)
         return routed or self.decoder, self.binding(adapter, batch)
+
+    def start(self, adapter: AdapterArgument, batch: int, max_length: int) -> Decoding:
+        """A new batch of text with an empty cache, to be stepped by hand.
+
+        Args:
+            adapter: see the class.
+            batch: number of rows.
+            max_length: longest sequence, prompt and new tokens together.
+
+        Raises:
+            BundleError: the bundle has another task.
+            AdapterNotFoundError: a name that the bundle does not have.
+            DataError: more positions than the model has or the memory holds.
+        """
+        decoder, bound = self._session_for(adapter, batch)
+        return decoder.start(batch, max_length, bound)
 
     @property
     def decoder(self) -> Decoder:

@@ -1,0 +1,70 @@
+"""What whole commands take: an export with its proof, and an adapter that is added."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from made import ON, Made
+from rows import Row
+
+_NONE: tuple[str, ...] = ()
+COMMANDS = {
+    "export-peak": Row(
+        "export-peak", "export with proof, peak memory / model bytes in float32",
+        "", _NONE, "", "", "", {"": 2.0}, least=False, kind="ratio",
+    ),
+    "export-cpu": Row(
+        "export-cpu", "export with proof, CPU s",
+        "", _NONE, "", "", "", {"": 60.0}, least=False, kind="value",
+    ),
+    "export-int4-peak": Row(
+        "export-int4-peak", "export with proof, int4, peak memory in GB",
+        "", _NONE, "", "", "", {"": 12.0}, least=False, kind="value",
+    ),
+    "add-cpu": Row(
+        "add-cpu", "add an adapter to an int4 bundle, CPU s",
+        "", _NONE, "", "", "", {"": 1.0}, least=False, kind="value",
+    ),
+}  # fmt: skip
+
+
+def measure_command(name: str, made: Made) -> float:
+    """Run the command of a row in a process of its own; the row's figure.
+
+    Raises:
+        RuntimeError: the command failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        if name == "add-cpu":
+            bundle = Path(folder) / "bundle"
+            shutil.copytree(made.bundle("int4").directory, bundle, copy_function=os.link)
+            return _run(["add", str(bundle), "-a", f"new={made.adapter(0)}"])[0]
+        command = ["export", str(made.base()), "-a", f"{ON}={made.adapter(0)}"]
+        if name == "export-int4-peak":
+            command += ["--precision", "int4"]
+        seconds, peak = _run([*command, "-o", str(Path(folder) / "bundle")])
+    if name == "export-cpu":
+        return seconds
+    return peak / 1e9 if name == "export-int4-peak" else peak / made.base_bytes()
+
+
+def _run(arguments: list[str]) -> tuple[float, int]:
+    """CPU seconds and peak bytes of a command."""
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "lora_edge", *arguments],
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            said.seek(0)
+            tail = said.read().decode("utf-8", "replace")[-2000:]
+            raise RuntimeError(f"lora-edge {' '.join(arguments)} failed:\n{tail}")
+    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024

@@ -1,0 +1,130 @@
+"""What the benchmark runs, made when it is first asked for, and kept for the next time."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from shapes import SHAPES, Shape, make_adapter, make_model
+
+import lora_edge
+from lora_edge.bundle.bundle import Bundle, load_bundle
+
+ADAPTERS = 8
+ON = "a0"
+
+
+class Made:
+    """Bundles and files of one shape.
+
+    Args:
+        folder: where they are kept.
+        name: of the shape.
+        say: called with a line for each that is made.
+    """
+
+    def __init__(self, folder: Path, name: str, say: Callable[[str], None]) -> None:
+        self.name = name
+        self.shape: Shape = SHAPES[name]
+        self._folder = folder / name
+        self._say = say
+
+    def _kept(self, name: str, make: Callable[[Path], object]) -> Path:
+        """A folder of ours; one that was not finished is made again."""
+        path = self._folder / name
+        if not path.exists():
+            self._say(f"{self.name}: making {name}")
+            started = path.with_name(f"{name}.started")
+            shutil.rmtree(started, ignore_errors=True)
+            started.unlink(missing_ok=True)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            make(started)
+            started.rename(path)
+        return path
+
+    def base(self) -> Path:
+        """The checkpoint."""
+        return self._kept("base", lambda path: make_model(path, self.shape))
+
+    def adapter(self, index: int) -> Path:
+        """A PEFT folder."""
+        base = self.base()
+        return self._kept(f"a{index}", lambda path: make_adapter(path, base, self.shape, index))
+
+    def bundle(self, precision: str) -> Bundle:
+        """The switchable bundle with all adapters, unproved."""
+        adapters = {f"a{index}": self.adapter(index) for index in range(ADAPTERS)}
+        made = self._kept(
+            f"switchable-{precision}",
+            lambda path: export_unproved(
+                self.base(), adapters, path, mode="switchable", precision=precision
+            ),
+        )
+        return load_bundle(made)
+
+    def merged(self) -> Path:
+        """The merged bundle in float32, unproved."""
+        return self._kept(
+            "merged-fp32",
+            lambda path: export_unproved(
+                self.base(), {ON: self.adapter(0)}, path, mode="merged", precision="fp32"
+            ),
+        )
+
+    def genai(self, precision: str) -> Path:
+        """The folder that onnxruntime-genai's builder makes of the base."""
+        return self._kept(
+            f"genai-{precision}", lambda path: _build_genai(self.base(), path, precision)
+        )
+
+    def gguf(self) -> tuple[Path, Path]:
+        """The base and the first adapter for llama.cpp."""
+        from gguf_files import write_adapter, write_model
+
+        model = self._kept("base-q4_0.gguf", lambda path: write_model(self, path))
+        lora = self._kept("a0.gguf", lambda path: write_adapter(self, path))
+        return model, lora
+
+    def base_bytes(self) -> int:
+        """Of the checkpoint, in float32."""
+        size = sum(file.stat().st_size for file in self.base().glob("*.safetensors"))
+        return size * (2 if self.shape.dtype == "bfloat16" else 1)
+
+
+class _Unproved:
+    """What stands for the report of a proof that was not made."""
+
+    passed, failures, exact = True, (), False
+
+    def to_data(self) -> dict[str, Any]:
+        return {"cases": []}
+
+
+def export_unproved(base: Path, adapters: dict[str, Path], output: Path, **options: Any) -> None:
+    """An export without its proof: random weights have nothing to prove, and nothing is published.
+
+    What a proof costs is measured by rows of its own.
+    """
+    with patch("lora_edge.parity.validate", lambda *_, **__: _Unproved()):
+        lora_edge.export(base, adapters, output=output, **options)
+
+
+def genai_installed() -> bool:
+    """Whether onnxruntime-genai's builder is in this environment."""
+    return find_spec("onnxruntime_genai") is not None
+
+
+def _build_genai(model: Path, output: Path, precision: str) -> None:
+    """In a process of its own, with the builder's own choices for the CPU."""
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(model)]
+    command += ["-o", str(output), "-p", precision, "-e", "cpu", "-c", str(output / "cache")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"onnxruntime-genai's builder failed:\n{done.stderr[-2000:]}")
+    shutil.rmtree(output / "cache", ignore_errors=True)

@@ -1,0 +1,332 @@
+"""The rows of the table: what is compared, for which shapes, and what is to be reached.
+
+A bench is a plan whose contestants run side by side; a row is one ratio in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Literal
+
+from made import ADAPTERS, ON, Made, genai_installed
+
+from lora_edge.bench.plan import AGAIN, Entry, Figure, Plan, Taker, Work
+from lora_edge.bench.rivals import Given, Rival, rival
+from lora_edge.bench.standard import Choices, standard_plan
+from lora_edge.bundle.bundle import BASE_GRAPH_FILE, DATA_FILE, GRAPH_FILE, Bundle
+
+PLAIN, OFF, OFF_PINNED, MERGED, GENAI = "plain", "off", "off, pinned", "merged", "genai's graph"
+SWITCH = "switch a0, a1"
+_MIB = 1 / (1 << 20)
+_ROOM = 4096
+ON_NAME = f"on: {ON}"
+PINNED_NAME = f"pinned: {ON}"
+PEFT_NAME = f"PEFT, on: {ON}"
+GENAI_ON, GENAI_OFF = f"genai, on: {ON}", "genai, off"
+MIXED, ONE_BY_ONE, PEFT_MIXED = (
+    "rows of different adapters",
+    "one row after another",
+    "peft, mixed batch",
+)
+
+Kind = Literal["ratio", "difference", "value"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        name: for ``--rows``.
+        text: what it is.
+        bench: name of its bench.
+        precisions: of the bundle.
+        figure: of the bench.
+        own: the taker that is looked at.
+        other: what it is compared with; empty: the figure's reference.
+        targets: shape -> what is to be reached; ``""`` is any other shape.
+        least: at least the target; else at most.
+        kind: a ratio; or a difference, or the value itself, in the figure's unit.
+        limit: it has a limit by bytes: how fast it can be if bytes alone count.
+    """
+
+    name: str
+    text: str
+    bench: str
+    precisions: tuple[str, ...]
+    figure: str
+    own: str
+    other: str
+    targets: dict[str, float]
+    least: bool = True
+    kind: Kind = "ratio"
+    limit: bool = False
+
+
+_BOTH, _INT4, _FP32 = ("fp32", "int4"), ("int4",), ("fp32",)
+_BUILDER = "genai: genai-int4"
+ROWS = (
+    Row(
+        "off-genai", "int4 off / genai's builder int4 in its own loop, decode",
+        "genai", _INT4, "decode", OFF, "", {"": 0.97},
+    ),
+    Row(
+        "size-genai", "int4 file size / genai's",
+        "genai", _INT4, "files", "ours", "", {"": 1.1}, least=False,
+    ),
+    Row(
+        "open-genai", "opening an int4 bundle, CPU s / genai's",
+        "genai", _INT4, "open", OFF, "", {"": 1.2}, least=False,
+    ),
+    Row(
+        "peak-genai", "opening an int4 bundle and decoding, peak memory / genai's",
+        "genai", _INT4, "peak", OFF, "", {"": 1.1}, least=False,
+    ),
+    Row(
+        "on-merged", "on / a graph without branches, decode",
+        "plain", _BOTH, "decode", "on", "",
+        {"135M fp32": 0.92, "1B fp32": 0.97, "135M int4": 0.80, "1B int4": 0.93, "": 0.80},
+        limit=True,
+    ),
+    Row(
+        "off-merged", "off / a graph without branches, decode",
+        "plain", _BOTH, "decode", OFF, "", {"": 0.99},
+    ),
+    Row(
+        "off-memory", "off, memory above a graph without branches, MiB",
+        "plain", _BOTH, "pss", OFF, "", {"": 40.0}, least=False, kind="difference",
+    ),
+    Row(
+        "loop", "the same graph and adapter in genai's own loop, ours / theirs",
+        "loop", _BOTH, "decode", "on", "", {"": 1.0},
+    ),
+    Row("on-off", "on / off, ours", "loop", _BOTH, "decode", "on", OFF, {"": 0.0}),
+    Row(
+        "on-off-genai", "on / off, genai's own loop",
+        "loop", _BOTH, "decode", GENAI_ON, GENAI_OFF, {"": 0.0},
+    ),
+    Row(
+        "batch", "8 rows with 8 adapters / one after another",
+        "batch", _BOTH, "batch", MIXED, "", {"": 4.3},
+    ),
+    Row(
+        "batch-peft", "8 rows with 8 adapters / PEFT's mixed batch",
+        "batch", _FP32, "batch", MIXED, PEFT_MIXED, {"": 2.0},
+    ),
+    Row(
+        "switch", "switch between loaded adapters / one token",
+        "switch", _BOTH, "switch", SWITCH, "", {"": 0.02}, least=False,
+    ),
+    Row(
+        "load", "cold load of an adapter, ms of CPU",
+        "load", _FP32, "load", f"load a{ADAPTERS - 1}", "", {"": 50.0}, least=False, kind="value",
+    ),
+    Row(
+        "merged-genai", "merged / genai's graph, decode in our loop",
+        "decode", _FP32, "decode", MERGED, GENAI, {"": 0.95},
+    ),
+    Row("on", "on / merged", "decode", _FP32, "decode", ON_NAME, MERGED, {"": 0.90}, limit=True),
+    Row("off", "off / merged", "decode", _FP32, "decode", OFF, MERGED, {"": 0.98}),
+    Row(
+        "on-pinned", "on, pinned / merged",
+        "decode", _FP32, "decode", PINNED_NAME, MERGED, {"": 0.98},
+    ),
+    Row(
+        "off-pinned", "off, pinned / merged",
+        "decode", _FP32, "decode", OFF_PINNED, MERGED, {"": 0.98},
+    ),
+    Row("on-peft", "on / PEFT eager", "decode", _FP32, "decode", ON_NAME, PEFT_NAME, {"": 3.0}),
+)  # fmt: skip
+_LLAMA_CPP = (
+    Row(
+        "llama.cpp", "int4, on / llama.cpp with --lora",
+        "llama.cpp", _INT4, "decode", "on", "", {"": 1.1},
+    ),
+    Row(
+        "on-off-llama.cpp", "on / off, llama.cpp",
+        "llama.cpp", _INT4, "decode", "llama.cpp, on", "llama.cpp, off", {"": 0.0},
+    ),
+)  # fmt: skip
+ROWS = (*ROWS, *_LLAMA_CPP)
+DECODE = tuple(row.name for row in ROWS if row.bench == "decode")
+
+
+class LackingError(Exception):
+    """A bench that cannot be run here; the message says why."""
+
+
+def limit_by_bytes(bundle: Bundle) -> float:
+    """On / off if a step took the time that its bytes take: weights, and with them A and B."""
+    files = bundle.manifest.files
+    weights = sum(x.bytes for name, x in files.items() if name.startswith("onnx/"))
+    return weights / (weights + files[bundle.adapter(ON).file].bytes)
+
+
+def _plan(bundle: Bundle, entries: Sequence[Entry], figures: Sequence[Figure]) -> Plan:
+    return Plan(entries, figures, bundle.manifest.parts["decoder"].vocab_size)
+
+
+def _decode(takers: Sequence[Taker]) -> Figure:
+    return Figure("decode", "decoding after a prompt of 128", "tokens/s", tuple(takers))
+
+
+def _twice(key: str, player: str, given: dict[str, object]) -> list[Entry]:
+    return [Entry(key, player, given), Entry(key + AGAIN, player, given)]
+
+
+def _each(takers: Sequence[Taker], work: Work) -> tuple[Taker, ...]:
+    return tuple(Taker(x.name, x.entry, work, x.adapters) for x in takers)
+
+
+def plain(made: Made, precision: str) -> Plan:
+    """The switchable graph beside the same graph without branches, which merging leaves."""
+    bundle = made.bundle(precision)
+    own = {"bundle": str(bundle.directory)}
+    graph = {**own, "file": str(bundle.directory / BASE_GRAPH_FILE), "own": True}
+    entries = [
+        *_twice(PLAIN, "graph", graph),
+        Entry(OFF, "bundle", own),
+        Entry("on", "bundle", own),
+    ]
+    takers = [
+        Taker(PLAIN, PLAIN, "decode", computes="base"),
+        Taker(PLAIN + AGAIN, PLAIN + AGAIN, "decode", computes="base"),
+        Taker(OFF, OFF, "decode", computes="base"),
+        Taker("on", "on", "decode", (ON,), computes="adapter"),
+    ]
+    memory = Figure("pss", "memory (PSS)", "MiB", _each(takers, "pss"), 0, _MIB, rate=False)
+    return _plan(bundle, entries, [_decode(takers), memory])
+
+
+def genai(made: Made, precision: str) -> Plan:
+    """The bundle beside the graph of genai's builder, each in its own loop."""
+    _needs_genai()
+    bundle = made.bundle(precision)
+    folder = made.genai(precision)
+    own = {"bundle": str(bundle.directory)}
+    theirs = f"genai: {folder.name}"
+    entries = [
+        *_twice(theirs, "genai", {"folder": str(folder)}),
+        Entry(OFF, "bundle", own),
+        Entry("on", "bundle", own),
+    ]
+    takers = [
+        Taker(theirs, theirs, "decode"),
+        Taker(theirs + AGAIN, theirs + AGAIN, "decode"),
+        Taker(OFF, OFF, "decode"),
+        Taker("on", "on", "decode", (ON,)),
+    ]
+    graph = sum(
+        x.bytes for name, x in bundle.manifest.files.items() if name in (GRAPH_FILE, DATA_FILE)
+    )
+    size = sum(file.stat().st_size for file in folder.glob("model.onnx*"))
+    files = (Taker(theirs, OFF, "files", bytes=size), Taker("ours", OFF, "files", bytes=graph))
+    figures = [
+        _decode(takers),
+        Figure("open", "opening", "s of CPU", _each(takers, "open"), rate=False),
+        Figure("peak", "peak memory", "MiB", _each(takers, "peak"), 0, _MIB, rate=False),
+        Figure("files", "graph and weights", "MB", files, 0, 1e-6, rate=False),
+    ]
+    return _plan(bundle, entries, figures)
+
+
+def loop(made: Made, precision: str) -> Plan:
+    """The same graph and adapter in genai's loop and in ours."""
+    _needs_genai()
+    bundle = made.bundle(precision)
+    found = rival("genai", Given(bundle, ON, _ROOM))
+    if found.reason:
+        raise LackingError(found.reason)
+    off, on = found.ways
+    own = {"bundle": str(bundle.directory)}
+    again = Entry(on.entry.key + AGAIN, "genai", on.entry.given)
+    entries = [*found.entries, again, Entry(OFF, "bundle", own), Entry("on", "bundle", own)]
+    takers = [
+        Taker(on.entry.key, on.entry.key, "decode", (ON,), computes="adapter"),
+        Taker(again.key, again.key, "decode", (ON,), computes="adapter"),
+        Taker(off.entry.key, off.entry.key, "decode", computes="base"),
+        Taker("on", "on", "decode", (ON,), computes="adapter"),
+        Taker(OFF, OFF, "decode", computes="base"),
+    ]
+    return _plan(bundle, entries, [_decode(takers)])
+
+
+def _peft(made: Made, bundle: Bundle) -> Rival:
+    return rival("peft", Given(bundle, ON, _ROOM, base=str(made.base())))
+
+
+def _standard(*figures: str) -> Callable[[Made, str], Plan]:
+    """What ``lora-edge bench`` measures; PEFT's mixed batch beside float32."""
+
+    def made_plan(made: Made, precision: str) -> Plan:
+        bundle = made.bundle(precision)
+        rivals = [_peft(made, bundle)] if precision == "fp32" and "batch" in figures else []
+        return standard_plan(bundle, Choices(ON, figures), rivals)
+
+    return made_plan
+
+
+def decode(made: Made, precision: str) -> Plan:
+    """Every way to decode in float32; all compute the base or the adapter, which is checked."""
+    bundle = made.bundle(precision)
+    own = {"bundle": str(bundle.directory)}
+    rivals = _peft(made, bundle)
+    entries = [
+        *_twice(MERGED, "bundle", {"bundle": str(made.merged())}),
+        Entry(OFF, "bundle", own),
+        Entry(ON_NAME, "bundle", own),
+        Entry(OFF_PINNED, "bundle", {**own, "pinned": [None]}),
+        Entry(PINNED_NAME, "bundle", {**own, "pinned": [ON]}),
+        *rivals.entries,
+    ]
+    on = f"adapter {ON}"
+    takers = [
+        Taker(MERGED, MERGED, "decode", computes=on),
+        Taker(MERGED + AGAIN, MERGED + AGAIN, "decode", computes=on),
+        Taker(OFF, OFF, "decode", computes="base"),
+        Taker(ON_NAME, ON_NAME, "decode", (ON,), computes=on),
+        Taker(OFF_PINNED, OFF_PINNED, "decode", computes="base"),
+        Taker(PINNED_NAME, PINNED_NAME, "decode", (ON,), computes=on),
+        *rivals.takers("decode"),
+    ]
+    if genai_installed():
+        file = str(made.genai(precision) / "model.onnx")
+        entries.append(Entry(GENAI, "graph", {**own, "file": file}))
+        takers.append(Taker(GENAI, GENAI, "decode", computes="base"))
+    return _plan(bundle, entries, [_decode(takers)])
+
+
+def llama_cpp(made: Made, precision: str) -> Plan:
+    """The bundle beside llama.cpp with Q4_0 weights and the same adapter as a GGUF file."""
+    for package in ("gguf", "llama_cpp"):
+        if find_spec(package) is None:
+            raise LackingError(f"{package} is not installed; pip install gguf llama-cpp-python")
+    bundle = made.bundle(precision)
+    model, lora = made.gguf()
+    paths = {"llama.cpp": str(model), "llama.cpp-lora": str(lora)}
+    off, on = rival("llama.cpp", Given(bundle, ON, 1024, paths)).ways
+    own = {"bundle": str(bundle.directory)}
+    again = Entry(on.entry.key + AGAIN, "llama.cpp", on.entry.given)
+    entries = [on.entry, again, off.entry, Entry("on", "bundle", own), Entry(OFF, "bundle", own)]
+    takers = [Taker(x.key, x.key, "decode") for x in entries[:3]]
+    takers += [Taker("on", "on", "decode", (ON,)), Taker(OFF, OFF, "decode")]
+    return _plan(bundle, entries, [_decode(takers)])
+
+
+def _needs_genai() -> None:
+    if not genai_installed():
+        raise LackingError("onnxruntime-genai is not installed; pip install onnxruntime-genai")
+
+
+BENCHES: dict[str, Callable[[Made, str], Plan]] = {
+    "genai": genai,
+    "plain": plain,
+    "loop": loop,
+    "batch": _standard("batch"),
+    "switch": _standard("switch"),
+    "load": _standard("load"),
+    "decode": decode,
+    "llama.cpp": llama_cpp,
+}

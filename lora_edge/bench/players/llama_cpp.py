@@ -1,0 +1,60 @@
+"""llama.cpp through llama-cpp-python: a GGUF file, and a LoRA's as ``--lora`` takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_edge.bench.players.player import Adapters, Player, Rows
+from lora_edge.errors import ProviderError
+
+
+class LlamaCppPlayer(Player):
+    """llama.cpp, one sequence at a time.
+
+    Given: ``file``, the GGUF of the model; ``lora``, that of an adapter, or nothing; ``room``, the
+    positions of its cache.
+    """
+
+    package = "llama-cpp-python"
+
+    def imports(self) -> None:
+        import llama_cpp
+
+        self._library = llama_cpp
+
+    def open(self) -> None:
+        self._model = self._library.Llama(
+            self.given["file"],
+            n_ctx=int(self.given["room"]),
+            n_batch=512,
+            n_threads=self.threads,
+            n_threads_batch=self.threads,
+            lora_path=self.given.get("lora"),
+            verbose=False,
+        )
+        self._logits: NDArray[Any] = np.zeros(0, np.float32)
+
+    def start(self, key: str, rows: Rows, adapters: Adapters, room: int) -> None:  # noqa: ARG002
+        if len(rows) > 1:
+            raise ProviderError("llama.cpp takes part with one row only")
+        self._model.reset()
+        self._model.eval(list(rows[0]))
+        self._logits = self._last()
+
+    def step(self, key: str, tokens: Sequence[int]) -> None:  # noqa: ARG002
+        self._model.eval(list(tokens))
+        self._last()
+
+    def _last(self) -> NDArray[Any]:
+        pointer = self._library.llama_get_logits_ith(self._model.ctx, -1)
+        return np.ctypeslib.as_array(pointer, shape=(self._model.n_vocab(),)).copy()
+
+    def logits(self, key: str) -> NDArray[Any]:  # noqa: ARG002
+        return self._logits
+
+    def drop(self, key: str) -> None:  # noqa: ARG002
+        self._model.reset()

@@ -1,0 +1,78 @@
+"""What a contestant does, in a process of its own."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from numpy.typing import NDArray
+
+from lora_edge.errors import OptionError
+
+Rows = Sequence[Sequence[int]]
+Adapters = Sequence[str | None]
+
+
+class Player(ABC):
+    """A contestant: it imports, opens, and decodes batches of token ids.
+
+    Several batches can be under way, each under a key of its own.
+
+    Args:
+        given: what it runs, as JSON; every player has ``threads``.
+    """
+
+    package: ClassVar[str]
+    """What is to be installed for it."""
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        self.given = given
+        self.threads = int(given["threads"])
+
+    @abstractmethod
+    def imports(self) -> None:
+        """Import the libraries; the seconds are counted apart from those of :meth:`open`."""
+
+    @abstractmethod
+    def open(self) -> None:
+        """Load the model."""
+
+    @abstractmethod
+    def start(self, key: str, rows: Rows, adapters: Adapters, room: int) -> None:
+        """Run prompts as one batch, with a cache for ``room`` positions.
+
+        Args:
+            key: of the batch; one of that key before is dropped.
+            rows: token ids, one list for each row, of one length.
+            adapters: of each row; ``None`` is none.
+            room: longest sequence, prompt and new tokens together.
+        """
+
+    @abstractmethod
+    def step(self, key: str, tokens: Sequence[int]) -> None:
+        """Append a token to each row of a batch."""
+
+    @abstractmethod
+    def logits(self, key: str) -> NDArray[Any]:
+        """``[vocab]``: after the last token of the first row's prompt."""
+
+    @abstractmethod
+    def drop(self, key: str) -> None:
+        """Forget a batch."""
+
+    def load(self, adapter: str) -> None:
+        """Load an adapter that was not used before.
+
+        Raises:
+            OptionError: this contestant has no such thing.
+        """
+        raise OptionError(f"{type(self).__name__} does not load {adapter!r} by itself")
+
+    def switch(self, adapters: Adapters, room: int) -> None:
+        """Be ready for the first token of a new batch with other adapters that are loaded.
+
+        Raises:
+            OptionError: this contestant has no such thing.
+        """
+        raise OptionError(f"{type(self).__name__} does not switch to {adapters}, room {room}")
