@@ -196,7 +196,7 @@ def plain(made: Made, precision: str) -> Plan:
         Taker(OFF, OFF, "decode", computes="base"),
         Taker("on", "on", "decode", (ON,), computes="adapter"),
     ]
-    memory = Figure("pss", "memory (PSS)", "MiB", _each(takers, "pss"), 0, _MIB, rate=False)
+    memory = Figure("pss", "memory (PSS)", "MiB", _each(takers, "pss"), 128, _MIB, rate=False)
     return _plan(bundle, entries, [_decode(takers), memory])
 
 
@@ -226,7 +226,7 @@ def genai(made: Made, precision: str) -> Plan:
     figures = [
         _decode(takers),
         Figure("open", "opening", "s of CPU", _each(takers, "open"), rate=False),
-        Figure("peak", "peak memory", "MiB", _each(takers, "peak"), 0, _MIB, rate=False),
+        Figure("peak", "peak memory", "MiB", _each(takers, "peak"), 128, _MIB, rate=False),
         Figure("files", "graph and weights", "MB", files, 0, 1e-6, rate=False),
     ]
     return _plan(bundle, entries, figures)

@@ -67,6 +67,7 @@ class _Round:
 
     def run(self, begin: Callable[[Entry], Process]) -> Costs:
         used = {taker.entry for figure in self._plan.figures for taker in figure.takers}
+        self._measure_memory(begin)
         with ExitStack() as stack:
             for entry in order_of([x for x in self._plan.entries if x.key in used], self._random):
                 process = stack.enter_context(begin(entry))
@@ -74,6 +75,24 @@ class _Round:
                 given = {**entry.given, "threads": self._settings.threads}
                 self._opened[entry.key] = process.ask("open", player=entry.player, given=given)
             return {figure.name: self._figure(figure) for figure in self._plan.figures}
+
+    def _measure_memory(self, begin: Callable[[Entry], Process]) -> None:
+        """Of each process while it is the only one: pages that several map would be shared."""
+        wanted = {
+            taker.entry: (figure, taker)
+            for figure in self._plan.figures
+            for taker in figure.takers
+            if taker.work in ("pss", "peak")
+        }
+        entries = [x for x in self._plan.entries if x.key in wanted]
+        for entry in order_of(entries, self._random):
+            figure, taker = wanted[entry.key]
+            prompt = self._tokens(len(taker.adapters), figure.tokens)
+            with begin(entry) as process:
+                given = {**entry.given, "threads": self._settings.threads}
+                process.ask("open", player=entry.player, given=given)
+                process.ask("start", **self._batch(taker, figure, prompt, 1))
+                self._memory[entry.key] = process.ask("memory")
 
     def _figure(self, figure: Figure) -> dict[str, float]:
         if any(taker.work in ("decode", "switch") for taker in figure.takers):
@@ -95,8 +114,6 @@ class _Round:
             prompt = self._tokens(1, figure.tokens)
             first = process.ask("start", **self._batch(taker, figure, prompt, 1))
             return float(self._opened[taker.entry]["since"]) + float(first["seconds"])
-        if taker.entry not in self._memory:
-            self._memory[taker.entry] = process.ask("memory")
         return float(self._memory[taker.entry].get(taker.work, 0))
 
     def _tokens(self, rows: int, count: int) -> list[list[int]]:

@@ -15,13 +15,12 @@ from lora_edge.bundle.bundle import Bundle
 from lora_edge.errors import DataError, OptionError
 from lora_edge.names import NONE_ADAPTER
 
-# In the order in which they are measured: memory before adapters and long prompts, and an adapter
-# is loaded before others use it.
+# In the order in which they are measured: an adapter is loaded before others use it.
 FIGURES = {
     "start": "from the start of the process to the first token",
     "open": "opening, without imports",
     "decode": "new tokens after a prompt",
-    "memory": "memory after decoding, and at its peak",
+    "memory": "memory after a prompt, and at its peak",
     "prefill": "prompts of 128 and 1,024 tokens",
     "long": "new tokens after a long context",
     "load": "an adapter that is not loaded yet",
@@ -183,9 +182,17 @@ class _Standard:
                 return []
             return [
                 Figure(
-                    "pss", "memory after decoding (PSS)", "MiB", self._once("pss"), 0, _MIB, False
+                    "pss",
+                    "memory after a prompt (PSS)",
+                    "MiB",
+                    self._once("pss"),
+                    tokens,
+                    _MIB,
+                    False,
                 ),
-                Figure("peak", "memory at its peak", "MiB", self._once("peak"), 0, _MIB, False),
+                Figure(
+                    "peak", "memory at its peak", "MiB", self._once("peak"), tokens, _MIB, False
+                ),
             ]
         return [self._files()]
 
