@@ -12,7 +12,7 @@ import onnx_ir as ir
 from lora_edge.errors import GraphError
 from lora_edge.names import SELECT, is_past, parse_lora_input
 
-_INLINE_BELOW = 1024  # bytes; shapes and other small constants stay in the graph
+_INLINE_UP_TO = 1024  # bytes; shapes and other small constants stay in the graph
 
 
 def load(path: str | os.PathLike[str]) -> ir.Model:
@@ -87,7 +87,7 @@ def save_graph(model: ir.Model, path: str | os.PathLike[str]) -> None:
 
 
 def save_with_data(model: ir.Model, path: str | os.PathLike[str]) -> None:
-    """Save the graph, and all tensors of 1 KiB or more in ``<path>_data`` beside it.
+    """Save the graph, and all tensors of more than 1 KiB in ``<path>_data`` beside it.
 
     Tensors are streamed one by one; lazy ones are computed while they are written. Tensors of one
     array in memory, whatever their shapes, are one in the file.
@@ -113,7 +113,7 @@ def save_with_data(model: ir.Model, path: str | os.PathLike[str]) -> None:
             assert value.const_value is not None
             again[name] = seen[place], value.const_value
             value.const_value = ir.tensor(np.zeros(0, np.uint8), name=name)
-    ir.save(model, target, external_data=data.name, size_threshold_bytes=_INLINE_BELOW)
+    ir.save(model, target, external_data=data.name, size_threshold_bytes=_INLINE_UP_TO)
     if again:
         _point(target, again)
     for name, (_, tensor) in again.items():
@@ -123,7 +123,7 @@ def save_with_data(model: ir.Model, path: str | os.PathLike[str]) -> None:
 def _memory(tensor: ir.TensorProtocol | None) -> tuple[int, int] | None:
     """Where a tensor's array is, and its bytes; ``None``: it is lazy, or small."""
     raw = tensor.raw if isinstance(tensor, ir.Tensor) else None
-    if not isinstance(raw, np.ndarray) or raw.nbytes < _INLINE_BELOW:
+    if not isinstance(raw, np.ndarray) or raw.nbytes <= _INLINE_UP_TO:
         return None
     return int(raw.__array_interface__["data"][0]), raw.nbytes
 
