@@ -38,34 +38,14 @@ def _names(_context: Any, _parameter: Any, text: str | None) -> tuple[str, ...]:
     help="Measure these alone: start, open, decode, memory, prefill, long, load, batch, switch, "
     "files.  [default: all]",
 )
-@click.option(
+@options.count(
     "--processes",
-    type=click.IntRange(1),
-    default=5,
-    show_default=True,
-    help="Fresh processes of each contestant; one has no spread, and nothing is judged.",
+    5,
+    "Fresh processes of each contestant; one has no spread, and nothing is judged.",
 )
-@click.option(
-    "--steps",
-    type=click.IntRange(1),
-    default=16,
-    show_default=True,
-    help="Turns of each contestant in each process.",
-)
-@click.option(
-    "--tokens",
-    type=click.IntRange(1),
-    default=128,
-    show_default=True,
-    help="Of the prompt before decoding.",
-)
-@click.option(
-    "--long",
-    type=click.IntRange(1),
-    default=2048,
-    show_default=True,
-    help="Tokens of the long context, or as many as the model has.",
-)
+@options.count("--steps", 16, "Turns of each contestant in each process.")
+@options.count("--tokens", 128, "Of the prompt before decoding.")
+@options.count("--long", 2048, "Tokens of the long context, or as many as the model has.")
 @click.option("--threads", type=click.IntRange(1), help="Of each contestant.  [default: the cores]")
 @click.option(
     "--cpu-time",

@@ -19,6 +19,11 @@ def choice(name: str, values: Sequence[str], help: str) -> Option:
     )
 
 
+def count(name: str, default: int, help: str) -> Option:
+    """A whole number from 1 on."""
+    return click.option(name, type=click.IntRange(1), default=default, show_default=True, help=help)
+
+
 def path(*names: str, help: str, **options: Any) -> Option:
     """A file or a folder."""
     return click.option(*names, type=click.Path(path_type=Path), help=help, **options)

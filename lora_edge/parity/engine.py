@@ -317,12 +317,11 @@ def _switched(
     journal: Journal,
     settings: _Settings,
 ) -> list[Case]:
-    part = journal.finished(session.name, _SWITCHING)
-    if part is None:
+    def measured() -> list[Case]:
         found = switching(runner, goldens, settings.tolerance, all_pairs=settings.all_pairs)
-        part = [dataclasses.replace(case, kind="switch", session=session.name) for case in found]
-        journal.finish(session.name, _SWITCHING, part)
-    return part
+        return [dataclasses.replace(case, kind="switch") for case in found]
+
+    return _once(_SWITCHING, session, journal, measured)
 
 
 def _drifted(
@@ -333,13 +332,22 @@ def _drifted(
     journal: Journal,
     say: Say,
 ) -> list[Case]:
-    part = journal.finished(session.name, _DRIFT)
-    if part is None:
+    def measured() -> list[Case]:
         say(f"measuring what int8 activations add ({session.name})")
         fast = opening.runner(runner.bundle, session.provider, session.optimization, exact=False)
-        found = drift(runner, fast, goldens, DriftLimits())
-        part = [dataclasses.replace(case, session=session.name) for case in found]
-        journal.finish(session.name, _DRIFT, part)
+        return list(drift(runner, fast, goldens, DriftLimits()))
+
+    return _once(_DRIFT, session, journal, measured)
+
+
+def _once(
+    name: str, session: Session, journal: Journal, measured: Callable[[], list[Case]]
+) -> list[Case]:
+    """Cases of a session, measured unless an earlier run of this journal has finished them."""
+    part = journal.finished(session.name, name)
+    if part is None:
+        part = [dataclasses.replace(case, session=session.name) for case in measured()]
+        journal.finish(session.name, name, part)
     return part
 
 

@@ -9,15 +9,13 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from lora_edge.errors import DataError
-from lora_edge.files.json import parse_object, read_json
-from lora_edge.files.json_schema import unfit
+from lora_edge.files.json import read_json
+from lora_edge.reports.load import Data, described
 
-Data = dict[str, Any]
 Figure = dict[str, Any]
 Entry = dict[str, Any]
 
@@ -39,12 +37,8 @@ def load_bench(path: str | os.PathLike[str]) -> Data:
         DataError: the file is missing, or is no such report.
     """
     data = read_json(Path(path), DataError, _HINT)
-    described = files("lora_edge.reports").joinpath("bench.schema.json")
-    schema = parse_object(described.read_bytes(), "bench.schema.json", DataError, _HINT)
-    fault = unfit(data, schema)
-    if fault:
-        raise DataError(f"{os.fspath(path)} is no report of a benchmark: {fault}", _HINT)
-    return dict(data)
+    fault = f"{os.fspath(path)} is no report of a benchmark"
+    return described(data, "bench.schema.json", fault, _HINT)
 
 
 def table(data: Data) -> str:

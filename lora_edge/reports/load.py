@@ -29,9 +29,23 @@ def load_report(path: str | os.PathLike[str]) -> Data:
     if version != SCHEMA_VERSION:
         found = "no report" if version is None else f"a report of version {version}"
         raise DataError(f"{os.fspath(path)} is {found}, expected version {SCHEMA_VERSION}", hint)
-    described = files("lora_edge.reports").joinpath("report.schema.json")
-    schema = parse_object(described.read_bytes(), "report.schema.json", DataError, hint)
-    fault = unfit(data, schema)
-    if fault:
-        raise DataError(f"{os.fspath(path)} is no whole report: {fault}", hint)
+    return described(data, "report.schema.json", f"{os.fspath(path)} is no whole report", hint)
+
+
+def described(data: Any, schema: str, fault: str, hint: str) -> Data:
+    """Data that a JSON schema of this folder describes.
+
+    Args:
+        data: of a JSON file.
+        schema: the schema's file.
+        fault: what is wrong where it does not fit, for people; followed by the place.
+        hint: what to do then.
+
+    Raises:
+        DataError: it does not fit.
+    """
+    text = files("lora_edge.reports").joinpath(schema).read_bytes()
+    found = unfit(data, parse_object(text, schema, DataError, hint))
+    if found:
+        raise DataError(f"{fault}: {found}", hint)
     return dict(data)

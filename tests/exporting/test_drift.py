@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -17,17 +16,10 @@ from lora_edge.bundle.bundle import load_bundle
 from lora_edge.parity.drift import DriftLimits
 from lora_edge.reports import html, junit, load_report, markdown
 from tests.support.failing import signed
-from tests.support.kinds import make_kinds
+from tests.support.kinds import Made, make_kinds
 
 IDS = np.random.default_rng(5).integers(0, 256, (2, 12))
 NAMES = ("plain", "dora")
-
-
-@dataclasses.dataclass(frozen=True)
-class Made:
-    base: Path
-    adapters: dict[str, Path]
-    bundle: Path
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import shutil
@@ -18,7 +17,7 @@ import lora_edge
 from lora_edge.bundle.bundle import load_bundle
 from lora_edge.graph.contents import contents
 from tests.support.failing import signed
-from tests.support.kinds import make_kinds
+from tests.support.kinds import Made, make_kinds
 
 IDS = np.random.default_rng(5).integers(0, 256, (2, 12))
 NAMES = {
@@ -37,13 +36,6 @@ NAMES = {
     "gpt2": ("conv1d-dora",),
 }
 PRECISIONS = {"llama": "int4", "qwen2": "int8", "gpt2": "int4"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Made:
-    base: Path
-    adapters: dict[str, Path]
-    bundle: Path
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ adds to plain LoRA. A test leaves exactly those out, so that a dropped feature c
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +19,15 @@ from transformers import AutoModelForCausalLM
 from lora_edge.names import parse_lora_input
 from tests.support.families import make_base
 from tests.support.saving import load_model
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """A base, adapters of kinds that it has, and a bundle of them."""
+
+    base: Path
+    adapters: dict[str, Path]
+    bundle: Path
 
 
 class Row(NamedTuple):
