@@ -170,6 +170,7 @@ def _survey(
             stack.enter_context(rotary.applied())
         stack.enter_context(placeholders(model))
         stack.enter_context(swapped_linears(model))
+        stack.enter_context(swapped_experts(model, sparse=rotary is not None))
         _forward(model, Survey(), ids, positions, None)
     layers = swap.calls
     if layers == 0:

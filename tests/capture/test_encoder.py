@@ -134,7 +134,7 @@ def test_the_patch_embedding_is_one_convolution(tmp_path: Path) -> None:
     assert _initializers(graph.path())[f"{path}.weight"].shape == (32, 3, 8, 8)
     assert graph.reads.sample == (3, 24, 24)
     dims = onnx.load(graph.path()).graph.input[0].type.tensor_type.shape.dim
-    assert [dim.dim_param or dim.dim_value for dim in dims] == ["batch", 3, 24, 24]
+    assert [dim.dim_param or dim.dim_value for dim in dims] == ["batch_size", 3, 24, 24]
 
 
 @needs_5
