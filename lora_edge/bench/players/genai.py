@@ -59,7 +59,9 @@ class GenaiPlayer(Player):
         generator = self._og.Generator(self._model, params)
         names = {name or self._none for name in adapters}
         if len(names) != 1:
-            raise ProviderError("onnxruntime-genai has one adapter for a whole batch")
+            raise ProviderError(
+                "onnxruntime-genai has one adapter for a whole batch", "Leave --only batch out."
+            )
         (name,) = names
         if name is not None and self._adapters is not None:
             self.load(name)

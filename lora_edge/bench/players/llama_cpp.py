@@ -40,7 +40,7 @@ class LlamaCppPlayer(Player):
 
     def start(self, key: str, rows: Rows, adapters: Adapters, room: int) -> None:  # noqa: ARG002
         if len(rows) > 1:
-            raise ProviderError("llama.cpp takes part with one row only")
+            raise ProviderError("llama.cpp takes part with one row only", "Leave --only batch out.")
         self._model.reset()
         self._model.eval(list(rows[0]))
         self._logits = self._last()

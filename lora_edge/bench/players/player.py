@@ -67,7 +67,9 @@ class Player(ABC):
         Raises:
             OptionError: this contestant has no such thing.
         """
-        raise OptionError(f"{type(self).__name__} does not load {adapter!r} by itself")
+        raise OptionError(
+            f"{type(self).__name__} does not load {adapter!r} by itself", "Leave --only load out."
+        )
 
     def switch(self, adapters: Adapters, room: int) -> None:
         """Be ready for the first token of a new batch with other adapters that are loaded.
@@ -75,4 +77,7 @@ class Player(ABC):
         Raises:
             OptionError: this contestant has no such thing.
         """
-        raise OptionError(f"{type(self).__name__} does not switch to {adapters}, room {room}")
+        raise OptionError(
+            f"{type(self).__name__} does not switch to {adapters}, room {room}",
+            "Leave --only switch out.",
+        )

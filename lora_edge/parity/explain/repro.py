@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from lora_edge.errors import BundleError
 from lora_edge.files.transaction import staging
 from lora_edge.maths.lora import FloatArray
+from lora_edge.names import is_past
 from lora_edge.parity.compare import Floor, Tolerance
 from lora_edge.parity.explain.failure import kept, place_of
 from lora_edge.parity.explain.rerun import alone, new_columns, rerun, run_of
@@ -210,6 +211,13 @@ def _feeds(
             kept.update({name: np.array(value.numpy()) for name, value in values.items()})
 
     rerun(runner, probe, tails, listen)
+    cache = runner.bundle.manifest.gives.cache
+    if cache is not None and cache.kind == "shared":
+        # Behind a row's past lies what earlier runs wrote there, which nothing reads.
+        width = kept["input_ids"].shape[1]
+        for row, total in enumerate(kept["attention_mask"].sum(1)):
+            for name in filter(is_past, kept):
+                kept[name][row, :, max(int(total) - width, 0) :] = 0
     return kept
 
 
