@@ -137,7 +137,7 @@ def test_the_graph_that_ships_is_the_one_that_is_proved(made: Made, tmp_path: Pa
     assert all(case.status == "passed" for case in report.drift)
 
 
-@pytest.mark.parametrize("name", ["plain", "dora"])
+@pytest.mark.parametrize("name", ["plain", pytest.param("dora", marks=pytest.mark.long)])
 def test_a_merged_bundle_drifts_too(name: str, made: Made, tmp_path: Path) -> None:
     own = {name: made.adapters[name]}
     lora_edge.export(made.base, own, "merged", tmp_path / "out", precision="int4")

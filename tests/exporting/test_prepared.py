@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -205,8 +206,18 @@ def _flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("harm", [_cut, _flip, Path.unlink])
-@pytest.mark.parametrize("file", ["weights.data", "model-*.onnx", "prepared.json"])
+_SHORT = {("weights.data", _cut), ("model-*.onnx", _flip), ("prepared.json", Path.unlink)}
+
+
+@pytest.mark.parametrize(
+    ("file", "harm"),
+    [
+        pytest.param(*pair, marks=() if pair in _SHORT else pytest.mark.long)
+        for pair in itertools.product(
+            ("weights.data", "model-*.onnx", "prepared.json"), (_cut, _flip, Path.unlink)
+        )
+    ],
+)
 def test_what_is_damaged_is_made_again(
     file: str, harm: Callable[[Path], None], exported: Path, tmp_path: Path, made: list[str]
 ) -> None:

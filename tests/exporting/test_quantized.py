@@ -87,7 +87,12 @@ TOUCHED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", TOUCHED)
+_SHORT = {"dora", "tokens", "saved-head"}
+
+
+@pytest.mark.parametrize(
+    "name", [x if x in _SHORT else pytest.param(x, marks=pytest.mark.long) for x in TOUCHED]
+)
 def test_merged_and_switchable_agree(
     name: str, made: Callable[[str], Made], tmp_path: Path
 ) -> None:
@@ -198,9 +203,9 @@ def test_a_tied_weight_is_there_once(made: Callable[[str], Made], tmp_path: Path
 @pytest.mark.parametrize(
     "how",
     [
-        {"head_precision": "int4", "block_size": 16},
+        pytest.param({"head_precision": "int4", "block_size": 16}, marks=pytest.mark.long),
         {"symmetric": True, "block_size": 64},
-        {"algorithm": "k-quant"},
+        pytest.param({"algorithm": "k-quant"}, marks=pytest.mark.long),
     ],
     ids=str,
 )
