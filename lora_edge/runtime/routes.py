@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,9 @@ from lora_edge.errors import BundleError
 from lora_edge.runtime.adapters.active import ActiveAdapters
 from lora_edge.runtime.adapters.binding import Binding, State
 from lora_edge.runtime.decoder import Decoder
-from lora_edge.runtime.prepared import PreparedGraphs
+
+if TYPE_CHECKING:
+    from lora_edge.runtime.prepared import PreparedGraphs
 
 _COMPARED = 16  # tokens
 _SHARE = 1e-3  # of an adapter's effect: what one layer of many may add to it

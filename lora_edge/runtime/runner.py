@@ -24,7 +24,6 @@ from lora_edge.runtime.finite import finite
 from lora_edge.runtime.generation import Generation, begin, check_room
 from lora_edge.runtime.opening import open_parts
 from lora_edge.runtime.pinned import PinnedSessions
-from lora_edge.runtime.prepared import prepared_graphs
 from lora_edge.runtime.providers import LEVELS
 from lora_edge.runtime.resident import CACHE_BYTES, Resident, SizedCache
 from lora_edge.runtime.routes import Routes
@@ -142,17 +141,15 @@ class Runner:
                 "nothing can be pinned with exact: pinned sessions compute with int8 activations",
                 "Leave out one of the two.",
             )
+        from lora_edge.runtime.prepared import prepared_graphs  # its imports take time
+
         prepared = prepared_graphs(self.bundle, session_cache)
         options["prepared"] = prepared if provider == "cpu" and optimization is None else None
         self.session = open_parts(self.bundle, options, exact=exact)
         self._cache = self.session.resident
         self._active = ActiveAdapters(self.bundle, self.session.tensors, self._cache, keep)
         self._pinned = PinnedSessions(
-            self.bundle,
-            lambda: self.decoder,
-            self._active,
-            pinned,
-            options,
+            self.bundle, lambda: self.decoder, self._active, pinned, options
         )
         self._routes = None
         kept, manifest = options["prepared"], self.bundle.manifest

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
@@ -17,10 +17,12 @@ from lora_edge.bundle.part import Cache, Part
 from lora_edge.errors import BundleError, DataError
 from lora_edge.names import past_name, present_name
 from lora_edge.runtime.adapters.binding import Binding, State, Tensors, check_adapter_inputs
-from lora_edge.runtime.prepared import PreparedGraphs
 from lora_edge.runtime.providers import open_session, placement, resolve
 from lora_edge.runtime.resident import CACHE_BYTES, SizedCache
 from lora_edge.runtime.sizes import Sizes, check_sizes, site_sizes
+
+if TYPE_CHECKING:
+    from lora_edge.runtime.prepared import PreparedGraphs
 
 
 @dataclass(frozen=True)
