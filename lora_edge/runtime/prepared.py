@@ -18,6 +18,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ class PreparedGraphs:
         if entry:
             self._note(name, {**entry, "checked": True})
 
-    @property
+    @cached_property
     def _own(self) -> Path:
         """The folder of this bundle's weights, this processor and this ONNX Runtime."""
         import hashlib  # takes milliseconds, which importing the runtime has no need of

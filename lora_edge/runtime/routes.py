@@ -81,7 +81,7 @@ class Routes:
         return self._opened[name]
 
     def _graph(self, states: Sequence[State]) -> str:
-        if len(set(states)) > 1:
+        if len(set(states)) != 1:  # unlike rows, or none, which the switchable graph refuses
             return ""
         state = states[0]
         if not state:

@@ -25,7 +25,7 @@ from lora_edge.bundle.bundle import (
     load_bundle,
 )
 from lora_edge.cli import cli
-from lora_edge.errors import BundleError
+from lora_edge.errors import BundleError, LoraEdgeError
 from lora_edge.runtime import prepared, routes
 from tests.support.kinds import make_kinds
 
@@ -129,6 +129,15 @@ def test_an_adapter_that_begins_at_a_token_runs_on_the_switchable_graph(
     assert SINGLE_GRAPH_FILE not in made
     runner.logits(ids, adapter="all-linear")
     assert SINGLE_GRAPH_FILE in made
+
+
+def test_no_rows_are_refused_as_ever(exported: Path, tmp_path: Path) -> None:
+    said = []
+    for cache in (False, tmp_path):
+        with pytest.raises(LoraEdgeError) as refused:
+            Runner(exported, session_cache=cache).generate_ids([])
+        said.append(str(refused.value))
+    assert said[0] == said[1]
 
 
 def test_the_smaller_graphs_are_compared_once(

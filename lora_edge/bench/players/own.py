@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
 class _Ours(Player):
     """What decodes with our loop."""
 
+    @abstractmethod
     def _start(self, adapters: Adapters, room: int) -> Decoding:
-        raise NotImplementedError
+        """A batch with nothing in it yet."""
 
     def open(self) -> None:
         self._decodings: dict[str, Decoding] = {}
