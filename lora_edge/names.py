@@ -10,6 +10,7 @@ name; nothing else may.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, cast, get_args
 
 InputPart = Literal["A", "B", "gate", "G", "bias", "weight", "W", "c"]
@@ -93,6 +94,16 @@ def parse_lora_input(name: str) -> GraphInput | None:
     """Parse a site's graph input name; ``None`` when it is none (:data:`SELECT` is none)."""
     match = _INPUT.fullmatch(name)
     return None if match is None else GraphInput(match["path"], cast(InputPart, match["part"]))
+
+
+def packed_name(paths: Sequence[str]) -> str:
+    """Name of a node that has several layers, and of its weight: their module paths."""
+    return "+".join(paths)
+
+
+def packed_paths(name: str) -> list[str]:
+    """The module paths of a node's layers; one, unless it is packed."""
+    return name.split("+")
 
 
 def canonical_peft_key(key: str) -> str:

@@ -69,6 +69,7 @@ class Graphs:
             others = [path for path in quantization.layers if path not in matrices]
             passes.quantize_layers(decoder, modules, others, quantization)
             passes.round_layers(decoder, modules, touched, quantization)
+            passes.pack(decoder)
             if touched:
                 say(f"{len(touched)} layers stay in fp32: the adapter is in their rounded weights")
         for part, model in self.models.items():
@@ -80,6 +81,7 @@ class Graphs:
             owners = {path.rpartition(".")[0] for path in own} & set(modules)
             layers = {path: SiteEntry.of(modules[path]) for path in sorted(owners)}
             passes.merge(model, passes.find_sites(model, layers, self.weights), own, self.weights)
+            passes.unsplit_attention(model)
             passes.save_with_data(model, self._target(part))
 
     def write_branched(self, covered: Mapping[str, SiteEntry]) -> dict[str, SiteEntry]:
@@ -97,6 +99,7 @@ class Graphs:
             path, model = captured.path(part), source
             if quantization is not None:
                 passes.quantize_layers(model, self.modules, quantization.layers, quantization)
+                passes.pack(model)
                 path = path.parent / "quantized" / path.name
                 path.parent.mkdir()
                 passes.save_with_data(model, path)
@@ -106,7 +109,9 @@ class Graphs:
             plain = path.with_name("base.onnx")
             cached = captured.parts[part].cache is not None
             if cached:
-                passes.save_graph(model, plain)
+                base = passes.load(path)
+                passes.unsplit_attention(base)
+                passes.save_graph(base, plain)
                 located |= with_weights(own, found)
             passes.branch(model, found)
             # Beside its data, which is moved and never rewritten.

@@ -7,6 +7,7 @@ from lora_edge.graph.branch import branch
 from lora_edge.graph.check import check
 from lora_edge.graph.fuse import fuse
 from lora_edge.graph.merge import merge
+from lora_edge.graph.pack import pack, unsplit_attention
 from lora_edge.graph.quantize import (
     compute_in,
     quantizable,
@@ -31,6 +32,7 @@ __all__ = [
     "load",
     "merge",
     "own_inputs",
+    "pack",
     "quantizable",
     "quantizable_vocabulary",
     "quantize_layers",
@@ -40,4 +42,5 @@ __all__ = [
     "save_with_data",
     "stored_weight",
     "ungate",
+    "unsplit_attention",
 ]

@@ -16,10 +16,9 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from lora_edge.base.layer import Layer
 from lora_edge.errors import GraphError
 from lora_edge.graph.merge import WideArray, add_initializer, lazily
-from lora_edge.graph.sites import Multiplication, multiplications
+from lora_edge.graph.sites import MATMUL_NBITS, Multiplication, multiplications
 from lora_edge.maths.quantization import Activations, Blocks, Quantization
 
-MATMUL_NBITS = "MatMulNBits"
 GATHER_NBITS = "GatherBlockQuantized"
 _ACCURACY: Mapping[Activations, int] = {"fp32": 1, "int8": 4}
 
@@ -51,7 +50,7 @@ def quantizable_vocabulary(
         block_size: an embedding's width must be a multiple of it.
     """
     embeddings = _embeddings(model, layers, layers[head].out_features, block_size)
-    named = {m.node.name: m for m in multiplications(model)}
+    named = {m.name: m for m in multiplications(model)}
     own = named.get(head)
     if own is None or own.node.op_type != "MatMul":
         return tuple(embeddings) if not tied else ()
@@ -84,7 +83,7 @@ def quantize_layers(
             :func:`quantizable_vocabulary`.
         quantization: bits and size of a block.
     """
-    linear = {m.node.name: m for m in multiplications(model)}
+    linear = {m.name: m for m in multiplications(model)}
     gathers = _embeddings(model, layers, None, quantization.block_size)
     shared: dict[int, _Codes] = {}
     for path in paths:
@@ -114,7 +113,7 @@ def round_layers(
 
     Arguments as of :func:`quantize_layers`.
     """
-    linear = {m.node.name: m for m in multiplications(model)}
+    linear = {m.name: m for m in multiplications(model)}
     gathers = _embeddings(model, layers, None, quantization.block_size)
     done: set[int] = set()
     for path in paths:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from lora_edge.base.layer import Layer
 from lora_edge.bundle.part import SiteEntry
 from lora_edge.errors import GraphError
+from lora_edge.names import packed_paths
 
 
 @dataclass(frozen=True)
@@ -77,15 +78,20 @@ class Site:
             assert ids is not None
             return ids
         x = self.node.inputs[0]
-        flattened = self.y is not self.node.outputs[0]
+        flattened = self.node.op_type == "Gemm"
         source = x.producer().inputs[0] if flattened else x  # type: ignore[union-attr]
         assert source is not None
         return source
 
 
 class Multiplication(NamedTuple):
-    """A node that multiplies an activation with a constant matrix."""
+    """A node that multiplies an activation with a constant matrix, or one layer's part of it.
 
+    Attributes:
+        name: the node's, or of a packed node the layer's module path.
+    """
+
+    name: str
     node: ir.Node
     y: ir.Value
     weight: ir.Value
@@ -116,7 +122,7 @@ def find_sites(
         GraphError: a layer is not in the graph, or is there more than once.
     """
     matrices = list(multiplications(model))
-    named = {m.node.name: m for m in matrices if m.node.name}
+    named = {m.name: m for m in matrices if m.name}
     sites: dict[str, Site] = {}
     lookup: _ContentIndex | None = None
     for path, layer in layers.items():
@@ -171,7 +177,7 @@ def graph_weights(model: ir.Model, layers: Mapping[str, Layer], otherwise: Weigh
         layers: module path -> layer of the model.
         otherwise: asked for what the graph does not name.
     """
-    named = {m.node.name: m for m in multiplications(model) if m.node.name}
+    named = {m.name: m for m in multiplications(model) if m.name}
 
     def value(parameter: str) -> NDArray[np.floating] | None:
         initializer = model.graph.initializers.get(parameter)
@@ -191,6 +197,7 @@ def graph_weights(model: ir.Model, layers: Mapping[str, Layer], otherwise: Weigh
     return value
 
 
+MATMUL_NBITS = "MatMulNBits"
 _OPERATORS = {"embedding": ("Gather", "GatherBlockQuantized"), "conv": ("Conv",)}
 NORMS = ("LayerNormalization", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
 
@@ -280,8 +287,8 @@ def _site(path: str, layer: SiteEntry, m: Multiplication, start: int) -> Site:
 def multiplications(model: ir.Model) -> Iterable[Multiplication]:
     """The nodes whose second input is a constant matrix, and whose output takes a branch."""
     for node in model.graph:
-        if node.op_type == "MatMulNBits":
-            yield _quantized(node)
+        if node.op_type == MATMUL_NBITS:
+            yield from _quantized(node)
             continue
         if node.op_type not in ("MatMul", "Gemm") or len(node.inputs) < 2:
             continue
@@ -307,15 +314,27 @@ def multiplications(model: ir.Model) -> Iterable[Multiplication]:
             y = unflattened
         rows, columns = (int(dim) for dim in matrix.shape.numpy())
         in_features, width = (columns, rows) if transposed else (rows, columns)
-        yield Multiplication(node, y, matrix, transposed, in_features, width)
+        yield Multiplication(str(node.name or ""), node, y, matrix, transposed, in_features, width)
 
 
-def _quantized(node: ir.Node) -> Multiplication:
-    """A weight of few bits: its codes, ``[out, blocks, bytes]``."""
-    codes = node.inputs[1]
+def _quantized(node: ir.Node) -> Iterable[Multiplication]:
+    """A weight of few bits, or several that are packed: its codes, ``[out, blocks, bytes]``."""
+    codes, y = node.inputs[1], node.outputs[0]
     assert codes is not None
-    sizes = (_int_attribute(node, name, 0) for name in ("K", "N"))
-    return Multiplication(node, node.outputs[0], codes, True, *sizes)
+    in_features, width = (_int_attribute(node, name, 0) for name in ("K", "N"))
+    paths = packed_paths(str(node.name or ""))
+    if len(paths) == 1:
+        yield Multiplication(paths[0], node, y, codes, True, in_features, width)
+        return
+    uses = tuple(y.uses())
+    if len(uses) != 1 or uses[0].node.op_type != "Split":
+        return  # an attention reads all of them at once
+    split = uses[0].node
+    assert split.inputs[1] is not None
+    assert split.inputs[1].const_value is not None
+    sizes = split.inputs[1].const_value.numpy()
+    for path, part, size in zip(paths, split.outputs, sizes, strict=True):
+        yield Multiplication(path, node, part, codes, True, in_features, int(size))
 
 
 def _is_plain(node: ir.Node) -> bool:
@@ -359,7 +378,7 @@ class _ContentIndex:
     def __init__(self, entries: Iterable[Multiplication]) -> None:
         self._columns: dict[bytes, list[tuple[int, int]]] = defaultdict(list)
         # Columns of codes are nobody's weights.
-        self._entries = [entry for entry in entries if entry.node.op_type != "MatMulNBits"]
+        self._entries = [entry for entry in entries if entry.node.op_type != MATMUL_NBITS]
         self._hashes: list[list[bytes]] = []
         by_weight: dict[tuple[int, bool], list[bytes]] = {}
         for index, entry in enumerate(self._entries):

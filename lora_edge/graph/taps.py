@@ -92,7 +92,7 @@ def _layers(model: ir.Model) -> Iterator[tuple[str, ir.Value, int, int | None]]:
             path = name.removesuffix(".weight")
             yield from ((path, value, 0, None) for value in _read_by_one(weight))
     for multiplication in multiplications(model):
-        path = _path_of(multiplication.node.name)
+        path = _path_of(multiplication.name)
         if path:
             yield path, _with_bias(multiplication.y), 0, None
     for node in model.graph:

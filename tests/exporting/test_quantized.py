@@ -16,6 +16,7 @@ import pytest
 import lora_edge
 from lora_edge.bundle.bundle import load_bundle
 from lora_edge.graph.contents import contents
+from lora_edge.names import packed_paths
 from tests.support.failing import signed
 from tests.support.kinds import Made, make_kinds
 
@@ -54,7 +55,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
 def _quantized(bundle: Path, operator: str = "MatMulNBits") -> int:
     """How many layers of a graph are codes."""
     model = onnx.load(str(bundle / "onnx" / "model.onnx"), load_external_data=False)
-    return sum(node.op_type == operator for node in model.graph.node)
+    nodes = [node for node in model.graph.node if node.op_type == operator]
+    return sum(len(packed_paths(node.name)) for node in nodes)
 
 
 @pytest.mark.parametrize("key", NAMES)
@@ -182,6 +184,36 @@ def test_an_unknown_precision_is_refused(made: Callable[[str], Made], tmp_path: 
 
 def _places(bundle: Path) -> dict[str, tuple[str, int, int] | tuple[()]]:
     return {x.name: x.place for x in contents(bundle / "onnx" / "model.onnx")}
+
+
+@pytest.mark.parametrize("file", ["model", "base"])
+@pytest.mark.parametrize("layer", ["self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj"])
+def test_a_wrong_code_is_found_in_its_layer(
+    layer: str, file: str, made: Callable[[str], Made], tmp_path: Path
+) -> None:
+    """Of layers that share one node and one array, the reason names the one."""
+    output, wanted = tmp_path / "out", f"model.layers.1.{layer}"
+    shutil.copytree(made("llama").bundle, output)
+    sites = load_bundle(output).manifest.sites
+    held = {
+        tuple(packed_paths(content.name.removesuffix(".weight.codes"))): content
+        for content in contents(output / "onnx" / f"{file}.onnx")
+        if content.name.endswith(".codes")
+    }
+    ((paths, content),) = ((x, held[x]) for x in held if wanted in x)
+    assert len(paths) > 1
+    before = paths[: paths.index(wanted)]
+    row = sum(sites[path].out_features for path in before)
+    name, offset, _ = content.place  # type: ignore[misc]
+    with (output / "onnx" / name).open("r+b") as data:
+        data.seek(offset + row * content.values()[0].nbytes)
+        (byte,) = data.read(1)
+        data.seek(-1, 1)
+        data.write(bytes([byte ^ 1]))
+    signed(output)
+    report = lora_edge.validate(output, reference=made("llama").base, depth="quick")
+    (case,) = [x for x in report.failures if x.kind == "weights" and f"{file}.onnx:" in x.reason]
+    assert f"{wanted}.weight (codes) differs from the checkpoint's in 1 of" in case.reason
 
 
 def test_a_tied_weight_is_there_once(made: Callable[[str], Made], tmp_path: Path) -> None:

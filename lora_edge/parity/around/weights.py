@@ -34,6 +34,7 @@ from lora_edge.fit.changes import ParameterChange, parameter_changes
 from lora_edge.fit.rename import without_unread
 from lora_edge.graph import load, same_but_for_activations
 from lora_edge.graph.contents import Content, contents
+from lora_edge.names import packed_paths
 from lora_edge.parity.around.reference import Parameters
 from lora_edge.parity.ask import silent
 from lora_edge.tasks.task import Task
@@ -168,7 +169,7 @@ class _Expected:
         values = content.values()
         name = name if self.parameters.value(name) is not None else name.removesuffix(_COPY)
         if part:
-            return self._judge_codes(name, part, values)
+            return self._judge_codes(name.removesuffix(".weight"), part, values)
         tied = {f"{path}.weight" for path in self.bundle.manifest.tied}
         # Where the adapter changes all that share a weight, nobody reads the base's: one of them
         # has it in place, the others have copies.
@@ -189,23 +190,39 @@ class _Expected:
         return self._judge_unnamed(content.name, values)
 
     def _judge_codes(self, name: str, part: str, values: Array) -> str:
-        """Codes, scales or zero points of a weight of few bits, computed again."""
-        quantization = self.bundle.manifest.quantization
-        weight = self.parameters.value(name)
-        path = name.removesuffix(".weight")
-        if weight is None and path in self.bundle.manifest.tied:
-            shared = (self.parameters.value(f"{x}.weight") for x in self.bundle.manifest.tied)
+        """Codes, scales or zero points of layers of few bits, computed again."""
+        layers: dict[str, Array] = {}
+        for path in packed_paths(name):
+            packed = self._packed(path)
+            if packed is None:
+                return (
+                    f"{path} is quantized, and the manifest or the checkpoint does not have it so"
+                )
+            if part not in packed:
+                return f"{path} has {part}, and the manifest says that its codes have none"
+            # An embedding has the same numbers in another shape.
+            layers[path] = packed[part].reshape(len(packed["codes"]), -1)
+        rows = sum(map(len, layers.values()))
+        if values.size % rows:
+            return f"{name} ({part}) has the shape {values.shape}"
+        found, start, said = values.reshape(rows, -1), 0, []
+        for path, expected in layers.items():
+            own = found[start : start + len(expected)]
+            said.append(_difference(f"{path}.weight ({part})", own, [expected], computed=False))
+            start += len(expected)
+        return ", ".join(filter(None, said))
+
+    def _packed(self, path: str) -> Mapping[str, Array] | None:
+        """The arrays of a layer's codes; ``None``: it should have none."""
+        quantization, tied = self.bundle.manifest.quantization, self.bundle.manifest.tied
+        weight = self.parameters.value(f"{path}.weight")
+        if weight is None and path in tied:
+            shared = (self.parameters.value(f"{x}.weight") for x in tied)
             weight = next((x for x in shared if x is not None), None)
         if quantization is None or weight is None:
-            return f"{name} is quantized, and the manifest or the checkpoint does not have it so"
+            return None
         matrix = weight.T if self._layers[path].transposed else weight
-        packed = quantization.blocks(path, matrix).packed()
-        if part not in packed:
-            return f"{name} has {part}, and the manifest says that its codes have none"
-        # An embedding has the same numbers in another shape.
-        rows = len(matrix)
-        expected, found = packed[part].reshape(rows, -1), values.reshape(rows, -1)
-        return _difference(f"{name} ({part})", found, [expected], computed=False)
+        return quantization.blocks(path, matrix).packed()
 
     def _judge_unnamed(self, name: str, values: Array) -> str:
         """A tensor that no parameter has the name of: found by its content."""
