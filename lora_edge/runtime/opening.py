@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lora_edge.bundle.bundle import Bundle
+from lora_edge.bundle.part import Part
 from lora_edge.runtime.decoder import Decoder
 from lora_edge.runtime.session import ModelSession
 from lora_edge.tasks.task import Driver
@@ -18,12 +19,26 @@ def open_parts(bundle: Bundle, options: Mapping[str, Any], *, exact: bool = Fals
     """The session of a bundle.
 
     Args:
-        bundle: the bundle; its graphs are checked against their hashes, their data by samples.
+        bundle: the bundle, whose files are checked as by :func:`checked_parts`.
         options: of :class:`~lora_edge.runtime.session.ModelSession`.
         exact: open the graphs that compute in floats, where the bundle's own do not.
 
     Raises:
         BundleError, ProviderError: as a session.
+    """
+    parts = checked_parts(bundle, exact=exact)
+    return _driver(bundle.manifest.driver)(bundle.directory, parts, **options)
+
+
+def checked_parts(bundle: Bundle, *, exact: bool = False) -> dict[str, Part]:
+    """The parts of a bundle; graphs are checked against their hashes, their data by samples.
+
+    Args:
+        bundle: the bundle.
+        exact: those that compute in floats, where the bundle's own do not.
+
+    Raises:
+        BundleError: a file is missing, cut off or damaged.
     """
     manifest = bundle.manifest
     parts = dict(manifest.parts)
@@ -34,7 +49,7 @@ def open_parts(bundle: Bundle, options: Mapping[str, Any], *, exact: bool = Fals
         data = f"{part.file}_data"
         if data in manifest.files:  # small graphs carry their weights inside
             bundle.verify_sample(data)
-    return _driver(manifest.driver)(bundle.directory, parts, **options)
+    return parts
 
 
 def _driver(name: Driver) -> Callable[..., ModelSession]:

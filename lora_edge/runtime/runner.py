@@ -18,11 +18,11 @@ from lora_edge.errors import BundleError, DataError, OptionError
 from lora_edge.maths.lora import FloatArray
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.runtime.adapters.active import ActiveAdapters, AdapterArgument, Choice
-from lora_edge.runtime.adapters.binding import Binding, State
+from lora_edge.runtime.adapters.binding import Binding, State, Tensors
 from lora_edge.runtime.decoder import Decoder
 from lora_edge.runtime.finite import finite
 from lora_edge.runtime.generation import Generation, begin, check_room
-from lora_edge.runtime.opening import open_parts
+from lora_edge.runtime.opening import checked_parts, open_parts
 from lora_edge.runtime.pinned import PinnedSessions
 from lora_edge.runtime.providers import LEVELS
 from lora_edge.runtime.resident import CACHE_BYTES, Resident, SizedCache
@@ -128,13 +128,14 @@ class Runner:
         self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
         if verify == "full":
             self.bundle.verify_all()
+        self._cache = SizedCache(cache_bytes)
         options: dict[str, Any] = {
             "provider": provider,
             "threads": threads,
             "optimization": optimization,
             "allow_fallback": allow_fallback,
             "provider_options": provider_options,
-            "resident": SizedCache(cache_bytes),
+            "resident": self._cache,
         }
         if exact and pinned and any(part.exact for part in self.bundle.manifest.parts.values()):
             raise DataError(
@@ -144,18 +145,24 @@ class Runner:
         from lora_edge.runtime.prepared import prepared_graphs  # its imports take time
 
         prepared = prepared_graphs(self.bundle, session_cache)
-        options["prepared"] = prepared if provider == "cpu" and optimization is None else None
-        self.session = open_parts(self.bundle, options, exact=exact)
-        self._cache = self.session.resident
-        self._active = ActiveAdapters(self.bundle, self.session.tensors, self._cache, keep)
+        kept = options["prepared"] = (
+            prepared if provider == "cpu" and optimization is None else None
+        )
+        self._exact, self._options, self._cache = exact, options, options["resident"]
+        manifest = self.bundle.manifest
+        branched = manifest.mode == "switchable" and self.driver == "decoder"
+        routed = kept if branched and not exact else None
+        if routed is None:
+            tensors = self.session.tensors
+        else:  # sessions are opened when first needed; what is damaged is told now
+            tensors = Tensors(checked_parts(self.bundle)["decoder"].sites)
+        self._active = ActiveAdapters(self.bundle, tensors, self._cache, keep)
         self._pinned = PinnedSessions(
             self.bundle, lambda: self.decoder, self._active, pinned, options
         )
         self._routes = None
-        kept, manifest = options["prepared"], self.bundle.manifest
-        branched = manifest.mode == "switchable" and self.driver == "decoder"
-        if kept is not None and branched and not exact:
-            self._routes = Routes(self.bundle, lambda: self.decoder, self._active, kept, options)
+        if routed is not None:
+            self._routes = Routes(self.bundle, lambda: self.decoder, self._active, routed, options)
         for name in keep:
             self._active.load(name)
 
@@ -183,6 +190,11 @@ class Runner:
         """
         decoder, bound = self._session_for(adapter, batch)
         return decoder.start(batch, max_length, bound)
+
+    @cached_property
+    def session(self) -> ModelSession:
+        """The session on the bundle's own graphs."""
+        return open_parts(self.bundle, self._options, exact=self._exact)
 
     @property
     def decoder(self) -> Decoder:
