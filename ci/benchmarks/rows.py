@@ -188,7 +188,7 @@ def plain(made: Made, precision: str) -> Plan:
     entries = [
         *_twice(PLAIN, "graph", graph),
         Entry(OFF, "bundle", own),
-        Entry("on", "bundle", own),
+        Entry("on", "bundle", {**own, "first": ON}),
     ]
     takers = [
         Taker(PLAIN, PLAIN, "decode", computes="base"),
@@ -210,7 +210,7 @@ def genai(made: Made, precision: str) -> Plan:
     entries = [
         *_twice(theirs, "genai", {"folder": str(folder)}),
         Entry(OFF, "bundle", own),
-        Entry("on", "bundle", own),
+        Entry("on", "bundle", {**own, "first": ON}),
     ]
     takers = [
         Taker(theirs, theirs, "decode"),
@@ -242,7 +242,12 @@ def loop(made: Made, precision: str) -> Plan:
     off, on = found.ways
     own = {"bundle": str(bundle.directory)}
     again = Entry(on.entry.key + AGAIN, "genai", on.entry.given)
-    entries = [*found.entries, again, Entry(OFF, "bundle", own), Entry("on", "bundle", own)]
+    entries = [
+        *found.entries,
+        again,
+        Entry(OFF, "bundle", own),
+        Entry("on", "bundle", {**own, "first": ON}),
+    ]
     takers = [
         Taker(on.entry.key, on.entry.key, "decode", (ON,), computes="adapter"),
         Taker(again.key, again.key, "decode", (ON,), computes="adapter"),
@@ -309,7 +314,13 @@ def llama_cpp(made: Made, precision: str) -> Plan:
     off, on = rival("llama.cpp", Given(bundle, ON, 1024, paths)).ways
     own = {"bundle": str(bundle.directory)}
     again = Entry(on.entry.key + AGAIN, "llama.cpp", on.entry.given)
-    entries = [on.entry, again, off.entry, Entry("on", "bundle", own), Entry(OFF, "bundle", own)]
+    entries = [
+        on.entry,
+        again,
+        off.entry,
+        Entry("on", "bundle", {**own, "first": ON}),
+        Entry(OFF, "bundle", own),
+    ]
     takers = [Taker(x.key, x.key, "decode") for x in entries[:3]]
     takers += [Taker("on", "on", "decode", (ON,)), Taker(OFF, OFF, "decode")]
     return _plan(bundle, entries, [_decode(takers)])

@@ -133,7 +133,7 @@ class _Standard:
         given = {"bundle": str(self._bundle.directory)}
         found = [Entry(key, "bundle", given) for key in (OFF, OFF + AGAIN)]
         if self._names:
-            found.append(Entry("on", "bundle", given))
+            found.append(Entry("on", "bundle", {**given, "first": self._names[0]}))
             found.append(Entry(PINNED, "bundle", {**given, "pinned": [self._names[0]]}))
         return [*found, *(entry for rival in self._rivals for entry in rival.entries)]
 

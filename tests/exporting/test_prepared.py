@@ -77,7 +77,7 @@ def test_kept_graphs_give_the_same_to_the_bit(
     wanted = _answers(exported, cache=False)
     assert not made
     _assert_same(_answers(exported, tmp_path), wanted)
-    assert made == ["onnx/model.onnx", BASE_GRAPH_FILE, SINGLE_GRAPH_FILE]
+    assert made == [BASE_GRAPH_FILE, "onnx/model.onnx", SINGLE_GRAPH_FILE]
     # Both read one file.
     assert len(list(_folder(tmp_path).rglob("*.data"))) == 1
     _assert_same(_answers(exported, tmp_path), wanted)
@@ -96,9 +96,9 @@ def test_a_batch_runs_on_the_smallest_graph_that_serves_it(
 
     monkeypatch.setattr(prepared.PreparedGraphs, "open", note)
     runner = Runner(exported, session_cache=tmp_path, threads=1)
-    assert opened == ["model.onnx"]
+    assert opened == []
     off = runner.logits(IDS)
-    assert opened == ["model.onnx", "base.onnx"]
+    assert opened == ["base.onnx", "model.onnx"]  # the first time, to compare
     switchable = runner.decoder.start(1, 9, runner.binding(None, 1)).extend_all(IDS)[0]
     np.testing.assert_array_equal(off[0], switchable)
     one, other = runner.adapters[:2]
@@ -112,6 +112,20 @@ def test_a_batch_runs_on_the_smallest_graph_that_serves_it(
     half = runner.logits(IDS * 2, adapter=[{one: 0.5}, other])
     np.testing.assert_allclose(runner.logits(IDS, adapter={one: 0.5})[0], half[0], atol=1e-5)
     assert len(opened) == 3
+    # Later, each only when it is needed.
+    again = Runner(exported, session_cache=tmp_path, threads=1)
+    np.testing.assert_array_equal(again.logits(IDS), off)
+    np.testing.assert_array_equal(again.logits(IDS, adapter=one), on)
+    assert opened[3:] == ["base.onnx", "single.onnx"]
+    np.testing.assert_array_equal(again.logits(IDS * 2, adapter=[blend, None]), mixed)
+    assert opened[5:] == ["model.onnx"]
+
+
+def test_damage_is_told_before_a_session_is_needed(bundle: Path, tmp_path: Path) -> None:
+    with (bundle / "onnx" / "model.onnx").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(BundleError, match=r"onnx/model\.onnx"):
+        Runner(bundle, session_cache=tmp_path / "cache")
 
 
 def test_an_adapter_that_begins_at_a_token_runs_on_the_switchable_graph(
@@ -193,14 +207,14 @@ def test_another_device_makes_its_own(
     made: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    Runner(exported, session_cache=tmp_path)
+    _ = Runner(exported, session_cache=tmp_path).session
     if what == "onnxruntime":
         monkeypatch.setattr(onnxruntime, "__version__", "1.99.0")
     elif what == "build":
         monkeypatch.setattr(onnxruntime, "get_build_info", lambda: "another")
     else:
         monkeypatch.setattr(prepared, "processor", lambda: "another")
-    Runner(exported, session_cache=tmp_path)
+    _ = Runner(exported, session_cache=tmp_path).session
     assert made == ["onnx/model.onnx"] * 2
     assert len(list(tmp_path.glob("*/prepared.json"))) == 2
 
@@ -234,10 +248,10 @@ def test_what_is_damaged_is_made_again(
     _answers(exported, tmp_path)
     (path,) = _folder(tmp_path).glob(file)
     harm(path)
-    _assert_same(_answers(exported, tmp_path), wanted)
+    for _ in range(3):  # what is found when a second graph is opened takes the first with it
+        _assert_same(_answers(exported, tmp_path), wanted)
     assert len(made) == 6
     assert len(list(_folder(tmp_path).rglob("*.data"))) == 1
-    _assert_same(_answers(exported, tmp_path), wanted)
 
 
 def test_a_graph_that_onnxruntime_refuses_is_not_used(exported: Path, tmp_path: Path) -> None:
@@ -260,7 +274,7 @@ def test_the_longest_unused_goes_first(
     for kind in ("a", "b", "c"):
         monkeypatch.setattr(prepared, "processor", lambda kind=kind: kind)
         before = set(tmp_path.glob("*/"))
-        Runner(exported, session_cache=tmp_path)
+        _ = Runner(exported, session_cache=tmp_path).session
         folders += sorted(set(tmp_path.glob("*/")) - before)
         size = prepared._bytes(folders[0])
         # Room for two, and a little.

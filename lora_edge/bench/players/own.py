@@ -48,7 +48,8 @@ class _Ours(Player):
 class BundlePlayer(_Ours):
     """A bundle in a :class:`~lora_edge.runtime.runner.Runner`.
 
-    Given: ``bundle``, its folder; ``pinned``, names or ``None``.
+    Given: ``bundle``, its folder; ``pinned``, names or ``None``; ``first``: the adapter whose
+    session belongs to opening, because a Runner opens sessions when they are first needed.
     """
 
     package = "onnxruntime"
@@ -62,8 +63,8 @@ class BundlePlayer(_Ours):
         super().open()
         pinned = self.given.get("pinned", ())
         self._runner: Runner = self._made(self.given["bundle"], threads=self.threads, pinned=pinned)
-        for name in pinned:
-            self._runner.start(name, 1, 1)  # its session is opened when it is first used
+        for name in pinned or [self.given.get("first")]:
+            self._runner.start(name, 1, 1)
 
     def _start(self, adapters: Adapters, room: int) -> Decoding:
         alike = len(set(adapters)) == 1
