@@ -20,6 +20,7 @@ from lora_edge.bundle.bundle import (
     BASE_GRAPH_FILE,
     EXACT_GRAPH_FILE,
     GRAPH_FILE,
+    ROWS_GRAPH_FILE,
     SINGLE_GRAPH_FILE,
 )
 from lora_edge.bundle.part import Part, SiteEntry, WeightEntry
@@ -85,8 +86,8 @@ class Graphs:
             passes.save_with_data(model, self._target(part))
 
     def write_branched(self, covered: Mapping[str, SiteEntry]) -> dict[str, SiteEntry]:
-        """Write each graph with branches; of a decoder, on the same data, one without, and one
-        without gates.
+        """Write each graph with branches; of a decoder, on the same data, one without, one without
+        gates, and, where all pairs allow it, one with pairs for each row.
 
         Returns:
             The layers, with where the data file has their weights.
@@ -125,6 +126,10 @@ class Graphs:
                 single = passes.load(target)
                 passes.ungate(single)
                 passes.save_graph(single, self.stage / SINGLE_GRAPH_FILE)
+                paired = [site for site in own.values() if "A" in site.parts]
+                if all(site.kind == "linear" and site.rank == 3 for site in paired):
+                    passes.by_row(single)
+                    passes.save_graph(single, self.stage / ROWS_GRAPH_FILE)
         return located
 
     def _target(self, part: str) -> Path:
@@ -136,7 +141,8 @@ def write_fast(stage: Path) -> None:
     from lora_edge import graph as passes
 
     shutil.copyfile(stage / GRAPH_FILE, stage / EXACT_GRAPH_FILE)
-    for path in (stage / GRAPH_FILE, stage / BASE_GRAPH_FILE, stage / SINGLE_GRAPH_FILE):
+    files = GRAPH_FILE, BASE_GRAPH_FILE, SINGLE_GRAPH_FILE, ROWS_GRAPH_FILE
+    for path in map(stage.joinpath, files):
         if path.is_file():
             model = passes.load(path)
             passes.compute_in(model, "int8")

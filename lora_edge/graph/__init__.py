@@ -19,11 +19,12 @@ from lora_edge.graph.quantize import (
 from lora_edge.graph.sites import Site, find_sites, graph_weights
 from lora_edge.graph.store import load, own_inputs, save_graph, save_with_data
 from lora_edge.graph.stored import stored_weight
-from lora_edge.graph.ungate import ungate
+from lora_edge.graph.ungate import by_row, ungate
 
 __all__ = [
     "Site",
     "branch",
+    "by_row",
     "check",
     "compute_in",
     "find_sites",

@@ -1,4 +1,4 @@
-"""A graph whose branches have no gates: for batches in which every row has the same adapter."""
+"""Graphs whose branches have no gates: every row has the same adapter, or each its own."""
 
 from __future__ import annotations
 
@@ -27,3 +27,19 @@ def ungate(model: ir.Model) -> None:
                 use.node.replace_input_with(use.idx, factor)
             graph.remove(node, safe=True)
         graph.inputs.remove(gate)
+
+
+def by_row(model: ir.Model) -> None:
+    """Give A and B an axis of rows, so that each row of a batch is multiplied with its own.
+
+    ``A [batch | 1, in, rank]``, ``B [batch | 1, rank, out]``.
+
+    Args:
+        model: a graph after :func:`ungate`, whose pairs all multiply ``[batch, seq, in]``; changed
+            in place.
+    """
+    for value in model.graph.inputs:
+        found = parse_lora_input(str(value.name))
+        if found is not None and found.part in ("A", "B"):
+            assert value.shape is not None
+            value.shape = ir.Shape([f"{value.name}.rows", *value.shape])

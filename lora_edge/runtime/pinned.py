@@ -99,7 +99,7 @@ class PinnedSessions:
         if state not in self._opened:
             decoder = self._open(state)
             binding = Binding((state,), {})
-            check_agrees(decoder, binding, self._switchable(), self._active, state, "pinned")
+            check_agrees(decoder, binding, self._switchable(), self._active, (state,), "pinned")
             self._opened[state] = decoder, binding
         return self._opened[state]
 

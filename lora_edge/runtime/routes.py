@@ -1,7 +1,8 @@
 """Which graph a batch of text runs on: the smallest that gives what the switchable one gives.
 
 No adapter on any row: the graph without branches. One adapter or blend on all rows: branches
-without gates. Everything else, and adapters that begin at a token: the switchable graph. All read
+without gates. Unlike rows, if there are many adapters among few rows: pairs for each row.
+Everything else, and adapters that begin at a token: the switchable graph. All read
 one prepared file of weights, so that a session more costs some megabytes; it is opened when it is
 first needed, and compared with the switchable one once on each device.
 """
@@ -15,11 +16,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_edge.bundle.bundle import BASE_GRAPH_FILE, SINGLE_GRAPH_FILE, Bundle
+from lora_edge.bundle.bundle import (
+    BASE_GRAPH_FILE,
+    ROWS_GRAPH_FILE,
+    SINGLE_GRAPH_FILE,
+    Bundle,
+)
 from lora_edge.bundle.part import Part
 from lora_edge.errors import BundleError
 from lora_edge.runtime.adapters.active import ActiveAdapters
 from lora_edge.runtime.adapters.binding import Binding, State
+from lora_edge.runtime.adapters.by_row import pays
 from lora_edge.runtime.decoder import Decoder
 
 if TYPE_CHECKING:
@@ -56,8 +63,8 @@ class Routes:
         self._options = options
         self._opened: dict[str, Decoder] = {}
 
-    def find(self, states: Sequence[State]) -> Decoder | None:
-        """The session for a batch, which is bound as for the switchable graph; None: on that.
+    def find(self, states: tuple[State, ...]) -> tuple[Decoder, Binding] | None:
+        """The session for a batch, and its binding; None: on the switchable graph.
 
         Args:
             states: the canonical state of every row.
@@ -68,27 +75,29 @@ class Routes:
         name = self._graph(states)
         if name not in self._bundle.manifest.files:  # an older bundle's
             return None
+        by_row = name == ROWS_GRAPH_FILE
+        bound = self._active.by_row(states) if by_row else self._active.binding_of(states)
         if name not in self._opened:
             self._bundle.verify(name)
-            decoder = Decoder(
-                self._bundle.directory, {"decoder": self._part(name)}, **self._options
-            )
+            parts = {"decoder": self._part(name)}
+            decoder = Decoder(self._bundle.directory, parts, by_row=by_row, **self._options)
             if not self._prepared.checked(name):
-                bound = self._active.binding(dict(states[0]), 1)
-                check_agrees(decoder, bound, self._switchable(), self._active, states[0], name)
+                check_agrees(decoder, bound, self._switchable(), self._active, states, name)
                 self._prepared.mark_checked(name)
             self._opened[name] = decoder
-        return self._opened[name]
+        return self._opened[name], bound
 
     def _graph(self, states: Sequence[State]) -> str:
-        if len(set(states)) != 1:  # unlike rows, or none, which the switchable graph refuses
-            return ""
+        used = {name for state in states for name, _ in state}
+        if not states or any(self._bundle.manifest.adapters[x].invocation for x in used):
+            return ""  # no rows are refused there, as ever
         state = states[0]
+        if len(set(states)) > 1:
+            return ROWS_GRAPH_FILE if pays(states) else ""
         if not state:
             return BASE_GRAPH_FILE
         weighted = len(state) == 1 and state[0][1] != 1.0  # by the gate; a blend's are in B
-        at_token = any(self._bundle.manifest.adapters[name].invocation for name, _ in state)
-        return "" if weighted or at_token else SINGLE_GRAPH_FILE
+        return "" if weighted else SINGLE_GRAPH_FILE
 
     def _part(self, name: str) -> Part:
         part = self._bundle.manifest.parts["decoder"]
@@ -106,7 +115,7 @@ def check_agrees(
     binding: Binding,
     switchable: Decoder,
     active: ActiveAdapters,
-    state: State,
+    states: Sequence[State],
     what: str,
 ) -> None:
     """Compare a session with the switchable graph's, on one prompt.
@@ -117,27 +126,32 @@ def check_agrees(
         decoder: the session, and ``binding``, what is bound to it.
         switchable: the other one.
         active: the bundle's adapters.
-        state: of the one row.
+        states: of the rows; alike, they are compared by one.
         what: the session's graph, for people.
 
     Raises:
         BundleError: it gives something else.
     """
+    states = tuple(states) if binding.batch else (states[0],)
     count = min(_COMPARED, decoder.longest)
-    rows = [np.random.default_rng(0).integers(0, decoder.part.vocab_size, count).tolist()]
+    row = np.random.default_rng(0).integers(0, decoder.part.vocab_size, count).tolist()
 
     def logits(session: Decoder, binding: Binding) -> NDArray[np.float64]:
-        return session.start(1, count, binding).extend_all(rows)[0].astype(np.float64)
+        rows = [row] * len(states)
+        found = session.start(len(rows), count, binding).extend_all(rows)
+        return np.stack(found).astype(np.float64)
 
     found = logits(decoder, binding)
-    expected = logits(switchable, active.binding(dict(state), 1))
-    effect = np.linalg.norm(expected - logits(switchable, active.binding(None, 1)))
-    rounding = _ROUNDING[decoder.cache_dtype.name] * np.linalg.norm(expected)
-    error = np.linalg.norm(found - expected)
-    if not error <= max(_SHARE * effect, rounding):
-        name = next((name for name, _ in state), "no adapter")
-        raise BundleError(
-            f"{what}, {name} does not give what it gives on the switchable graph: off by "
-            f"{error:.2g} where its effect is {effect:.2g}",
-            "Export the bundle again, or report it, with the provider's name.",
-        )
+    expected = logits(switchable, active.binding_of(states))
+    off = logits(switchable, active.binding(None, len(states)))
+    for state, own, wanted, base in zip(states, found, expected, off, strict=True):
+        effect = np.linalg.norm(wanted - base)
+        rounding = _ROUNDING[decoder.cache_dtype.name] * np.linalg.norm(wanted)
+        error = np.linalg.norm(own - wanted)
+        if not error <= max(_SHARE * effect, rounding):
+            name = next((name for name, _ in state), "no adapter")
+            raise BundleError(
+                f"{what}, {name} does not give what it gives on the switchable graph: off by "
+                f"{error:.2g} where its effect is {effect:.2g}",
+                "Export the bundle again, or report it, with the provider's name.",
+            )

@@ -173,7 +173,7 @@ class Runner:
         if found is not None:
             return found
         routed = None if self._routes is None else self._routes.find(states)
-        return routed or self.decoder, self.binding(adapter, batch)
+        return routed or (self.decoder, self._active.binding_of(states))
 
     def start(self, adapter: AdapterArgument, batch: int, max_length: int) -> Decoding:
         """A new batch of text with an empty cache, to be stepped by hand.

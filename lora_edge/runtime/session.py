@@ -84,6 +84,7 @@ class ModelSession:
         fixed: the state of every batch, on graphs without adapter inputs.
         prepared: keeps the optimized graphs; None: each session optimizes its own.
         resident: where what is used again is kept; None: a cache of its own.
+        by_row: A and B of the graphs have an axis of rows.
 
     Raises:
         ProviderError: the provider is missing, does not start, or would leave work on floats to
@@ -105,11 +106,13 @@ class ModelSession:
         fixed: Fixed | None = None,
         prepared: PreparedGraphs | None = None,
         resident: SizedCache | None = None,
+        by_row: bool = False,
     ) -> None:
         self.resident = SizedCache(CACHE_BYTES) if resident is None else resident
         self.parts = parts
         self.sites = {path: site for part in parts.values() for path, site in part.sites.items()}
         self.provider = resolve(provider, provider_options)
+        self._by_row = by_row
         # Kept for as long as the sessions: those do not keep the weights alive.
         self._options: dict[str, Any] = {
             "threads": threads,
@@ -149,7 +152,7 @@ class ModelSession:
             raise BundleError(f"{path} lacks {', '.join(missing)}", "Export the bundle again.")
         check_adapter_inputs(graph.inputs, part.sites, path)
         shapes = {name: shape for name, _, shape in (*given, *made)}
-        check_sizes(shapes, {**site_sizes(part.sites), **_sizes(part)}, path)
+        check_sizes(shapes, {**site_sizes(part.sites, by_row=self._by_row), **_sizes(part)}, path)
         return graph
 
     @property

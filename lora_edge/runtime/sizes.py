@@ -17,12 +17,14 @@ Sizes = Mapping[str, Sequence[int | None]]
 """Name of an input or output -> its dimensions; None is any."""
 
 
-def site_sizes(sites: Mapping[str, SiteEntry]) -> Sizes:
-    """The sizes of the adapter inputs that the sites have."""
+def site_sizes(sites: Mapping[str, SiteEntry], *, by_row: bool = False) -> Sizes:
+    """The sizes of the adapter inputs that the sites have; of A and B by row, with that axis."""
+    rows = (None,) if by_row else ()
     found: dict[str, Sequence[int | None]] = {}
     for path, site in sites.items():
-        found[lora_input(path, "A")] = (site.in_features, None)
-        for part in ("B", *STACKED_PARTS):
+        found[lora_input(path, "A")] = (*rows, site.in_features, None)
+        found[lora_input(path, "B")] = (*rows, None, site.out_features)
+        for part in STACKED_PARTS:
             found[lora_input(path, part)] = (None, site.out_features)
     return found
 

@@ -27,6 +27,7 @@ from lora_edge.bundle.bundle import (
     ENCODER_FILE,
     EXACT_GRAPH_FILE,
     GRAPH_FILE,
+    ROWS_GRAPH_FILE,
     SINGLE_GRAPH_FILE,
     Bundle,
 )
@@ -43,6 +44,7 @@ GRAPHS = (
     GRAPH_FILE,
     BASE_GRAPH_FILE,
     SINGLE_GRAPH_FILE,
+    ROWS_GRAPH_FILE,
     EXACT_GRAPH_FILE,
     ENCODER_FILE,
     DECODER_FILE,

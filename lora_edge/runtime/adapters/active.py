@@ -15,8 +15,9 @@ from lora_edge.bundle.bundle import Bundle
 from lora_edge.bundle.onnx_adapter import parse_adapter
 from lora_edge.errors import AdapterNotFoundError, BundleError, DataError
 from lora_edge.maths.lora import Head, SiteChange, concatenate
-from lora_edge.names import NONE_ADAPTER
+from lora_edge.names import NONE_ADAPTER, SELECT
 from lora_edge.runtime.adapters.binding import Binding, Changes, State, Tensors, TokenGates, Values
+from lora_edge.runtime.adapters.by_row import stacked
 from lora_edge.runtime.adapters.changes import parse_changes
 from lora_edge.runtime.resident import ADAPTER, CACHE_BYTES, COMBINED, Key, SizedCache
 
@@ -91,12 +92,40 @@ class ActiveAdapters:
                 task head.
             BundleError: an adapter's file is damaged, or it was made for another base.
         """
-        states = self.states(adapter, batch)
+        return self.binding_of(self.states(adapter, batch))
+
+    def binding_of(self, states: tuple[State, ...]) -> Binding:
+        """As :meth:`binding`, of the canonical state of every row."""
         if self._bundle.manifest.mode == "merged":
             return self._nothing
         if len(set(states)) == 1:
             return self._alike(states[0])
         return self._rows(states)
+
+    def by_row(self, states: tuple[State, ...]) -> Binding:
+        """What to bind for unlike rows to a graph whose A and B have an axis of rows.
+
+        Raises:
+            BundleError: an adapter's file is damaged, or it was made for another base.
+        """
+        return self._cache.get_or_make(
+            (COMBINED, self._generation, states, "by row"), lambda: self._under(states)
+        )
+
+    def _under(self, states: tuple[State, ...]) -> tuple[Binding, int]:
+        """Adapters of rows one under the other, and their bytes."""
+        changes = {
+            state: self.changes(state[0][0]) if _plain(state) else self._blend(state)
+            for state in set(states)
+        }
+        arrays = stacked(self._tensors.sites, [changes[state] for state in states])
+        own = {
+            name: array
+            for name, array in arrays.items()
+            if name == SELECT or (name.endswith((".A", ".B")) and len(array) == len(states))
+        }
+        values = {name: self._tensors.value(array) for name, array in arrays.items()}
+        return Binding(states, values, own), sum(array.nbytes for array in arrays.values())
 
     def states(self, adapter: AdapterArgument, batch: int) -> tuple[State, ...]:
         """The canonical state of every row; raises as :meth:`binding`, except for damaged files."""
@@ -358,6 +387,11 @@ class ActiveAdapters:
         source = str(self._bundle.path(entry.file))
         tensors = parse_adapter(self._bundle.read(entry.file), source)
         return parse_changes(source, tensors, self._tensors.sites)
+
+
+def _plain(state: State) -> bool:
+    """One adapter as it is."""
+    return len(state) == 1 and state[0][1] == 1.0
 
 
 def _weighted(
