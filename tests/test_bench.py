@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import export_memory
 import hot_loop
 import pytest
 import rows
@@ -195,3 +196,18 @@ def test_the_hot_loop_is_reported(tmp_path: Path) -> None:
         found = results["ratios"][name]
         assert (found["lowest"], found["highest"]) == pytest.approx((min(ratios), max(ratios)))
         assert name in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_what_an_export_takes_is_reported(tmp_path: Path) -> None:
+    command = [sys.executable, str(export_memory.__file__), "--shapes", "tiny"]
+    command += ["--dtype", "bfloat16", "--folder", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])["shapes"]["tiny"]
+    assert found["peak"] > found["imports"] > 0
+    assert found["peak"] > found["private"] > 0
+    assert found["model"] == 2 * (tmp_path / "tiny-bfloat16/base/model.safetensors").stat().st_size
+    assert len(found["stages"]) == 4
+    assert min(seconds for _, _, seconds in found["stages"].values()) >= 0

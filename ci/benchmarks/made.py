@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,15 @@ class Made:
         folder: where they are kept.
         name: of the shape.
         say: called with a line for each that is made.
+        dtype: of the checkpoint, where it is not the shape's own.
     """
 
-    def __init__(self, folder: Path, name: str, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, folder: Path, name: str, say: Callable[[str], None], dtype: str | None = None
+    ) -> None:
         self.name = name
-        self.shape: Shape = SHAPES[name]
-        self._folder = folder / name
+        self.shape: Shape = SHAPES[name] if dtype is None else replace(SHAPES[name], dtype=dtype)
+        self._folder = folder / (name if dtype is None else f"{name}-{dtype}")
         self._say = say
 
     def _kept(self, name: str, make: Callable[[Path], object]) -> Path:
@@ -94,7 +98,7 @@ class Made:
     def base_bytes(self) -> int:
         """Of the checkpoint, in float32."""
         size = sum(file.stat().st_size for file in self.base().glob("*.safetensors"))
-        return size * (2 if self.shape.dtype == "bfloat16" else 1)
+        return size * (1 if self.shape.dtype == "float32" else 2)
 
 
 class _Unproved:
