@@ -8,6 +8,7 @@ Knows nothing of exporters or files.
 from __future__ import annotations
 
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lora_edge.capture.operators import GroupQueryAttention, Reshape
+from lora_edge.capture.operators import GroupQueryAttention, LayerFacts, Reshape
 from lora_edge.errors import CaptureError, UnsupportedModelError
 
 MASKED = -3e4
@@ -28,6 +29,7 @@ MASKED = -3e4
 _NEUTRAL = frozenset(
     {
         "cache_position",
+        "deterministic",  # of a kernel that is not used
         "dropout",
         "layer_idx",
         "logits_to_keep",
@@ -40,27 +42,6 @@ _NEUTRAL = frozenset(
         "use_cache",
     }
 )
-
-
-@dataclass(frozen=True)
-class LayerFacts:
-    """What a layer asks of attention.
-
-    Attributes:
-        heads: number of query heads.
-        kv_heads: number of key/value heads.
-        head_dim: size of each head.
-        scale: factor of the scores.
-        window: how many keys a query sees, itself included; 0 is all of them.
-        softcap: bound of the scores, 0 is none.
-    """
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    scale: float
-    window: int
-    softcap: float
 
 
 @dataclass(frozen=True)
@@ -127,11 +108,7 @@ class Fused:
             self._total,
             use.cos if use else None,
             use.sin if use else None,
-            facts.heads,
-            facts.kv_heads,
-            facts.scale,
-            facts.window,
-            facts.softcap,
+            facts,
             bool(use and use.interleaved),
         )
         self.presents[layer] = (present_key, present_value)
@@ -211,7 +188,26 @@ class RotarySource(Protocol):
         """How to rotate inside attention, or ``None`` when these are not rotary's very results."""
 
 
-class RegisteredAttention:
+@dataclass(frozen=True)
+class Call:
+    """A call of the attention function by a layer of the model.
+
+    Attributes:
+        module: the layer's attention.
+        facts: what it asks for.
+        states: query, key and value.
+        mask: one that the model made; None: it made none.
+        is_causal: what the model said in the call; None: nothing.
+    """
+
+    module: torch.nn.Module
+    facts: LayerFacts
+    states: tuple[Tensor, Tensor, Tensor]
+    mask: Tensor | None
+    is_causal: bool | None
+
+
+class RegisteredAttention(ABC):
     """A function that transformers calls instead of the model's attention, while it is registered.
 
     It computes ``[batch, heads, seq, head_dim]`` queries, keys and values to
@@ -222,6 +218,7 @@ class RegisteredAttention:
     """How often the function ran in this pass."""
 
     def __init__(self, model_type: str) -> None:
+        self.calls = 0
         self.name = f"lora_edge_{uuid.uuid4().hex[:12]}"
         self._model_type = model_type
 
@@ -234,6 +231,29 @@ class RegisteredAttention:
             yield
         finally:
             del ALL_ATTENTION_FUNCTIONS[self.name]
+
+    def __call__(
+        self,
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        is_causal: bool | None = None,
+        **others: Any,
+    ) -> tuple[Tensor, None]:
+        """As transformers calls it; the second value stands for the weights, which nobody reads."""
+        facts = self._facts(query, key, value, scaling, sliding_window, softcap, others)
+        self.calls += 1
+        states = query, key, value
+        return self._attend(Call(module, facts, states, attention_mask, is_causal)), None
+
+    @abstractmethod
+    def _attend(self, call: Call) -> Tensor:
+        """``[batch, seq, heads, head_dim]``; refuses what it cannot compute."""
 
     def _facts(
         self,
@@ -279,7 +299,6 @@ class AttentionSwap(RegisteredAttention):
         self.attention: Attention = Survey()
         self.facts: dict[int, LayerFacts] = {}
         self._layers: list[int] = []
-        self.calls = 0
 
     def begin(self, attention: Attention) -> None:
         """Start a forward pass."""
@@ -300,30 +319,16 @@ class AttentionSwap(RegisteredAttention):
                 "This architecture computes attention in its own way; try --backend optimum.",
             )
 
-    def __call__(
-        self,
-        module: torch.nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None = None,
-        scaling: float | None = None,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        is_causal: bool | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        layer = getattr(module, "layer_idx", None)
+    def _attend(self, call: Call) -> Tensor:
+        layer = getattr(call.module, "layer_idx", None)
         if not isinstance(layer, int):
-            self._refuse(f"{type(module).__name__} has no layer_idx")
-        if is_causal is False or getattr(module, "is_causal", True) is False:
-            self._refuse(f"{type(module).__name__} attends in both directions")
-        facts = self._facts(query, key, value, scaling, sliding_window, softcap, kwargs)
+            self._refuse(f"{type(call.module).__name__} has no layer_idx")
+        if call.is_causal is False or getattr(call.module, "is_causal", True) is False:
+            self._refuse(f"{type(call.module).__name__} attends in both directions")
         self._layers.append(layer)
-        self.calls += 1
         if isinstance(self.attention, Survey):
-            self.facts[layer] = facts
-        return self.attention.attend(layer, self.facts[layer], query, key, value), None
+            self.facts[layer] = call.facts
+        return self.attention.attend(layer, self.facts[layer], *call.states)
 
 
 class TraceCache(Cache):

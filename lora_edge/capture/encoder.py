@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lora_edge.base.checkpoint import Base
 from lora_edge.base.model import load_model, model_layers
 from lora_edge.bundle.part import Part
-from lora_edge.capture.attention import MASKED, RegisteredAttention, explicit_attention
+from lora_edge.capture.attention import MASKED, Call, RegisteredAttention, explicit_attention
 from lora_edge.capture.base_graph import BaseGraph
 from lora_edge.capture.refusing import max_length, noted_activations, refusing
 from lora_edge.capture.swaps import constant_views, replaced, swapped_linears
@@ -52,7 +52,6 @@ class MaskedAttention(RegisteredAttention):
         self._mask: Tensor | None = None
         self._made: dict[tuple[bool, int], Tensor] = {}
         self._modules: list[nn.Module] = []
-        self.calls = 0
 
     def begin(self, attention_mask: Tensor | None) -> None:
         """Start a forward pass; ``attention_mask``: ``[batch, seq]``, ``None`` for images."""
@@ -85,30 +84,17 @@ class MaskedAttention(RegisteredAttention):
         if len(set(map(id, self._modules))) < len(self._modules):
             self._refuse("its layers share their weights, so that a site would be several nodes")
 
-    def __call__(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None = None,
-        scaling: float | None = None,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        is_causal: bool | None = None,
-        deterministic: bool | None = None,  # of a kernel that is not used
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        if attention_mask is not None:
+    def _attend(self, call: Call) -> Tensor:
+        module, causal = call.module, call.is_causal
+        if call.mask is not None:
             self._refuse(f"{type(module).__name__} makes an attention mask of its own")
-        causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
+        if causal is None:
+            causal = getattr(module, "is_causal", None)
         if causal is None:
             self._refuse(f"{type(module).__name__} does not say whether it is causal")
-        facts = self._facts(query, key, value, scaling, sliding_window, softcap, kwargs)
         self._modules.append(module)
-        self.calls += 1
-        mask = self._additive(bool(causal), facts.window)
-        return explicit_attention(facts, mask, query, key, value), None
+        mask = self._additive(bool(causal), call.facts.window)
+        return explicit_attention(call.facts, mask, *call.states)
 
     def _additive(self, causal: bool, window: int) -> Tensor | None:
         """``[batch, 1, seq | 1, seq]``, one for each kind of layer; ``None``: all is seen."""

@@ -1,12 +1,13 @@
 """Operators that a trace emits as one node each.
 
-Each class is a ``torch.autograd.Function`` whose ``symbolic`` writes the node; ``forward`` only has
-to give the right shapes, because a trace records shapes and order, never values. None of them
+Each operator is a ``torch.autograd.Function`` whose ``symbolic`` writes the node; ``forward`` only
+has to give the right shapes, because a trace records shapes and order, never values. None of them
 registers anything: nothing is left behind when a capture ends.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -197,6 +198,27 @@ class Rotary(torch.autograd.Function):
         return out
 
 
+@dataclass(frozen=True)
+class LayerFacts:
+    """What a layer asks of attention.
+
+    Attributes:
+        heads: number of query heads.
+        kv_heads: number of key/value heads.
+        head_dim: size of each head.
+        scale: factor of the scores.
+        window: how many keys a query sees, itself included; 0 is all of them.
+        softcap: bound of the scores, 0 is none.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    window: int
+    softcap: float
+
+
 class GroupQueryAttention(torch.autograd.Function):
     """``com.microsoft.GroupQueryAttention``: attention and KV cache in one operator.
 
@@ -218,15 +240,11 @@ class GroupQueryAttention(torch.autograd.Function):
         total: Tensor,
         cos: Tensor | None,
         sin: Tensor | None,
-        heads: int,
-        kv_heads: int,
-        scale: float,
-        window: int,
-        softcap: float,
+        facts: LayerFacts,
         interleaved: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         batch, seq, _ = q.shape
-        present = past_k.new_zeros(batch, kv_heads, past_k.shape[2] + seq, past_k.shape[3])
+        present = past_k.new_zeros(batch, facts.kv_heads, past_k.shape[2] + seq, past_k.shape[3])
         return q.clone(), present, present.clone()
 
     @staticmethod
@@ -241,11 +259,7 @@ class GroupQueryAttention(torch.autograd.Function):
         total: Any,
         cos: Any,
         sin: Any,
-        heads: int,
-        kv_heads: int,
-        scale: float,
-        window: int,
-        softcap: float,
+        facts: LayerFacts,
         interleaved: bool,
     ) -> Any:
         inputs = [q, k, v, past_k, past_v, lengths, total]
@@ -255,11 +269,11 @@ class GroupQueryAttention(torch.autograd.Function):
         outputs = g.op(
             "com.microsoft::GroupQueryAttention",
             *inputs,
-            num_heads_i=heads,
-            kv_num_heads_i=kv_heads,
-            scale_f=scale,
-            local_window_size_i=window or -1,
-            softcap_f=softcap,
+            num_heads_i=facts.heads,
+            kv_num_heads_i=facts.kv_heads,
+            scale_f=facts.scale,
+            local_window_size_i=facts.window or -1,
+            softcap_f=facts.softcap,
             do_rotary_i=int(rotary),
             rotary_interleaved_i=int(rotary and interleaved),
             outputs=3,

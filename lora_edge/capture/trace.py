@@ -24,7 +24,6 @@ from lora_edge.bundle.part import Cache, Part
 from lora_edge.capture.attention import (
     AttentionSwap,
     Fused,
-    LayerFacts,
     Portable,
     Survey,
     TraceCache,
@@ -32,7 +31,7 @@ from lora_edge.capture.attention import (
 from lora_edge.capture.base_graph import BaseGraph
 from lora_edge.capture.conditional import lower_choices
 from lora_edge.capture.experts import swapped_experts
-from lora_edge.capture.operators import LastPositions, TakePositions
+from lora_edge.capture.operators import LastPositions, LayerFacts, TakePositions
 from lora_edge.capture.refusing import max_length, noted_activations, refusing
 from lora_edge.capture.swaps import (
     RotarySwap,
