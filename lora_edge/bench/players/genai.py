@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lora_edge.bench.players.player import Adapters, Player, Rows
 from lora_edge.errors import ProviderError
@@ -36,8 +35,6 @@ class GenaiPlayer(Player):
         self._none: str | None = self.given.get("none")
         self._adapters = self._og.Adapters(self._model) if self._files else None
         self._loaded: set[str] = set()
-        self._generators: dict[str, Any] = {}
-        self._logits: dict[str, NDArray[Any]] = {}
 
     def load(self, adapter: str) -> None:
         if adapter not in self._loaded and self._adapters is not None:
@@ -46,7 +43,7 @@ class GenaiPlayer(Player):
 
     def start(self, key: str, rows: Rows, adapters: Adapters, room: int) -> None:
         self.drop(key)
-        generator = self._generators[key] = self._made(adapters, room)
+        generator = self._batches[key] = self._made(adapters, room)
         generator.append_tokens(np.asarray(rows, np.int32))
         self._logits[key] = np.asarray(generator.get_logits()).reshape(len(rows), -1)[0]
 
@@ -69,14 +66,7 @@ class GenaiPlayer(Player):
         return generator
 
     def step(self, key: str, tokens: Sequence[int]) -> None:  # noqa: ARG002
-        self._generators[key].generate_next_token()
+        self._batches[key].generate_next_token()
 
     def switch(self, adapters: Adapters, room: int) -> None:
-        self._generators["switch"] = self._made(adapters, room)
-
-    def logits(self, key: str) -> NDArray[Any]:
-        return self._logits[key]
-
-    def drop(self, key: str) -> None:
-        self._generators.pop(key, None)
-        self._logits.pop(key, None)
+        self._batches["switch"] = self._made(adapters, room)

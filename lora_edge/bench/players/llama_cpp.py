@@ -36,14 +36,13 @@ class LlamaCppPlayer(Player):
             lora_path=self.given.get("lora"),
             verbose=False,
         )
-        self._logits: NDArray[Any] = np.zeros(0, np.float32)
 
     def start(self, key: str, rows: Rows, adapters: Adapters, room: int) -> None:  # noqa: ARG002
         if len(rows) > 1:
             raise ProviderError("llama.cpp takes part with one row only", "Leave --only batch out.")
         self._model.reset()
         self._model.eval(list(rows[0]))
-        self._logits = self._last()
+        self._logits[key] = self._last()
 
     def step(self, key: str, tokens: Sequence[int]) -> None:  # noqa: ARG002
         self._model.eval(list(tokens))
@@ -53,8 +52,6 @@ class LlamaCppPlayer(Player):
         pointer = self._library.llama_get_logits_ith(self._model.ctx, -1)
         return np.ctypeslib.as_array(pointer, shape=(self._model.n_vocab(),)).copy()
 
-    def logits(self, key: str) -> NDArray[Any]:  # noqa: ARG002
-        return self._logits
-
-    def drop(self, key: str) -> None:  # noqa: ARG002
+    def drop(self, key: str) -> None:
+        super().drop(key)
         self._model.reset()

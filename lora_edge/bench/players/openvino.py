@@ -36,18 +36,16 @@ class OpenvinoPlayer(Player):
         model = self._ov.Core().read_model(Path(self.given["folder"]) / "openvino_model.xml")
         self._compiled = self._ov.compile_model(model, "CPU", options)
         self._inputs = {name for x in self._compiled.inputs for name in x.get_names()}
-        self._requests: dict[str, tuple[Any, int]] = {}
-        self._logits: dict[str, NDArray[Any]] = {}
 
     def start(self, key: str, rows: Rows, adapters: Adapters, room: int) -> None:  # noqa: ARG002
-        self._requests[key] = self._compiled.create_infer_request(), 0
+        self._batches[key] = self._compiled.create_infer_request(), 0
         self._logits[key] = self._forward(key, rows)
 
     def step(self, key: str, tokens: Sequence[int]) -> None:
         self._forward(key, [[token] for token in tokens])
 
     def _forward(self, key: str, rows: Rows) -> NDArray[Any]:
-        request, past = self._requests[key]
+        request, past = self._batches[key]
         ids = np.asarray(rows, np.int64)
         batch, width = ids.shape
         feeds = {
@@ -57,12 +55,5 @@ class OpenvinoPlayer(Player):
             "beam_idx": np.arange(batch, dtype=np.int32),
         }
         request.infer({name: value for name, value in feeds.items() if name in self._inputs})
-        self._requests[key] = request, past + width
+        self._batches[key] = request, past + width
         return np.array(request.get_tensor("logits").data[0, -1])
-
-    def logits(self, key: str) -> NDArray[Any]:
-        return self._logits[key]
-
-    def drop(self, key: str) -> None:
-        self._requests.pop(key, None)
-        self._logits.pop(key, None)

@@ -5,9 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from lora_edge.bench.players.player import Adapters, Player, Rows
 from lora_edge.names import NUM_LOGITS_TO_KEEP
@@ -25,24 +23,13 @@ class _Ours(Player):
     def _start(self, adapters: Adapters, room: int) -> Decoding:
         """A batch with nothing in it yet."""
 
-    def open(self) -> None:
-        self._decodings: dict[str, Decoding] = {}
-        self._logits: dict[str, NDArray[Any]] = {}
-
     def start(self, key: str, rows: Rows, adapters: Adapters, room: int) -> None:
         self.drop(key)
-        decoding = self._decodings[key] = self._start(adapters, room)
+        decoding = self._batches[key] = self._start(adapters, room)
         self._logits[key] = decoding.prefill(rows)[0]
 
     def step(self, key: str, tokens: Sequence[int]) -> None:
-        self._decodings[key].step(tokens)
-
-    def logits(self, key: str) -> NDArray[Any]:
-        return self._logits[key]
-
-    def drop(self, key: str) -> None:
-        self._decodings.pop(key, None)
-        self._logits.pop(key, None)
+        self._batches[key].step(tokens)
 
 
 class BundlePlayer(_Ours):
@@ -60,7 +47,6 @@ class BundlePlayer(_Ours):
         self._made = Runner
 
     def open(self) -> None:
-        super().open()
         pinned = self.given.get("pinned", ())
         self._runner: Runner = self._made(self.given["bundle"], threads=self.threads, pinned=pinned)
         for name in pinned or [self.given.get("first")]:
@@ -75,7 +61,7 @@ class BundlePlayer(_Ours):
         self._runner.binding(adapter, 1)
 
     def switch(self, adapters: Adapters, room: int) -> None:
-        self._decodings["switch"] = self._start(adapters, room)
+        self._batches["switch"] = self._start(adapters, room)
 
 
 class GraphPlayer(_Ours):
@@ -96,7 +82,6 @@ class GraphPlayer(_Ours):
         from lora_edge.bundle.bundle import load_bundle
         from lora_edge.runtime.decoder import Decoder
 
-        super().open()
         file = Path(self.given["file"])
         facts = load_bundle(self.given["bundle"]).manifest.parts["decoder"]
         part = dataclasses.replace(facts, file=file.name, sites={})

@@ -17,7 +17,8 @@ Adapters = Sequence[str | None]
 class Player(ABC):
     """A contestant: it imports, opens, and decodes batches of token ids.
 
-    Several batches can be under way, each under a key of its own.
+    Several batches can be under way, each under a key of its own. A subclass keeps what one decodes
+    with in ``_batches``, and the logits after its prompt in ``_logits``.
 
     Args:
         given: what it runs, as JSON; every player has ``threads``.
@@ -29,6 +30,8 @@ class Player(ABC):
     def __init__(self, given: Mapping[str, Any]) -> None:
         self.given = given
         self.threads = int(given["threads"])
+        self._batches: dict[str, Any] = {}
+        self._logits: dict[str, NDArray[Any]] = {}
 
     @abstractmethod
     def imports(self) -> None:
@@ -53,13 +56,14 @@ class Player(ABC):
     def step(self, key: str, tokens: Sequence[int]) -> None:
         """Append a token to each row of a batch."""
 
-    @abstractmethod
     def logits(self, key: str) -> NDArray[Any]:
         """``[vocab]``: after the last token of the first row's prompt."""
+        return self._logits[key]
 
-    @abstractmethod
     def drop(self, key: str) -> None:
         """Forget a batch."""
+        self._batches.pop(key, None)
+        self._logits.pop(key, None)
 
     def load(self, adapter: str) -> None:
         """Load an adapter that was not used before.

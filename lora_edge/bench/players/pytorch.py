@@ -40,8 +40,6 @@ class PeftPlayer(Player):
         self._torch.set_num_threads(self.threads)
         self._peft: dict[str, str] = dict(self.given.get("peft") or {})
         self._loaded: set[str] = set()
-        self._batches: dict[str, tuple[Any, Adapters]] = {}
-        self._logits: dict[str, NDArray[Any]] = {}
 
     def load(self, adapter: str) -> None:
         if adapter in self._loaded:
@@ -82,13 +80,6 @@ class PeftPlayer(Player):
                 input_ids=self._torch.tensor(rows), past_key_values=cache, use_cache=True, **given
             )
         return np.asarray(out.logits[0, -1].float().numpy())
-
-    def logits(self, key: str) -> NDArray[Any]:
-        return self._logits[key]
-
-    def drop(self, key: str) -> None:
-        self._batches.pop(key, None)
-        self._logits.pop(key, None)
 
 
 class OptimumPlayer(PeftPlayer):
