@@ -6,6 +6,7 @@ Knows names and shapes; knows nothing of bundles or sessions.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,23 +49,17 @@ def parse_changes(
     return {path: change for path, change in found.items() if change.parts()}
 
 
+@dataclass(frozen=True)
 class _Site:
-    """The tensors of one site."""
+    """A site, and the tensors of an adapter, its own among them."""
 
-    def __init__(
-        self,
-        source: str,
-        tensors: Mapping[str, NDArray[np.floating]],
-        path: str,
-        site: SiteEntry,
-    ) -> None:
-        self._source = source
-        self._tensors = tensors
-        self._path = path
-        self._site = site
+    source: str
+    tensors: Mapping[str, NDArray[np.floating]]
+    path: str
+    site: SiteEntry
 
     def change(self) -> SiteChange:
-        site = self._site
+        site = self.site
         vectors: dict[InputPart, FloatArray | None] = {}
         for part in STACKED_PARTS:
             vectors[part] = None
@@ -77,7 +72,7 @@ class _Site:
         )
 
     def _factors(self) -> Factors | None:
-        site = self._site
+        site = self.site
         if "A" not in site.parts:
             return None
         a, b = self._array("A"), self._array("B")
@@ -85,7 +80,7 @@ class _Site:
         expected = (site.in_features, rank), (rank, site.out_features)
         if (a.shape, b.shape) != expected:
             raise BundleError(
-                f"{self._source}: {self._path} has A {list(a.shape)} and B {list(b.shape)}, "
+                f"{self.source}: {self.path} has A {list(a.shape)} and B {list(b.shape)}, "
                 f"expected [{site.in_features}, R] and [R, {site.out_features}]",
                 _HINT,
             )
@@ -94,23 +89,23 @@ class _Site:
         return Factors(a, b)
 
     def _head(self) -> Head | None:
-        if "W" not in self._site.parts or lora_input(self._path, "W") not in self._tensors:
+        if "W" not in self.site.parts or lora_input(self.path, "W") not in self.tensors:
             return None
         w, c = self._array("W"), self._array("c")
-        self._check("W", w.shape, (1, self._site.in_features, w.shape[-1]))
+        self._check("W", w.shape, (1, self.site.in_features, w.shape[-1]))
         self._check("c", c.shape, (1, 1, w.shape[-1]))
         return Head(w[0], c[0, 0])
 
     def _array(self, part: InputPart) -> FloatArray:
-        name = lora_input(self._path, part)
-        if name not in self._tensors:
-            raise BundleError(f"{self._source}: {name} is missing", _HINT)
-        return np.ascontiguousarray(self._tensors[name], np.float32)
+        name = lora_input(self.path, part)
+        if name not in self.tensors:
+            raise BundleError(f"{self.source}: {name} is missing", _HINT)
+        return np.ascontiguousarray(self.tensors[name], np.float32)
 
     def _check(self, part: InputPart, got: tuple[int, ...], expected: tuple[int, ...]) -> None:
         if got != expected:
             raise BundleError(
-                f"{self._source}: {lora_input(self._path, part)} is {list(got)}, expected "
+                f"{self.source}: {lora_input(self.path, part)} is {list(got)}, expected "
                 f"{list(expected)}",
                 _HINT,
             )
