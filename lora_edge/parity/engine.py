@@ -8,6 +8,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -238,10 +239,12 @@ def validate(
             wanted_repro = None if repro is None else Path(repro)
             own, left = explain(runner, own, goldens, model, wanted_repro, settings.tolerance, say)
         cases += own
-        cases += _switched(runner, session, goldens, journal, settings)
+        measured = partial(_switched, runner, goldens, settings)
+        cases += _once(_SWITCHING, session, journal, measured)
         drifting = drifts(target.manifest) and not exact
         if drifting and name not in (first for first, _ in wanted[:index]):
-            cases += _drifted(runner, session, opening, goldens, journal, say)
+            measured = partial(_drifted, runner, session, opening, goldens, say)
+            cases += _once(_DRIFT, session, journal, measured)
         if index == 0 and model is not None and examples:
             floors = {name: floor for golden in goldens for name, floor in golden.floors.items()}
             cases += [
@@ -310,34 +313,17 @@ def _compared(
         yield golden, part
 
 
-def _switched(
-    runner: Runner,
-    session: Session,
-    goldens: Sequence[Golden],
-    journal: Journal,
-    settings: _Settings,
-) -> list[Case]:
-    def measured() -> list[Case]:
-        found = switching(runner, goldens, settings.tolerance, all_pairs=settings.all_pairs)
-        return [dataclasses.replace(case, kind="switch") for case in found]
-
-    return _once(_SWITCHING, session, journal, measured)
+def _switched(runner: Runner, goldens: Sequence[Golden], settings: _Settings) -> list[Case]:
+    found = switching(runner, goldens, settings.tolerance, all_pairs=settings.all_pairs)
+    return [dataclasses.replace(case, kind="switch") for case in found]
 
 
 def _drifted(
-    runner: Runner,
-    session: Session,
-    opening: Opening,
-    goldens: Sequence[Golden],
-    journal: Journal,
-    say: Say,
+    runner: Runner, session: Session, opening: Opening, goldens: Sequence[Golden], say: Say
 ) -> list[Case]:
-    def measured() -> list[Case]:
-        say(f"measuring what int8 activations add ({session.name})")
-        fast = opening.runner(runner.bundle, session.provider, session.optimization, exact=False)
-        return list(drift(runner, fast, goldens, DriftLimits()))
-
-    return _once(_DRIFT, session, journal, measured)
+    say(f"measuring what int8 activations add ({session.name})")
+    fast = opening.runner(runner.bundle, session.provider, session.optimization, exact=False)
+    return list(drift(runner, fast, goldens, DriftLimits()))
 
 
 def _once(
