@@ -188,7 +188,7 @@ class ConcatenatedCache(Decoding):
         """Room for the keys or values of one layer: ``[batch, kv_heads, length, head_dim]``."""
         cache = self.decoder.kept
         shape = [self.batch, cache.kv_heads, length, cache.head_dim]
-        kind, device = self.decoder.cache_dtype.type, self.decoder.provider.device
+        kind, device = self.decoder.cache_dtype.type, self.decoder.provider.target.memory
         return ort.OrtValue.ortvalue_from_shape_and_type(shape, kind, device)
 
     def _feed(self, rows: Rows, every: bool) -> list[FloatArray]:

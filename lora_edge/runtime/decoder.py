@@ -91,7 +91,7 @@ class Decoder(ModelSession):
 
         Others may copy an input when it is bound, or read a cache's unwritten places.
         """
-        return self.provider.name == "cpu"
+        return self.provider.target.name == "cpu"
 
     @property
     def longest(self) -> int:

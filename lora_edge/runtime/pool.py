@@ -74,7 +74,7 @@ def take_buffers(decoder: Decoder, batch: int, length: int, bound: int | None) -
         return found
     if decoder.pools:
         length = max(length, min(-(-length // _STEP) * _STEP, decoder.longest))
-    cache, device = decoder.kept, decoder.provider.device
+    cache, device = decoder.kept, decoder.provider.target.memory
     shape = batch, cache.kv_heads, length, cache.head_dim
     arrays = [np.zeros(shape, decoder.cache_dtype) for _ in decoder.past_names]
     values = [ort.OrtValue.ortvalue_from_numpy(array, device) for array in arrays]

@@ -46,7 +46,7 @@ class Provider:
     """An execution provider that this installation of ONNX Runtime has.
 
     Attributes:
-        target: what is known of it.
+        target: what is known of it; its names are there.
         options: the provider's own options, as ONNX Runtime takes them.
         devices: where it runs, of a provider from a package of its own.
     """
@@ -54,26 +54,6 @@ class Provider:
     target: Target
     options: Mapping[str, str] = field(default_factory=dict)
     devices: tuple[Any, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """Short name, e.g. ``cpu``, ``cuda``."""
-        return self.target.name
-
-    @property
-    def ort_name(self) -> str:
-        """ONNX Runtime's name."""
-        return self.target.ort_name
-
-    @property
-    def device(self) -> str:
-        """Memory where tensors are placed, as ``OrtValue`` names it."""
-        return self.target.memory
-
-    @property
-    def zero_rank(self) -> bool:
-        """It takes tensors with a zero-size dimension."""
-        return self.target.zero_rank
 
 
 def available() -> tuple[str, ...]:
@@ -201,7 +181,7 @@ def open_session(
         )
     level = optimization or "all"
     threads = threads or _allowed()
-    if provider.ort_name == _CPU:
+    if provider.target.ort_name == _CPU:
 
         def start(path: Path, settings: Mapping[str, str], saved: Path | None) -> Any:
             options = _options(level, threads, weights, settings)
@@ -228,9 +208,10 @@ def open_session(
         what = "node that computes" if count == 1 else "nodes that compute"
         named = ", ".join(f"{operator} ({n})" for operator, n in Counter(left).most_common(4))
         more = f" and {len(left) - 4} more" if len(left) > 4 else ""
+        known = provider.target
         raise ProviderError(
-            f"{provider.ort_name} leaves {count} {what} with floats to the CPU: {named}{more}",
-            _fallback_hint(provider.target),
+            f"{known.ort_name} leaves {count} {what} with floats to the CPU: {named}{more}",
+            _fallback_hint(known),
         )
     return session
 
@@ -272,11 +253,12 @@ def _started(graph: Path, provider: Provider, options: Any) -> Any:
     Raises:
         ProviderError: it does not start.
     """
+    name = provider.target.ort_name
     how: dict[str, Any] = {"enable_fallback": 0}  # which would try again on the CPU, and print
     if provider.devices:
         options.add_provider_for_devices(list(provider.devices), dict(provider.options))
     else:
-        how["providers"] = [(provider.ort_name, dict(provider.options))]
+        how["providers"] = [(name, dict(provider.options))]
     session, failure = None, None
     with captured() as log:
         try:
@@ -287,14 +269,12 @@ def _started(graph: Path, provider: Provider, options: Any) -> Any:
         reason = _reason(log) or _first_line(failure)
         fallback = "fallback" in reason
         hint = _fallback_hint(provider.target) if fallback else _start_hint(log)
-        raise ProviderError(f"{provider.ort_name} cannot run {graph}: {reason}", hint) from failure
-    if provider.ort_name not in session.get_providers():
+        raise ProviderError(f"{name} cannot run {graph}: {reason}", hint) from failure
+    if name not in session.get_providers():
         fallen = f"ONNX Runtime fell back to {', '.join(session.get_providers())}"
-        raise ProviderError(
-            f"{provider.ort_name} did not start: {_reason(log) or fallen}", _start_hint(log)
-        )
+        raise ProviderError(f"{name} did not start: {_reason(log) or fallen}", _start_hint(log))
     if log.errors():  # such as a backend that is not found: it then takes no node at all
-        raise ProviderError(f"{provider.ort_name} did not start: {_reason(log)}", _start_hint(log))
+        raise ProviderError(f"{name} did not start: {_reason(log)}", _start_hint(log))
     release(log)
     return session
 

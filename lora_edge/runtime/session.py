@@ -122,7 +122,8 @@ class ModelSession:
             "prepared": prepared,
         }
         self.graphs = {name: self._open(folder / part.file, part) for name, part in parts.items()}
-        self.tensors = Tensors(self.sites, self.provider.device, zero_rank=self.provider.zero_rank)
+        target = self.provider.target
+        self.tensors = Tensors(self.sites, target.memory, zero_rank=target.zero_rank)
         self._fixed = fixed
         self._off = self.tensors.off() if fixed is None else Binding((fixed.state,), {})
 

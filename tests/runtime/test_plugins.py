@@ -13,6 +13,7 @@ import pytest
 
 from lora_edge.errors import OptionError, ProviderError
 from lora_edge.runtime import plugins, providers
+from lora_edge.targets.target import unknown
 
 PLUGIN = """
 def get_ep_names():
@@ -67,7 +68,8 @@ def test_a_plugin_is_found_and_registered_once(
     assert registered == []  # nothing is loaded by looking
     for name in ("abacus", "AbacusExecutionProvider"):
         provider = providers.resolve(name, {"beads": "10"})
-        assert (provider.name, provider.ort_name) == ("abacus", "AbacusExecutionProvider")
+        assert provider.target == unknown("AbacusExecutionProvider")
+        assert provider.target.name == "abacus"
         assert provider.options == {"beads": "10"}
         assert [x.device.type.name for x in provider.devices] == ["GPU"]
     assert registered == [("AbacusExecutionProvider", str(tmp_path / "libabacus.so"))]

@@ -58,7 +58,7 @@ def reference_versions() -> dict[str, str]:
 def session_of(runner: Runner, optimization: str | None) -> Session:
     """What a report says of an open session."""
     return Session(
-        runner.session.provider.name,
+        runner.session.provider.target.name,
         optimization or "all",
         runner.bundle.manifest.precision,
         runner.session.placement(),
@@ -75,7 +75,7 @@ def combinations(
         ProviderError: a provider is not available.
     """
     given = [providers] if isinstance(providers, str) else list(providers)
-    names = list(dict.fromkeys(resolve(name).name for name in given))
+    names = list(dict.fromkeys(resolve(name).target.name for name in given))
     if optimizations is None:
         levels = list(LEVELS) if full else ["all"]
     else:
