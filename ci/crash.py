@@ -37,6 +37,7 @@ from pages import written
 import lora_edge
 import lora_edge.capture
 import lora_edge.cli
+import lora_edge.exporting.add
 import lora_edge.exporting.export
 import lora_edge.graph
 import lora_edge.parity.reference

@@ -35,7 +35,8 @@ from lora_edge.lazy import attributes
 if TYPE_CHECKING:
     from lora_edge.adapter.load import Adapter, load_adapter
     from lora_edge.bundle.bundle import Bundle, load_bundle
-    from lora_edge.exporting.export import add, export
+    from lora_edge.exporting.add import add
+    from lora_edge.exporting.export import export
     from lora_edge.exporting.remove import remove
     from lora_edge.parity import Report, validate
     from lora_edge.runtime import Runner
@@ -48,7 +49,7 @@ _LAZY = {
     "Bundle": "lora_edge.bundle.bundle",
     "Report": "lora_edge.parity",
     "Runner": "lora_edge.runtime",
-    "add": "lora_edge.exporting.export",
+    "add": "lora_edge.exporting.add",
     "export": "lora_edge.exporting.export",
     "load_adapter": "lora_edge.adapter.load",
     "load_bundle": "lora_edge.bundle.bundle",

@@ -140,3 +140,7 @@ def called(name: str, value: object) -> None:
     """A function, or None."""
     if value is not None and not callable(value):
         raise refused(name, value, "a function or None")
+
+
+def silent(line: str) -> None:
+    """What progress is told to where the caller gave nothing."""

@@ -26,7 +26,7 @@ def command(bundle: str, adapters: tuple[str, ...], base: str | None) -> None:
     that needs another is refused, by name. They are unproved until `lora-edge validate BUNDLE
     --reference BASE` has seen them.
     """
-    from lora_edge.exporting.export import add
+    from lora_edge.exporting.add import add
 
     named = named_paths(adapters)
     result = add(bundle, named, base)

@@ -181,7 +181,3 @@ def _floors(
         elif how.kept == "first":
             floors.setdefault(name, floor)
     return found
-
-
-def silent(line: str) -> None:
-    """Progress that nobody listens to."""

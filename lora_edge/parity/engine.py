@@ -19,7 +19,7 @@ from lora_edge.errors import DataError
 from lora_edge.files.changing import recover
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.parity.around import look_around
-from lora_edge.parity.ask import ask, open_base, silent
+from lora_edge.parity.ask import ask, open_base
 from lora_edge.parity.checks import Broken, broken_by, compare, switching
 from lora_edge.parity.compare import Tolerance
 from lora_edge.parity.drift import DriftLimits, drift, drifts
@@ -167,7 +167,7 @@ def validate(
         if folder is not None:
             opt.path(name, folder)
     opt.called("progress", progress)
-    say = progress or silent
+    say = progress or opt.silent
     target = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
     if reference is not None:  # what is proved will be recorded
         recover(target.directory)

@@ -80,16 +80,16 @@ def test_a_folder_that_appears_while_an_export_runs_is_left(base: Path, tmp_path
 
 def _before_the_write(monkeypatch: pytest.MonkeyPatch, change: Callable[[], object]) -> None:
     """The change is made once, when an adapter is about to be written."""
-    from lora_edge.exporting import export as exporter
+    from lora_edge.exporting import add as adding
 
-    write = exporter.write_adapter_folder
+    write = adding.write_adapter_folder
 
     def change_and_write(*arguments: Any) -> Any:
-        monkeypatch.setattr(exporter, "write_adapter_folder", write)
+        monkeypatch.setattr(adding, "write_adapter_folder", write)
         change()
         return write(*arguments)
 
-    monkeypatch.setattr(exporter, "write_adapter_folder", change_and_write)
+    monkeypatch.setattr(adding, "write_adapter_folder", change_and_write)
 
 
 def test_two_adds_at_once_keep_both(

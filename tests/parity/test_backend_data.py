@@ -13,7 +13,8 @@ from onnx import numpy_helper
 
 from lora_edge.base.checkpoint import Base
 from lora_edge.errors import BundleError, DataError
-from lora_edge.exporting.export import add, export
+from lora_edge.exporting.add import add
+from lora_edge.exporting.export import export
 from lora_edge.parity.backend_data import write_onnx_test_data
 
 

@@ -11,7 +11,8 @@ import pytest
 from lora_edge.base.checkpoint import Base
 from lora_edge.bundle.bundle import load_bundle
 from lora_edge.errors import AdapterError, BundleError
-from lora_edge.exporting.export import add, export
+from lora_edge.exporting.add import add
+from lora_edge.exporting.export import export
 from lora_edge.parity import validate
 
 

@@ -37,8 +37,8 @@ from lora_edge.graph import load, same_but_for_activations
 from lora_edge.graph.contents import Content, contents
 from lora_edge.names import packed_paths
 from lora_edge.parity.around.reference import Parameters
-from lora_edge.parity.ask import silent
 from lora_edge.tasks.task import Task
+from lora_edge.types import silent
 
 GRAPHS = (
     GRAPH_FILE,

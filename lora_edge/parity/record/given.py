@@ -13,7 +13,7 @@ from lora_edge.bundle.manifest import Manifest
 from lora_edge.errors import BundleError, DataError, ParityError
 from lora_edge.files.changing import preparing, recover
 from lora_edge.names import NONE_ADAPTER
-from lora_edge.parity.ask import ask, open_reference, silent
+from lora_edge.parity.ask import ask, open_reference
 from lora_edge.parity.checks import compare
 from lora_edge.parity.compare import Tolerance
 from lora_edge.parity.plan.examples import Prompt
@@ -23,6 +23,7 @@ from lora_edge.parity.record.golden import recorded, reduce, save_golden, stem_o
 from lora_edge.parity.record.record import is_same_adapter
 from lora_edge.parity.subjects import subject_of
 from lora_edge.runtime import Runner
+from lora_edge.types import silent
 
 _ROWS = 8  # of a batch: whole logits of one batch are in memory at a time
 _STEPS = 16
