@@ -46,6 +46,7 @@ TORCH = {"torch", "transformers", "peft", "accelerate", "optimum"}
 TORCH_FILES = {
     "quiet.py",
     "reference.py",
+    "reference_models.py",
     "peft_models.py",
     "by_layer.py",
     "factorize.py",
