@@ -49,11 +49,24 @@ def measure_command(name: str, made: Made) -> float:
     return peak / 1e9 if name == "export-int4-peak" else peak / made.base_bytes()
 
 
+_COUNTED = """
+import sys
+from pathlib import Path
+from lora_edge.__main__ import main
+peak = Path(sys.argv.pop(1))
+try:
+    main()
+finally:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    peak.write_text(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+"""
+
+
 def _run(arguments: list[str]) -> tuple[float, int]:
     """CPU seconds and peak bytes of a command."""
-    with tempfile.TemporaryFile() as said:
+    with tempfile.TemporaryFile() as said, tempfile.NamedTemporaryFile() as peak:
         process = subprocess.Popen(
-            [sys.executable, "-m", "lora_edge", *arguments],
+            [sys.executable, "-c", _COUNTED, peak.name, *arguments],
             stdout=subprocess.DEVNULL,
             stderr=said,
         )
@@ -63,4 +76,5 @@ def _run(arguments: list[str]) -> tuple[float, int]:
             said.seek(0)
             tail = said.read().decode("utf-8", "replace")[-2000:]
             raise RuntimeError(f"lora-edge {' '.join(arguments)} failed:\n{tail}")
-    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+        # usage.ru_maxrss would count the process that started this one.
+        return usage.ru_utime + usage.ru_stime, int(peak.read()) * 1024
