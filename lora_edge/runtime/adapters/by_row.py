@@ -16,8 +16,8 @@ from lora_edge.names import SELECT, STACKED_PARTS, lora_input
 from lora_edge.runtime.adapters.binding import Changes, State
 
 _ROW = 6
-"""A row's own factors cost what this many rows cost to compute with another adapter's: measured
-with rank 16 on 135 million parameters, ``ci/benchmarks/mixed.py``."""
+"""To read factors of one's own costs a row what it costs so many rows to compute one adapter more,
+with rank 16 and 135 million parameters."""
 
 
 def pays(states: Sequence[State]) -> bool:
