@@ -62,13 +62,15 @@ class Made:
         return self._kept(f"a{index}", lambda path: make_adapter(path, base, self.shape, index))
 
     def bundle(self, precision: str) -> Bundle:
-        """The switchable bundle with all adapters, unproved."""
+        """The switchable bundle with all adapters, unproved; ``int4 head4``: all in 4 bits."""
         adapters = {f"a{index}": self.adapter(index) for index in range(ADAPTERS)}
+        linear, _, head = precision.partition(" ")
+        options = {"mode": "switchable", "precision": linear}
+        if head:
+            options["head_precision"] = "int4"
         made = self._kept(
-            f"switchable-{precision}",
-            lambda path: export_unproved(
-                self.base(), adapters, path, mode="switchable", precision=precision
-            ),
+            f"switchable-{precision.replace(' ', '-')}",
+            lambda path: export_unproved(self.base(), adapters, path, **options),
         )
         return load_bundle(made)
 
@@ -83,9 +85,8 @@ class Made:
 
     def genai(self, precision: str) -> Path:
         """The folder that onnxruntime-genai's builder makes of the base."""
-        return self._kept(
-            f"genai-{precision}", lambda path: _build_genai(self.base(), path, precision)
-        )
+        linear = precision.partition(" ")[0]
+        return self._kept(f"genai-{linear}", lambda path: _build_genai(self.base(), path, linear))
 
     def gguf(self) -> tuple[Path, Path]:
         """The base and the first adapter for llama.cpp."""

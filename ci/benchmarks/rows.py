@@ -65,7 +65,8 @@ class Row:
     limit: bool = False
 
 
-_BOTH, _INT4, _FP32 = ("fp32", "int4"), ("int4",), ("fp32",)
+_BOTH, _FP32 = ("fp32", "int4"), ("fp32",)
+_INT4 = ("int4", "int4 head4")  # the default's output layer has 8 bits, the builder's 4
 _BUILDER = "genai: genai-int4"
 ROWS = (
     Row(
@@ -142,11 +143,11 @@ ROWS = (
 _LLAMA_CPP = (
     Row(
         "llama.cpp", "int4, on / llama.cpp with --lora",
-        "llama.cpp", _INT4, "decode", "on", "", {"": 1.1},
+        "llama.cpp", ("int4",), "decode", "on", "", {"": 1.1},
     ),
     Row(
         "on-off-llama.cpp", "on / off, llama.cpp",
-        "llama.cpp", _INT4, "decode", "llama.cpp, on", "llama.cpp, off", {"": 0.0},
+        "llama.cpp", ("int4",), "decode", "llama.cpp, on", "llama.cpp, off", {"": 0.0},
     ),
 )  # fmt: skip
 ROWS = (*ROWS, *_LLAMA_CPP)

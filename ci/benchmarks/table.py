@@ -34,6 +34,9 @@ from lora_edge.reports.bench import shown, spread
 Line = dict[str, Any]
 
 
+PRECISIONS = "fp32,int4,int4 head4"
+
+
 def line_of(row: Row, shape: str, precision: str, plan: Plan, rounds: Sequence[Costs]) -> Line:
     """One row of the table, from what was measured.
 
@@ -210,7 +213,7 @@ def _options() -> argparse.Namespace:
     add = parser.add_argument
     add("--shapes", default="135M", help=f"of {', '.join(SHAPES)} (default 135M)")
     add("--rows", help="names, or decode for the rows in float32 (default: all but commands)")
-    add("--precisions", default="fp32,int4", help="default fp32,int4")
+    add("--precisions", default=PRECISIONS, help=f"default {PRECISIONS}")
     add("--processes", type=int, default=6, help="fresh processes (default 6)")
     add("--steps", type=int, default=24, help="turns in each, of two tokens (default 24)")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)))
