@@ -48,6 +48,7 @@ TORCH_FILES = {
     "reference.py",
     "reference_models.py",
     "peft_models.py",
+    "peft_layers.py",
     "by_layer.py",
     "factorize.py",
     "pytorch.py",

@@ -18,6 +18,7 @@ from lora_edge.errors import BundleError
 from lora_edge.files.json import parse_object
 from lora_edge.files.schema import FINITE, RelativePath, Rule, Sha256, between, decode
 from lora_edge.maths.quantization import Precision, Quantization
+from lora_edge.maths.survival import Survival
 from lora_edge.names import TextAspect
 from lora_edge.tasks.task import TASKS, Driver, Task
 
@@ -115,6 +116,7 @@ class Manifest:
         versions: versions of the packages that made the bundle.
         files: relative path -> hash and size, of every other file of the bundle.
         quantization: how the base's weights were rounded; ``None`` where they were not.
+        survival: what is left of a merged adapter whose layers were rounded; ``None``: none were.
         beginning: what the answers of an encoder-decoder begin with; ``None`` for other tasks.
     """
 
@@ -131,6 +133,7 @@ class Manifest:
     uncovered: Mapping[str, SiteEntry] = field(default_factory=dict)
     tied: tuple[str, ...] = ()
     quantization: Quantization | None = None
+    survival: Survival | None = None
     beginning: Beginning | None = None
     format_version: int = FORMAT_VERSION
 

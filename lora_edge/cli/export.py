@@ -66,7 +66,7 @@ from lora_edge.tasks.task import TASKS
     "--precision",
     ["fp32", "int8", "int4"],
     "Of the linear layers, but for mixtures' experts. int8 and int4 are for text generation in the "
-    "fused form; adapters stay in fp32, and so do the layers that a merged one changes.",
+    "fused form; adapters stay in fp32; of the layers that a merged one changes, see --keep-high.",
 )
 @options.choice(
     "--head-precision",
@@ -94,6 +94,19 @@ from lora_edge.tasks.task import TASKS
     ["int8", "fp32"],
     "What the layers of int8 and int4 multiply their codes with. With int8, which is faster, the "
     "graph in floats is written too, on the same data: it is what is proved.",
+)
+@click.option(
+    "--keep-high",
+    type=click.Choice(["touched", "none", "auto"]),
+    help="Merged and of few bits: which layers that the adapter changes are not rounded to "
+    "--precision. All (touched), none, or as few as --min-effect needs (auto): first to 8 bits, "
+    "then in fp32.  [default: touched]",
+)
+@click.option(
+    "--min-effect",
+    type=float,
+    help="With --keep-high none or auto: the least share of the adapter's effect on logits that "
+    "may be left; with less, nothing is published.  [default: 0.9]",
 )
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 def command(adapters: tuple[str, ...], output: Path, **given: Any) -> None:

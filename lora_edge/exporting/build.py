@@ -9,9 +9,8 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,13 +22,15 @@ from lora_edge.base.checkpoint import Base
 from lora_edge.base.layer import Layer
 from lora_edge.bundle.adapter_files import with_heads, write_adapter_folder, write_none
 from lora_edge.bundle.bundle import EXACT_GRAPH_FILE
-from lora_edge.bundle.manifest import AdapterEntry, Manifest, Mode
+from lora_edge.bundle.manifest import AdapterEntry, Manifest
 from lora_edge.bundle.part import Part, SiteEntry
 from lora_edge.bundle.sentence import load_sentence_modules, sentence_files
-from lora_edge.errors import MissingDependencyError, UnsupportedModelError
+from lora_edge.errors import MissingDependencyError
 from lora_edge.exporting.graphs import Graphs, Progress, Weights, published, write_fast
+from lora_edge.exporting.options import Options
 from lora_edge.exporting.rounding import quantization_of
-from lora_edge.fit.changes import parameter_changes, site_changes
+from lora_edge.exporting.survival import Merging, rounded_after_merge
+from lora_edge.fit.changes import ParameterChange, parameter_changes, site_changes
 from lora_edge.fit.check import (
     changeable,
     check_copies,
@@ -39,67 +40,14 @@ from lora_edge.fit.check import (
 )
 from lora_edge.fit.kinds import kind_of, parts_of_kinds
 from lora_edge.maths.lora import Head, SiteChange
-from lora_edge.maths.quantization import (
-    BITS,
-    Activations,
-    Precision,
-    Rounding,
-    rounded_weights,
-)
+from lora_edge.maths.quantization import rounded_weights
 from lora_edge.names import NONE_ADAPTER, InputPart
 from lora_edge.runtime import installed
-from lora_edge.tasks.task import EMBEDDING, Task
-
-Form = Literal["fused", "portable"]
-Backend = Literal["trace", "optimum"]
+from lora_edge.tasks.task import EMBEDDING
 
 _COPIED = (
     "config.json", "generation_config.json", "preprocessor_config.json",
 )  # fmt: skip
-
-
-_PRECISION: Mapping[int, Any] = {bits: name for name, bits in BITS.items()}
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a bundle is built; see :func:`lora_edge.exporting.export.export` for what each means.
-
-    Attributes:
-        task: what the base is to do.
-    """
-
-    mode: Mode
-    form: Form
-    backend: Backend
-    sites: Literal["all", "adapters"]
-    kinds: tuple[str, ...]
-    task: Task
-    rounding: Rounding | None = None
-    activations: Activations = "int8"
-
-    @property
-    def precision(self) -> Precision:
-        """Of the linear layers."""
-        return "fp32" if self.rounding is None else _PRECISION[self.rounding.bits]
-
-
-def check_precision(options: Options) -> None:
-    """Check that there are quantized graphs of the kind that is asked for.
-
-    Raises:
-        UnsupportedModelError: there are none.
-    """
-    if options.rounding is None:
-        return
-    plain = options.task.causal and options.backend == "trace"
-    if not plain or options.form != "fused":
-        raise UnsupportedModelError(
-            f"--precision {options.precision} is for text-generation in the trace backend's fused "
-            f"form, got {options.task.name}, {options.backend}, {options.form}: the operator, "
-            "MatMulNBits, is ONNX Runtime's own",
-            "Use --precision fp32" + (", or --form fused." if options.form != "fused" else "."),
-        )
 
 
 def build(
@@ -121,6 +69,7 @@ def build(
         from lora_edge.capture import capture
         from lora_edge.parity import check_base
         from lora_edge.parity.reference import Reference
+        from lora_edge.parity.survival import Survey
     except ImportError as error:
         raise MissingDependencyError.of_export(error) from error
     task, merged = options.task, options.mode == "merged"
@@ -149,12 +98,27 @@ def build(
     say("checking the base graph against PyTorch")
     reference = Reference(base, task)
     figures = check_base(captured, task, reference)
-    quantization = None
+    changes: Mapping[str, ParameterChange] = {}
+    if merged:
+        changes = parameter_changes(adapters[0], modules, captured.tied, captured.parameter_modules)
+    quantization, survival = None, None
     if options.rounding is not None:
         quantization = quantization_of(
             options.rounding, base, captured, models["decoder"], modules, weights, say
         )
-        weights = rounded_weights(weights, quantization, modules)
+        if options.keep_high == "touched":
+            weights = rounded_weights(weights, quantization, modules)
+        else:
+            say(f"measuring what {adapters[0].name} keeps of its effect when it is rounded")
+            quantization, survival = rounded_after_merge(
+                quantization,
+                Merging(changes, modules, captured.tied, weights),
+                Survey(base, task, adapters[0], captured.parts["decoder"]).effect,
+                options.keep_high,
+                options.min_effect,
+                adapters[0].name,
+                say,
+            )
     graphs = Graphs(captured, models, modules, weights, quantization, stage)
     fingerprint = base.fingerprint()
     base_labels = _base_labels(base, captured)
@@ -163,7 +127,6 @@ def build(
     covered: dict[str, SiteEntry] = {}
     given: dict[str, Mapping[str, SiteChange]] = {}
     if merged:
-        changes = parameter_changes(adapters[0], modules, captured.tied, captured.parameter_modules)
         say(f"merging {adapters[0].name} into {len(changes)} parameters")
         graphs.write_merged(changes, say)
     else:
@@ -210,7 +173,8 @@ def build(
     copy_files(base, stage)
     modules = captured.modules
     manifest = manifest_of(options, base, captured, figures, entries, parts, modules, fingerprint)
-    return dataclasses.replace(manifest, quantization=quantization), reference
+    made = dataclasses.replace(manifest, quantization=quantization, survival=survival)
+    return made, reference
 
 
 def _weights(base: Base, captured: Any, models: Mapping[str, Any]) -> Weights:

@@ -21,9 +21,10 @@ from lora_edge.bundle.card import bundle_card
 from lora_edge.bundle.manifest import MANIFEST_NAME, ConversionEntry, Manifest, Mode
 from lora_edge.bundle.sentence import write_sentence_modules
 from lora_edge.errors import AdapterError, BaseModelError, ParityError
-from lora_edge.exporting.build import Options, build, check_precision
+from lora_edge.exporting.build import build
 from lora_edge.exporting.clients import write_client_files
 from lora_edge.exporting.graphs import Progress
+from lora_edge.exporting.options import Options, check_precision, kept_high
 from lora_edge.exporting.texts import own_folders, write_adapter_texts, write_base_text
 from lora_edge.files.portable import check_apart
 from lora_edge.files.transaction import staging
@@ -41,6 +42,7 @@ from lora_edge.maths.quantization import (
     Precision,
     Rounding,
 )
+from lora_edge.maths.survival import KeepHigh
 
 if TYPE_CHECKING:
     from lora_edge.parity.reference import Reference
@@ -65,6 +67,8 @@ def export(
     block_size: int = BLOCK_SIZE,
     symmetric: bool = False,
     algorithm: Algorithm = "rtn",
+    keep_high: KeepHigh | None = None,
+    min_effect: float | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -95,7 +99,7 @@ def export(
         precision: of the linear layers' weights, but for experts and their routers: ``fp32``; or
             ``int8`` or ``int4``, codes for blocks of inputs (text generation, trace, fused form).
             The bundle is proved against PyTorch with the same rounded weights, which are also what
-            DoRA's norms are of; layers that a merged adapter changes stay in fp32.
+            DoRA's norms are of; of layers that a merged adapter changes, see ``keep_high``.
         activations: what the layers of ``int8`` and ``int4`` multiply their codes with: ``int8``
             (faster: each block of activations is rounded to 8 bits; a graph in floats is written
             beside it, on the same data, and is what is proved) or ``fp32``. What int8 activations
@@ -106,6 +110,12 @@ def export(
         symmetric: the zero point is the middle code, so that none is stored; ``rtn`` only.
         algorithm: ``rtn``: each block's range is spread evenly over its codes; ``k-quant``: scale
             and zero point are searched for the least error (llama.cpp's, as ONNX Runtime has it).
+        keep_high: of a merged bundle of few bits, the layers that the adapter changes: ``touched``
+            (the default): all of them stay in fp32, the change exact over the rounded base;
+            ``none``: W + ΔW is rounded as all else; ``auto``: it is rounded, and as few layers as
+            need be stay at 8 bits or in fp32 for ``min_effect`` to be reached.
+        min_effect: with ``none`` and ``auto``: the least share of the adapter's effect on logits
+            that is published; 0.9 when omitted.
         force: replace an existing bundle.
         progress: called with one line for each stage.
 
@@ -115,8 +125,8 @@ def export(
     Raises:
         BaseModelError, AdapterError: an input is refused.
         CaptureError: the base graph differs from PyTorch.
-        ParityError: an adapter does not do in the bundle what it does in PyTorch, or int8
-            activations add more than they may.
+        ParityError: an adapter does not do in the bundle what it does in PyTorch, int8 activations
+            add more than they may, or rounding leaves less of an adapter than ``min_effect``.
         BundleError: ``output`` is in the way.
     """
     opt.called("progress", progress)
@@ -160,6 +170,7 @@ def export(
         rounding = Rounding(
             BITS[precision], BITS.get(head_precision), block_size, symmetric, algorithm
         )
+    kept = kept_high(keep_high, min_effect, rounded=rounding is not None, mode=mode)
     with (
         peft_directories(given) as local,
         converting(local, model, convert, say) as (paths, conversions),
@@ -183,7 +194,7 @@ def export(
             wanted = chosen_task(model, loaded, task, mode, say)
             loaded = stack.enter_context(fitted(loaded, model, wanted, say))
             options = Options(
-                mode, form, backend, sites, tuple(kinds), wanted, rounding, activations
+                mode, form, backend, sites, tuple(kinds), wanted, rounding, activations, *kept
             )
             check_precision(options)
             manifest, reference = build(model, loaded, stage, options, say)

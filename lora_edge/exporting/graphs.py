@@ -61,7 +61,12 @@ class Graphs:
         from lora_edge import graph as passes
 
         quantization, modules = self.quantization, self.modules
-        if quantization is not None:
+        coded: set[str] = set()  # parameters whose changes are in codes
+        if quantization is not None and quantization.merged_first:
+            paths = quantization.layers
+            passes.quantize_layers(self.models["decoder"], modules, paths, quantization, changes)
+            coded = {f"{path}.weight" for path in paths}
+        elif quantization is not None:
             decoder = self.models["decoder"]
             matrices = {path.removesuffix(".weight") for path in changes}
             if matrices & set(self.captured.tied):
@@ -70,14 +75,15 @@ class Graphs:
             others = [path for path in quantization.layers if path not in matrices]
             passes.quantize_layers(decoder, modules, others, quantization)
             passes.round_layers(decoder, modules, touched, quantization)
-            passes.pack(decoder)
             if touched:
                 say(f"{len(touched)} layers stay in fp32: the adapter is in their rounded weights")
+        if quantization is not None:
+            passes.pack(self.models["decoder"])
         for part, model in self.models.items():
             own = {
                 path: change
                 for path, change in changes.items()
-                if self.captured.part_of(path.rpartition(".")[0]) == part
+                if path not in coded and self.captured.part_of(path.rpartition(".")[0]) == part
             }
             owners = {path.rpartition(".")[0] for path in own} & set(modules)
             layers = {path: SiteEntry.of(modules[path]) for path in sorted(owners)}

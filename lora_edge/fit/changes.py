@@ -245,8 +245,9 @@ def parameter_changes(
         then(path, Constant(value.T if turned else value))
     for path, tokens in adapter.tokens.items():
         outputs = _output_layers(path, adapter, modules, tied)
+        rows = Rows(tokens)  # one change of a tied weight
         for owner in {path, *outputs} if modules[path].kind == "embedding" else set(outputs):
-            then(f"{owner}.weight", Rows(tokens))
+            then(f"{owner}.weight", rows)
     for path, module in adapter.modules.items():
         place = place_of(path, stacks or {})
         if place is not None:

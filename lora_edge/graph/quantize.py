@@ -15,7 +15,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from lora_edge.base.layer import Layer
 from lora_edge.errors import GraphError
-from lora_edge.graph.merge import WideArray, add_initializer, lazily
+from lora_edge.graph.merge import Change, WideArray, add_initializer, lazily
 from lora_edge.graph.sites import MATMUL_NBITS, Multiplication, multiplications
 from lora_edge.maths.quantization import Activations, Blocks, Quantization
 
@@ -72,6 +72,7 @@ def quantize_layers(
     layers: Mapping[str, Layer],
     paths: Collection[str],
     quantization: Quantization,
+    changes: Mapping[str, Change] | None = None,
 ) -> None:
     """Put codes of few bits in the place of weights.
 
@@ -82,19 +83,24 @@ def quantize_layers(
         paths: of those, which to quantize; each is :func:`quantizable`, or of
             :func:`quantizable_vocabulary`.
         quantization: bits and size of a block.
+        changes: parameter path -> what a merge makes of a weight ``[out, in]`` before it is
+            rounded. Of a tied weight, those of one change have the same codes.
     """
     linear = {m.name: m for m in multiplications(model)}
     gathers = _embeddings(model, layers, None, quantization.block_size)
-    shared: dict[int, _Codes] = {}
+    shared: dict[tuple[int, int], _Codes] = {}
     for path in paths:
         weight = gathers[path].inputs[0] if path in gathers else linear[path].weight
         assert weight is not None
-        codes = shared.get(id(weight))
+        change = (changes or {}).get(f"{path}.weight")
+        codes = shared.get((id(weight), id(change)))
         if codes is None:
-            turned = path in gathers or linear[path].transposed
-            codes = _Codes.of(quantization.blocks(path, _matrix(weight, turned)))
+            matrix = _matrix(weight, path in gathers or linear[path].transposed)
+            if change is not None:
+                matrix = change(matrix.astype(np.float64)).astype(np.float32)
+            codes = _Codes.of(quantization.blocks(path, matrix))
         if len(weight.uses()) > 1:
-            shared[id(weight)] = codes
+            shared[id(weight), id(change)] = codes
         if path in gathers:
             _replace_gather(model, path, gathers[path], codes)
         else:

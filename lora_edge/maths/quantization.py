@@ -64,6 +64,8 @@ class Quantization:
         worst_error: the largest of them.
         bits_of: module path -> bits, of those layers that have others than ``bits``.
         symmetric, algorithm: as of :class:`Rounding`.
+        merged_first: a merged adapter's change is in the weights that were rounded. Else it is
+            added to rounded weights, which stay floats in the layers that it changes.
     """
 
     bits: _Bits
@@ -74,6 +76,11 @@ class Quantization:
     bits_of: Mapping[str, _Bits] = field(default_factory=dict)
     symmetric: bool = False
     algorithm: Algorithm = "rtn"
+    merged_first: bool = False
+
+    def bits_at(self, path: str) -> int:
+        """Bits of a layer's codes; 32 of a layer that is not rounded."""
+        return self.bits_of.get(path, self.bits) if path in self.layers else 32
 
     def blocks(self, path: str, weight: NDArray[np.floating]) -> Blocks:
         """The codes of a layer's weight ``[out, in]``, of an embedding's ``[vocab, hidden]``."""
@@ -290,16 +297,23 @@ def measured(
         symmetric=rounding.symmetric,
         algorithm=rounding.algorithm,
     )
-    after = rounded_weights(weights, plain, layers)
+    return with_errors(plain, weights, layers)
+
+
+def with_errors(
+    quantization: Quantization, weights: Weights, layers: Mapping[str, _Layer]
+) -> Quantization:
+    """The same with the errors of the base's weights; arguments as of :func:`measured`."""
+    after = rounded_weights(weights, quantization, layers)
     errors = []
-    for parameter in (f"{path}.weight" for path in plain.layers):
+    for parameter in (f"{path}.weight" for path in quantization.layers):
         weight, rounded = weights(parameter), after(parameter)
         if weight is None or rounded is None:
             continue  # a tied output layer's, which is the embedding's
         size = float(np.linalg.norm(weight))
         errors.append(float(np.linalg.norm(rounded - weight)) / size if size else 0.0)
     mean = sum(errors) / max(len(errors), 1)
-    return dataclasses.replace(plain, mean_error=mean, worst_error=max(errors, default=0.0))
+    return dataclasses.replace(quantization, mean_error=mean, worst_error=max(errors, default=0.0))
 
 
 def rounded_weights(

@@ -1,7 +1,8 @@
 """The models of the reference: loaded, rounded, with adapters attached, switched between states.
 
-Beside ``peft_models``, ``by_layer`` and ``around/reference``, the only file of this package that
-imports torch, transformers or peft. PEFT's own merge is not used: it is wrong for tied embeddings.
+Beside ``peft_models``, ``peft_layers``, ``by_layer`` and ``around/reference``, the only file of
+this package that imports torch, transformers or peft. PEFT's own merge is not used: it is wrong for
+tied embeddings.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from lora_edge.adapter.directory import read_config
 from lora_edge.base.checkpoint import Base
+from lora_edge.base.layers import built_layers
 from lora_edge.errors import MissingDependencyError, OptionError
-from lora_edge.maths.quantization import Quantization
+from lora_edge.maths.quantization import Blocks, Quantization
+from lora_edge.parity.merging import merged_changes
 from lora_edge.parity.peft_models import (
     attached,
+    base_of,
     running,
     scaled,
     stands_apart,
@@ -123,10 +127,15 @@ class ReferenceModels:
     def round(self, quantization: Quantization) -> None:
         """Give the layers the values that their codes mean, as PEFT sees a quantized layer.
 
-        Before any adapter is attached.
+        Before any adapter is attached. One that is to be merged first is merged into the values of
+        the checkpoint, in a model of its own, and what comes of it is rounded.
         """
         self._quantization = quantization
         self._rounded(self._shared, self._by_layer)
+
+    @property
+    def _merged_first(self) -> bool:
+        return self._quantization is not None and self._quantization.merged_first
 
     def attach(
         self, name: str, directory: str | os.PathLike[str], num_labels: int | None = None
@@ -147,7 +156,7 @@ class ReferenceModels:
         """
         config = read_config(Path(directory))
         self._invocations[name] = tuple(config.get("alora_invocation_tokens") or ())
-        if stands_apart(config) or num_labels is not None:
+        if stands_apart(config) or num_labels is not None or self._merged_first:
             task = Task(self.task.name, num_labels, self.task.heads)
             self._apart[name] = Path(directory), task
             return
@@ -222,10 +231,30 @@ class ReferenceModels:
             transposed = not isinstance(module, plain)  # Conv1D
             matrix = own.T if transposed else own
             blocks = self._quantization.blocks(path, matrix.float().numpy())
-            if self._large:
-                by_layer.round(module.weight, blocks, transposed=transposed)
-            else:
-                matrix.copy_(self._torch.from_numpy(blocks.weight()))
+            self._put(by_layer, module.weight, blocks, transposed=transposed)
+
+    def _merged(self, model: Any, by_layer: ByLayer, name: str) -> Any:
+        """The model with an adapter's layers merged and rounded; what is not rounded is PEFT's."""
+        from lora_edge.parity.peft_layers import is_turned, merged_first  # imports torch
+
+        assert self._quantization is not None
+        directory, task = self._apart[name]
+        changes = merged_changes(built_layers(self.base, task), task, name, directory)
+        for path in self._quantization.layers:
+            change = changes.get(f"{path}.weight")
+            layer, blocks = merged_first(
+                base_of(model), path, change, self._quantization, copied=not self._large
+            )
+            self._put(by_layer, layer.weight, blocks, transposed=is_turned(layer))
+        return model
+
+    def _put(self, by_layer: ByLayer, weight: Any, blocks: Blocks, *, transposed: bool) -> None:
+        """Let codes take the place of a weight's values."""
+        if self._large:
+            by_layer.round(weight, blocks, transposed=transposed)
+            return
+        matrix = weight.detach().T if transposed else weight.detach()
+        matrix.copy_(self._torch.from_numpy(blocks.weight()))
 
     @contextlib.contextmanager
     def _active(self, state: State, *, low_rank: bool = True) -> Iterator[Any]:
@@ -283,7 +312,10 @@ class ReferenceModels:
             model = self._load(task)
             by_layer = ByLayer(Mapped(model, self.base.files), parts=False)
             self._by_layer_apart[name] = by_layer
-            self._rounded(model, by_layer)
-            model = self._attached(model, directory, "only")
+            if self._merged_first:
+                model = self._merged(self._attached(model, directory, "only"), by_layer, name)
+            else:
+                self._rounded(model, by_layer)
+                model = self._attached(model, directory, "only")
         self._loaded[name] = model
         return model

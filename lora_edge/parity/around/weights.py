@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_edge.adapter.load import load_adapter
 from lora_edge.base.checkpoint import Base
 from lora_edge.base.layer import Layer
 from lora_edge.base.layers import Layers, built_layers
@@ -31,14 +30,13 @@ from lora_edge.bundle.bundle import (
     SINGLE_GRAPH_FILE,
     Bundle,
 )
-from lora_edge.fit.changes import ParameterChange, parameter_changes
-from lora_edge.fit.rename import without_unread
+from lora_edge.fit.changes import ParameterChange
 from lora_edge.graph import load, same_but_for_activations
 from lora_edge.graph.contents import Content, contents
 from lora_edge.names import packed_paths
 from lora_edge.parity.around.reference import Parameters
+from lora_edge.parity.merging import merged_changes
 from lora_edge.tasks.task import Task
-from lora_edge.types import silent
 
 GRAPHS = (
     GRAPH_FILE,
@@ -136,12 +134,7 @@ class _Expected:
         if self.bundle.manifest.mode != "merged":
             return {}
         ((name, directory),) = self.sources.items()
-        built = self._built
-        task = Task(self.bundle.manifest.task)
-        adapter = without_unread(load_adapter(directory, name), built.modules, task, silent)
-        return parameter_changes(
-            adapter.settled(built.modules), built.modules, built.tied, built.parameter_modules
-        )
+        return merged_changes(self._built, Task(self.bundle.manifest.task), name, directory)
 
     @cached_property
     def _digests(self) -> Mapping[bytes, str]:
@@ -224,6 +217,9 @@ class _Expected:
         if quantization is None or weight is None:
             return None
         matrix = weight.T if self._layers[path].transposed else weight
+        if quantization.merged_first and f"{path}.weight" in self._changes:
+            changed = self._changes[f"{path}.weight"](matrix.astype(np.float64))
+            matrix = changed.astype(np.float32)
         return quantization.blocks(path, matrix).packed()
 
     def _judge_unnamed(self, name: str, values: Array) -> str:
@@ -266,13 +262,17 @@ class _Expected:
             return value
         transposed = path in self._layers and self._layers[path].transposed
         turned: Callable[[Array], Array] = (lambda x: x.T) if transposed else (lambda x: x)
-        if manifest.quantization is not None and path in manifest.quantization.layers:
-            value = turned(manifest.quantization.rounded(path, turned(value)))
+        made = manifest.quantization
+        rounds = made is not None and path in made.layers
+        if made is not None and rounds and not made.merged_first:
+            value = turned(made.rounded(path, turned(value)))
         if change in self._changes:
             wide = value.astype(np.float64)
             linear = value.ndim == 2 and transposed
             changed = self._changes[change](wide.T if linear else wide)
             value = (changed.T if linear else changed).astype(np.float32)
+        if made is not None and rounds and made.merged_first:
+            value = turned(made.rounded(path, turned(value)))
         return value
 
 

@@ -181,10 +181,11 @@ def noise_of(part: Part, row: Row) -> NDArray[np.float32]:
 
 def reach_of(question: Question) -> dict[str, list[Row]]:
     """Adapter -> what a prompt must hold for it to show what it changes."""
-    return {name: _reach(load_adapter(path, name)) for name, path in question.sources.items()}
+    return {name: rows_of(load_adapter(path, name)) for name, path in question.sources.items()}
 
 
-def _reach(adapter: Adapter) -> list[Row]:
+def rows_of(adapter: Adapter) -> list[Row]:
+    """What a prompt must hold for an adapter to show what it changes."""
     trained = sorted({index for tokens in adapter.tokens.values() for index in tokens.indices})
     invocations = [adapter.invocation] if adapter.invocation else []
     return [*invocations, *((index,) for index in trained[:_REACHED_TOKENS])]

@@ -1,0 +1,95 @@
+"""How a bundle is to be built: what was asked for, and which of it goes together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from lora_edge import types as opt
+from lora_edge.bundle.manifest import Mode
+from lora_edge.errors import UnsupportedModelError
+from lora_edge.maths.quantization import BITS, Activations, Precision, Rounding
+from lora_edge.maths.survival import MIN_EFFECT, KeepHigh
+from lora_edge.tasks.task import Task
+
+Form = Literal["fused", "portable"]
+Backend = Literal["trace", "optimum"]
+
+_PRECISION: Mapping[int, Any] = {bits: name for name, bits in BITS.items()}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a bundle is built; see :func:`lora_edge.exporting.export.export` for what each means.
+
+    Attributes:
+        task: what the base is to do.
+        keep_high: of a merged bundle of few bits; ``touched`` of any other.
+        min_effect: least share of the adapter's effect, where its layers are rounded.
+    """
+
+    mode: Mode
+    form: Form
+    backend: Backend
+    sites: Literal["all", "adapters"]
+    kinds: tuple[str, ...]
+    task: Task
+    rounding: Rounding | None = None
+    activations: Activations = "int8"
+    keep_high: KeepHigh = "touched"
+    min_effect: float = MIN_EFFECT
+
+    @property
+    def precision(self) -> Precision:
+        """Of the linear layers."""
+        return "fp32" if self.rounding is None else _PRECISION[self.rounding.bits]
+
+
+def check_precision(options: Options) -> None:
+    """Check that there are quantized graphs of the kind that is asked for.
+
+    Raises:
+        UnsupportedModelError: there are none.
+    """
+    if options.rounding is None:
+        return
+    plain = options.task.causal and options.backend == "trace"
+    if not plain or options.form != "fused":
+        raise UnsupportedModelError(
+            f"--precision {options.precision} is for text-generation in the trace backend's fused "
+            f"form, got {options.task.name}, {options.backend}, {options.form}: the operator, "
+            "MatMulNBits, is ONNX Runtime's own",
+            "Use --precision fp32" + (", or --form fused." if options.form != "fused" else "."),
+        )
+
+
+def kept_high(
+    keep_high: KeepHigh | None, min_effect: float | None, *, rounded: bool, mode: Mode
+) -> tuple[KeepHigh, float]:
+    """What becomes of the layers that a merged adapter changes, and the floor.
+
+    Raises:
+        OptionError: one of them is given and has no meaning.
+    """
+    if keep_high is not None:
+        opt.one_of("keep_high", keep_high, get_args(KeepHigh))
+        if mode != "merged" or not rounded:
+            raise opt.refused(
+                "keep_high",
+                keep_high,
+                "none but for a merged bundle of few bits",
+                "Give --mode merged and --precision int8 or int4 too, or leave --keep-high out.",
+            )
+    if min_effect is None:
+        return keep_high or "touched", MIN_EFFECT
+    if opt.number("min_effect", min_effect, 0) > 1:
+        raise opt.refused("min_effect", min_effect, "0 to 1")
+    if keep_high not in ("none", "auto"):
+        raise opt.refused(
+            "min_effect",
+            min_effect,
+            "none but where a merged adapter is rounded",
+            "Give --keep-high auto or none too, or leave --min-effect out.",
+        )
+    return keep_high, float(min_effect)
