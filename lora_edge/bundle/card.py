@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_edge.bundle.manifest import Manifest
+from lora_edge.bundle.manifest import Manifest, survival_line
 from lora_edge.tasks.task import TASKS
 
 # what the model takes -> how the command line gives it, and Python
@@ -49,6 +49,12 @@ def bundle_card(manifest: Manifest, cases: Sequence[Mapping[str, Any]] = ()) -> 
                 f"the mean over its layers, {made.worst_error:.2e} at worst. The proof is of "
                 "the LoRA.",
             ]
+    if manifest.survival is not None:
+        lines += [
+            "",
+            f"{survival_line(manifest)} The proof is of the rounded weights; survival is what they "
+            "keep of the adapter.",
+        ]
     lines += _drift(cases)
     task = TASKS[manifest.task]
     argument = _ARGUMENT.get(task.takes, '["Hello"]')

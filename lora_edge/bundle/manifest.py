@@ -220,6 +220,12 @@ class Manifest:
 _HINT = "Copy the bundle again, or export it again."
 
 
+def survival_line(manifest: Manifest) -> str:
+    """What is left of a merged adapter whose layers were rounded; empty: none were."""
+    found = manifest.survival
+    return "" if found is None else f"Survival, measured at export: {found.line()}."
+
+
 def aspect_names(aspects: Sequence[TextAspect]) -> str:
     """What an adapter brings, in words, e.g. ``tokenizer and chat template``."""
     return " and ".join(aspect.replace("_", " ") for aspect in aspects)

@@ -95,6 +95,9 @@ def _bundle(path: Path, manifest: Manifest, size: int) -> Iterator[str]:
             f"{made.block_size} ({how}), activations in {'int8' if int8 else 'floats'}: "
             f"‖W − Q(W)‖/‖W‖ {made.mean_error:.2e} in the mean, {made.worst_error:.2e} at worst",
         )
+    if manifest.survival is not None:
+        kept = manifest.survival
+        yield from _entry("survival", f"{kept.line()}; --keep-high {kept.keep_high}")
     if manifest.mode == "switchable":
         yield from _entry("kinds", f"takes adapters of {', '.join(manifest.kinds) or 'no kind'}")
     yield "adapters"

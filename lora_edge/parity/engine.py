@@ -15,6 +15,7 @@ from typing import get_args
 from lora_edge import types as opt
 from lora_edge.base.checkpoint import Base, resolve_base
 from lora_edge.bundle.bundle import Bundle, hash_file, load_bundle
+from lora_edge.bundle.manifest import survival_line
 from lora_edge.errors import DataError
 from lora_edge.files.changing import recover
 from lora_edge.names import NONE_ADAPTER
@@ -274,6 +275,7 @@ def validate(
         command=_command(target, base, adapters or {}, opening, settings, exact=exact),
         repro=left,
         reach=reach_of(target, goldens),
+        survival=survival_line(target.manifest),
     )
     if base is not None:
         record(target, report, [x for x in goldens if x.probe.kept], answers, say)

@@ -178,6 +178,8 @@ class Report:
             user's own.
         repro: folder of the reproduction of the first failure; empty where there is none.
         reach: how far the run went, and where it did not go.
+        survival: what the export measured of a merged adapter whose layers were rounded; empty:
+            none were.
     """
 
     bundle: str
@@ -194,6 +196,7 @@ class Report:
     command: str = ""
     repro: str = ""
     reach: Reach | None = None
+    survival: str = ""
 
     @property
     def passed(self) -> bool:
@@ -263,6 +266,7 @@ class Report:
             "command": self.command,
             "repro": self.repro,
             "reach": None if self.reach is None else self.reach.to_data(),
+            "survival": self.survival,
             "seconds": round(self.seconds, 3),
         }
 
@@ -283,8 +287,12 @@ class Report:
         lines = [f"{case.status}: {case.reason}" for case in self.failures]
         if lines:
             blocks.append("\n".join(lines))
-        end = self.summary() if self.reach is None else f"{self.summary()}\n{self.reach.line()}"
-        return "\n\n".join([*blocks, end]) + "\n"
+        end = [self.summary()]
+        if self.reach is not None:
+            end.append(self.reach.line())
+        if self.survival:
+            end.append(self.survival)
+        return "\n\n".join([*blocks, "\n".join(end)]) + "\n"
 
     def summary(self) -> str:
         """The verdict in one line."""

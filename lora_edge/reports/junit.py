@@ -16,6 +16,7 @@ from lora_edge.reports.words import (
     number,
     reach_line,
     share,
+    survival_line,
     unsaid_layer,
 )
 
@@ -39,8 +40,9 @@ def junit(data: Data, worse: Sequence[Regression] = ()) -> str:
         suite = ET.SubElement(root, "testsuite", _counts(own), name=session or "record")
         facts = ET.SubElement(suite, "properties")
         named = {"bundle": data["bundle"], "base": data["base"], "against": data["against"]}
-        reach = {"reach": reach_line(data)} if reach_line(data) else {}
-        for name, value in {**named, **reach, **data["versions"]}.items():
+        lines = {"reach": reach_line(data), "survival": survival_line(data)}
+        said = {name: line for name, line in lines.items() if line}
+        for name, value in {**named, **said, **data["versions"]}.items():
             ET.SubElement(facts, "property", name=name, value=_clean(str(value)))
         for case in own:
             title = f"{_CLASS}.{column(case).replace(' ', '_')}"

@@ -16,6 +16,7 @@ from lora_edge.reports.words import (
     ratio,
     reach_line,
     share,
+    survival_line,
     telling_first,
     times,
     unsaid_layer,
@@ -44,6 +45,7 @@ def markdown(data: Data, worse: Sequence[Regression] = ()) -> str:
         f"{data['seconds']:.1f} s",
         "",
         *([_text(reach_line(data)), ""] if reach_line(data) else []),
+        *([_text(survival_line(data)), ""] if survival_line(data) else []),
         *_table(data),
     ]
     if bad:

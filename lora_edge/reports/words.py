@@ -64,6 +64,11 @@ def reach_line(data: Data) -> str:
     return str((data.get("reach") or {}).get("line", ""))
 
 
+def survival_line(data: Data) -> str:
+    """What is left of a merged and rounded adapter; empty of others, and in earlier reports."""
+    return str(data.get("survival", ""))
+
+
 def rows_of(case: Case) -> tuple[str, ...]:
     """The adapters whose rows of a table a case belongs in."""
     return tuple(case["adapters"]) or (NO_ADAPTER,)
