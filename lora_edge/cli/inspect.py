@@ -86,7 +86,9 @@ def _bundle(path: Path, manifest: Manifest, size: int) -> Iterator[str]:
     )
     if manifest.quantization is not None:
         made = manifest.quantization
-        others = "".join(f", {path} to {bits}" for path, bits in made.bits_of.items())
+        high = () if manifest.survival is None else manifest.survival.high
+        own = {path: bits for path, bits in made.bits_of.items() if path not in high}
+        others = "".join(f", {path} to {bits}" for path, bits in own.items())
         how = f"{made.algorithm}{', symmetric' if made.symmetric else ''}"
         int8 = any(part.exact for part in manifest.parts.values())
         yield from _entry(
