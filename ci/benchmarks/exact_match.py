@@ -42,10 +42,8 @@ def main(base: Path, adapters: dict[str, tuple[Path, list[dict[str, str]]]], way
         found = {}
         for name, (_, rows) in adapters.items():
             for adapter in (name, None):
-                answers = [
-                    runner.generate(row["prompt"], adapter=adapter, max_new_tokens=_TOKENS)
-                    for row in rows
-                ]
+                prompts = [row["prompt"] for row in rows]
+                answers = runner.generate(prompts, adapter=adapter, max_new_tokens=_TOKENS)
                 right = sum(
                     answer.strip() == row["completion"].strip()
                     for answer, row in zip(answers, rows, strict=True)

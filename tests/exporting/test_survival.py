@@ -24,6 +24,7 @@ from lora_edge.exporting.survival import Merging, rounded_after_merge
 from lora_edge.fit.changes import parameter_changes
 from lora_edge.maths.quantization import Quantization
 from lora_edge.maths.survival import Effect, Survival
+from lora_edge.names import packed_paths
 from lora_edge.reports import html, junit, load_report, markdown
 from lora_edge.tasks.task import TEXT
 from tests.support.failing import with_graph
@@ -75,9 +76,10 @@ def _coded(bundle: Path) -> dict[str, int]:
     """Layer -> bits of its codes, in the graph."""
     model = onnx.load(str(bundle / "onnx" / "model.onnx"), load_external_data=False)
     return {
-        node.name: next(x.i for x in node.attribute if x.name == "bits")
+        path: next(x.i for x in node.attribute if x.name == "bits")
         for node in model.graph.node
         if node.op_type == "MatMulNBits"
+        for path in packed_paths(node.name)
     }
 
 
@@ -278,14 +280,26 @@ def _of_the_base(good: Path, output: Path, path: str) -> Bundle:
     weight = resolve_base(BASE).parameter(f"{path}.weight")
     assert weight is not None
     packed = quantization.blocks(path, weight).packed()
+    sizes = {
+        x: layer.out_features for x, layer in built_layers(resolve_base(BASE), TEXT).modules.items()
+    }
 
     def exchange(model: ir.Model) -> None:
-        for name, values in packed.items():
-            own = f"{path}.weight.{name}"
+        (name,) = {
+            x.removesuffix(".weight.codes")
+            for x in model.graph.initializers
+            if x.endswith(".codes") and path in packed_paths(x.removesuffix(".weight.codes"))
+        }
+        paths = packed_paths(name)
+        start = sum(sizes[x] for x in paths[: paths.index(path)])
+        for part, values in packed.items():
+            own = f"{name}.weight.{part}"
             before = model.graph.initializers[own].const_value
             assert before is not None
-            assert before.numpy().shape == values.shape
-            model.graph.initializers[own].const_value = ir.tensor(values, name=own)
+            after = before.numpy().copy()
+            rows = after.reshape(sum(sizes[x] for x in paths), -1)
+            rows[start : start + sizes[path]] = values.reshape(sizes[path], -1)
+            model.graph.initializers[own].const_value = ir.tensor(after, name=own)
 
     return with_graph(good, output, exchange)
 
