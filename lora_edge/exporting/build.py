@@ -30,6 +30,7 @@ from lora_edge.exporting.graphs import Graphs, Progress, Weights, published, wri
 from lora_edge.exporting.options import Options
 from lora_edge.exporting.rounding import quantization_of
 from lora_edge.exporting.survival import Merging, rounded_after_merge
+from lora_edge.files.pages import trim
 from lora_edge.fit.changes import ParameterChange, parameter_changes, site_changes
 from lora_edge.fit.check import (
     changeable,
@@ -97,7 +98,9 @@ def build(
             passes.save_graph(models[name], captured.path(name))
     say("checking the base graph against PyTorch")
     reference = Reference(base, task)
+    trim()
     figures = check_base(captured, task, reference)
+    trim()  # the session that it ran is gone
     changes: Mapping[str, ParameterChange] = {}
     if merged:
         changes = parameter_changes(adapters[0], modules, captured.tied, captured.parameter_modules)

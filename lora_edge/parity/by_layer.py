@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_edge.base.mapped import Mapped
+from lora_edge.files.pages import trim
+from lora_edge.files.spilled import let_go, spilled
 from lora_edge.maths.quantization import Blocks
 
 WHOLE = 50_000_000
@@ -98,6 +100,7 @@ class _Run:
     def close(self) -> None:
         for held in list(self._held):
             self._restore(held)
+        trim()
 
     @contextlib.contextmanager
     def around(self, module: Any, before: Callable[..., Any]) -> Iterator[None]:
@@ -148,12 +151,14 @@ class _Run:
             weight = module.weight
             bias = None if module.bias is None else module.bias.detach().to(self._dtype)
             count = max(1, _PART // weight.shape[1])
-            y = x.new_empty(*x.shape[:-1], len(weight))
+            values = spilled((*x.shape[:-1], len(weight)), str(x.dtype).removeprefix("torch."))
+            y = torch.from_numpy(values)
             for start in range(0, len(weight), count):
                 some = slice(start, start + count)
                 part = nn.functional.linear(x, self._some(weight, some))
                 y[..., some] = part if bias is None else part + bias[some]
-            self._mapped.give_back(weight)
+                let_go(values)
+                self._mapped.give_back(weight)
             return y
 
         had = vars(module).get("forward")

@@ -13,7 +13,7 @@ in float64 on the same inputs. Knows nothing of bundles, runtimes or PyTorch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,11 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_edge.errors import BundleError
+from lora_edge.files.spilled import by_rows
 
 Status = Literal["passed", "failed", "unproved"]
 FloatArray = NDArray[np.float32]
-
-_BLOCK = 1 << 19  # elements that are widened to float64 at once
 
 
 @dataclass(frozen=True)
@@ -179,10 +178,11 @@ def expect(reference: FloatArray, base: FloatArray | None = None) -> Expected:
         reference: ``[P, vocab]``.
         base: ``[P, vocab]`` without the adapter, or ``None`` where no adapter is active.
     """
-    top = np.argmax(reference, axis=-1)
+    top = np.empty(len(reference), np.int64)
     margin = np.full(len(reference), np.inf, np.float32)
-    if reference.shape[1] > 1:
-        for part in _blocks(reference):
+    for part in by_rows(reference):
+        top[part] = np.argmax(reference[part], axis=-1)
+        if reference.shape[1] > 1:
             best_two = np.partition(reference[part], -2, axis=-1)[:, -2:]
             margin[part] = best_two.max(-1) - best_two.min(-1)
     return Expected(None, reference, base, log_total(reference), top, margin)
@@ -191,18 +191,11 @@ def expect(reference: FloatArray, base: FloatArray | None = None) -> Expected:
 def log_total(logits: FloatArray) -> NDArray[np.float64]:
     """logsumexp over the last axis in float64, block by block."""
     total = np.empty(logits.shape[0], np.float64)
-    for part in _blocks(logits):
+    for part in by_rows(logits):
         wide = logits[part].astype(np.float64)
         peak = wide.max(-1, keepdims=True)
         total[part] = peak[:, 0] + np.log(np.exp(wide - peak).sum(-1))
     return total
-
-
-def _blocks(values: NDArray[np.floating]) -> Iterator[slice]:
-    """Some rows at a time, of all of them."""
-    step = max(1, _BLOCK // max(1, values[:1].size))
-    for start in range(0, len(values), step):
-        yield slice(start, start + step)
 
 
 def noise(narrow: Sequence[FloatArray], wide: Sequence[NDArray[np.floating]]) -> Floor:
@@ -213,7 +206,7 @@ def noise(narrow: Sequence[FloatArray], wide: Sequence[NDArray[np.floating]]) ->
     unit = float(np.finfo(np.float32).eps)
     worst = largest = error = size = 0.0
     for row, exact in zip(narrow, wide, strict=True):
-        for part in _blocks(row):
+        for part in by_rows(row, exact):
             own = row[part].astype(np.float64)
             off = np.abs(own - exact[part])
             # max would drop a NaN; a NaN must reach the verdict
@@ -250,12 +243,12 @@ def measure(
     for row, whole_row in zip(expected, actual, strict=True):
         logits = row.of(whole_row)
         positions += len(row.top1)
-        same = np.argmax(logits, axis=-1) == row.top1
-        beyond = ~same & (row.margin > margin_limit)
-        agree += int(same.sum())
-        differences += int(beyond.sum())
-        ties += int((~same & ~beyond).sum())
-        for part in _blocks(logits):
+        for part in by_rows(logits, row.reference, row.base):
+            same = np.argmax(logits[part], axis=-1) == row.top1[part]
+            beyond = ~same & (row.margin[part] > margin_limit)
+            agree += int(same.sum())
+            differences += int(beyond.sum())
+            ties += int((~same & ~beyond).sum())
             whole = logits[part].astype(np.float64)
             reference = row.reference[part].astype(np.float64)
             kept = whole if row.columns is None else _take(whole, row.columns[part])

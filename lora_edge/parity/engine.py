@@ -18,8 +18,9 @@ from lora_edge.bundle.bundle import Bundle, hash_file, load_bundle
 from lora_edge.bundle.manifest import survival_line
 from lora_edge.errors import DataError
 from lora_edge.files.changing import recover
+from lora_edge.files.pages import trim
 from lora_edge.names import NONE_ADAPTER
-from lora_edge.parity.around import look_around
+from lora_edge.parity.around import Held, look_around, look_inside
 from lora_edge.parity.ask import ask, open_base
 from lora_edge.parity.checks import Broken, broken_by, compare, switching
 from lora_edge.parity.compare import Tolerance
@@ -200,15 +201,18 @@ def validate(
     goldens: list[Golden] = []
     left = ""
     sources: Mapping[str, Path] = {}
+    held: Held | None = None
+    if base is not None:  # before there is a session, which has a copy of the weights
+        sources = sources_of(target, base, names, adapters or {})
+        model = model or open_base(target, base, sources)
+        held = look_inside(target, model, sources, say)
+        trim()
     for index, (name, level) in enumerate(wanted):
         runner = opening.runner(target, name, level)
         session = session_of(runner, level)
         sessions.append(session)
         if index == 0:
-            if base is not None:
-                sources = sources_of(target, base, names, adapters or {})
-                model = model or open_base(target, base, sources)
-            around, answers = look_around(runner, model, sources, say)
+            around, answers = look_around(runner, model, sources, held, say)
             cases += [dataclasses.replace(case, session=session.name) for case in around]
         asked: Iterable[Golden] = goldens
         if index == 0 and base is None:
@@ -308,6 +312,7 @@ def _compared(
                 journal.finish(session.name, probe.name, part, small)
                 broken |= broken_by(probe, part)
                 del golden
+                trim()
                 yield small, part
                 continue
             journal.finish(session.name, probe.name, part)

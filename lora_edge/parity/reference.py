@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_edge.files.spilled import moved
 from lora_edge.parity.peft_models import base_of, is_peft, listened, once, ran
 from lora_edge.parity.plan.states import Inputs, State
 from lora_edge.parity.reference_models import ReferenceModels
@@ -153,7 +154,7 @@ class Reference(ReferenceModels):
             # PEFT's own forward gives some models arguments that they do not take.
             model = model.base_model
         output: NDArray[np.floating] = getattr(model(**feeds), self.task.output)[0].numpy()
-        return output
+        return moved(output)
 
     def _offsets(self, row: Inputs, state: State, prompt: int | None) -> dict[str, Any]:
         """Where an aLoRA begins, counted from the end of the row as PEFT counts."""

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from lora_edge.files import spilled
 from lora_edge.parity.compare import (
     Expected,
     FloatArray,
@@ -136,3 +137,25 @@ def test_noise_is_never_zero(base: FloatArray) -> None:
     assert floor.rms > 0
     wide = base.astype(np.float64) + 1e-3
     assert noise([base], [wide]).logit == pytest.approx(1e-3)
+
+
+def test_outputs_in_files_have_the_same_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit: where an array is, is no affair of what is computed."""
+    random = np.random.default_rng(0)
+    base = random.normal(0, 3, (90, 7001)).astype(np.float32)
+    reference, actual = (base + random.normal(0, 1, base.shape).astype(np.float32) for _ in "ab")
+    wide = reference + random.normal(0, 1e-6, base.shape)
+    actual[3, 5] = base[3].max() + 9
+    plain = [expect(reference, base), expect(reference)]
+    floor = noise([reference], [wide])
+    figures = [measure([x], [actual], floor, TOLERANCE) for x in plain]
+    monkeypatch.setattr(spilled, "LEAST", 1)
+    base, reference, actual, wide = map(spilled.moved, (base, reference, actual, wide))
+    found = [expect(reference, base), expect(reference)]
+    assert noise([reference], [wide]) == floor
+    # nan, the gain without an adapter, is not itself
+    assert repr([measure([x], [actual], floor, TOLERANCE) for x in found]) == repr(figures)
+    for one, other in zip(found, plain, strict=True):
+        for name in ("reference", "log_total", "top1", "margin"):
+            assert np.array_equal(getattr(one, name), getattr(other, name)), name
+            assert getattr(one, name).dtype == getattr(other, name).dtype, name

@@ -5,6 +5,6 @@ themselves, against the checkpoint; and the adapters' files, against PEFT's. ``r
 PyTorch's side, ``asked`` the bundle's, ``golden`` keeps the former's answers in the bundle.
 """
 
-from lora_edge.parity.around.check import look_around
+from lora_edge.parity.around.check import Held, look_around, look_inside
 
-__all__ = ["look_around"]
+__all__ = ["Held", "look_around", "look_inside"]

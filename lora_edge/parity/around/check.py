@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from lora_edge.bundle.bundle import Bundle
 from lora_edge.parity.around import asked
 from lora_edge.parity.around.adapters import compare_tensors
 from lora_edge.parity.around.files import compare_files, first_difference
@@ -14,6 +17,9 @@ from lora_edge.parity.reference import Reference
 from lora_edge.parity.report import Case, CaseKind
 from lora_edge.runtime import Runner
 
+if TYPE_CHECKING:
+    from lora_edge.parity.around.reference import Parameters
+
 _WEIGHTS = "weights"
 # How far numbers may be apart: of embeddings, float noise; of pixels, against goldens, a grey level
 # by which releases of Pillow may differ.
@@ -21,13 +27,57 @@ _CLOSE: Mapping[str, float] = {asked.EMBEDDINGS: 3e-4, asked.IMAGES: 1e-5}
 _GREY_LEVEL = 0.03
 
 
+@dataclass(frozen=True)
+class Held:
+    """What a bundle's files hold, compared with the base's and the adapters' own.
+
+    Attributes:
+        cases: one for each file, one for all weights, one for each adapter's file.
+        parameters: the checkpoint, as transformers loads it.
+    """
+
+    cases: Sequence[Case]
+    parameters: Parameters
+
+
+def look_inside(
+    bundle: Bundle, reference: Reference, sources: Mapping[str, Path], say: Callable[[str], None]
+) -> Held:
+    """Compare a bundle's files, before a session is opened: both read every weight.
+
+    Args:
+        bundle: the bundle.
+        reference: its base in PyTorch, as the checkpoint is.
+        sources: adapter -> PEFT directory, of :func:`~lora_edge.parity.question.sources_of`.
+        say: called with a line for each part.
+    """
+    from lora_edge.parity.around.reference import Parameters
+    from lora_edge.parity.around.weights import compare_weights
+
+    base = reference.base
+    say("checking what lies around the graph against transformers")
+    cases = [_case(f"file {name}", said) for name, said in compare_files(bundle, base)]
+    parameters = Parameters(reference.bare, reference.task, reference.mapped)
+    say("checking every weight against the checkpoint")
+    manifest = bundle.manifest
+    said = "; ".join(compare_weights(bundle, base, sources, parameters))
+    who = tuple(sources) if manifest.mode == "merged" else ()
+    cases.append(_case(_WEIGHTS, said, who, kind="weights"))
+    if manifest.mode == "switchable":
+        for name, directory in sources.items():
+            said = compare_tensors(bundle, name, directory, parameters.value)
+            cases.append(_case(f"file of {name}", said, (name,), kind="weights"))
+    return Held(cases, parameters)
+
+
 def look_around(
     runner: Runner,
     reference: Reference | None,
     sources: Mapping[str, Path],
+    held: Held | None,
     say: Callable[[str], None],
 ) -> tuple[list[Case], asked.Answers | None]:
-    """Compare all that a person gets beside logits, and the weights themselves.
+    """Compare all that a person gets beside logits, after what the files hold.
 
     Args:
         runner: of the bundle.
@@ -35,6 +85,7 @@ def look_around(
             on the way. ``None``: PyTorch's answers are those that the bundle keeps.
         sources: adapter -> PEFT directory, of :func:`~lora_edge.parity.question.sources_of`; unused
             without a reference.
+        held: of :func:`look_inside`; ``None`` without a reference.
         say: called with a line for each part.
 
     Returns:
@@ -43,32 +94,17 @@ def look_around(
     Raises:
         BaseModelError: transformers cannot read the base's files.
     """
-    if reference is None:
+    if reference is None or held is None:
         kept = load_around(runner.bundle)
         if kept is None:
             return [], None
         say("checking what lies around the graph against the goldens")
         return list(_answered(runner, kept, goldens=True)), None
     from lora_edge.parity.around.expected import DATED, expected_answers
-    from lora_edge.parity.around.reference import Parameters
-    from lora_edge.parity.around.weights import compare_weights
 
-    base = reference.base
-    say("checking what lies around the graph against transformers")
-    cases = [_case(f"file {name}", said) for name, said in compare_files(runner.bundle, base)]
-    parameters = Parameters(reference.bare, reference.task, reference.mapped)
-    say("checking every weight against the checkpoint")
-    manifest = runner.bundle.manifest
-    said = "; ".join(compare_weights(runner.bundle, base, sources, parameters))
-    who = tuple(sources) if manifest.mode == "merged" else ()
-    cases.append(_case(_WEIGHTS, said, who, kind="weights"))
-    if manifest.mode == "switchable":
-        for name, directory in sources.items():
-            said = compare_tensors(runner.bundle, name, directory, parameters.value)
-            cases.append(_case(f"file of {name}", said, (name,), kind="weights"))
     attach(reference, runner.bundle, sources)
-    wanted = expected_answers(runner, reference, sources, parameters)
-    cases += _answered(runner, wanted, goldens=False)
+    wanted = expected_answers(runner, reference, sources, held.parameters)
+    cases = [*held.cases, *_answered(runner, wanted, goldens=False)]
     wanted[asked.GRAPH_FILES] = asked.graph_files(runner)
     for aspect in [x for x in wanted if x.partition(asked.OF)[0] == asked.CHAT]:
         own = runner.tokenizer_of(aspect.partition(asked.OF)[2] or None)

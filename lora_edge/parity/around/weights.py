@@ -310,7 +310,7 @@ def _difference(what: str, values: Array, forms: list[Array], *, computed: bool)
     for expected in forms:
         if expected.shape != values.shape:
             continue
-        wanted = expected.astype(values.dtype)
+        wanted = expected.astype(values.dtype, copy=False)
         count, row, worst = _odd_rows(values, wanted, computed=computed)
         if not count:
             return ""

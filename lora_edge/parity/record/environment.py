@@ -16,6 +16,9 @@ from lora_edge.errors import DataError, OptionError
 from lora_edge.parity.report import Session
 from lora_edge.runtime import Runner, installed
 from lora_edge.runtime.providers import resolve
+from lora_edge.runtime.resident import CACHE_BYTES
+
+_LEAST, _SHARE = 64 << 20, 8  # bytes that a session keeps for later use, and its weights / those
 
 LEVELS = ("disable", "basic", "extended", "all")
 """ONNX Runtime's levels of graph optimization."""
@@ -90,6 +93,13 @@ def combinations(
     return [(name, level) for name in names for level in dict.fromkeys(levels)]
 
 
+def _kept_by(bundle: Bundle) -> int:
+    """Bytes that a session keeps: no batch of a proof has the next one's size."""
+    files = bundle.manifest.files.items()
+    weights = sum(entry.bytes for name, entry in files if name.startswith("onnx/"))
+    return min(CACHE_BYTES, max(_LEAST, weights // _SHARE))
+
+
 @dataclass(frozen=True)
 class Opening:
     """How the sessions of a validation are opened.
@@ -122,6 +132,7 @@ class Opening:
             provider,
             exact=exact,
             optimization=level,
+            cache_bytes=_kept_by(bundle),
             allow_fallback=self.allow_fallback,
             provider_options={} if provider == "cpu" else self.options,
         )

@@ -25,6 +25,7 @@ from lora_edge.errors import BundleError
 from lora_edge.files.arrays import read_arrays
 from lora_edge.files.json import parse_object
 from lora_edge.files.schema import decode
+from lora_edge.files.spilled import by_rows
 from lora_edge.parity.compare import Expected, Floor
 from lora_edge.parity.plan.states import Probe, Row
 
@@ -180,18 +181,21 @@ def _reduced(row: Expected, wanted: int, seed: int) -> Expected:
     vocab = row.reference.shape[1]  # of a task head's labels, each adapter has its own number
     count = min(vocab, wanted)
     subset = np.sort(np.random.default_rng(seed).permutation(vocab)[: count - count // 4])
-    rest = row.reference.copy()
-    rest[:, subset] = -np.inf  # each token is kept once
     few = count - len(subset)
-    best = np.argpartition(-rest, few - 1, axis=-1)[:, :few] if few else rest[:, :0]
-    columns = np.concatenate([np.broadcast_to(subset, (len(rest), len(subset))), best], axis=1)
-    columns = columns.astype(np.int64)
-    return replace(
-        row,
-        columns=columns,
-        reference=np.take_along_axis(row.reference, columns, -1),
-        base=None if row.base is None else np.take_along_axis(row.base, columns, -1),
-    )
+    positions = len(row.reference)
+    columns = np.empty((positions, count), np.int64)
+    columns[:, : len(subset)] = subset
+    reference = np.empty(columns.shape, row.reference.dtype)
+    base = None if row.base is None else np.empty(columns.shape, row.base.dtype)
+    for part in by_rows(row.reference, row.base):
+        if few:
+            rest = -row.reference[part]
+            rest[:, subset] = np.inf  # each token is kept once
+            columns[part, len(subset) :] = np.argpartition(rest, few - 1, axis=-1)[:, :few]
+        reference[part] = np.take_along_axis(row.reference[part], columns[part], -1)
+        if row.base is not None and base is not None:
+            base[part] = np.take_along_axis(row.base[part], columns[part], -1)
+    return replace(row, columns=columns, reference=reference, base=base)
 
 
 def save_golden(directory: Path, golden: Golden) -> str:

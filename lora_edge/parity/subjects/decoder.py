@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from lora_edge.files.spilled import let_go, spilled
 from lora_edge.maths.lora import FloatArray
 from lora_edge.parity.plan.plan import shortest_window
 from lora_edge.parity.plan.states import Inputs, Probe, Row, schedule
@@ -126,9 +127,21 @@ def _decoded(
     """
     longest = max(len(row) + count for row, count in zip(probe.rows, counts, strict=True))
     decoding = runner.decoder.start(len(probe.rows), longest, binding_of(runner, probe))
-    parts = [[row] for row in decoding.extend_all(probe.rows)]
-    while (turn := choose([part[-1][-1] for part in parts])) is not None:
-        for part, token, logits in zip(parts, turn, decoding.step(turn), strict=True):
+    whole: list[FloatArray] = []
+    ends = [len(row) for row in probe.rows]
+    given = decoding.extend_all(probe.rows)
+    for index, count in enumerate(counts):
+        row = spilled((ends[index] + count, given[index].shape[1]), np.float32)
+        row[: ends[index]] = given[index]
+        let_go(row)
+        whole.append(row)
+    del given
+    while (
+        turn := choose([row[end - 1] for row, end in zip(whole, ends, strict=True)])
+    ) is not None:
+        for index, (token, logits) in enumerate(zip(turn, decoding.step(turn), strict=True)):
             if token is not None:
-                part.append(logits[None])
-    return [np.concatenate(part) for part in parts]
+                whole[index][ends[index]] = logits
+                ends[index] += 1
+    let_go(*whole)
+    return [row[:end] for row, end in zip(whole, ends, strict=True)]
