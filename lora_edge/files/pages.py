@@ -7,6 +7,7 @@ tells what is mapped; elsewhere nothing is given back.
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 import os
 from bisect import bisect_right
@@ -17,6 +18,11 @@ _MAPS = Path("/proc/self/maps")
 _DONTNEED = getattr(mmap, "MADV_DONTNEED", 4)
 
 
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
 def trim() -> None:
     """Give back what the C library's allocator keeps of freed memory; does nothing but with glibc.
 
@@ -25,7 +31,7 @@ def trim() -> None:
     """
     if not _MAPS.exists():
         return
-    libc = ctypes.CDLL(None)
+    libc = _libc()
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
 
@@ -66,5 +72,5 @@ class MappedFiles:
         page = mmap.PAGESIZE
         begin, end = -(-address // page) * page, (address + size) // page * page
         if begin < end:
-            libc = ctypes.CDLL(None, use_errno=True)
+            libc = _libc()
             libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _DONTNEED)

@@ -15,6 +15,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from lora_edge.base.layer import Layer
 from lora_edge.errors import GraphError
+from lora_edge.files.spilled import let_go, moved
 from lora_edge.graph.merge import Change, WideArray, add_initializer, lazily
 from lora_edge.graph.sites import MATMUL_NBITS, Multiplication, multiplications
 from lora_edge.maths.quantization import Activations, Blocks, Quantization
@@ -77,8 +78,9 @@ def quantize_layers(
     """Put codes of few bits in the place of weights.
 
     Args:
-        model: the graph; changed in place. Codes are in memory until it is saved; a tied weight's
-            are there once, and once in the file of :func:`~lora_edge.graph.store.save_with_data`.
+        model: the graph; changed in place. Until it is saved, codes are in files without a name
+            (:mod:`lora_edge.files.spilled`); a tied weight's are there once, and once in the file
+            of :func:`~lora_edge.graph.store.save_with_data`.
         layers: module path -> layer.
         paths: of those, which to quantize; each is :func:`quantizable`, or of
             :func:`quantizable_vocabulary`.
@@ -147,7 +149,9 @@ class _Codes(NamedTuple):
     @classmethod
     def of(cls, blocks: Blocks) -> _Codes:
         attributes = {"bits": blocks.bits, "block_size": blocks.block_size}
-        return cls(blocks.packed(), len(blocks.codes), attributes)
+        arrays = {name: moved(array) for name, array in blocks.packed().items()}
+        let_go(*arrays.values())
+        return cls(arrays, len(blocks.codes), attributes)
 
 
 def compute_in(model: ir.Model, activations: Activations) -> None:

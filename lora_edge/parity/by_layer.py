@@ -9,7 +9,7 @@ One of the few files of this package that import torch, transformers or peft.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,28 +62,31 @@ class ByLayer:
 
         What the model itself computes in float32 (its norms, its softmax) stays so.
         """
-        layers = dict.fromkeys(_layers(model))
-        inside = {id(value) for layer in layers for value in _all(layer)}
         run = _Run(self._codes, self._mapped, dtype)
+        inside: set[int] = set()
         with contextlib.ExitStack() as stack:
             stack.callback(run.close)
-            for layer in layers:
-                stack.enter_context(run.around(layer, run.whole))
+            for layer in dict.fromkeys(_layers(model)):
+                parts = {module: _own(module) for module in layer.modules()}
+                whole = [tensor for own in parts.values() for tensor in own]
+                inside |= {id(tensor) for tensor in whole}
+                run.layer(stack, layer, whole, frozenset(map(id, parts)))
                 # A model may run a part of a layer alone.
-                for module in layer.modules():
-                    if module is not layer and next(_own(module), None) is not None:
-                        stack.enter_context(run.around(module, run.own))
+                for module, own in parts.items():
+                    if module is not layer and own:
+                        run.part(stack, module, own)
             for name, module in model.named_modules():
-                if all(id(value) in inside for value in _own(module)):
+                own = _own(module)
+                if all(id(tensor) in inside for tensor in own):
                     continue
                 if not self._parts or "lora_" in name:
-                    run.hold(module, _own(module))
+                    run.hold(module, own)
                 elif _is_table(module):
-                    stack.enter_context(run.around(module, run.rows))
+                    run.around(stack, module, run.rows)
                 elif _is_head(module):
                     stack.enter_context(run.head(module))
                 else:
-                    run.hold(module, _own(module))
+                    run.hold(module, own)
             yield
 
 
@@ -96,35 +99,62 @@ class _Run:
         self._codes, self._mapped, self._dtype = codes, mapped, dtype
         self._held: dict[int, list[tuple[Tensor, Tensor]]] = {}  # module -> tensor, its own data
         self._ids: set[int] = set()  # of the tensors that are held
+        self._running: frozenset[int] = frozenset()  # modules of the layer that is held
 
     def close(self) -> None:
         for held in list(self._held):
             self._restore(held)
-        trim()
+        if self._dtype == torch.float64:  # whose blocks are of no use to what is float32
+            trim()
 
-    @contextlib.contextmanager
-    def around(self, module: Any, before: Callable[..., Any]) -> Iterator[None]:
+    def around(self, stack: contextlib.ExitStack, module: Any, before: Callable[..., Any]) -> None:
         """Call a hook before a module runs, and restore what it holds afterwards."""
-        hooks = (
-            module.register_forward_pre_hook(before, with_kwargs=True),
-            module.register_forward_hook(self._after, always_call=True),
-        )
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+        stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        stack.callback(module.register_forward_hook(self._after, always_call=True).remove)
 
-    def whole(self, module: Any, *_: Any) -> None:
-        """Hold all that a module has."""
-        self.hold(module, _all(module))
+    def layer(
+        self,
+        stack: contextlib.ExitStack,
+        layer: Any,
+        tensors: Sequence[Tensor],
+        modules: frozenset[int],
+    ) -> None:
+        """Hold all that a layer has while it runs.
 
-    def own(self, module: Any, *_: Any) -> None:
-        """Hold what a module has beside the modules inside it."""
-        self.hold(module, _own(module))
+        Args:
+            stack: when it ends, the layer runs as ever.
+            layer: the module.
+            tensors: its parameters and buffers.
+            modules: ids of the layer and all modules in it.
+        """
+        before: list[frozenset[int]] = []
+
+        def whole(*_: Any) -> None:
+            self.hold(layer, tensors)
+            before.append(self._running)
+            self._running |= modules
+
+        def after(*_: Any) -> None:
+            if before:  # else it has failed before it held anything
+                self._running = before.pop()
+            self._restore(id(layer))
+
+        stack.callback(layer.register_forward_pre_hook(whole).remove)
+        stack.callback(layer.register_forward_hook(after, always_call=True).remove)
+
+    def part(self, stack: contextlib.ExitStack, module: Any, tensors: Sequence[Tensor]) -> None:
+        """Hold what a module in a layer has beside the modules in it, where it runs alone."""
+
+        def own(*_: Any) -> None:
+            if id(module) not in self._running:
+                self.hold(module, tensors)
+
+        stack.callback(module.register_forward_pre_hook(own).remove)
+        stack.callback(module.register_forward_hook(self._after, always_call=True).remove)
 
     def _after(self, module: Any, *_: Any) -> None:
-        self._restore(id(module))
+        if id(module) in self._held:
+            self._restore(id(module))
 
     def hold(self, module: Any, tensors: Iterable[Tensor]) -> None:
         """Give tensors the dtype until the module has run; of those that others hold, none."""
@@ -177,6 +207,7 @@ class _Run:
             return tensor.detach().to(self._dtype)
         blocks, transposed = self._codes[id(tensor)]
         matrix = decoded(blocks)
+        let_go(blocks.codes)
         return (matrix.T if transposed else matrix).to(self._dtype)
 
     def _some(self, tensor: Tensor, rows: Tensor | slice) -> Tensor:
@@ -185,9 +216,9 @@ class _Run:
             return tensor.detach()[rows].to(self._dtype)
         blocks, transposed = self._codes[id(tensor)]
         assert not transposed  # a table and a head are [out, in]
-        return decoded(blocks.rows(rows.numpy() if isinstance(rows, Tensor) else rows)).to(
-            self._dtype
-        )
+        some = decoded(blocks.rows(rows.numpy() if isinstance(rows, Tensor) else rows))
+        let_go(blocks.codes)
+        return some.to(self._dtype)
 
     def _put(self, held: list[tuple[Tensor, Tensor]], tensor: Tensor, values: Tensor) -> None:
         held.append((tensor, tensor.data))
@@ -241,11 +272,7 @@ def _is_head(module: Any) -> bool:
     return plain and module.weight.numel() >= _LARGE
 
 
-def _all(module: Any) -> Iterator[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
-
-
-def _own(module: Any) -> Iterator[Tensor]:
-    yield from module.parameters(recurse=False)
-    yield from module.buffers(recurse=False)
+def _own(module: Any) -> list[Tensor]:
+    """The parameters and buffers of a module, without those of the modules in it."""
+    own = (*module._parameters.values(), *module._buffers.values())
+    return [tensor for tensor in own if tensor is not None]

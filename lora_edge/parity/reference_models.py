@@ -8,6 +8,7 @@ tied embeddings.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from lora_edge.adapter.directory import read_config
 from lora_edge.base.checkpoint import Base
 from lora_edge.base.layers import built_layers
 from lora_edge.errors import MissingDependencyError, OptionError
+from lora_edge.files.spilled import let_go, moved
 from lora_edge.maths.quantization import Blocks, Quantization
 from lora_edge.parity.merging import merged_changes
 from lora_edge.parity.peft_models import (
@@ -98,6 +100,7 @@ class ReferenceModels:
         self._names: dict[str, str] = {}
         self._state: State | None = None  # what is active in the shared model; None: not known
         self._unscale = contextlib.ExitStack()
+        self._set: list[str] = []  # what PEFT has set, active or off
         self._apart: dict[str, tuple[Path, Task]] = {}
         self._invocations: dict[str, tuple[int, ...]] = {}
         # Adapters that stand apart, each with a base model of its own, the last used last.
@@ -164,7 +167,7 @@ class ReferenceModels:
         inner = f"adapter{len(self._names)}"
         self._shared = self._attached(self._shared, directory, inner)
         self._names[name] = inner
-        self._state = None
+        self._state, self._set = None, []
 
     def can_blend(self, name: str) -> bool:
         """Whether PEFT can have the adapter active beside another, or at another weight."""
@@ -251,6 +254,8 @@ class ReferenceModels:
     def _put(self, by_layer: ByLayer, weight: Any, blocks: Blocks, *, transposed: bool) -> None:
         """Let codes take the place of a weight's values."""
         if self._large:
+            blocks = dataclasses.replace(blocks, codes=moved(blocks.codes))
+            let_go(blocks.codes)
             by_layer.round(weight, blocks, transposed=transposed)
             return
         matrix = weight.detach().T if transposed else weight.detach()
@@ -291,7 +296,12 @@ class ReferenceModels:
         if state:
             weights = {self._names[name]: weight for name, weight in state}
             tuner.enable_adapter_layers()
-            tuner.set_adapter(list(weights))
+            # PEFT goes through all modules for it; those that were off are still set.
+            wanted, known = list(weights), self._set
+            if known != wanted:
+                self._set = []
+                tuner.set_adapter(wanted)
+                self._set = wanted
             self._unscale.enter_context(scaled(self._shared, weights))
         else:
             tuner.disable_adapter_layers()

@@ -112,6 +112,7 @@ class _Expected:
     base: Base
     sources: Mapping[str, Path]
     parameters: Parameters
+    _coded: tuple[str, Mapping[str, Mapping[str, Array] | None]] = ("", {})
 
     @cached_property
     def _computed(self) -> list[tuple[str, Array]]:
@@ -187,8 +188,9 @@ class _Expected:
     def _judge_codes(self, name: str, part: str, values: Array) -> str:
         """Codes, scales or zero points of layers of few bits, computed again."""
         layers: dict[str, Array] = {}
-        for path in packed_paths(name):
-            packed = self._packed(path)
+        if self._coded[0] != name:  # codes, scales and zero points come one after the other
+            self._coded = name, {path: self._packed(path) for path in packed_paths(name)}
+        for path, packed in self._coded[1].items():
             if packed is None:
                 return (
                     f"{path} is quantized, and the manifest or the checkpoint does not have it so"
