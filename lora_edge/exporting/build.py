@@ -98,9 +98,9 @@ def build(
             passes.save_graph(models[name], captured.path(name))
     say("checking the base graph against PyTorch")
     reference = Reference(base, task)
-    trim()
+    trim(cycles=True)
     figures = check_base(captured, task, reference)
-    trim()  # the session that it ran is gone
+    trim(cycles=True)  # the session that it ran is gone
     changes: Mapping[str, ParameterChange] = {}
     if merged:
         changes = parameter_changes(adapters[0], modules, captured.tied, captured.parameter_modules)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import mmap
 import os
 from bisect import bisect_right
@@ -23,12 +24,17 @@ def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None)
 
 
-def trim() -> None:
-    """Give back what the C library's allocator keeps of freed memory; does nothing but with glibc.
+def trim(*, cycles: bool = False) -> None:
+    """Give back what the C library's allocator keeps of freed memory, where it is glibc's.
 
     It keeps blocks of megabytes, and what is freed between others stays: one model after another,
     a layer in float64 after one in float32, and as much again is taken.
+
+    Args:
+        cycles: free objects first that only each other hold, such as a graph's nodes.
     """
+    if cycles:
+        gc.collect()
     if not _MAPS.exists():
         return
     libc = _libc()

@@ -206,7 +206,7 @@ def validate(
         sources = sources_of(target, base, names, adapters or {})
         model = model or open_base(target, base, sources)
         held = look_inside(target, model, sources, say)
-        trim()
+        trim(cycles=True)
     for index, (name, level) in enumerate(wanted):
         runner = opening.runner(target, name, level)
         session = session_of(runner, level)
