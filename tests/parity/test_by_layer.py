@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from lora_edge.base.checkpoint import Base, resolve_base
 from lora_edge.base.mapped import Mapped
 from lora_edge.base.model import load_whole
+from lora_edge.files import spilled
 from lora_edge.maths.quantization import Quantization, quantize
 from lora_edge.parity import by_layer
 from lora_edge.parity.by_layer import ByLayer, decoded
@@ -111,6 +112,7 @@ def test_layer_by_layer_is_as_the_whole(
         if parts:  # several parts of each
             monkeypatch.setattr(by_layer, "_LARGE", 1)
             monkeypatch.setattr(by_layer, "_PART", 500)
+            monkeypatch.setattr(spilled, "LEAST", 1)  # outputs in files
         layers = ByLayer(mapped, parts=parts)
         for dtype, outputs in wanted.items():
             held: list[int] = []
@@ -135,6 +137,31 @@ def test_layer_by_layer_is_as_the_whole(
         assert value.dtype == before[name][0]
         assert value.data_ptr() == before[name][1]
         assert torch.equal(value, before[name][2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_a_part_of_a_layer_runs_alone(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Before, after and without its layer; one that fails leaves nothing behind."""
+    base = _made("llama", tmp_path, torch.bfloat16)
+    model = load_whole(base, Task("text-generation"), stored=True)
+    part, layer = model.model.layers[0].mlp, model.model.layers[0]
+    before = {name: (x.dtype, x.data_ptr()) for name, x in model.state_dict().items()}
+    row = {"input_ids": torch.tensor([[5, 9, 7]])}
+    x = torch.randn(1, 3, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    with ByLayer(Mapped(model, base.files)).computing(model, dtype), torch.inference_mode():
+        first = part(x.to(dtype))
+        model(**row)
+        with pytest.raises(RuntimeError):
+            layer(x.to(dtype)[..., :-1], position_embeddings=None)
+        again = part(x.to(dtype))
+        other = model.model.layers[1].mlp(x.to(dtype))
+    assert first.dtype == again.dtype == other.dtype == dtype
+    assert torch.equal(first, again)
+    whole = load_whole(base, Task("text-generation")).to(dtype)
+    with torch.inference_mode():
+        assert torch.equal(first, whole.model.layers[0].mlp(x.to(dtype)))
+        assert torch.equal(other, whole.model.layers[1].mlp(x.to(dtype)))
+    assert before == {name: (x.dtype, x.data_ptr()) for name, x in model.state_dict().items()}
 
 
 def test_matrices_are_the_files_own(tmp_path: Path) -> None:
@@ -210,9 +237,16 @@ def test_the_reference_of_a_large_model_is_as_of_a_small_one(
 
     small = outputs()
     monkeypatch.setattr(by_layer, "WHOLE", 0)
-    for parts in (1 << 20, 1):
+    plain: dict[str, np.ndarray] = {}
+    for parts, least in ((1 << 20, 1 << 20), (1, 1 << 20), (1, 1)):
         monkeypatch.setattr(by_layer, "_LARGE", parts)
+        monkeypatch.setattr(spilled, "LEAST", least)
         large = outputs()
+        if least == 1:  # outputs and codes in files, which is no affair of their values
+            for name, wanted in plain.items():
+                np.testing.assert_array_equal(large[name], wanted)
+            assert spilled._place(large["base"]) is not None or not spilled._SPILLS
+        plain = large
         for name, wanted in small.items():
             assert large[name].dtype == wanted.dtype
             close = 1e-12 if wanted.dtype == np.float64 else 1e-5

@@ -33,6 +33,7 @@ def test_each_state_differs_and_leaves_no_trace(reference: Reference) -> None:
     before = _logits(reference, None)
     seen = [_logits(reference, name) for name in ("narrow", "rooted", "varied")]
     assert np.array_equal(before, _logits(reference, None))
+    assert np.array_equal(seen[-1], _logits(reference, "varied"))  # still set, and was off
     assert np.array_equal(seen[0], _logits(reference, "narrow"))
     for index, one in enumerate(seen):
         for other in [before, *seen[:index]]:
