@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,10 +38,11 @@ _SHARE = 1e-3  # of an adapter's effect: what one layer of many may add to it
 _ROUNDING = {"float32": 1e-5, "float16": 1e-2}  # of the logits; two graphs add up in two orders
 
 
+@dataclass
 class Routes:
     """The sessions on a bundle's smaller graphs.
 
-    Args:
+    Attributes:
         bundle: the bundle, switchable, of a decoder with its cache.
         switchable: gives the session on the graph with branches.
         active: its adapters.
@@ -48,20 +50,12 @@ class Routes:
         options: of every session: provider, threads, ...
     """
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        switchable: Callable[[], Decoder],
-        active: ActiveAdapters,
-        prepared: PreparedGraphs,
-        options: Mapping[str, Any],
-    ) -> None:
-        self._bundle = bundle
-        self._switchable = switchable
-        self._active = active
-        self._prepared = prepared
-        self._options = options
-        self._opened: dict[str, Decoder] = {}
+    bundle: Bundle
+    switchable: Callable[[], Decoder]
+    active: ActiveAdapters
+    prepared: PreparedGraphs
+    options: Mapping[str, Any]
+    _opened: dict[str, Decoder] = field(default_factory=dict)
 
     def find(self, states: tuple[State, ...]) -> tuple[Decoder, Binding] | None:
         """The session for a batch, and its binding; None: on the switchable graph.
@@ -73,23 +67,23 @@ class Routes:
             BundleError: a graph is damaged, or gives something else than the switchable one.
         """
         name = self._graph(states)
-        if name not in self._bundle.manifest.files:  # an older bundle's
+        if name not in self.bundle.manifest.files:  # an older bundle's
             return None
         by_row = name == ROWS_GRAPH_FILE
-        bound = self._active.by_row(states) if by_row else self._active.binding_of(states)
+        bound = self.active.by_row(states) if by_row else self.active.binding_of(states)
         if name not in self._opened:
-            self._bundle.verify(name)
+            self.bundle.verify(name)
             parts = {"decoder": self._part(name)}
-            decoder = Decoder(self._bundle.directory, parts, by_row=by_row, **self._options)
-            if not self._prepared.checked(name):
-                check_agrees(decoder, bound, self._switchable(), self._active, states, name)
-                self._prepared.mark_checked(name)
+            decoder = Decoder(self.bundle.directory, parts, by_row=by_row, **self.options)
+            if not self.prepared.checked(name):
+                check_agrees(decoder, bound, self.switchable(), self.active, states, name)
+                self.prepared.mark_checked(name)
             self._opened[name] = decoder
         return self._opened[name], bound
 
     def _graph(self, states: Sequence[State]) -> str:
         used = {name for state in states for name, _ in state}
-        if not states or any(self._bundle.manifest.adapters[x].invocation for x in used):
+        if not states or any(self.bundle.manifest.adapters[x].invocation for x in used):
             return ""  # no rows are refused there, as ever
         state = states[0]
         if len(set(states)) > 1:
@@ -100,7 +94,7 @@ class Routes:
         return "" if weighted else SINGLE_GRAPH_FILE
 
     def _part(self, name: str) -> Part:
-        part = self._bundle.manifest.parts["decoder"]
+        part = self.bundle.manifest.parts["decoder"]
         if name == BASE_GRAPH_FILE:
             return dataclasses.replace(part, file=name, sites={})
         sites = {

@@ -11,6 +11,7 @@ import pytest
 
 from lora_edge.bundle.part import SiteEntry
 from lora_edge.graph import branch, check, find_sites, load, pack, save_with_data, unsplit_attention
+from lora_edge.graph.merge import add_initializer
 from lora_edge.maths.quantization import quantize
 
 _IN, _BATCH, _HEAD = 64, 1, 16
@@ -51,15 +52,7 @@ def _model(*, biased: bool = False, bits: dict[str, int] | None = None) -> ir.Mo
         blocks = quantize(weight, (bits or {}).get(name, 4), 32)
         inputs = [node.inputs[0]]
         for part, array in blocks.packed().items():
-            tensor = ir.tensor(array, name=f"{name}.weight.{part}")
-            value = ir.Value(
-                name=tensor.name,
-                shape=ir.Shape(array.shape),
-                type=ir.TensorType(tensor.dtype),
-                const_value=tensor,
-            )
-            model.graph.register_initializer(value)
-            inputs.append(value)
+            inputs.append(add_initializer(model, f"{name}.weight.{part}", array))
         attributes = {
             "K": _IN, "N": _OUT[name], "bits": blocks.bits, "block_size": 32, "accuracy_level": 4,
         }  # fmt: skip
