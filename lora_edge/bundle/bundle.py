@@ -64,7 +64,7 @@ DATA_FILE = "onnx/model.onnx_data"
 BASE_GRAPH_FILE = "onnx/base.onnx"  # the decoder without branches, on the same data file
 SINGLE_GRAPH_FILE = "onnx/single.onnx"  # with branches for one adapter, without gates
 ROWS_GRAPH_FILE = "onnx/rows.onnx"  # with branches whose A and B each row has of its own
-EXACT_GRAPH_FILE = "onnx/exact.onnx"  # the decoder in floats, on the same data file
+EXACT_GRAPH_FILE = "onnx/exact.onnx"  # the model in floats, on the same data file
 ENCODER_FILE = "onnx/encoder_model.onnx"
 DECODER_FILE = "onnx/decoder_model.onnx"
 

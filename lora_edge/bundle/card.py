@@ -96,14 +96,14 @@ def _drift(cases: Sequence[Mapping[str, Any]]) -> list[str]:
         "The proof is of `onnx/exact.onnx`, which computes in floats. `onnx/model.onnx` has the "
         "same weights and rounds activations to int8, which adds, measured at export:",
         "",
-        "| | KL, nats | effect that is there | effect error | same best token |",
-        "|---|---|---|---|---|",
+        "| | effect that is there | effect error | KL, nats | same best token or label | "
+        "cosine of embeddings |",
+        "|---|---|---|---|---|---|",
     ]
+    forms = {"retained": ".1%", "effect_error": ".1e", "kl": ".1e", "top1": ".1%", "cosine": ".6f"}
     for case, figures in found:
         who = ", ".join(case["adapters"]) or "no adapter"
-        there = "" if figures["retained"] is None else f"{figures['retained']:.1%}"
-        lines.append(
-            f"| {who} | {figures['kl']:.1e} | {there} | {figures['effect_error']:.1e} | "
-            f"{figures['top1']:.1%} |"
-        )
+        values = [(figures[name], form) for name, form in forms.items()]
+        cells = ["" if value is None else format(value, form) for value, form in values]
+        lines.append(f"| {' | '.join([who, *cells])} |")
     return [*lines, "", '`lora_edge.Runner(".", exact=True)` and `run --exact` compute in floats.']

@@ -106,8 +106,11 @@ def build(
         changes = parameter_changes(adapters[0], modules, captured.tied, captured.parameter_modules)
     quantization, survival = None, None
     if options.rounding is not None:
+        (model,) = models.values()
+        # Adapters bring heads of their own, which are no codes.
+        bodies = {path: layer for path, layer in modules.items() if not task.in_head(path)}
         quantization = quantization_of(
-            options.rounding, base, captured, models["decoder"], modules, weights, say
+            options.rounding, base, captured, model, bodies, weights, say
         )
         if options.keep_high == "touched":
             weights = rounded_weights(weights, quantization, modules)

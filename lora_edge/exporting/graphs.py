@@ -60,25 +60,7 @@ class Graphs:
         """Write each graph with the changes in its weights."""
         from lora_edge import graph as passes
 
-        quantization, modules = self.quantization, self.modules
-        coded: set[str] = set()  # parameters whose changes are in codes
-        if quantization is not None and quantization.merged_first:
-            paths = quantization.layers
-            passes.quantize_layers(self.models["decoder"], modules, paths, quantization, changes)
-            coded = {f"{path}.weight" for path in paths}
-        elif quantization is not None:
-            decoder = self.models["decoder"]
-            matrices = {path.removesuffix(".weight") for path in changes}
-            if matrices & set(self.captured.tied):
-                matrices |= set(self.captured.tied)  # one weight, of which the other's copy is made
-            touched = [path for path in quantization.layers if path in matrices]
-            others = [path for path in quantization.layers if path not in matrices]
-            passes.quantize_layers(decoder, modules, others, quantization)
-            passes.round_layers(decoder, modules, touched, quantization)
-            if touched:
-                say(f"{len(touched)} layers stay in fp32: the adapter is in their rounded weights")
-        if quantization is not None:
-            passes.pack(self.models["decoder"])
+        coded, modules = self._rounded_before(changes, say), self.modules
         for part, model in self.models.items():
             own = {
                 path: change
@@ -90,6 +72,31 @@ class Graphs:
             passes.merge(model, passes.find_sites(model, layers, self.weights), own, self.weights)
             passes.unsplit_attention(model)
             passes.save_with_data(model, self._target(part))
+
+    def _rounded_before(self, changes: Mapping[str, ParameterChange], say: Progress) -> set[str]:
+        """Put codes into a graph that is to be merged into; the parameters whose changes they have."""
+        from lora_edge import graph as passes
+
+        quantization, modules = self.quantization, self.modules
+        if quantization is None:
+            return set()
+        (model,) = self.models.values()
+        coded: set[str] = set()
+        if quantization.merged_first:
+            passes.quantize_layers(model, modules, quantization.layers, quantization, changes)
+            coded = {f"{path}.weight" for path in quantization.layers}
+        else:
+            matrices = {path.removesuffix(".weight") for path in changes}
+            if matrices & set(self.captured.tied):
+                matrices |= set(self.captured.tied)  # one weight, of which the other's copy is made
+            touched = [path for path in quantization.layers if path in matrices]
+            others = [path for path in quantization.layers if path not in matrices]
+            passes.quantize_layers(model, modules, others, quantization)
+            passes.round_layers(model, modules, touched, quantization)
+            if touched:
+                say(f"{len(touched)} layers stay in fp32: the adapter is in their rounded weights")
+        passes.pack(model)
+        return coded
 
     def write_branched(self, covered: Mapping[str, SiteEntry]) -> dict[str, SiteEntry]:
         """Write each graph with branches; of a decoder, on the same data, one without, one without
@@ -143,7 +150,7 @@ class Graphs:
 
 
 def write_fast(stage: Path) -> None:
-    """Let a decoder's quantized layers compute in int8; the graph in floats is kept beside it."""
+    """Let a model's quantized layers compute in int8; the graph in floats is kept beside it."""
     from lora_edge import graph as passes
 
     shutil.copyfile(stage / GRAPH_FILE, stage / EXACT_GRAPH_FILE)

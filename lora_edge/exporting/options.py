@@ -54,13 +54,20 @@ def check_precision(options: Options) -> None:
     """
     if options.rounding is None:
         return
-    plain = options.task.causal and options.backend == "trace"
-    if not plain or options.form != "fused":
+    own = len(options.task.parts) == 1 and options.backend == "trace"
+    if not own or options.form != "fused":
         raise UnsupportedModelError(
-            f"--precision {options.precision} is for text-generation in the trace backend's fused "
-            f"form, got {options.task.name}, {options.backend}, {options.form}: the operator, "
-            "MatMulNBits, is ONNX Runtime's own",
+            f"--precision {options.precision} is for models of one graph, by the trace backend and "
+            f"not in the portable form, got {options.task.name}, {options.backend}, "
+            f"{options.form}: a layer that is rounded is found by the name that the trace gives "
+            "it, and the operator, MatMulNBits, is ONNX Runtime's own",
             "Use --precision fp32" + (", or --form fused." if options.form != "fused" else "."),
+        )
+    if options.keep_high != "touched" and not options.task.causal:
+        raise UnsupportedModelError(
+            f"--keep-high {options.keep_high} measures an adapter's effect on text-generation, got "
+            f"{options.task.name}",
+            "Use --keep-high touched, or --mode switchable.",
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from lora_edge.base.checkpoint import Base
 from lora_edge.base.layer import Layer
+from lora_edge.errors import UnsupportedModelError
 from lora_edge.exporting.graphs import Progress, Weights
 from lora_edge.maths.quantization import Quantization, Rounding, measured
 
@@ -30,10 +31,13 @@ def quantization_of(
         rounding: what is asked for.
         base: the base.
         captured: its :class:`~lora_edge.capture.BaseGraph`.
-        model: the decoder's graph.
-        modules: module path -> layer.
+        model: its graph.
+        modules: module path -> layer, of those that may be rounded.
         weights: parameter path -> value.
         say: called with each line.
+
+    Raises:
+        UnsupportedModelError: no layer can be rounded.
     """
     from lora_edge import graph as passes
 
@@ -41,15 +45,18 @@ def quantization_of(
     linear = passes.quantizable(model, {path: x for path, x in modules.items() if path != head})
     vocabulary: tuple[str, ...] = ()
     if rounding.head_bits is not None:
-        vocabulary = passes.quantizable_vocabulary(
-            model, modules, head, captured.tied, rounding.block_size
-        )
-        if head not in vocabulary:
-            shared = f", and {captured.tied[0]}, whose weight it shares," if captured.tied else ""
+        vocabulary, left = _vocabulary(captured, model, modules, rounding.block_size)
+        if left:
             say(
-                f"{head}{shared} stays in fp32: its weight has other readers, or an embedding's "
-                f"width is no multiple of {rounding.block_size}"
+                f"{left} stays in fp32: its weight has other readers, or an embedding's width is "
+                f"no multiple of {rounding.block_size}"
             )
+    if not linear and not vocabulary:
+        raise UnsupportedModelError(
+            f"{base.name_or_path} has no linear layer and no token embedding that can be rounded: "
+            "convolutions and heads of labels stay in fp32",
+            "Use --precision fp32.",
+        )
     found = measured(rounding, linear, vocabulary, weights, modules)
     others = "".join(f", {path} to {bits}" for path, bits in found.bits_of.items())
     say(
@@ -58,6 +65,28 @@ def quantization_of(
         f"{found.mean_error:.3g} in the mean, {found.worst_error:.3g} at worst"
     )
     return found
+
+
+def _vocabulary(
+    captured: Any, model: Any, modules: Mapping[str, Layer], block_size: int
+) -> tuple[tuple[str, ...], str]:
+    """The token embedding and the layer of a vocabulary's logits, those that can be rounded; and,
+    for people, what cannot."""
+    from lora_edge import graph as passes
+
+    part, tied = captured.gives, captured.tied
+    if part.head:
+        found = passes.quantizable_vocabulary(model, modules, part.head, tied, block_size)
+        shared = f", and {tied[0]}, whose weight it shares," if tied else ""
+        return found, "" if part.head in found else f"{part.head}{shared}"
+    # A head of labels stays as it is: adapters bring their own.
+    tokens = {
+        path: x
+        for path, x in modules.items()
+        if x.kind == "embedding" and x.in_features == part.vocab_size
+    }
+    found = passes.quantizable_embeddings(model, tokens, block_size)
+    return found, ", ".join(path for path in tokens if path not in found)
 
 
 def _share(

@@ -11,6 +11,7 @@ from lora_edge.graph.pack import pack, unsplit_attention
 from lora_edge.graph.quantize import (
     compute_in,
     quantizable,
+    quantizable_embeddings,
     quantizable_vocabulary,
     quantize_layers,
     round_layers,
@@ -35,6 +36,7 @@ __all__ = [
     "own_inputs",
     "pack",
     "quantizable",
+    "quantizable_embeddings",
     "quantizable_vocabulary",
     "quantize_layers",
     "round_layers",

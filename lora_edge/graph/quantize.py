@@ -68,6 +68,19 @@ def quantizable_vocabulary(
     return (head, *embeddings) if gathers else ()
 
 
+def quantizable_embeddings(
+    model: ir.Model, layers: Mapping[str, Layer], block_size: int
+) -> tuple[str, ...]:
+    """The embeddings that can be quantized.
+
+    Args:
+        model: a graph of our own capture.
+        layers: module path -> layer.
+        block_size: an embedding's width must be a multiple of it.
+    """
+    return tuple(_embeddings(model, layers, None, block_size))
+
+
 def quantize_layers(
     model: ir.Model,
     layers: Mapping[str, Layer],

@@ -17,7 +17,7 @@ import numpy as np
 from lora_edge.bundle.manifest import Manifest
 from lora_edge.maths.lora import FloatArray
 from lora_edge.parity.compare import Expected, Floor, Tolerance, expect, log_total, measure
-from lora_edge.parity.plan.states import BASE, Probe, Row
+from lora_edge.parity.plan.states import Probe, Row
 from lora_edge.parity.record.golden import Golden
 from lora_edge.parity.report import Case, DriftFigures
 from lora_edge.parity.subjects import subject_of
@@ -32,13 +32,15 @@ class DriftLimits:
     """What int8 activations may add.
 
     Attributes:
-        kl: mean KL divergence from the graph in floats, in nats. Three times what SmolLM2-135M in
-            int4 was measured to have.
+        kl: mean KL divergence from the graph in floats, in nats, over tokens or labels. Three times
+            what SmolLM2-135M in int4 was measured to have.
         retained: least share of an adapter's effect that is there, and as much too much is allowed.
+        cosine: least mean cosine with the embeddings of the graph in floats.
     """
 
     kl: float = 0.05
     retained: float = 0.9
+    cosine: float = 0.99
 
 
 def drifts(manifest: Manifest) -> bool:
@@ -70,37 +72,50 @@ def _figures(exact: Runner, fast: Runner, golden: Golden, limits: DriftLimits) -
     found = subject.observe(fast, probe, tails)
     if not probe.adapters:
         expected = [expect(row) for row in wanted]
-    elif exact.bundle.manifest.mode == "merged":
-        expected = [_kept(*pair) for pair in zip(golden.expected, wanted, strict=True)]
-    else:
-        off = dataclasses.replace(probe, kind="base", states=(BASE,) * len(probe.rows))
-        plain = subject.observe(exact, off, tails)
+    elif (plain := subject.off(exact, probe, tails)) is not None:
         expected = [expect(*pair) for pair in zip(wanted, plain, strict=True)]
+    else:
+        expected = [_kept(*pair) for pair in zip(golden.expected, wanted, strict=True)]
     figures = measure(expected, found, _NO_NOISE, Tolerance())
+    embeds = exact.bundle.manifest.gives.output != "logits"
+    of_logits = math.nan if embeds else 1.0
     return DriftFigures(
         positions=figures.positions,
         logit_error=figures.logit_error,
         effect_error=figures.effect_error,
         retained=figures.gain,
-        kl=figures.kl,
-        top1=figures.top1,
+        kl=figures.kl * of_logits,
+        top1=figures.top1 * of_logits,
         perplexity=_perplexity(probe, tails, found),
         exact_perplexity=_perplexity(probe, tails, wanted),
-        kl_limit=limits.kl,
+        kl_limit=limits.kl * of_logits,
         retained_limit=limits.retained,
+        cosine=_cosine(wanted, found) if embeds else math.nan,
+        cosine_limit=limits.cosine if embeds else math.nan,
     )
 
 
 def _kept(golden: Expected, logits: FloatArray) -> Expected:
-    """The logits of a merged bundle's graph in floats, at what a golden case keeps of them.
+    """The logits of a bundle's graph in floats, at what a golden case keeps of them.
 
-    Its base is not in the bundle; the golden case has PyTorch's.
+    What they are without the adapter's effect is the golden case's, which has PyTorch's: a merged
+    bundle does not hold it, and of an adapter with a head it is that head on the base.
     """
     own = golden.of(logits)
     kept = own if golden.columns is None else np.take_along_axis(own, golden.columns, -1)
     return dataclasses.replace(
         golden, reference=kept, log_total=log_total(own), top1=np.argmax(own, axis=-1)
     )
+
+
+def _cosine(wanted: Sequence[FloatArray], found: Sequence[FloatArray]) -> float:
+    """Mean over the positions of all rows."""
+    each: list[float] = []
+    for one, other in zip(wanted, found, strict=True):
+        a, b = one.astype(np.float64), other.astype(np.float64)
+        sizes = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+        each += ((a * b).sum(-1) / np.maximum(sizes, np.finfo(np.float64).tiny)).tolist()
+    return sum(each) / len(each)
 
 
 def _perplexity(probe: Probe, tails: Sequence[Row], outputs: Sequence[FloatArray]) -> float:
@@ -118,9 +133,15 @@ def _case(probe: Probe, figures: DriftFigures, limits: DriftLimits) -> Case:
     who = f"adapter {probe.adapters[0]}" if probe.adapters else "the base"
     name = f"drift, {probe.name}"
     said = ""
-    if not figures.kl <= limits.kl:
+    if not math.isnan(figures.cosine_limit):
+        if not figures.cosine >= limits.cosine:
+            said = (
+                f"the cosine of its embeddings is {figures.cosine:.4f}, and {limits.cosine:.2f} "
+                "is the least that is allowed"
+            )
+    elif not figures.kl <= limits.kl:
         said = f"its KL divergence is {figures.kl:.2g} nats, and {limits.kl:.2g} is allowed"
-    elif probe.adapters and not abs(1 - figures.retained) <= 1 - limits.retained:
+    if not said and probe.adapters and not abs(1 - figures.retained) <= 1 - limits.retained:
         said = (
             f"{figures.retained:.0%} of its effect is there, and {limits.retained:.0%} to "
             f"{2 - limits.retained:.0%} is allowed"

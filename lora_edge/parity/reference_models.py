@@ -209,10 +209,10 @@ class ReferenceModels:
         An adapter file may hold the base's embedding and output layer, which PEFT would load over
         the rounded ones.
         """
-        ends: list[Any] = []
+        own: list[Any] = []
         if self._quantization is not None and not self._large:  # whose codes stand apart
             ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-        own = [x.weight for x in ends if x is not None]
+            own = [x.weight for x in ends if hasattr(x, "weight")]  # not None, not of patches
         kept = {id(x): (x, x.detach().clone()) for x in own}
         adapted = attached(model, directory, inner)
         for parameter, values in kept.values():

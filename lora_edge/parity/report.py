@@ -22,7 +22,8 @@ CaseKind = Literal[
 ]
 
 _DRIFT_HEADER = (
-    "case", "effect error", "effect", "KL", "limit", "top-1", "perplexity", "in floats", "",
+    "case", "effect error", "effect", "KL", "limit", "top-1", "cosine", "limit", "perplexity",
+    "in floats", "",
 )  # fmt: skip
 _HEADER = ("case", "logit error", "limit", "effect error", "limit", "effect", "top-1", "KL", "")
 
@@ -99,16 +100,20 @@ class DriftFigures:
 
     Attributes:
         positions: number of compared positions.
-        logit_error: largest absolute difference of a logit.
+        logit_error: largest absolute difference of an output.
         effect_error: error relative to the adapter's effect; without an adapter, to the spread of
-            the logits.
+            the outputs.
         retained: share of the adapter's effect that is there (1: all); ``nan`` without an adapter.
-        kl: mean KL divergence, in nats.
-        top1: share of positions with the same best token.
+        kl: mean KL divergence, in nats, of the distribution over tokens or labels; ``nan`` where
+            the outputs are embeddings.
+        top1: share of positions with the same best token or label; ``nan`` as above.
         perplexity: of the greedy continuations of the goldens; ``nan`` where there are none.
         exact_perplexity: the same in floats.
-        kl_limit: largest ``kl`` that passes.
+        kl_limit: largest ``kl`` that passes; ``nan`` as above.
         retained_limit: smallest ``retained`` that passes.
+        cosine: mean cosine of the embeddings of a token; ``nan`` where the outputs are no
+            embeddings.
+        cosine_limit: smallest ``cosine`` that passes; ``nan`` as above.
     """
 
     positions: int
@@ -121,6 +126,8 @@ class DriftFigures:
     exact_perplexity: float
     kl_limit: float
     retained_limit: float
+    cosine: float = math.nan
+    cosine_limit: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -376,14 +383,20 @@ def _drift_cells(case: Case) -> tuple[str, ...]:
     return (
         name,
         f"{figures.effect_error:.1e}",
-        "-" if math.isnan(figures.retained) else f"{figures.retained:.1%}",
-        f"{figures.kl:.1e}",
-        f"{figures.kl_limit:.1e}",
-        f"{figures.top1:.1%}",
-        "-" if math.isnan(figures.perplexity) else f"{figures.perplexity:.4g}",
-        "-" if math.isnan(figures.exact_perplexity) else f"{figures.exact_perplexity:.4g}",
+        _or_dash(figures.retained, ".1%"),
+        _or_dash(figures.kl, ".1e"),
+        _or_dash(figures.kl_limit, ".1e"),
+        _or_dash(figures.top1, ".1%"),
+        _or_dash(figures.cosine, ".6f"),
+        _or_dash(figures.cosine_limit, ".2f"),
+        _or_dash(figures.perplexity, ".4g"),
+        _or_dash(figures.exact_perplexity, ".4g"),
         case.status if case.status == "passed" else case.status.upper(),
     )
+
+
+def _or_dash(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else format(value, form)
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -13,6 +13,7 @@ from lora_edge.reports.charts import drawn, effect_chart
 from lora_edge.reports.load import Data
 from lora_edge.reports.words import (
     Case,
+    cosine,
     drifts,
     failures,
     figure,
@@ -56,7 +57,13 @@ def html(data: Data, worse: Sequence[Regression] = ()) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "share": share, "figure": figure, "power": _power}
+    environment.filters |= {
+        "number": number,
+        "share": share,
+        "cosine": cosine,
+        "figure": figure,
+        "power": _power,
+    }
     bad = telling_first(failures(data))
     sessions = [session["name"] for session in data["sessions"]]
     maps = [_map(data["cases"], data["adapters"], "")]
@@ -118,7 +125,8 @@ def _cell(cases: Sequence[Case]) -> dict[str, Any] | None:
     if status != "unproved" and ratios:
         text = times(max(ratios))
     elif drifted := drifts(own):
-        text = f"KL {number(max(case['drift']['kl'] or 0.0 for case in drifted))}"
+        apart = [case["drift"]["kl"] for case in drifted]
+        text = f"KL {number(max(x or 0.0 for x in apart))}" if any(apart) else "drift"
     elif own[0]["task"]:
         text = figure(own[0]["task"]["bundle"])
     return {

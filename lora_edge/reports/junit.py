@@ -11,6 +11,7 @@ from lora_edge.reports.load import Data
 from lora_edge.reports.words import (
     Case,
     column,
+    cosine,
     drifts,
     figure,
     number,
@@ -78,7 +79,8 @@ def explain(data: Data, case: Case) -> str:
         own = each["drift"]
         lines.append(
             f"drift         KL {number(own['kl'])}, limit {number(own['kl_limit'])}, effect that "
-            f"is there {share(own['retained'])}, best tokens {share(own['top1'])} agree"
+            f"is there {share(own['retained'])}, best tokens or labels {share(own['top1'])} agree, "
+            f"cosine of embeddings {cosine(own.get('cosine'))}"
         )
     if task:
         lines.append(

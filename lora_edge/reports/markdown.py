@@ -9,6 +9,7 @@ from lora_edge.reports.baseline import Regression
 from lora_edge.reports.load import Data
 from lora_edge.reports.words import (
     Case,
+    cosine,
     drifts,
     failures,
     grid,
@@ -100,13 +101,14 @@ def _drift(data: Data) -> list[str]:
         "",
         "### Quantization drift: int8 activations against floats, on the same weights",
         "",
-        "| session | case | KL | limit | effect that is there | effect error | top-1 |",
-        "|---|---|---|---|---|---|---|",
+        "| session | case | KL | limit | effect that is there | effect error | top-1 | cosine |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for case in found:
         own = case["drift"]
         cells = [case["session"], _text(case["name"]), number(own["kl"]), number(own["kl_limit"])]
         cells += [share(own["retained"]), number(own["effect_error"]), share(own["top1"])]
+        cells += [cosine(own.get("cosine"))]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 

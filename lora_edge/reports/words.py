@@ -206,6 +206,11 @@ def figure(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4g}"
 
 
+def cosine(value: float | None) -> str:
+    """A cosine, which is near 1; ``-`` for none."""
+    return "-" if value is None else f"{value:.6f}"
+
+
 def share(value: float | None) -> str:
     """A share in percent."""
     return "-" if value is None else f"{value:.1%}"

@@ -160,7 +160,6 @@ def test_the_reference_rounds_as_the_manifest_says(
     [
         ({"form": "portable"}, "portable"),
         ({"backend": "optimum"}, "optimum"),
-        ({"task": "feature-extraction"}, "feature-extraction"),
         ({"task": "text2text-generation"}, "text2text-generation"),
     ],
 )

@@ -84,6 +84,10 @@ class EncoderSubject(Subject):
             found = runner.outputs.rows(probe.rows, [_types(row) for row in probe.rows], binding)
         return [by_position(row) for row in found]
 
+    def off(self, runner: Runner, probe: Probe, tails: Sequence[Row]) -> None:  # noqa: ARG002
+        """Nothing: an adapter's own head on the base is not in the bundle."""
+        return None
+
     def tokens_of(self, runner: Runner, text: str, adapter: str | None = None) -> Row:
         """With the special tokens that the model reads."""
         if self.reads.sample:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
@@ -106,6 +107,13 @@ class Subject(ABC):
     @abstractmethod
     def observe(self, runner: Runner, probe: Probe, tails: Sequence[Row]) -> list[FloatArray]:
         """The bundle's outputs ``[positions, columns]`` of each row and its tail, as one batch."""
+
+    def off(self, runner: Runner, probe: Probe, tails: Sequence[Row]) -> list[FloatArray] | None:
+        """The bundle's outputs without what its adapters add; ``None``: it does not hold them."""
+        if runner.bundle.manifest.mode == "merged":
+            return None
+        off = dataclasses.replace(probe, kind="base", states=(BASE,) * len(probe.rows))
+        return self.observe(runner, off, tails)
 
     def propose(
         self,
