@@ -211,8 +211,10 @@ class ReferenceModels:
         """
         own: list[Any] = []
         if self._quantization is not None and not self._large:  # whose codes stand apart
-            ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-            own = [x.weight for x in ends if hasattr(x, "weight")]  # not None, not of patches
+            for end in (model.get_input_embeddings, model.get_output_embeddings):
+                with contextlib.suppress(NotImplementedError):  # of models of images
+                    own.append(getattr(end(), "weight", None))
+            own = [x for x in own if x is not None]
         kept = {id(x): (x, x.detach().clone()) for x in own}
         adapted = attached(model, directory, inner)
         for parameter, values in kept.values():

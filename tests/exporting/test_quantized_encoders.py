@@ -83,6 +83,11 @@ ROWS = {
         "image-classification",
         {"linear": (4, {"target_modules": ["q_proj"], "modules_to_save": ["classifier"]})},
     ),
+    "convnext": Row(  # whose embedding is none that transformers knows
+        "convnext",
+        "image-classification",
+        {"linear": (4, {"target_modules": ["pwconv1"], "modules_to_save": ["classifier"]})},
+    ),
     "roberta": Row(
         "roberta",
         "text-classification",
@@ -142,7 +147,7 @@ def test_every_task_is_exact_on_rounded_weights(
     # A head stays as it is, whatever it is made of.
     linear = {path for path, x in layers.items() if x.kind == "linear" and "classifier" not in path}
     gathered = {row.embedding} - {""}
-    assert len(linear) > 10
+    assert len(linear) > 5
     assert set(quantization.layers) == linear | gathered
     level = {f"MatMulNBits {path}" for path in linear}
     codes = {f"GatherBlockQuantized {path}" for path in gathered}

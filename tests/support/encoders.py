@@ -52,6 +52,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "mistral": _KV | {"head_dim": 8, "sliding_window": 8},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 130},
     "dinov2": {"mlp_ratio": 2},
+    "convnext": {"patch_size": 2, "num_stages": 2, "hidden_sizes": [16, 32], "depths": [1, 2]},
     "swin": {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 3},
 }
 TEXT_FAMILIES = (
@@ -64,7 +65,7 @@ TEXT_TASKS = ("text-classification", "token-classification", "feature-extraction
 
 def make_encoder(family: str, task: str, directory: Path, **changes: Any) -> Path:
     """Save a random model whose every parameter is perturbed, so that none is one or zero."""
-    common = _IMAGE if family in (*IMAGE_FAMILIES, "swin") else _TEXT
+    common = _IMAGE if family in (*IMAGE_FAMILIES, "convnext", "swin") else _TEXT
     fields = {**common, "num_labels": 3, **_OWN.get(family, {}), **changes}
     if family == "swin":  # its number of heads differs from stage to stage
         del fields["num_attention_heads"], fields["num_hidden_layers"]
