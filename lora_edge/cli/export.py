@@ -65,13 +65,15 @@ from lora_edge.tasks.task import TASKS
 @options.choice(
     "--precision",
     ["fp32", "int8", "int4"],
-    "Of the linear layers, but for mixtures' experts. int8 and int4 are for text generation in the "
-    "fused form; adapters stay in fp32; of the layers that a merged one changes, see --keep-high.",
+    "Of the linear layers, but for mixtures' experts. int8 and int4 are not for encoder-decoders, "
+    "nor for the portable form; heads of labels and adapters stay in fp32; of the layers that a "
+    "merged one changes, see --keep-high.",
 )
 @options.choice(
     "--head-precision",
     ["int8", "int4", "fp32"],
-    "Of the output layer and the token embedding, where --precision is int8 or int4.",
+    "Of a text generator's output layer, and of the token embedding, where --precision is int8 or "
+    "int4.",
 )
 @click.option(
     "--block-size",

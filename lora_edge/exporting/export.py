@@ -97,15 +97,16 @@ def export(
             The bundle is proved against the converted adapters; the error of the conversion itself
             goes to ``progress`` and into the manifest.
         precision: of the linear layers' weights, but for experts and their routers: ``fp32``; or
-            ``int8`` or ``int4``, codes for blocks of inputs (text generation, trace, fused form).
-            The bundle is proved against PyTorch with the same rounded weights, which are also what
-            DoRA's norms are of; of layers that a merged adapter changes, see ``keep_high``.
+            ``int8`` or ``int4``, codes for blocks of inputs (by the trace backend, not in the
+            portable form; heads of labels and convolutions stay in fp32). The bundle is proved
+            against PyTorch with the same rounded weights, which are also what DoRA's norms are of;
+            of layers that a merged adapter changes, see ``keep_high``.
         activations: what the layers of ``int8`` and ``int4`` multiply their codes with: ``int8``
             (faster: each block of activations is rounded to 8 bits; a graph in floats is written
             beside it, on the same data, and is what is proved) or ``fp32``. What int8 activations
             add is measured, and refused beyond a limit.
-        head_precision: of the output layer and the token embedding, where ``precision`` is not
-            ``fp32``. The codes of a tied embedding are the output layer's.
+        head_precision: of a text generator's output layer and of the token embedding, where
+            ``precision`` is not ``fp32``. The codes of a tied embedding are the output layer's.
         block_size: inputs that share a scale and a zero point: 16, 32, 64 or 128.
         symmetric: the zero point is the middle code, so that none is stored; ``rtn`` only.
         algorithm: ``rtn``: each block's range is spread evenly over its codes; ``k-quant``: scale

@@ -74,7 +74,7 @@ class Graphs:
             passes.save_with_data(model, self._target(part))
 
     def _rounded_before(self, changes: Mapping[str, ParameterChange], say: Progress) -> set[str]:
-        """Put codes into a graph that is to be merged into; the parameters whose changes they have."""
+        """Put codes into a graph that is to be merged into; returns what is merged in them."""
         from lora_edge import graph as passes
 
         quantization, modules = self.quantization, self.modules
