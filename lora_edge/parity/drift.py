@@ -11,19 +11,21 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from lora_edge.bundle.manifest import Manifest
 from lora_edge.maths.lora import FloatArray
 from lora_edge.parity.compare import Expected, Floor, Tolerance, expect, log_total, measure
-from lora_edge.parity.plan.states import Probe, Row
+from lora_edge.parity.plan.states import Probe, Row, State
 from lora_edge.parity.record.golden import Golden
 from lora_edge.parity.report import Case, DriftFigures
 from lora_edge.parity.subjects import subject_of
 from lora_edge.runtime import Runner
 
 _NO_NOISE = Floor(0.0, 0.0)
+_FEW = 32  # positions
 _WAY_OUT = "--activations fp32 exports it without int8 activations, --exact runs it without"
 
 
@@ -53,6 +55,8 @@ def drift(
 ) -> Iterator[Case]:
     """One case for the base and for each adapter, alone, on the short prompts of the goldens.
 
+    Where these have few positions, as of labels, rows of long prompts and of batches count too.
+
     Args:
         exact: the bundle, computing in floats.
         fast: the same bundle as it ships.
@@ -61,22 +65,53 @@ def drift(
     """
     for golden in goldens:
         probe = golden.probe
-        if probe.kind in {"base", "adapter"} and not probe.part:
-            yield _case(probe, _figures(exact, fast, golden, limits), limits)
+        if probe.kind not in {"base", "adapter"} or probe.part:
+            continue
+        rows = _rows(exact, fast, golden, probe.states[0])
+        if sum(len(row.wanted) for row in rows) < _FEW:
+            for other in goldens:
+                if other is not golden and probe.states[0] in other.probe.states:
+                    rows += _rows(exact, fast, other, probe.states[0])
+        yield _case(probe, _figures(exact, rows, limits), limits)
 
 
-def _figures(exact: Runner, fast: Runner, golden: Golden, limits: DriftLimits) -> DriftFigures:
+class _Run(NamedTuple):
+    """A row that both graphs have run.
+
+    Attributes:
+        row: its prompt.
+        tail: what follows the prompt.
+        expected: what the figures are measured from.
+        wanted: the outputs in floats.
+        found: the outputs as the bundle ships.
+    """
+
+    row: Row
+    tail: Row
+    expected: Expected
+    wanted: FloatArray
+    found: FloatArray
+
+
+def _rows(exact: Runner, fast: Runner, golden: Golden, state: State) -> list[_Run]:
+    """The rows of a golden case that are in this state."""
     probe, tails = golden.probe, golden.tails
     subject = subject_of(exact.bundle.manifest)
     wanted = subject.observe(exact, probe, tails)
     found = subject.observe(fast, probe, tails)
-    if not probe.adapters:
+    if not state:
         expected = [expect(row) for row in wanted]
     elif (plain := subject.off(exact, probe, tails)) is not None:
         expected = [expect(*pair) for pair in zip(wanted, plain, strict=True)]
     else:
         expected = [_kept(*pair) for pair in zip(golden.expected, wanted, strict=True)]
-    figures = measure(expected, found, _NO_NOISE, Tolerance())
+    runs = map(_Run, probe.rows, tails, expected, wanted, found)
+    return [run for run, own in zip(runs, probe.states, strict=True) if own == state]
+
+
+def _figures(exact: Runner, rows: Sequence[_Run], limits: DriftLimits) -> DriftFigures:
+    found = [row.found for row in rows]
+    figures = measure([row.expected for row in rows], found, _NO_NOISE, Tolerance())
     embeds = exact.bundle.manifest.gives.output != "logits"
     of_logits = math.nan if embeds else 1.0
     return DriftFigures(
@@ -86,11 +121,11 @@ def _figures(exact: Runner, fast: Runner, golden: Golden, limits: DriftLimits) -
         retained=figures.gain,
         kl=figures.kl * of_logits,
         top1=figures.top1 * of_logits,
-        perplexity=_perplexity(probe, tails, found),
-        exact_perplexity=_perplexity(probe, tails, wanted),
+        perplexity=_perplexity(rows, found),
+        exact_perplexity=_perplexity(rows, [row.wanted for row in rows]),
         kl_limit=limits.kl * of_logits,
         retained_limit=limits.retained,
-        cosine=_cosine(wanted, found) if embeds else math.nan,
+        cosine=_cosine(rows) if embeds else math.nan,
         cosine_limit=limits.cosine if embeds else math.nan,
     )
 
@@ -108,24 +143,24 @@ def _kept(golden: Expected, logits: FloatArray) -> Expected:
     )
 
 
-def _cosine(wanted: Sequence[FloatArray], found: Sequence[FloatArray]) -> float:
+def _cosine(rows: Sequence[_Run]) -> float:
     """Mean over the positions of all rows."""
     each: list[float] = []
-    for one, other in zip(wanted, found, strict=True):
-        a, b = one.astype(np.float64), other.astype(np.float64)
+    for row in rows:
+        a, b = row.wanted.astype(np.float64), row.found.astype(np.float64)
         sizes = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
         each += ((a * b).sum(-1) / np.maximum(sizes, np.finfo(np.float64).tiny)).tolist()
     return sum(each) / len(each)
 
 
-def _perplexity(probe: Probe, tails: Sequence[Row], outputs: Sequence[FloatArray]) -> float:
+def _perplexity(rows: Sequence[_Run], outputs: Sequence[FloatArray]) -> float:
     """Of the continuations, which are the model's own greedy text; ``nan`` where there are none."""
     total, count = 0.0, 0
-    for row, tail, logits in zip(probe.rows, tails, outputs, strict=True):
-        before = logits[len(row) - 1 : len(row) - 1 + len(tail)]
-        own = before[np.arange(len(tail)), list(tail)].astype(np.float64)
+    for run, logits in zip(rows, outputs, strict=True):
+        before = logits[len(run.row) - 1 : len(run.row) - 1 + len(run.tail)]
+        own = before[np.arange(len(run.tail)), list(run.tail)].astype(np.float64)
         total += float(np.sum(log_total(before) - own))
-        count += len(tail)
+        count += len(run.tail)
     return math.exp(total / count) if count else math.nan
 
 

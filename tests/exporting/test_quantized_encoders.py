@@ -171,6 +171,7 @@ def test_drift_has_the_figures_of_the_task(
         own = case.drift
         assert own is not None
         assert own.effect_error > 1e-4
+        assert own.positions > 8  # the rows of mixed batches among them
         assert math.isnan(own.perplexity)
         assert math.isnan(own.retained) == (not case.adapters)
         if embeds:
@@ -179,7 +180,7 @@ def test_drift_has_the_figures_of_the_task(
             assert math.isnan(own.top1)
         else:
             assert 0 < own.kl < own.kl_limit
-            assert own.top1 > 0.9
+            assert own.top1 > 0.8
             assert math.isnan(own.cosine)
     exact = [case.figures for case in report.cases if case.figures is not None]
     assert max(figures.logit_error for figures in exact) < 1e-4
