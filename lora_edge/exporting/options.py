@@ -63,7 +63,7 @@ def check_precision(options: Options) -> None:
             "it, and the operator, MatMulNBits, is ONNX Runtime's own",
             "Use --precision fp32" + (", or --form fused." if options.form != "fused" else "."),
         )
-    if options.keep_high != "touched" and not options.task.causal:
+    if options.keep_high != "touched" and "decoder" not in options.task.parts:
         raise UnsupportedModelError(
             f"--keep-high {options.keep_high} measures an adapter's effect on text-generation, got "
             f"{options.task.name}",
