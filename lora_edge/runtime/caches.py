@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, cast, final
 
 import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 
 from lora_edge.maths.lora import FloatArray
 from lora_edge.runtime.adapters.binding import Binding, Values
-from lora_edge.runtime.decoding import Chunk, Decoding, IntArray, Rows
+from lora_edge.runtime.decoding import CachedDecoding, Chunk, Decoding, IntArray, Rows
 from lora_edge.runtime.pool import give_back, take_buffers
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ _MASK_STEP = 64  # positions by which the mask of a step grows
 
 
 @final
-class SharedCache(Decoding):
+class SharedCache(CachedDecoding):
     """One buffer of ``max_length`` positions or more per layer: present is bound onto past, nothing
     is copied.
 
@@ -106,6 +107,13 @@ class SharedCache(Decoding):
             old.append(token)
         return logits[:, 0]
 
+    def keys_and_values(self, row: int, spans: Sequence[tuple[int, int]]) -> Sequence[NDArray[Any]]:
+        return [np.stack([array[row, :, a:b] for array in self._arrays]) for a, b in spans]
+
+    def _restore(self, kept: Sequence[Sequence[NDArray[Any]]]) -> None:
+        for index, blocks in enumerate(kept):
+            _write(self._arrays, index, 0, blocks)
+
     def _feed(self, rows: Rows, every: bool) -> list[FloatArray]:
         self._steady = False
         if not any(self.history) or self.batch == 1 or max(len(row) for row in rows) == 1:
@@ -158,7 +166,7 @@ class SharedCache(Decoding):
 
 
 @final
-class ConcatenatedCache(Decoding):
+class ConcatenatedCache(CachedDecoding):
     """Past in, past and new out: each run's presents are the next run's pasts.
 
     The presents are bound to values of ours: what a binding allocates dies with its outputs in ONNX
@@ -183,6 +191,26 @@ class ConcatenatedCache(Decoding):
         empty = np.zeros((self.batch, cache.kv_heads, 0, cache.head_dim), self.decoder.cache_dtype)
         self._past = [ort.OrtValue.ortvalue_from_numpy(empty) for _ in self.decoder.past_names]
         self._mask: IntArray = np.zeros((self.batch, 0), np.int64)
+
+    def keys_and_values(self, row: int, spans: Sequence[tuple[int, int]]) -> Sequence[NDArray[Any]]:
+        if not spans:
+            return []
+        slots = np.flatnonzero(self._mask[row])
+        whole = np.stack([value.numpy()[row][:, slots] for value in self._past])
+        return [whole[:, :, a:b].copy() for a, b in spans]
+
+    def _restore(self, kept: Sequence[Sequence[NDArray[Any]]]) -> None:
+        cache = self.decoder.kept
+        lengths = [sum(block.shape[2] for block in blocks) for blocks in kept]
+        width = max(lengths)
+        shape = self.batch, cache.kv_heads, width, cache.head_dim
+        arrays = [np.zeros(shape, self.decoder.cache_dtype) for _ in self._past]
+        self._mask = np.zeros((self.batch, width), np.int64)
+        for index, (blocks, length) in enumerate(zip(kept, lengths, strict=True)):
+            first = width - length if self._left else 0
+            self._mask[index, first : first + length] = 1
+            _write(arrays, index, first, blocks)
+        self._past = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays]
 
     def _present(self, length: int) -> Any:
         """Room for the keys or values of one layer: ``[batch, kv_heads, length, head_dim]``."""
@@ -254,3 +282,14 @@ class NoCache(Decoding):
         chunk = Chunk(ids, mask, positions, [0] * self.batch, lengths)
         found = self._run(self._io, chunk, every=True)
         return [values[-max(len(row), 1) :] for values, row in zip(found, rows, strict=True)]
+
+
+def _write(
+    arrays: Sequence[NDArray[Any]], row: int, first: int, blocks: Sequence[NDArray[Any]]
+) -> None:
+    """Write blocks one behind the other into the arrays of keys and values, from a place on."""
+    for block in blocks:
+        end = first + block.shape[2]
+        for array, values in zip(arrays, block, strict=True):
+            array[row, :, first:end] = values
+        first = end

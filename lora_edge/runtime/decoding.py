@@ -140,7 +140,8 @@ class Decoding(ABC):
     def _feed(self, rows: Rows, every: bool) -> list[FloatArray]:
         """Run checked rows through the graph; an empty row rests."""
 
-    def _checked(self, rows: Rows, *, every: bool, rest: bool = False) -> list[FloatArray]:
+    def _check(self, rows: Rows, *, rest: bool = False) -> None:
+        """Refuse what cannot be appended; the first rows decide where adapters are active."""
         if len(rows) != self.batch:
             raise DataError(
                 f"{len(rows)} rows were given, the batch has {self.batch}", "Give one per row."
@@ -160,6 +161,9 @@ class Decoding(ABC):
         gates = self.binding.token_gates
         if gates is not None and self._starts is None:
             self._starts = gates.starts(rows)
+
+    def _checked(self, rows: Rows, *, every: bool, rest: bool = False) -> list[FloatArray]:
+        self._check(rows, rest=rest)
         logits = self._feed(rows, every)
         for old, row in zip(self.history, rows, strict=True):
             old.extend(row)
@@ -230,6 +234,43 @@ class Decoding(ABC):
         for name, value in values.items():
             io.io.bind_ortvalue_input(name, value)
         self._gates_key, self._gates = key, values
+
+
+class CachedDecoding(Decoding):
+    """One that keeps keys and values, which can be read and written."""
+
+    def resume(self, rows: Rows, kept: Sequence[Sequence[NDArray[Any]]]) -> FloatArray:
+        """As :meth:`prefill`, of prompts whose first keys and values are known: runs the rest.
+
+        Args:
+            rows: the whole prompts.
+            kept: of each row what :meth:`keys_and_values` gave for its first tokens under the same
+                adapters, in order and without gaps, but not for all of its tokens.
+        """
+        if not any(kept):
+            return self.prefill(rows)
+        self._check(rows)
+        counts = [sum(block.shape[2] for block in blocks) for blocks in kept]
+        self._restore(kept)
+        for old, row, count in zip(self.history, rows, counts, strict=True):
+            old.extend(row[:count])
+        return self.extend([row[count:] for row, count in zip(rows, counts, strict=True)])
+
+    @abstractmethod
+    def keys_and_values(self, row: int, spans: Sequence[tuple[int, int]]) -> Sequence[NDArray[Any]]:
+        """Copies of what is in the cache for some of a row's tokens, on the CPU.
+
+        Args:
+            row: which.
+            spans: of each piece its first token and the one behind its last.
+
+        Returns:
+            Of each piece ``[2 * layers, kv_heads, tokens, head_dim]``.
+        """
+
+    @abstractmethod
+    def _restore(self, kept: Sequence[Sequence[NDArray[Any]]]) -> None:
+        """Write the keys and values of each row's first tokens into the cache, which is empty."""
 
 
 def _last(logits: Sequence[FloatArray]) -> FloatArray:

@@ -32,17 +32,21 @@ class Resident:
         adapters: bytes of each adapter.
         combined: bytes of blends and of adapters side by side, for mixed batches.
         buffers: bytes of the KV buffers that no run uses.
+        prefixes: bytes of the keys and values of prompts' beginnings.
+        prefix_limit: bytes of these that it keeps at most; they are not in ``limit``.
     """
 
     limit: int
     adapters: Mapping[str, int]
     combined: int
     buffers: int
+    prefixes: int = 0
+    prefix_limit: int = 0
 
     @property
     def total(self) -> int:
         """Bytes of everything."""
-        return sum(self.adapters.values()) + self.combined + self.buffers
+        return sum(self.adapters.values()) + self.combined + self.buffers + self.prefixes
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,13 @@ class SizedCache:
             entry = self._entries.pop(key)
             self._size -= entry.size
             return entry.value
+
+    @property
+    def size(self) -> int:
+        """The sum of the sizes."""
+        self._settle()
+        with self._lock:
+            return self._size
 
     def pin(self, keys: Collection[Key]) -> None:
         """Never let the values of these keys go, which count all the same."""

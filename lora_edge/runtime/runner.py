@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -24,6 +25,7 @@ from lora_edge.runtime.finite import finite
 from lora_edge.runtime.generation import Generation, begin, check_room
 from lora_edge.runtime.opening import checked_parts, open_parts
 from lora_edge.runtime.pinned import PinnedSessions
+from lora_edge.runtime.prefixes import Prefixes
 from lora_edge.runtime.providers import LEVELS
 from lora_edge.runtime.resident import CACHE_BYTES, Resident, SizedCache
 from lora_edge.runtime.routes import Routes
@@ -87,6 +89,11 @@ class Runner:
             and mixed batches, and the KV buffers of finished runs. The longest unused goes first
             and is made again when it is asked for. What is in use is not counted.
         keep: adapters that are loaded now and stay, whatever ``cache_bytes`` says.
+        prefix_bytes: keep up to so many bytes of the keys and values of prompts and completions,
+            beside ``cache_bytes``: :meth:`generate`, :meth:`stream` and :meth:`generate_ids` run
+            only the rest of a prompt that begins like an earlier one under the same adapters. A
+            prompt in two parts gives other last bits than the whole, so the default is 0: none. Of
+            bundles with one decoder and a cache, on the CPU provider; elsewhere it does nothing.
         exact: run the graph that computes in floats, which is the one that is proved; slower. A
             bundle whose graph computes in floats itself runs as ever. Not with ``pinned``.
 
@@ -112,6 +119,7 @@ class Runner:
         verify: Literal["sampled", "full"] = "sampled",
         cache_bytes: int = CACHE_BYTES,
         keep: Sequence[str] = (),
+        prefix_bytes: int = 0,
         exact: bool = False,
     ) -> None:
         opt.text("provider", provider)
@@ -124,6 +132,7 @@ class Runner:
         opt.one_of("verify", verify, ("sampled", "full"))
         cache_bytes = opt.whole("cache_bytes", cache_bytes, 0)
         keep = opt.texts("keep", keep)
+        prefix_bytes = opt.whole("prefix_bytes", prefix_bytes, 0)
         opt.flag("exact", exact)
         self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
         if verify == "full":
@@ -163,6 +172,8 @@ class Runner:
         self._routes = None
         if routed is not None:
             self._routes = Routes(self.bundle, lambda: self.decoder, self._active, routed, options)
+        invocations = {name: entry.invocation for name, entry in manifest.adapters.items()}
+        self._prefixes = Prefixes(prefix_bytes, invocations, lambda: self._active.generation)
         for name in keep:
             self._active.load(name)
 
@@ -326,7 +337,8 @@ class Runner:
 
     def resident(self) -> Resident:
         """What is kept in memory for its next use, and its bytes."""
-        return self._cache.report()
+        held = self._prefixes
+        return replace(self._cache.report(), prefixes=held.bytes, prefix_limit=held.limit)
 
     def binding(self, adapter: AdapterArgument, batch: int) -> Binding:
         """What is bound for a batch, for use with :attr:`decoder`.
@@ -366,6 +378,7 @@ class Runner:
                 "Open a Runner without it in pinned.",
             )
         self._active.override(name, tensors)
+        self._prefixes.forget()
 
     def logits(
         self,
@@ -696,11 +709,13 @@ class Runner:
             )
         if start is not None:
             raise DataError("start is for encoder-decoders only", "Put it into the prompt.")
+        adapters_of = self._active.generation  # before they are bound
         decoder, bound = self._session_for(adapter, batch)
         longest = max(map(len, rows), default=0)
         check_room(longest, max_new_tokens, decoder.part.max_length)
+        decoding = decoder.start(batch, longest + max_new_tokens, bound)
         return Generation(
-            decoder.start(batch, longest + max_new_tokens, bound),
+            self._prefixes.reused(decoding, adapters_of),
             rows,
             max_new_tokens=max_new_tokens,
             eos_ids=eos_ids,

@@ -124,7 +124,7 @@ class ModelSession:
         self.graphs = {name: self._open(folder / part.file, part) for name, part in parts.items()}
         target = self.provider.target
         self.tensors = Tensors(self.sites, target.memory, zero_rank=target.zero_rank)
-        self._fixed = fixed
+        self.fixed = fixed
         self._off = self.tensors.off() if fixed is None else Binding((fixed.state,), {})
 
     def _open(self, path: Path, part: Part) -> OpenGraph:
@@ -190,9 +190,9 @@ class ModelSession:
         """
         if binding is None:
             return self._off
-        if self._fixed is not None and binding.states != self._off.states:
+        if self.fixed is not None and binding.states != self._off.states:
             raise DataError(
-                f"this session's weights hold {self._fixed.state}, and {binding.states} was asked "
+                f"this session's weights hold {self.fixed.state}, and {binding.states} was asked "
                 "for",
                 "Start other adapters on the Runner's decoder.",
             )

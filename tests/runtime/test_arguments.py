@@ -35,6 +35,7 @@ OPENING: dict[str, list[Any]] = {
     "pinned": [None, 5, "alpha", [5], [["alpha"]], ["no such"], {"alpha": 1.0}.items()],
     "verify": [None, True, "none", "FULL", 1],
     "cache_bytes": [None, -1, 1.5, 2.0, "1", True, NAN, [1]],
+    "prefix_bytes": [None, -1, 1.5, 2.0, "1", True, NAN, [1]],
     "keep": [None, 5, b"alpha", [5], [["alpha"]], "no such", ["no such"], {"alpha": 1.0}],
 }
 ROWS: list[Any] = [

@@ -153,6 +153,11 @@ class ActiveAdapters:
         """What an adapter changes at the sites that it touches; raises as :meth:`binding`."""
         return self._resident(name).changes
 
+    @property
+    def generation(self) -> int:
+        """A number that changes when an adapter's tensors do."""
+        return self._generation
+
     def override(self, name: str, tensors: Mapping[str, NDArray[np.floating]] | None) -> None:
         """Use other tensors for an adapter from now on, in this process only.
 

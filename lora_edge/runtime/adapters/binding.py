@@ -58,7 +58,7 @@ class TokenGates:
         That is where the last occurrence of its invocation begins, decided once by the prompt.
         """
         return np.array(
-            [[_start(row, invocation) for invocation in self.invocations] for row in prompts],
+            [[invoked_at(row, invocation) for invocation in self.invocations] for row in prompts],
             np.int64,
         )
 
@@ -94,7 +94,8 @@ class TokenGates:
         return values
 
 
-def _start(row: Sequence[int], invocation: Sequence[int]) -> int:
+def invoked_at(row: Sequence[int], invocation: Sequence[int]) -> int:
+    """The position from which an adapter is active on a row that begins with a prompt."""
     if not invocation:
         return 0
     wanted = list(invocation)
