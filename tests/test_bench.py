@@ -189,7 +189,7 @@ def test_the_hot_loop_is_reported(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     results = json.loads(file.read_text(encoding="utf-8"))
     seconds = results["milliseconds"]
-    assert set(seconds) == {"step", "own", "switch", "load", "hash"}
+    assert set(seconds) == {"step", "own", "switch", "load", "hash", "whole", "kept"}
     assert all(len(each) == 2 and min(each) > 0 for each in seconds.values())
     for name, over, under, _ in hot_loop.RATIOS:
         ratios = [a / b for a, b in zip(seconds[over], seconds[under], strict=True)]

@@ -1,8 +1,9 @@
 """`ci/bench hot_loop`: what lora-edge's own code costs beside the graph's runs.
 
-A switch between resident adapters, the load of an adapter from its file, and Python per token. One
-thread, seconds that it ran and not those that passed, in several fresh processes; figures are
-ratios to a decode step, or to the hash of the same file, in the same process.
+A switch between resident adapters, the load of an adapter from its file, and Python per token; and
+the time to the first token of a prompt whose beginning is kept. One thread, seconds that it ran and
+not those that passed, in several fresh processes; figures are ratios to a decode step, to the hash
+of the same file, or to the same prompt of which nothing is kept, in the same process.
 """
 
 from __future__ import annotations
@@ -33,11 +34,13 @@ from lora_edge.runtime.adapters.active import ActiveAdapters
 from lora_edge.runtime.resident import SizedCache
 
 PROMPT, LENGTH = 128, 1024
+SHARED, OWN = 400, 16  # tokens that prompts begin with, and that each ends with
 
 RATIOS = (
     ("switch / step", "switch", "step", 0.02),
     ("own Python per token / step", "own", "step", None),
     ("cold load / hash of the file alone", "load", "hash", None),
+    (f"first token, {SHARED} of {SHARED + OWN} kept", "kept", "whole", None),
 )
 
 
@@ -80,7 +83,9 @@ def measure(bundle: Path, turns: int) -> Run:
     prompt = [index % decoder.part.vocab_size for index in range(7, 7 + PROMPT)]
     cold = ActiveAdapters(runner.bundle, runner.session.tensors, SizedCache(0))
     content = runner.bundle.read(runner.bundle.adapter(largest).file)
-    found: dict[str, list[float]] = {name: [] for name in ("step", "own", "switch", "load", "hash")}
+    keeping = Runner(bundle, threads=1, prefix_bytes=1 << 30)
+    figures = ("step", "own", "switch", "load", "hash", "whole", "kept")
+    found: dict[str, list[float]] = {name: [] for name in figures}
 
     def generate(count: int) -> tuple[float, float]:
         """Seconds of a generation, of all of it and of what is not the graph's."""
@@ -92,15 +97,24 @@ def measure(bundle: Path, turns: int) -> Run:
         names.reverse()
         decoder.start(1, LENGTH, runner.binding(names[0], 1))
 
+    def first_token(one: Runner, turn: int) -> float:
+        """Seconds of a prompt that begins as those of all turns and ends as no other."""
+        own = [(turn + index) % decoder.part.vocab_size for index in range(OWN)]
+        shared = [index % decoder.part.vocab_size for index in range(11, 11 + SHARED)]
+        return _seconds(lambda: one.generate_ids([shared + own], first, 1))
+
     names = [first, second]
+    first_token(keeping, turns)
     for _ in range(4):  # both have been used before
         switch()
-    for _ in range(turns):
+    for turn in range(turns):
         short, long = generate(1), generate(17)
         found["step"].append((long[0] - short[0]) / 16)
         found["own"].append((long[1] - short[1]) / 16)
         found["switch"].append(_seconds(switch))
         found["load"].append(_seconds(lambda: cold.binding(largest, 1)))
+        found["whole"].append(first_token(runner, turn))
+        found["kept"].append(first_token(keeping, turn))
         found["hash"].append(_seconds(lambda: hashlib.sha256(content).digest()))
     return Run({name: median(values) for name, values in found.items()}, content.nbytes)
 
