@@ -1,8 +1,12 @@
-"""Keys and values of the beginnings of earlier rows, for later prompts that begin alike.
+"""Keys and values of earlier prompts, for later ones that begin alike.
 
-A row is cut into blocks of :data:`BLOCK` tokens. What is in a block follows from the tokens up to
-its end and from the adapters that were active on each of them, and by these it is found again: a
-token before an adapter's invocation is the base's. Rows that begin alike share their blocks.
+A prompt is cut into blocks of :data:`BLOCK` tokens. What is in a block follows from the tokens up
+to its end and from the adapters that were active on each of them, and by these it is found again: a
+token before an adapter's invocation is the base's. Prompts that begin alike share their blocks.
+
+ONNX Runtime's CPU provider computes one token alone by other kernels than several, with int8
+activations visibly so. So what decode steps have made is not kept, and two tokens at least of each
+prompt are run.
 
 The graphs of a bundle share blocks: they give the same numbers but for the order of sums. A pinned
 session has its own.
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
 BLOCK = 16
 """Tokens that are kept and found together."""
 
+_RUN = 2  # tokens of a prompt, at least
 _ANY_GRAPH = -1  # no session's serial
 
 
@@ -61,7 +66,7 @@ class Prefixes:
         self.blocks.clear(lambda _: True)
 
     def reused(self, decoding: Decoding, generation: int) -> Steps:
-        """A decoding that runs the rest of its prompts only, and leaves its rows' blocks here.
+        """A decoding that runs the rest of its prompts only, and leaves their blocks here.
 
         Args:
             decoding: new.
@@ -76,15 +81,15 @@ class Prefixes:
             return decoding
         one = decoder.kept
         size = 2 * one.layers * one.kv_heads * one.head_dim * decoder.cache_dtype.itemsize * BLOCK
-        fitting = self.limit // size if size else 0
+        fitting = self.limit // size
         return _Reused(self, decoding, generation, fitting) if fitting else decoding
 
 
 class _Reused:
-    """Steps of a decoding, and the blocks of its rows.
+    """Steps of a decoding whose prompts may begin like earlier ones.
 
     Args:
-        prefixes: where they are kept.
+        prefixes: where blocks are kept.
         decoding: new.
         generation: when its binding was asked for.
         fitting: blocks of one row that fit.
@@ -99,102 +104,88 @@ class _Reused:
         self._fitting = fitting
         decoder = decoding.decoder
         self._graph = _ANY_GRAPH if decoder.fixed is None else decoder.serial
-        self._chains: list[_Chain] = []
-
-    @property
-    def _current(self) -> bool:
-        """Whether its adapters are still those that have their names."""
-        return self._prefixes.generation() == self._generation
 
     def prefill(self, rows: Rows) -> FloatArray:
         """As :meth:`~lora_edge.runtime.decoding.Decoding.prefill`."""
         decoding = self._decoding
+        if len(rows) != decoding.batch or not self._current:
+            return decoding.prefill(rows)
         decoding.decoder.check_ids(rows)
         states = decoding.binding.states
-        if len(states) == 1:
-            states = states * len(rows)
-        if len(states) == len(rows):  # else it is refused
-            self._chains = [
-                _Chain(state, self._prefixes.invocations, row)
-                for state, row in zip(states, rows, strict=True)
-            ]
-        found = [self._found(chain, row) for chain, row in zip(self._chains, rows, strict=False)]
-        logits = decoding.resume(rows, found)
-        for row in range(len(rows)):
-            self._keep(row)
+        states = states * len(rows) if len(states) == 1 else states
+        invocations = self._prefixes.invocations
+        keys = [
+            [self._key(digest) for digest in digests(row, state, invocations)[: self._fitting]]
+            for row, state in zip(rows, states, strict=True)
+        ]
+        logits = decoding.resume(
+            rows, [self._found(own, row) for own, row in zip(keys, rows, strict=True)]
+        )
+        if self._current:
+            for row, own in enumerate(keys):
+                self._keep(row, own)
         return logits
 
     def advance(self, tokens: Sequence[int | None]) -> FloatArray:
         """As :meth:`~lora_edge.runtime.decoding.Decoding.advance`."""
-        logits = self._decoding.advance(tokens)
-        for row, token in enumerate(tokens):
-            if token is not None and len(self._decoding.history[row]) % BLOCK == 0:
-                self._keep(row)
-        return logits
+        return self._decoding.advance(tokens)
 
-    def _found(self, chain: _Chain, row: Sequence[int]) -> list[Any]:
-        """The blocks that a prompt begins with; a token at least is left to be run."""
+    @property
+    def _current(self) -> bool:
+        """Whether its adapters' tensors are still those of their names."""
+        return self._prefixes.generation() == self._generation
+
+    def _key(self, digest: bytes) -> Key:
+        return self._generation, self._graph, digest
+
+    def _found(self, keys: Sequence[Key], row: Sequence[int]) -> list[Any]:
+        """The blocks that a prompt begins with."""
         found: list[Any] = []
-        if not self._current:
-            return found
-        for digest in chain.grown(row, max(len(row) - 1, 0) // BLOCK):
-            block = self._prefixes.blocks.get(self._key(digest))
+        for key in keys[: max(len(row) - _RUN, 0) // BLOCK]:
+            block = self._prefixes.blocks.get(key)
             if block is None:
                 break
             found.append(block)
         return found
 
-    def _keep(self, row: int) -> None:
+    def _keep(self, row: int, keys: Sequence[Key]) -> None:
         """Keep the blocks of a row that are not here.
 
         The first ones are used last: without them those behind them are not found.
         """
-        if not self._current:
-            return
-        history, blocks = self._decoding.history[row], self._prefixes.blocks
-        count = min(len(history) // BLOCK, self._fitting)
-        keys = [self._key(digest) for digest in self._chains[row].grown(history, count)]
+        blocks = self._prefixes.blocks
         missing = [index for index, key in enumerate(keys) if blocks.get(key) is None]
         spans = [(index * BLOCK, (index + 1) * BLOCK) for index in missing]
         made = dict(zip(missing, self._decoding.keys_and_values(row, spans), strict=True))
-        for index in reversed(range(count)):
+        for index in reversed(range(len(keys))):
             block = made.get(index)
             if block is None:
                 blocks.get(keys[index])
             else:
                 blocks.keep(keys[index], block, block.nbytes)
 
-    def _key(self, digest: bytes) -> Key:
-        return self._generation, self._graph, digest
 
-
-class _Chain:
-    """What the blocks of a row are found by: each follows from those before it.
+def digests(
+    row: Sequence[int], state: State, invocations: Mapping[str, Sequence[int]]
+) -> list[bytes]:
+    """What the whole blocks of a prompt are found by: each follows from those before it.
 
     Args:
-        state: the row's adapters and weights.
+        row: its tokens.
+        state: its adapters and weights.
         invocations: of each adapter the token ids that activate it.
-        prompt: decides where they are active from.
     """
-
-    def __init__(
-        self, state: State, invocations: Mapping[str, Sequence[int]], prompt: Sequence[int]
-    ) -> None:
-        self._starts = [
-            (name, weight, invoked_at(prompt, invocations[name])) for name, weight in state
+    starts = [(name, weight, invoked_at(row, invocations[name])) for name, weight in state]
+    found: list[bytes] = []
+    before = b""
+    for first in range(0, len(row) - BLOCK + 1, BLOCK):
+        active = [  # and from which of the block's tokens on
+            (name, weight, max(start - first, 0))
+            for name, weight, start in starts
+            if start < first + BLOCK
         ]
-        self._digests: list[bytes] = []
-
-    def grown(self, row: Sequence[int], count: int) -> Sequence[bytes]:
-        """The first so many blocks of a row, which only grows."""
-        for first in range(len(self._digests) * BLOCK, count * BLOCK, BLOCK):
-            offsets = [
-                (name, weight, max(start - first, 0)) for name, weight, start in self._starts
-            ]
-            active = [each for each in offsets if each[2] < BLOCK]  # from which of its tokens on
-            before = self._digests[-1] if self._digests else b""
-            tokens = np.asarray(row[first : first + BLOCK], np.int64).tobytes()
-            self._digests.append(
-                hashlib.blake2b(before + tokens + repr(active).encode(), digest_size=32).digest()
-            )
-        return self._digests[:count]
+        tokens = np.asarray(row[first : first + BLOCK], np.int64).tobytes()
+        told = before + tokens + repr(active).encode()
+        before = hashlib.blake2b(told, digest_size=32).digest()
+        found.append(before)
+    return found

@@ -89,11 +89,11 @@ class Runner:
             and mixed batches, and the KV buffers of finished runs. The longest unused goes first
             and is made again when it is asked for. What is in use is not counted.
         keep: adapters that are loaded now and stay, whatever ``cache_bytes`` says.
-        prefix_bytes: keep up to so many bytes of the keys and values of prompts and completions,
-            beside ``cache_bytes``: :meth:`generate`, :meth:`stream` and :meth:`generate_ids` run
-            only the rest of a prompt that begins like an earlier one under the same adapters. A
-            prompt in two parts gives other last bits than the whole, so the default is 0: none. Of
-            bundles with one decoder and a cache, on the CPU provider; elsewhere it does nothing.
+        prefix_bytes: keep the keys and values of prompts, up to so many bytes beside
+            ``cache_bytes``: :meth:`generate`, :meth:`stream` and :meth:`generate_ids` run only the
+            rest of a prompt that begins like an earlier one under the same adapters. 0 keeps none:
+            a prompt in two parts may give other last bits than the whole. Of bundles with one
+            decoder and a cache, on the CPU provider; elsewhere it does nothing.
         exact: run the graph that computes in floats, which is the one that is proved; slower. A
             bundle whose graph computes in floats itself runs as ever. Not with ``pinned``.
 

@@ -88,14 +88,16 @@ def test_the_rest_alone_is_run_and_gives_the_same(
     said = runner.generate_ids([prompt], adapter, 20)
     assert ran[0] == (50,)
     assert said == plain.generate_ids([prompt], adapter, 20)
-    # 2 blocks of what is left of the prompt; 4 of what it said, too; all but the last token.
     whole = prompt + said[0]
+    # What it said is run with the next prompt, and kept by that.
     for again, rest in (
         ([*prompt[:40], *other], 17),
-        ([*whole[:69], *other], 14),
-        (whole[:64], 16),
-        (whole[:65], 1),
+        ([*whole[:69], *other], 30),
+        (whole[:66], 2),
+        (whole[:65], 17),  # never one token alone
+        (prompt[:17], 17),
         (prompt[:BLOCK], BLOCK),
+        (prompt[:1], 1),
     ):
         ran.clear()
         found = logits(runner, [again], adapter)
@@ -103,6 +105,13 @@ def test_the_rest_alone_is_run_and_gives_the_same(
         close(found, logits(plain, [again], adapter))
         new = [prompt[:40] + other]
         assert runner.generate_ids(new, adapter, 9) == plain.generate_ids(new, adapter, 9)
+
+
+def test_what_steps_have_made_is_not_kept(tiny: Any, bundles: Any) -> None:
+    """One token alone is computed by other kernels than several."""
+    runner, rows = opened(bundles["fused"]), tiny.rows(50)
+    runner.generate_ids(rows, None, 40)
+    assert runner.resident().prefixes == 3 * BYTES
 
 
 def test_nothing_is_kept_unless_it_is_asked_for(tiny: Any, bundles: Any, ran: list[Any]) -> None:
@@ -131,8 +140,8 @@ def test_no_other_adapters_prefix_is_used(
     np.testing.assert_array_equal(logits(runner, rows, STATES[other]), wanted)
     assert ran == [(50,)]
     # If it were, it would show.
-    real = prefixes._Chain
-    monkeypatch.setattr(prefixes, "_Chain", lambda _, found, row: real((), found, row))
+    real = prefixes.digests
+    monkeypatch.setattr(prefixes, "digests", lambda row, _, found: real(row, (), found))
     runner = opened(bundles["fused"])
     logits(runner, rows, STATES[one])
     ran.clear()
@@ -203,10 +212,9 @@ def test_the_bytes_are_bounded_and_the_longest_unused_go_first(
 
 def _kept(runner: Runner, row: Sequence[int]) -> int:
     """How many of a row's blocks are found, which leaves everything as it is."""
-    chain = prefixes._Chain((), {}, row)
     held = set(runner._prefixes.blocks._entries)
-    digests = chain.grown(row, len(row) // BLOCK)
-    keys = [(runner._active.generation, prefixes._ANY_GRAPH, digest) for digest in digests]
+    found = prefixes.digests(row, (), {})
+    keys = [(runner._active.generation, prefixes._ANY_GRAPH, digest) for digest in found]
     return next((n for n, key in enumerate(keys) if key not in held), len(keys))
 
 
@@ -284,9 +292,9 @@ def test_an_invocation_inside_a_block(tiny: Any, activated: Any, ran: list[Any])
 
 @pytest.mark.parametrize("form", FORMS)
 def test_rows_with_unlike_prefixes(tiny: Any, activated: Any, ran: list[Any], form: str) -> None:
-    """None, some, and all but a token of a prompt; of unlike adapters; of unlike lengths."""
-    a, b, c, new = tiny.rows(49, 40, 33, 12, seed=5)
-    rows = [a, [*b[:20], *new], new, c, [*b[:34], *INVOCATION, *new]]
+    """None, some, and all but 2 tokens of a prompt; of unlike adapters; of unlike lengths."""
+    a, b, c, new = tiny.rows(50, 40, 34, 12, seed=5)
+    rows = [a, [*b[:20], *new], new, c, [*b[:35], *INVOCATION, *new]]
     states: list[Any] = ["beta", None, "beta", {"beta": 0.5}, "alpha"]
     runner, plain = opened(activated[form]), Runner(activated[form], threads=1)
     for row, state in ((a, "beta"), (b, None), (c, {"beta": 0.5}), (new, "beta")):
@@ -294,7 +302,7 @@ def test_rows_with_unlike_prefixes(tiny: Any, activated: Any, ran: list[Any], fo
     ran.clear()
     batch, alone = steps(runner, rows, states, 30), steps(plain, rows, states, 30)
     close(batch.prefill(rows), alone.prefill(rows))
-    rests = [1, 16, 12, 1, 16]
+    rests = [2, 16, 12, 2, 17]
     if form == "fused":  # which takes one row at a time behind a past
         assert ran[:5] == [(count,) for count in rests]
     if form == "portable":
