@@ -4,12 +4,11 @@ A prompt is cut into blocks of :data:`BLOCK` tokens. What is in a block follows 
 to its end and from the adapters that were active on each of them, and by these it is found again: a
 token before an adapter's invocation is the base's. Prompts that begin alike share their blocks.
 
-ONNX Runtime's CPU provider computes one token alone by other kernels than several, with int8
-activations visibly so. So what decode steps have made is not kept, and two tokens at least of each
-prompt are run.
-
-The graphs of a bundle share blocks: they give the same numbers but for the order of sums. A pinned
-session has its own.
+What would give other last bits, which int8 activations make large, is not reused. ONNX Runtime's
+CPU provider computes one token alone by other kernels than several: what decode steps have made is
+not kept, and two tokens at least of each prompt are run. An adapter beside others is added up in
+another order than alone. So is one in the weights: a pinned session has blocks of its own. The
+other graphs of a bundle give the same bits, and share them.
 """
 
 from __future__ import annotations
@@ -113,10 +112,13 @@ class _Reused:
         decoding.decoder.check_ids(rows)
         states = decoding.binding.states
         states = states * len(rows) if len(states) == 1 else states
-        invocations = self._prefixes.invocations
+        invocations, beside = self._prefixes.invocations, company(states, decoding.decoder.by_row)
         keys = [
-            [self._key(digest) for digest in digests(row, state, invocations)[: self._fitting]]
-            for row, state in zip(rows, states, strict=True)
+            [(self._generation, self._graph, digest) for digest in found[: self._fitting]]
+            for found in (
+                digests(row, state, invocations, beside)
+                for row, state in zip(rows, states, strict=True)
+            )
         ]
         logits = decoding.resume(
             rows, [self._found(own, row) for own, row in zip(keys, rows, strict=True)]
@@ -134,9 +136,6 @@ class _Reused:
     def _current(self) -> bool:
         """Whether its adapters' tensors are still those of their names."""
         return self._prefixes.generation() == self._generation
-
-    def _key(self, digest: bytes) -> Key:
-        return self._generation, self._graph, digest
 
     def _found(self, keys: Sequence[Key], row: Sequence[int]) -> list[Any]:
         """The blocks that a prompt begins with."""
@@ -165,8 +164,24 @@ class _Reused:
                 blocks.keep(keys[index], block, block.nbytes)
 
 
+def company(states: Sequence[State], by_row: bool) -> Sequence[Any]:
+    """What the sums of a row's adapters depend on, beside the row: what lies beside them.
+
+    Args:
+        states: of all rows.
+        by_row: each row has its own pairs, as long as the longest; else they are side by side.
+    """
+    if by_row:
+        return sorted(set(states))
+    names = sorted({name for state in states for name, _ in state})
+    return names if len(set(states)) > 1 and len(names) > 1 else ()
+
+
 def digests(
-    row: Sequence[int], state: State, invocations: Mapping[str, Sequence[int]]
+    row: Sequence[int],
+    state: State,
+    invocations: Mapping[str, Sequence[int]],
+    beside: Sequence[Any] = (),
 ) -> list[bytes]:
     """What the whole blocks of a prompt are found by: each follows from those before it.
 
@@ -174,6 +189,7 @@ def digests(
         row: its tokens.
         state: its adapters and weights.
         invocations: of each adapter the token ids that activate it.
+        beside: of :func:`company`; where no adapter is active it changes nothing.
     """
     starts = [(name, weight, invoked_at(row, invocations[name])) for name, weight in state]
     found: list[bytes] = []
@@ -185,7 +201,7 @@ def digests(
             if start < first + BLOCK
         ]
         tokens = np.asarray(row[first : first + BLOCK], np.int64).tobytes()
-        told = before + tokens + repr(active).encode()
+        told = before + tokens + repr((active, beside) if active else ()).encode()
         before = hashlib.blake2b(told, digest_size=32).digest()
         found.append(before)
     return found

@@ -112,7 +112,7 @@ class ModelSession:
         self.parts = parts
         self.sites = {path: site for part in parts.values() for path, site in part.sites.items()}
         self.provider = resolve(provider, provider_options)
-        self._by_row = by_row
+        self.by_row = by_row
         # Kept for as long as the sessions: those do not keep the weights alive.
         self._options: dict[str, Any] = {
             "threads": threads,
@@ -153,7 +153,7 @@ class ModelSession:
             raise BundleError(f"{path} lacks {', '.join(missing)}", "Export the bundle again.")
         check_adapter_inputs(graph.inputs, part.sites, path)
         shapes = {name: shape for name, _, shape in (*given, *made)}
-        check_sizes(shapes, {**site_sizes(part.sites, by_row=self._by_row), **_sizes(part)}, path)
+        check_sizes(shapes, {**site_sizes(part.sites, by_row=self.by_row), **_sizes(part)}, path)
         return graph
 
     @property

@@ -67,8 +67,9 @@ def test_graphs_of_a_bundle_share_what_is_kept(made: Path, tmp_path: Path, ran: 
         ([row], None, [(BASE_GRAPH_FILE, (24,))]),
         ([invoked], "alora", [(GRAPH_FILE, (13,))]),
         ([row], "plain", [(SINGLE_GRAPH_FILE, (24,))]),
-        ([row] * 2, ["plain", {"plain": 0.5}], [(ROWS_GRAPH_FILE, (8,)), (ROWS_GRAPH_FILE, (24,))]),
-        ([row, invoked], ["plain", "alora"], [(GRAPH_FILE, (8,)), (GRAPH_FILE, (13,))]),
+        ([row] * 2, ["plain", None], [(GRAPH_FILE, (8,)), (GRAPH_FILE, (8,))]),
+        ([row] * 2, ["plain", {"plain": 0.5}], [(ROWS_GRAPH_FILE, (24, 24))]),
+        ([row, invoked], ["plain", "alora"], [(GRAPH_FILE, (24,)), (GRAPH_FILE, (13,))]),
     ]
     for rows, adapter, expected in cases:
         runner.start(adapter, len(rows), 1)  # opened, and compared
@@ -76,6 +77,10 @@ def test_graphs_of_a_bundle_share_what_is_kept(made: Path, tmp_path: Path, ran: 
         found = _logits(runner, rows, adapter)
         assert ran == expected
         np.testing.assert_allclose(found, _logits(plain, rows, adapter), rtol=0, atol=LIMIT)
+        ran.clear()
+        again = _logits(runner, rows, adapter)
+        np.testing.assert_allclose(again, found, rtol=0, atol=LIMIT)
+        assert max(max(counts) for _, counts in ran) <= 15
         said = runner.generate_ids(rows, adapter, 20)
         assert said == plain.generate_ids(rows, adapter, 20)
     effect = _logits(plain, [row], "plain") - _logits(plain, [row], None)

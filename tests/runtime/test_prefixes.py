@@ -141,7 +141,7 @@ def test_no_other_adapters_prefix_is_used(
     assert ran == [(50,)]
     # If it were, it would show.
     real = prefixes.digests
-    monkeypatch.setattr(prefixes, "digests", lambda row, _, found: real(row, (), found))
+    monkeypatch.setattr(prefixes, "digests", lambda row, *_: real(row, (), {}))
     runner = opened(bundles["fused"])
     logits(runner, rows, STATES[one])
     ran.clear()
@@ -297,8 +297,7 @@ def test_rows_with_unlike_prefixes(tiny: Any, activated: Any, ran: list[Any], fo
     rows = [a, [*b[:20], *new], new, c, [*b[:35], *INVOCATION, *new]]
     states: list[Any] = ["beta", None, "beta", {"beta": 0.5}, "alpha"]
     runner, plain = opened(activated[form]), Runner(activated[form], threads=1)
-    for row, state in ((a, "beta"), (b, None), (c, {"beta": 0.5}), (new, "beta")):
-        logits(runner, [row], state)
+    logits(runner, [a, b, [3, 4], c, b[:35]], states)
     ran.clear()
     batch, alone = steps(runner, rows, states, 30), steps(plain, rows, states, 30)
     close(batch.prefill(rows), alone.prefill(rows))
@@ -316,6 +315,20 @@ def test_rows_with_unlike_prefixes(tiny: Any, activated: Any, ran: list[Any], fo
         close(found[going], wanted[going])
     said = runner.generate_ids(rows, states, 20)
     assert said == plain.generate_ids(rows, states, 20)
+
+
+def test_adapters_beside_others_are_kept_apart(tiny: Any, bundles: Any, ran: list[Any]) -> None:
+    """They are added up in another order there; the base is what it is everywhere."""
+    runner, prompt = opened(bundles["fused"]), tiny.rows(50)[0]
+    runs: list[tuple[Any, int]] = [
+        *(("alpha", 50), (None, 50), (["alpha", None], 2), ([None, "alpha"], 2)),
+        *((["alpha", "beta"], 50), (["beta", "alpha"], 2), ([None, "alpha", "beta"], 2)),
+        *(("alpha", 2), ("beta", 50), ([{"alpha": 1, "beta": 1}, None], 50)),
+    ]
+    for states, rest in runs:
+        ran.clear()
+        logits(runner, [prompt] * (len(states) if isinstance(states, list) else 1), states)
+        assert max(map(max, ran)) == rest, states
 
 
 def test_rows_alike_in_one_batch_keep_their_beginning_once(tiny: Any, bundles: Any) -> None:
