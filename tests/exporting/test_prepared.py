@@ -176,6 +176,29 @@ def test_every_kind_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     np.testing.assert_allclose(mixed[0], runner.logits(IDS, adapter="embedding")[0], atol=1e-5)
 
 
+def test_rows_of_few_bits(
+    base: Path, adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """int8 activations make of another last bit another code, which is not taken for a fault."""
+    monkeypatch.setattr(routes, "pays", lambda _: True)
+    bundle = lora_edge.export(base, adapters, output=tmp_path / "b", precision="int4").directory
+    runner = Runner(bundle, session_cache=tmp_path / "cache")
+    states = [*runner.adapters, None]
+    mixed = runner.logits(IDS * len(states), adapter=states)
+    assert runner.start(states, len(states), 9).decoder.part.file == ROWS_GRAPH_FILE
+    off = runner.logits(IDS)[0]
+    for row, state in zip(mixed, states, strict=True):
+        own = runner.logits(IDS, adapter=state)[0]
+        effect = np.linalg.norm(own - off)
+        assert np.linalg.norm(row - own) <= 0.1 * effect
+    np.testing.assert_array_equal(mixed[-1], off)
+    assert effect == 0
+    # The control: what is a fault is told all the same.
+    _computes_something_else(bundle, ROWS_GRAPH_FILE)
+    with pytest.raises(BundleError, match=f"{ROWS_GRAPH_FILE}, .* does not give what it gives"):
+        Runner(bundle, session_cache=tmp_path / "cache").logits(IDS * 2, adapter=states[:2])
+
+
 @pytest.mark.parametrize(
     ("states", "expected"),
     [
@@ -239,10 +262,8 @@ def test_the_smaller_graphs_are_compared_once(
     assert compared == [BASE_GRAPH_FILE, SINGLE_GRAPH_FILE, ROWS_GRAPH_FILE]
 
 
-@pytest.mark.parametrize("name", [BASE_GRAPH_FILE, SINGLE_GRAPH_FILE, ROWS_GRAPH_FILE])
-def test_a_smaller_graph_that_computes_something_else_is_refused(
-    name: str, bundle: Path, tmp_path: Path
-) -> None:
+def _computes_something_else(bundle: Path, name: str) -> None:
+    """Change the first norm of one of a bundle's graphs, and sign it."""
     path = bundle / name
     model = onnx.load(path, load_external_data=False)
     norms = [x for x in model.graph.node if "LayerNormalization" in x.op_type]
@@ -253,6 +274,13 @@ def test_a_smaller_graph_that_computes_something_else_is_refused(
     manifest = load_bundle(bundle).manifest
     signed = replace(manifest, files={**manifest.files, name: file_entry(path)})
     (bundle / "lora_edge.json").write_text(signed.to_json())
+
+
+@pytest.mark.parametrize("name", [BASE_GRAPH_FILE, SINGLE_GRAPH_FILE, ROWS_GRAPH_FILE])
+def test_a_smaller_graph_that_computes_something_else_is_refused(
+    name: str, bundle: Path, tmp_path: Path
+) -> None:
+    _computes_something_else(bundle, name)
     runner = Runner(bundle, session_cache=tmp_path / "cache")
     adapter = None if name == BASE_GRAPH_FILE else runner.adapters[0]
     rows = runner.adapters[:2] if name == ROWS_GRAPH_FILE else [adapter]
