@@ -10,6 +10,7 @@ from lora_edge.base.layers import Layers
 from lora_edge.fit.changes import ParameterChange, parameter_changes
 from lora_edge.fit.rename import without_unread
 from lora_edge.tasks.task import Task
+from lora_edge.types import silent
 
 
 def merged_changes(
@@ -26,11 +27,8 @@ def merged_changes(
     Raises:
         AdapterError: the directory holds no adapter.
     """
-    adapter = without_unread(load_adapter(directory, name), built.modules, task, _unheard)
+    adapter = without_unread(load_adapter(directory, name), built.modules, task, silent)
     return parameter_changes(
         adapter.settled(built.modules), built.modules, built.tied, built.parameter_modules
     )
 
-
-def _unheard(line: str) -> None:
-    """What the export has said already."""
