@@ -13,7 +13,6 @@ other graphs of a bundle give the same bits, and share them.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -191,6 +190,8 @@ def digests(
         invocations: of each adapter the token ids that activate it.
         beside: of :func:`company`; where no adapter is active it changes nothing.
     """
+    import hashlib  # takes milliseconds, which importing the runtime has no need of
+
     starts = [(name, weight, invoked_at(row, invocations[name])) for name, weight in state]
     found: list[bytes] = []
     before = b""
