@@ -31,4 +31,3 @@ def merged_changes(
     return parameter_changes(
         adapter.settled(built.modules), built.modules, built.tied, built.parameter_modules
     )
-
