@@ -22,6 +22,7 @@ def make_random(folder: Path) -> tuple[Path, Path]:
     import peft
     import transformers
 
+    transformers.set_seed(0)
     sizes = dict.fromkeys(("encoder_layers", "decoder_layers"), 2)
     sizes |= dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4)
     sizes |= dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 56)

@@ -154,10 +154,9 @@ class Runner:
         from lora_edge.runtime.prepared import prepared_graphs  # its imports take time
 
         prepared = prepared_graphs(self.bundle, session_cache)
-        kept = options["prepared"] = (
-            prepared if provider == "cpu" and optimization is None else None
-        )
-        self._exact, self._options, self._cache = exact, options, options["resident"]
+        kept = prepared if provider == "cpu" and optimization is None else None
+        options["prepared"] = kept
+        self._exact, self._options = exact, options
         manifest = self.bundle.manifest
         branched = manifest.mode == "switchable" and self.driver == "decoder"
         routed = kept if branched and not exact else None
