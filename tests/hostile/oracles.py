@@ -135,6 +135,7 @@ MANIFEST = record(
         "uncovered": mapped(SITE),
         "tied": listed(TEXT),
         "quantization": {},
+        "survival": {},
         "beginning": {"type": "null"},
         "format_version": one_of(2),
     },

@@ -106,6 +106,6 @@ def test_a_sum_that_is_not_pefts_is_no_proof(
         changes[path] = lambda weight: weight + 1.001 * (right(weight) - weight)
         return changes
 
-    monkeypatch.setattr("lora_edge.parity.reference.merged_changes", wrong)
+    monkeypatch.setattr("lora_edge.parity.reference_models.merged_changes", wrong)
     with pytest.raises(ParityError, match=r"down_proj is not W \+ ΔW.*1\.0e-03"):
         _logits(base, {"dora": adapters["dora"]})
