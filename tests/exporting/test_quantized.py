@@ -17,6 +17,7 @@ import lora_edge
 from lora_edge.bundle.bundle import load_bundle
 from lora_edge.graph.contents import contents
 from lora_edge.names import packed_paths
+from tests.support.exactness import exact_case
 from tests.support.failing import signed
 from tests.support.kinds import Made, make_kinds
 
@@ -66,10 +67,7 @@ def test_every_kind_is_exact_on_rounded_weights(key: str, made: Callable[[str], 
     report = lora_edge.validate(found.bundle)
     assert report.passed, report.table()
     for name in NAMES[key]:
-        case = next(case for case in report.cases if case.name == f"adapter {name}")
-        assert case.figures is not None
-        assert case.figures.effect_error <= 1e-4
-        assert case.figures.effect_max > 0.1
+        exact_case(report, name, 0.1)
     manifest = load_bundle(found.bundle).manifest
     assert manifest.precision == PRECISIONS[key]
     assert manifest.quantization is not None

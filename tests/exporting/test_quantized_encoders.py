@@ -23,6 +23,7 @@ from lora_edge.names import packed_paths
 from lora_edge.parity.drift import DriftLimits
 from lora_edge.reports import html, junit, load_report, markdown
 from tests.support.encoders import make_encoder, make_encoder_adapter
+from tests.support.exactness import exact_case
 from tests.support.failing import signed
 from tests.support.kinds import Made
 from tests.support.paths import MODELS
@@ -135,10 +136,7 @@ def test_every_task_is_exact_on_rounded_weights(
     report = lora_edge.validate(found.bundle)
     assert report.passed, report.table()
     for name in row.adapters:
-        case = next(case for case in report.cases if case.name == f"adapter {name}")
-        assert case.figures is not None
-        assert case.figures.effect_error <= 1e-4
-        assert case.figures.effect_max > 0.01
+        exact_case(report, name, 0.01)
     manifest = load_bundle(found.bundle).manifest
     quantization = manifest.quantization
     assert quantization is not None

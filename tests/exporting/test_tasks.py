@@ -24,6 +24,7 @@ from lora_edge.parity.compare import Tolerance
 from lora_edge.parity.record.golden import recorded
 from tests.support.blends import asked_of
 from tests.support.encoders import load_encoder, make_encoder, make_encoder_adapter
+from tests.support.exactness import exact_case
 from tests.support.paths import MODELS
 
 pytestmark = pytest.mark.skipif(
@@ -129,10 +130,7 @@ def test_switchable(case: str, made: Callable[[str], Made]) -> None:
     report = lora_edge.validate(found.bundle)
     assert report.passed, report.table()
     for name in found.adapters:
-        figures = next(x for x in report.cases if x.name == f"adapter {name}")
-        assert figures.figures is not None
-        assert figures.figures.effect_error <= 1e-4
-        assert figures.figures.effect_max > 0.01
+        figures = exact_case(report, name, 0.01)
         assert figures.controls
         assert min(figures.controls.values()) > 0.1
     mixed = [x for x in report.cases if x.name.startswith("mixed row")]
