@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +57,7 @@ def with_heads(changes: Changes, heads: Mapping[str, Head]) -> dict[str, SiteCha
     found = dict(changes)
     for path, head in heads.items():
         change = found.get(path, SiteChange())
-        found[path] = change if change.head is not None else replace(change, head=head)
+        found[path] = change if change.head is not None else change._replace(head=head)
     return found
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from lora_edge.bundle.lifting import lift
 from lora_edge.bundle.part import Beginning, Part, Positions, SiteEntry, Token
 from lora_edge.errors import BundleError
 from lora_edge.files.json import parse_object
@@ -181,6 +180,8 @@ class Manifest:
                 "Use the lora-edge release that wrote the bundle, or export it again.",
             )
         if version == 1:
+            from lora_edge.bundle.lifting import lift  # few bundles need it
+
             data = lift(data)
         manifest = decode(Manifest, data, what, BundleError, _HINT)
         manifest._check(what)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +27,7 @@ FloatArray = NDArray[np.float32]
 WideArray = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Factors:
+class Factors(NamedTuple):
     """One site's low-rank pair in the graph's orientation, scaling folded in.
 
     Attributes:
@@ -45,8 +44,7 @@ class Factors:
         return int(self.A.shape[1])
 
 
-@dataclass(frozen=True)
-class Head:
+class Head(NamedTuple):
     """A task head that replaces the base's.
 
     Attributes:
@@ -63,8 +61,7 @@ class Head:
         return int(self.W.shape[1])
 
 
-@dataclass(frozen=True)
-class SiteChange:
+class SiteChange(NamedTuple):
     """Everything that one adapter changes at one site, in the graph's orientation.
 
     Attributes:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,8 +30,7 @@ _ROWS = 1 << 22  # numbers that are rounded at a time
 _Bits = Annotated[int, Rule("4 or 8", (4, 8).__contains__)]
 
 
-@dataclass(frozen=True)
-class Rounding:
+class Rounding(NamedTuple):
     """How weights are to be rounded.
 
     Attributes:
@@ -98,8 +97,7 @@ class Quantization:
         return self.blocks(path, weight).weight()
 
 
-@dataclass(frozen=True)
-class Blocks:
+class Blocks(NamedTuple):
     """A quantized weight.
 
     Attributes:
@@ -133,9 +131,7 @@ class Blocks:
     def rows(self, rows: NDArray[np.integer] | slice) -> Blocks:
         """The codes of some outputs."""
         zeros = None if self.zeros is None else self.zeros[rows]
-        return dataclasses.replace(
-            self, codes=self.codes[rows], scales=self.scales[rows], zeros=zeros
-        )
+        return self._replace(codes=self.codes[rows], scales=self.scales[rows], zeros=zeros)
 
     def packed(self) -> dict[str, NDArray[np.generic]]:
         """Codes, scales and zero points as ``MatMulNBits`` reads them.

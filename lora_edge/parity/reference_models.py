@@ -8,7 +8,6 @@ tied embeddings.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -256,7 +255,7 @@ class ReferenceModels:
     def _put(self, by_layer: ByLayer, weight: Any, blocks: Blocks, *, transposed: bool) -> None:
         """Let codes take the place of a weight's values."""
         if self._large:
-            blocks = dataclasses.replace(blocks, codes=moved(blocks.codes))
+            blocks = blocks._replace(codes=moved(blocks.codes))
             let_go(blocks.codes)
             by_layer.round(weight, blocks, transposed=transposed)
             return

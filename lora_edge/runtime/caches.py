@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast, final
 
 import numpy as np
@@ -131,7 +130,7 @@ class SharedCache(CachedDecoding):
         io = self._bind_adapters(binding)
         io.buffers = None
         self._bind_cache(io.io, views)
-        chunk = replace(self._chunk([row], [self.history[index]]), row=index)
+        chunk = self._chunk([row], [self.history[index]])._replace(row=index)
         logits = self._run(io, chunk, every)[0]
         if not self.context:
             binding.spare.append(io)

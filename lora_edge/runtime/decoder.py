@@ -5,7 +5,6 @@ Knows tensors and token ids; knows nothing of bundles, adapters' names or text.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -83,7 +82,7 @@ class Decoder(ModelSession):
 
     @session.setter
     def session(self, session: Any) -> None:
-        self.graphs["decoder"] = dataclasses.replace(self.graphs["decoder"], session=session)
+        self.graphs["decoder"] = self.graphs["decoder"]._replace(session=session)
 
     @property
     def pools(self) -> bool:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Hashable, Mapping
-from dataclasses import dataclass
 from threading import Lock
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 CACHE_BYTES = 512 << 20
 """What a Runner keeps at most, if nothing else is asked for."""
@@ -23,8 +22,7 @@ Key = tuple[Hashable, ...]
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Resident:
+class Resident(NamedTuple):
     """What a Runner keeps in memory for its next use.
 
     Attributes:
@@ -49,8 +47,7 @@ class Resident:
         return sum(self.adapters.values()) + self.combined + self.buffers + self.prefixes
 
 
-@dataclass(frozen=True)
-class _Entry:
+class _Entry(NamedTuple):
     value: Any
     size: int
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -337,7 +336,7 @@ class Runner:
     def resident(self) -> Resident:
         """What is kept in memory for its next use, and its bytes."""
         held = self._prefixes
-        return replace(self._cache.report(), prefixes=held.bytes, prefix_limit=held.limit)
+        return self._cache.report()._replace(prefixes=held.bytes, prefix_limit=held.limit)
 
     def binding(self, adapter: AdapterArgument, batch: int) -> Binding:
         """What is bound for a batch, for use with :attr:`decoder`.

@@ -5,11 +5,9 @@ Knows tensors; knows nothing of bundles, adapters' names or text.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from numpy.typing import NDArray
 
@@ -25,8 +23,7 @@ if TYPE_CHECKING:
     from lora_edge.runtime.prepared import PreparedGraphs
 
 
-@dataclass(frozen=True)
-class OpenGraph:
+class OpenGraph(NamedTuple):
     """A graph in an ONNX Runtime session.
 
     Attributes:
@@ -57,8 +54,7 @@ class OpenGraph:
         return found
 
 
-@dataclass(frozen=True)
-class Fixed:
+class Fixed(NamedTuple):
     """An adapter state that is in a session's weights, instead of being bound.
 
     Attributes:
@@ -164,7 +160,7 @@ class ModelSession:
     @session.setter
     def session(self, session: Any) -> None:
         name = next(iter(self.graphs))
-        self.graphs[name] = dataclasses.replace(self.graphs[name], session=session)
+        self.graphs[name] = self.graphs[name]._replace(session=session)
 
     def placement(self) -> dict[str, dict[str, int]] | None:
         """Which provider runs which operators (:func:`lora_edge.runtime.providers.placement`).

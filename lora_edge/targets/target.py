@@ -6,14 +6,12 @@ Where nothing is known, it has its default. ``docs/devices.md`` shows the table.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 _SUFFIX = "ExecutionProvider"
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """A kind of device, as one execution provider of ONNX Runtime runs it.
 
     Attributes:

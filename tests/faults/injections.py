@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import shutil
@@ -491,7 +490,7 @@ def cache_layers_turned() -> AbstractContextManager[Any]:
 
 def _moved_on(decoding: Decoding, chunk: Any) -> Any:
     last = decoding.decoder.part.max_length - 1
-    return dataclasses.replace(chunk, positions=np.minimum(chunk.positions + 1, last))
+    return chunk._replace(positions=np.minimum(chunk.positions + 1, last))
 
 
 def decode_shifted() -> AbstractContextManager[Any]:

@@ -314,9 +314,7 @@ def _merged(net: Net, adapter: Adapter) -> Array:
 
 def _with_factors(changes: Changes, turn: Callable[[Factors], Factors]) -> Changes:
     return {
-        path: dataclasses.replace(change, factors=turn(change.factors))
-        if change.factors
-        else change
+        path: change._replace(factors=turn(change.factors)) if change.factors else change
         for path, change in changes.items()
     }
 

@@ -166,7 +166,7 @@ def test_an_override_ends_it(
         monkeypatch.setattr(Prefixes, "forget", lambda _: None)
     runner, plain = opened(bundles["fused"]), Runner(bundles["fused"], threads=1)
     rows = tiny.rows(50)
-    tensors = tiny.tensors({p: replace(f, B=2 * f.B) for p, f in tiny.adapters["alpha"].items()})
+    tensors = tiny.tensors({p: f._replace(B=2 * f.B) for p, f in tiny.adapters["alpha"].items()})
     before = logits(runner, rows, "alpha")
     streaming = steps(runner, rows, "alpha", 40)
     for each in (runner, plain):

@@ -10,7 +10,7 @@ from collections import OrderedDict, deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime as ort
@@ -36,8 +36,7 @@ NEVER = np.iinfo(np.int64).max
 """The first position of an adapter that is not active on a row."""
 
 
-@dataclass(frozen=True)
-class TokenGates:
+class TokenGates(NamedTuple):
     """Gates that open at a token: at least one of the adapters is an aLoRA.
 
     Attributes:

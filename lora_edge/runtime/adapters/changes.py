@@ -6,7 +6,7 @@ Knows names and shapes; knows nothing of bundles or sessions.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,8 +49,7 @@ def parse_changes(
     return {path: change for path, change in found.items() if change.parts()}
 
 
-@dataclass(frozen=True)
-class _Site:
+class _Site(NamedTuple):
     """A site, and the tensors of an adapter, its own among them."""
 
     source: str
