@@ -21,6 +21,7 @@ from lora_edge.errors import CaptureError, UnsupportedModelError
 from lora_edge.tasks.task import Task
 from tests.support.captures import captured
 from tests.support.checks import checked
+from tests.support.examples import examples
 from tests.support.families import MOE, make_base
 
 Form = Literal["fused", "portable"]
@@ -39,7 +40,7 @@ def _nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
 
 
 @_stacked
-@pytest.mark.parametrize("form", ["fused", pytest.param("portable", marks=pytest.mark.long)])
+@pytest.mark.parametrize("form", examples(["fused", "portable"], ["fused"]))
 @pytest.mark.parametrize("family", MOE)
 def test_family_equals_pytorch(family: str, form: Form, tmp_path: Path) -> None:
     base = make_base(family, tmp_path / "base")
@@ -51,7 +52,7 @@ def test_family_equals_pytorch(family: str, form: Form, tmp_path: Path) -> None:
 
 
 @_stacked
-@pytest.mark.parametrize("form", ["fused", pytest.param("portable", marks=pytest.mark.long)])
+@pytest.mark.parametrize("form", examples(["fused", "portable"], ["fused"]))
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "phimoe", "glm4_moe"])
 def test_experts_are_the_checkpoints_own_tensors(family: str, form: Form, tmp_path: Path) -> None:
     base = make_base(family, tmp_path / "base")
@@ -122,7 +123,7 @@ def test_a_few_tokens_take_their_own_experts_only(tmp_path: Path) -> None:
 
 
 @_stacked
-@pytest.mark.parametrize("form", ["fused", pytest.param("portable", marks=pytest.mark.long)])
+@pytest.mark.parametrize("form", examples(["fused", "portable"], ["fused"]))
 @pytest.mark.parametrize("change", [{"num_experts_per_tok": 3}, {"norm_topk_prob": False}])
 def test_another_routing_is_noticed(change: dict[str, Any], form: Form, tmp_path: Path) -> None:
     """The control: the same weights with another routing must fail the base check."""
@@ -134,7 +135,7 @@ def test_another_routing_is_noticed(change: dict[str, Any], form: Form, tmp_path
 
 
 @_stacked
-@pytest.mark.parametrize("form", ["fused", pytest.param("portable", marks=pytest.mark.long)])
+@pytest.mark.parametrize("form", examples(["fused", "portable"], ["fused"]))
 def test_a_forgotten_correction_of_scores_is_noticed(form: Form, tmp_path: Path) -> None:
     base = make_base("glm4_moe", tmp_path / "base")
     graph = captured(base, form, tmp_path / "out")
@@ -202,7 +203,7 @@ def test_a_linear_layer_on_flattened_tokens_is_no_site() -> None:
         ("jetmoe", ["jetmoe", "JetMoeParallelExperts", "no common experts interface"]),
     ],
 )
-@pytest.mark.parametrize("form", ["fused", pytest.param("portable", marks=pytest.mark.long)])
+@pytest.mark.parametrize("form", examples(["fused", "portable"], ["fused"]))
 def test_refused_by_name(family: str, form: Form, words: list[str], tmp_path: Path) -> None:
     base = make_base(family, tmp_path / "base")
     with pytest.raises(UnsupportedModelError) as caught:

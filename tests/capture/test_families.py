@@ -12,10 +12,11 @@ from lora_edge.base.checkpoint import resolve_base
 from lora_edge.errors import CaptureError, UnsupportedModelError
 from tests.support.captures import captured
 from tests.support.checks import checked
+from tests.support.examples import examples
 from tests.support.families import OTHER_ROTARIES, REFUSED, SUPPORTED, make_base
 
 
-@pytest.mark.parametrize("form", ["fused", pytest.param("portable", marks=pytest.mark.long)])
+@pytest.mark.parametrize("form", examples(["fused", "portable"], ["fused"]))
 @pytest.mark.parametrize("family", [*SUPPORTED, *OTHER_ROTARIES])
 def test_family_equals_pytorch(family: str, form: str, tmp_path: Path) -> None:
     base = make_base(family, tmp_path / "base")

@@ -15,6 +15,7 @@ import lora_edge
 from lora_edge.bundle.bundle import load_bundle
 from lora_edge.parity.drift import DriftLimits
 from lora_edge.reports import html, junit, load_report, markdown
+from tests.support.examples import examples
 from tests.support.failing import signed
 from tests.support.kinds import Made, make_kinds
 
@@ -137,7 +138,7 @@ def test_the_graph_that_ships_is_the_one_that_is_proved(made: Made, tmp_path: Pa
     assert all(case.status == "passed" for case in report.drift)
 
 
-@pytest.mark.parametrize("name", ["plain", pytest.param("dora", marks=pytest.mark.long)])
+@pytest.mark.parametrize("name", examples(["plain", "dora"], ["plain"]))
 def test_a_merged_bundle_drifts_too(name: str, made: Made, tmp_path: Path) -> None:
     own = {name: made.adapters[name]}
     lora_edge.export(made.base, own, "merged", tmp_path / "out", precision="int4")

@@ -15,6 +15,7 @@ import pytest
 import lora_edge
 from lora_edge.bundle.bundle import hash_file, load_bundle
 from tests.support.adapters import make_adapter, make_all_linear
+from tests.support.examples import examples
 from tests.support.families import SUPPORTED, make_base
 
 IDS = np.random.default_rng(0).integers(0, 256, (2, 11))
@@ -61,8 +62,13 @@ def test_switched_off_equals_the_graph_without_branches(
     np.testing.assert_array_equal(pinned.logits(IDS), off)
 
 
-@pytest.mark.parametrize("form", ["fused", "portable"])
-@pytest.mark.parametrize("name", ["plain", "rooted", "varied"])
+@pytest.mark.parametrize(
+    ("name", "form"),
+    examples(
+        [(x, form) for x in ("plain", "rooted", "varied") for form in ("fused", "portable")],
+        [("plain", "portable"), ("rooted", "fused"), ("varied", "fused")],
+    ),
+)
 def test_merged_equals_switchable(
     name: str, form: str, exported: Path, base: Path, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -104,10 +110,10 @@ def test_unseen_ranks_are_added_without_touching_the_graph(
     assert lora_edge.validate(bundle).passed
 
 
-@pytest.mark.parametrize("form", ["fused", pytest.param("portable", marks=pytest.mark.long)])
+@pytest.mark.parametrize("form", examples(["fused", "portable"], ["fused"]))
 @pytest.mark.parametrize(
     "family",
-    [x if x in _SOME else pytest.param(x, marks=pytest.mark.long) for x in SUPPORTED],
+    examples(SUPPORTED, _SOME),
 )
 def test_every_family_exports_an_all_linear_adapter(
     family: str, form: str, tmp_path: Path, record_property: Callable[[str, object], None]

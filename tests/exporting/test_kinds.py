@@ -14,6 +14,7 @@ import pytest
 import lora_edge
 from lora_edge.bundle.onnx_adapter import read_adapter
 from lora_edge.parity.record.golden import Golden, recorded
+from tests.support.examples import examples
 from tests.support.kinds import BASES, ROWS, carries_feature, make_kinds
 
 IDS = np.random.default_rng(3).integers(0, 256, (2, 12))
@@ -83,10 +84,7 @@ _MERGED = [name for name, row in ROWS.items() if row.merged]
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=() if index % 3 == 0 else pytest.mark.long)
-        for index, name in enumerate(_MERGED)
-    ],
+    examples(_MERGED, _MERGED[::3]),
 )
 def test_merged(name: str, kinds_of: Callable[[str], Exported], tmp_path: Path) -> None:
     """The export proves the merged graph against PEFT's unmerged forward; here against ours."""

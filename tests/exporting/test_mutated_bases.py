@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM
 
 import lora_edge
 from lora_edge.adapter.load import load_adapter
+from tests.support.examples import examples
 
 IDS = np.random.default_rng(2).integers(0, 250, (2, 10))
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -157,7 +158,7 @@ def switchable(
 
 # PEFT's, of the config that it saved itself.
 @pytest.mark.filterwarnings("ignore:.*_config. specified but will be ignored:UserWarning")
-@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("init", examples(INITS, ["pissa_niter_4", "olora"]))
 def test_converted_is_exact_on_the_original_base(
     init: str,
     base: Path,

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM
 
 import lora_edge
+from tests.support.examples import examples
 from tests.support.families import make_base
 
 IDS = np.random.default_rng(6).integers(0, 256, (2, 10))
@@ -172,7 +173,7 @@ def exported_by_family(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ex
     return found
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", examples(ROWS, ["v0.4-bias", "v0.9-dora", "v0.4-saved"]))
 def test_exact_in_both_modes(
     name: str, exported_by_family: dict[str, Exported], tmp_path: Path
 ) -> None:

@@ -18,6 +18,7 @@ from lora_edge.bundle.onnx_adapter import read_adapter
 from lora_edge.bundle.part import SiteEntry, WeightEntry
 from lora_edge.maths.lora import Factors, SiteChange
 from lora_edge.runtime.pinned import merged_values
+from tests.support.examples import examples
 from tests.support.families import make_base
 from tests.support.kinds import make_kinds
 
@@ -72,7 +73,10 @@ def _differs(actual: np.ndarray, expected: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", ["patterns", "all-linear", "dora-rslora"])
+@pytest.mark.parametrize(
+    "name",
+    examples(["patterns", "all-linear", "dora-rslora"], ["patterns", "dora-rslora"]),
+)
 def test_pinned_is_the_switchable_graph_and_the_merged_one(
     name: str, form: str, llama: Made, tmp_path: Path
 ) -> None:

@@ -29,6 +29,7 @@ from lora_edge.cli import cli
 from lora_edge.errors import BundleError, LoraEdgeError
 from lora_edge.runtime import prepared, routes
 from lora_edge.runtime.adapters.by_row import pays
+from tests.support.examples import examples
 from tests.support.kinds import make_kinds
 
 IDS = [[5, 9, 3, 11, 40, 2]]
@@ -332,12 +333,12 @@ _SHORT = {("weights.data", _cut), ("model-*.onnx", _flip), ("prepared.json", Pat
 
 @pytest.mark.parametrize(
     ("file", "harm"),
-    [
-        pytest.param(*pair, marks=() if pair in _SHORT else pytest.mark.long)
-        for pair in itertools.product(
+    examples(
+        itertools.product(
             ("weights.data", "model-*.onnx", "prepared.json"), (_cut, _flip, Path.unlink)
-        )
-    ],
+        ),
+        _SHORT,
+    ),
 )
 def test_what_is_damaged_is_made_again(
     file: str, harm: Callable[[Path], None], exported: Path, tmp_path: Path, made: list[str]

@@ -18,6 +18,7 @@ from lora_edge.bundle.bundle import load_bundle
 from lora_edge.graph.contents import contents
 from lora_edge.names import packed_paths
 from tests.support.exactness import exact_case
+from tests.support.examples import examples
 from tests.support.failing import signed
 from tests.support.kinds import Made, make_kinds
 
@@ -90,9 +91,7 @@ TOUCHED = {
 _SHORT = {"dora", "tokens", "saved-head"}
 
 
-@pytest.mark.parametrize(
-    "name", [x if x in _SHORT else pytest.param(x, marks=pytest.mark.long) for x in TOUCHED]
-)
+@pytest.mark.parametrize("name", examples(TOUCHED, _SHORT))
 def test_merged_and_switchable_agree(
     name: str, made: Callable[[str], Made], tmp_path: Path
 ) -> None:
@@ -183,8 +182,17 @@ def _places(bundle: Path) -> dict[str, tuple[str, int, int] | tuple[()]]:
     return {x.name: x.place for x in contents(bundle / "onnx" / "model.onnx")}
 
 
-@pytest.mark.parametrize("file", ["model", "base"])
-@pytest.mark.parametrize("layer", ["self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj"])
+@pytest.mark.parametrize(
+    ("layer", "file"),
+    examples(
+        [
+            (layer, file)
+            for layer in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")
+            for file in ("model", "base")
+        ],
+        [("self_attn.v_proj", "model"), ("mlp.up_proj", "base")],
+    ),
+)
 def test_a_wrong_code_is_found_in_its_layer(
     layer: str, file: str, made: Callable[[str], Made], tmp_path: Path
 ) -> None:

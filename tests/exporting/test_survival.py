@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -27,6 +28,7 @@ from lora_edge.maths.survival import Effect, Survival
 from lora_edge.names import packed_paths
 from lora_edge.reports import html, junit, load_report, markdown
 from lora_edge.tasks.task import TEXT
+from tests.support.examples import examples
 from tests.support.failing import with_graph
 from tests.support.kinds import make_kinds
 from tests.support.shipped import ADAPTERS, BASE
@@ -87,14 +89,10 @@ def _bytes(bundle: Path) -> int:
     return (bundle / "onnx" / "model.onnx_data").stat().st_size
 
 
-CASES = [
-    pytest.param("echo", "int4", marks=pytest.mark.long),
-    ("mirror", "int4"),
-    pytest.param("shout", "int4", marks=pytest.mark.long),
-    pytest.param("echo", "int8", marks=pytest.mark.long),
-    pytest.param("mirror", "int8", marks=pytest.mark.long),
-    ("shout", "int8"),
-]
+CASES = examples(
+    itertools.product(("echo", "mirror", "shout"), ("int4", "int8")),
+    [("mirror", "int4"), ("shout", "int8")],
+)
 
 
 @pytest.mark.parametrize(("name", "precision"), CASES)
@@ -396,11 +394,10 @@ _SHORT = {"lora-bias", "embedding-and-head", "tokens", "conv1d-dora"}
 
 @pytest.mark.parametrize(
     ("key", "name"),
-    [
-        pytest.param(key, name, marks=[pytest.mark.long] * (name not in _SHORT))
-        for key, names in KINDS.items()
-        for name in names
-    ],
+    examples(
+        [(key, name) for key, names in KINDS.items() for name in names],
+        lambda row: row[1] in _SHORT,
+    ),
 )
 def test_every_kind_is_merged_before_it_is_rounded(key: str, name: str, tmp_path: Path) -> None:
     base, adapters = make_kinds(key, tmp_path, [name])

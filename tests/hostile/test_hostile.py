@@ -29,9 +29,9 @@ def _fuzz(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_no_mutant_does_harm() -> None:
-    done = _fuzz("--count", "1000")
+    done = _fuzz("--count", "500")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "1000 mutants, 0 faults" in done.stdout
+    assert "500 mutants, 0 faults" in done.stdout
 
 
 def _harms() -> dict[str, str]:

@@ -8,10 +8,11 @@ from typing import Literal
 import pytest
 
 from lora_edge.exporting.export import export
+from tests.support.examples import examples
 from tests.support.shipped import ADAPTERS, BASE, assert_within_limits
 
 
-@pytest.mark.parametrize("form", ["fused", pytest.param("portable", marks=pytest.mark.long)])
+@pytest.mark.parametrize("form", examples(["fused", "portable"], ["fused"]))
 def test_switchable(form: Literal["fused", "portable"], tmp_path: Path) -> None:
     out = tmp_path / "out"
     export(BASE, ADAPTERS, output=out, form=form)
@@ -19,10 +20,10 @@ def test_switchable(form: Literal["fused", "portable"], tmp_path: Path) -> None:
     assert sum(file.stat().st_size for file in (out / "parity").iterdir()) <= 1 << 20
 
 
-@pytest.mark.parametrize("form", ["fused", pytest.param("portable", marks=pytest.mark.long)])
+@pytest.mark.parametrize("form", examples(["fused", "portable"], ["fused"]))
 @pytest.mark.parametrize(
     "name",
-    [x if x == "shout" else pytest.param(x, marks=pytest.mark.long) for x in ADAPTERS],
+    examples(ADAPTERS, ["shout"]),
 )
 def test_merged(name: str, form: Literal["fused", "portable"], tmp_path: Path) -> None:
     out = tmp_path / "out"

@@ -15,6 +15,7 @@ from lora_edge.base.checkpoint import resolve_base
 from lora_edge.training import train
 from lora_edge.training.callbacks import read_metrics
 from lora_edge.training.model import load_model, load_tokenizer
+from tests.support.examples import examples
 from tests.support.paths import ROOT
 
 BASE = ROOT / "models" / "tiny-llama"
@@ -38,7 +39,7 @@ def shouted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "kind",
-    [name if name == "pissa" else pytest.param(name, marks=pytest.mark.long) for name in KINDS],
+    examples(KINDS, ["pissa"]),
 )
 def test_each_kind_learns_and_is_exported_exactly(kind: str, shouted: Path, tmp_path: Path) -> None:
     from peft import PeftModel

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from lora_edge.errors import AdapterError
 from lora_edge.training import Settings, train
 from lora_edge.training.sharding import check_launch
+from tests.support.examples import examples
 
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2")
 ACCELERATE += ("--main_process_port", "0")
@@ -60,10 +61,7 @@ def alone(base: Path, counted: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.mark.parametrize(
     "launcher",
-    [
-        name if name == "torchrun" else pytest.param(name, marks=pytest.mark.long)
-        for name in LAUNCHERS
-    ],
+    examples(LAUNCHERS, ["torchrun"]),
 )
 def test_two_processes_are_one_on_the_same_global_batch(
     launcher: str, base: Path, counted: Path, alone: Path, tmp_path: Path
