@@ -85,6 +85,12 @@ from lora_edge.tasks.task import TASKS
 @click.option(
     "--symmetric", is_flag=True, help="Weights of few bits: no zero points (with rtn only)."
 )
+@click.option(
+    "--per-channel",
+    is_flag=True,
+    help="Encoders in int8: one scale for each output and each tensor of activations (dynamic "
+    "quantization). Faster and less exact.",
+)
 @options.choice(
     "--algorithm",
     ["rtn", "k-quant"],

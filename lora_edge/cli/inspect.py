@@ -91,9 +91,11 @@ def _bundle(path: Path, manifest: Manifest, size: int) -> Iterator[str]:
         others = "".join(f", {path} to {bits}" for path, bits in own.items())
         how = f"{made.algorithm}{', symmetric' if made.symmetric else ''}"
         int8 = any(part.exact for part in manifest.parts.values())
+        channels = f"{len(made.by_channel)} of them to 7, one scale for each output; "
+        channels = channels if made.by_channel else ""
         yield from _entry(
             "quantized",
-            f"{len(made.layers)} layers to {made.bits} bits{others}, in blocks of "
+            f"{len(made.layers)} layers to {made.bits} bits{others}, {channels}in blocks of "
             f"{made.block_size} ({how}), activations in {'int8' if int8 else 'floats'}: "
             f"‖W − Q(W)‖/‖W‖ {made.mean_error:.2e} in the mean, {made.worst_error:.2e} at worst",
         )

@@ -67,6 +67,7 @@ def export(
     block_size: int = BLOCK_SIZE,
     symmetric: bool = False,
     algorithm: Algorithm = "rtn",
+    per_channel: bool = False,
     keep_high: KeepHigh | None = None,
     min_effect: float | None = None,
     force: bool = False,
@@ -111,6 +112,10 @@ def export(
         symmetric: the zero point is the middle code, so that none is stored; ``rtn`` only.
         algorithm: ``rtn``: each block's range is spread evenly over its codes; ``k-quant``: scale
             and zero point are searched for the least error (llama.cpp's, as ONNX Runtime has it).
+        per_channel: of an encoder in int8: one scale for each output and one for each tensor of
+            activations, the common *dynamic quantization*: faster and less exact. Codes have 7
+            bits, with which every processor computes the same. ``block_size``, ``symmetric`` and
+            ``algorithm`` are of the token embedding alone.
         keep_high: of a merged bundle of few bits, the layers that the adapter changes: ``touched``
             (the default): all of them stay in fp32, the change exact over the rounded base;
             ``none``: W + ΔW is rounded as all else; ``auto``: it is rounded, and as few layers as
@@ -145,6 +150,7 @@ def export(
         opt.one_of(name, value, known)
     opt.flag("force", force)
     opt.flag("symmetric", symmetric)
+    opt.flag("per_channel", per_channel)
     if opt.whole("block_size", block_size, 1) not in BLOCK_SIZES:
         raise opt.refused("block_size", block_size, f"one of {BLOCK_SIZES}")
     if symmetric and algorithm != "rtn":
@@ -169,7 +175,19 @@ def export(
     rounding = None
     if precision != "fp32":
         rounding = Rounding(
-            BITS[precision], BITS.get(head_precision), block_size, symmetric, algorithm
+            BITS[precision],
+            BITS.get(head_precision),
+            block_size,
+            symmetric,
+            algorithm,
+            per_channel,
+        )
+    if per_channel and (precision != "int8" or activations != "int8"):
+        raise opt.refused(
+            "per_channel",
+            per_channel,
+            "False but with precision int8 and activations int8",
+            "Give --precision int8 too, or leave --per-channel out.",
         )
     kept = kept_high(keep_high, min_effect, rounded=rounding is not None, mode=mode)
     with (

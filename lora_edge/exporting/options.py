@@ -63,6 +63,12 @@ def check_precision(options: Options) -> None:
             "it, and the operator, MatMulNBits, is ONNX Runtime's own",
             "Use --precision fp32" + (", or --form fused." if options.form != "fused" else "."),
         )
+    if options.rounding.per_channel and "decoder" in options.task.parts:
+        raise UnsupportedModelError(
+            f"--per-channel is for encoders, got {options.task.name}: a decoder reads its weights "
+            "once for each token, and they are no smaller by it",
+            "Leave --per-channel out.",
+        )
     if options.keep_high != "touched" and "decoder" not in options.task.parts:
         raise UnsupportedModelError(
             f"--keep-high {options.keep_high} measures an adapter's effect on text-generation, got "

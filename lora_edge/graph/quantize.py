@@ -16,6 +16,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from lora_edge.base.layer import Layer
 from lora_edge.errors import GraphError
 from lora_edge.files.spilled import let_go, moved
+from lora_edge.graph.channels import channels_in, put_channels
 from lora_edge.graph.merge import Change, WideArray, add_initializer, lazily
 from lora_edge.graph.sites import MATMUL_NBITS, Multiplication, multiplications
 from lora_edge.maths.quantization import Activations, Blocks, Quantization
@@ -108,11 +109,14 @@ def quantize_layers(
         weight = gathers[path].inputs[0] if path in gathers else linear[path].weight
         assert weight is not None
         change = (changes or {}).get(f"{path}.weight")
+        if path in quantization.by_channel:
+            matrix = _changed(_matrix(weight, linear[path].transposed), change)
+            put_channels(model, path, linear[path], quantization.blocks(path, matrix))
+            continue
         codes = shared.get((id(weight), id(change)))
         if codes is None:
-            matrix = _matrix(weight, path in gathers or linear[path].transposed)
-            if change is not None:
-                matrix = change(matrix.astype(np.float64)).astype(np.float32)
+            turned = path in gathers or linear[path].transposed
+            matrix = _changed(_matrix(weight, turned), change)
             codes = _Codes.of(quantization.blocks(path, matrix))
         if len(weight.uses()) > 1:
             shared[id(weight), id(change)] = codes
@@ -178,6 +182,7 @@ def compute_in(model: ir.Model, activations: Activations) -> None:
         if node.op_type == MATMUL_NBITS:
             level = _ACCURACY[activations]
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", level)
+    channels_in(model, floats=activations == "fp32")
 
 
 def same_but_for_activations(one: ir.Model, other: ir.Model) -> bool:
@@ -232,6 +237,11 @@ def _matrix(weight: ir.Value, turned: bool) -> NDArray[np.floating]:
         raise GraphError(f"the weight {weight.name} has no values", "Export the base again.")
     values: NDArray[np.floating] = weight.const_value.numpy()
     return values if turned else values.T
+
+
+def _changed(matrix: NDArray[np.floating], change: Change | None) -> NDArray[np.floating]:
+    """What a merge makes of a weight before it is rounded."""
+    return matrix if change is None else change(matrix.astype(np.float64)).astype(np.float32)
 
 
 def _replace(model: ir.Model, path: str, found: Multiplication, codes: _Codes) -> None:

@@ -198,6 +198,7 @@ def graph_weights(model: ir.Model, layers: Mapping[str, Layer], otherwise: Weigh
 
 
 MATMUL_NBITS = "MatMulNBits"
+DYNAMIC_MATMUL = "DynamicQuantizeMatMul"
 _OPERATORS = {"embedding": ("Gather", "GatherBlockQuantized"), "conv": ("Conv",)}
 NORMS = ("LayerNormalization", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization")
 
@@ -290,7 +291,7 @@ def multiplications(model: ir.Model) -> Iterable[Multiplication]:
         if node.op_type == MATMUL_NBITS:
             yield from _quantized(node)
             continue
-        if node.op_type not in ("MatMul", "Gemm") or len(node.inputs) < 2:
+        if node.op_type not in ("MatMul", "Gemm", DYNAMIC_MATMUL) or len(node.inputs) < 2:
             continue
         x, matrix = node.inputs[0], node.inputs[1]
         if x is None or matrix is None:
@@ -302,6 +303,8 @@ def multiplications(model: ir.Model) -> Iterable[Multiplication]:
             if source is None:
                 continue
             matrix, transposed = source, True
+        elif (codes := codes_behind(matrix)) is not None:
+            matrix = codes
         if not matrix.is_initializer() or matrix.shape is None or len(matrix.shape) != 2:
             continue
         y = node.outputs[0]
@@ -315,6 +318,18 @@ def multiplications(model: ir.Model) -> Iterable[Multiplication]:
         rows, columns = (int(dim) for dim in matrix.shape.numpy())
         in_features, width = (columns, rows) if transposed else (rows, columns)
         yield Multiplication(str(node.name or ""), node, y, matrix, transposed, in_features, width)
+
+
+def codes_behind(matrix: ir.Value) -> ir.Value | None:
+    """The codes of ``Cast(codes) * scales``; ``None``: the value is something else."""
+    product = matrix.producer()
+    cast = None
+    if product is not None and product.op_type == "Mul" and product.inputs[0] is not None:
+        cast = product.inputs[0].producer()
+    if cast is None or cast.op_type != "Cast":
+        return None
+    codes = cast.inputs[0]
+    return codes if codes is not None and codes.is_initializer() else None
 
 
 def _quantized(node: ir.Node) -> Iterable[Multiplication]:
@@ -378,7 +393,7 @@ class _ContentIndex:
     def __init__(self, entries: Iterable[Multiplication]) -> None:
         self._columns: dict[bytes, list[tuple[int, int]]] = defaultdict(list)
         # Columns of codes are nobody's weights.
-        self._entries = [entry for entry in entries if entry.node.op_type != MATMUL_NBITS]
+        self._entries = [entry for entry in entries if not _is_coded(entry)]
         self._hashes: list[list[bytes]] = []
         by_weight: dict[tuple[int, bool], list[bytes]] = {}
         for index, entry in enumerate(self._entries):
@@ -399,6 +414,11 @@ class _ContentIndex:
             for index, start in self._columns.get(wanted[0], ())
             if self._hashes[index][start : start + len(wanted)] == wanted
         ]
+
+
+def _is_coded(entry: Multiplication) -> bool:
+    kind = entry.weight.dtype
+    return kind is not None and not kind.is_floating_point()
 
 
 def _hash_rows(matrix: NDArray[np.generic]) -> list[bytes]:

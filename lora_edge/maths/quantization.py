@@ -25,6 +25,8 @@ Algorithm = Literal["rtn", "k-quant"]
 BITS: Mapping[str, int] = {"int8": 8, "int4": 4}
 BLOCK_SIZE = 32
 BLOCK_SIZES = (16, 32, 64, 128)
+CHANNEL_BITS = 7
+"""Of a code, where an output has one scale (:mod:`lora_edge.graph.channels` says why)."""
 _ROWS = 1 << 22  # numbers that are rounded at a time
 
 _Bits = Annotated[int, Rule("4 or 8", (4, 8).__contains__)]
@@ -41,6 +43,7 @@ class Rounding(NamedTuple):
         symmetric: the zero point is the middle code, so that none is stored.
         algorithm: ``rtn``: a block's range is spread evenly over its codes; ``k-quant``: scale and
             zero point are searched for the least error, weighted by size.
+        per_channel: a linear layer has one scale for each output and no zero points.
     """
 
     bits: int
@@ -48,6 +51,7 @@ class Rounding(NamedTuple):
     block_size: int = BLOCK_SIZE
     symmetric: bool = False
     algorithm: Algorithm = "rtn"
+    per_channel: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ class Quantization:
         symmetric, algorithm: as of :class:`Rounding`.
         merged_first: a merged adapter's change is in the weights that were rounded. Else it is
             added to rounded weights, which stay floats in the layers that it changes.
+        by_channel: those of ``layers`` whose codes, of :data:`CHANNEL_BITS`, have one scale for
+            each output and no zero points.
     """
 
     bits: _Bits
@@ -76,13 +82,18 @@ class Quantization:
     symmetric: bool = False
     algorithm: Algorithm = "rtn"
     merged_first: bool = False
+    by_channel: tuple[str, ...] = ()
 
     def bits_at(self, path: str) -> int:
         """Bits of a layer's codes; 32 of a layer that is not rounded."""
+        if path in self.by_channel:
+            return CHANNEL_BITS
         return self.bits_of.get(path, self.bits) if path in self.layers else 32
 
     def blocks(self, path: str, weight: NDArray[np.floating]) -> Blocks:
         """The codes of a layer's weight ``[out, in]``, of an embedding's ``[vocab, hidden]``."""
+        if path in self.by_channel:
+            return quantize(weight, CHANNEL_BITS, weight.shape[1], symmetric=True)
         bits = self.bits_of.get(path, self.bits)
         return quantize(
             weight,
@@ -148,6 +159,19 @@ class Blocks(NamedTuple):
         if self.zeros is not None:
             found["zeros"] = _halves(self.zeros, self.bits).reshape(-1)
         return found
+
+    def channels(self) -> dict[str, NDArray[np.generic]]:
+        """Codes and scales of one symmetric block for each output, as ``DequantizeLinear`` reads
+        them.
+
+        Returns:
+            ``codes [in, out]``, int8, around 0; ``scales [out]``.
+        """
+        codes = self.codes.reshape(len(self.codes), -1).astype(np.int16) - 2 ** (self.bits - 1)
+        return {
+            "codes": np.ascontiguousarray(codes.astype(np.int8).T),
+            "scales": self.scales.reshape(-1),
+        }
 
 
 def quantize(
@@ -292,6 +316,7 @@ def measured(
         bits_of=bits_of,
         symmetric=rounding.symmetric,
         algorithm=rounding.algorithm,
+        by_channel=tuple(paths) if rounding.per_channel else (),
     )
     return with_errors(plain, weights, layers)
 

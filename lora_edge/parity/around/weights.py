@@ -197,8 +197,9 @@ class _Expected:
                 )
             if part not in packed:
                 return f"{path} has {part}, and the manifest says that its codes have none"
-            # An embedding has the same numbers in another shape.
-            layers[path] = packed[part].reshape(len(packed["codes"]), -1)
+            # An embedding has the same numbers in another shape, and blocks belong to outputs.
+            rows = len(packed[part] if packed["codes"].dtype == np.int8 else packed["codes"])
+            layers[path] = packed[part].reshape(rows, -1)
         rows = sum(map(len, layers.values()))
         if values.size % rows:
             return f"{name} ({part}) has the shape {values.shape}"
@@ -222,7 +223,8 @@ class _Expected:
         if quantization.merged_first and f"{path}.weight" in self._changes:
             changed = self._changes[f"{path}.weight"](matrix.astype(np.float64))
             matrix = changed.astype(np.float32)
-        return quantization.blocks(path, matrix).packed()
+        blocks = quantization.blocks(path, matrix)
+        return blocks.channels() if path in quantization.by_channel else blocks.packed()
 
     def _judge_unnamed(self, name: str, values: Array) -> str:
         """A tensor that no parameter has the name of: found by its content."""

@@ -1,0 +1,103 @@
+"""What few bits do to an encoder's speed: a BERT of base size, random weights, adapter on.
+
+    .venv/bin/python ci/benchmarks/encoders.py [--rounds 3] [--turns 12] [--threads 2]
+
+Each round is a process of its own; contestants take turns in shuffled order; float32 takes part
+twice. Prints seconds and ratios of float32's time to theirs, with their 95 % intervals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from made import export_unproved
+
+from lora_edge.bench.ratios import ratio, resolution
+from lora_edge.runtime import Runner
+
+FORMS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "int8": {"precision": "int8"},
+    "int8 per channel": {"precision": "int8", "per_channel": True},
+    "int4": {"precision": "int4"},
+}
+AGAIN = "fp32 again"
+LENGTHS = {"1 row of 16 tokens": (1, 16), "1 row of 128": (1, 128), "8 rows of 128": (8, 128)}
+
+
+def make(folder: Path) -> None:
+    """Write a base, an adapter and a bundle of each form."""
+    import peft
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    base = BertForSequenceClassification(BertConfig(num_labels=2, pad_token_id=0)).eval()
+    base.save_pretrained(folder / "base")
+    config = peft.LoraConfig(
+        r=16, target_modules=["query", "key", "value", "dense"], task_type="SEQ_CLS",
+        init_lora_weights=False, exclude_modules=r".*pooler.*",
+    )  # fmt: skip
+    peft.get_peft_model(base, config).save_pretrained(folder / "a")
+    for name, options in FORMS.items():
+        export_unproved(folder / "base", {"a": folder / "a"}, folder / name, **options)
+
+
+def measure(folder: Path, turns: int, threads: int) -> dict[str, dict[str, float]]:
+    """Median seconds: length -> contestant."""
+    sources = {**{name: folder / name for name in FORMS}, AGAIN: folder / "fp32"}
+    runners = {name: Runner(path, threads=threads) for name, path in sources.items()}
+    found: dict[str, dict[str, float]] = {}
+    for length, (rows, tokens) in LENGTHS.items():
+        ids = [[5 + (row * tokens + x) % 20000 for x in range(tokens)] for row in range(rows)]
+        seconds: dict[str, list[float]] = {name: [] for name in runners}
+        for turn in range(turns + 1):
+            for name in random.sample(list(runners), len(runners)):
+                begun = time.perf_counter()
+                runners[name].logits(ids, adapter="a")
+                if turn:  # the first wakes it
+                    seconds[name].append(time.perf_counter() - begun)
+        found[length] = {name: statistics.median(own) for name, own in seconds.items()}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=12)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.measure:
+        print(json.dumps(measure(given.measure, given.turns, given.threads)))
+        return
+    with tempfile.TemporaryDirectory() as work:
+        make(Path(work))
+        for name in FORMS:
+            size = sum(x.stat().st_size for x in (Path(work) / name / "onnx").iterdir())
+            print(f"{name:<18} {size:>12,} bytes of graphs and weights")
+        command = [sys.executable, __file__, "--measure", work, "--turns", str(given.turns)]
+        command += ["--threads", str(given.threads)]
+        rounds = [json.loads(subprocess.check_output(command)) for _ in range(given.rounds)]
+    for length in LENGTHS:
+        own = {name: [one[length][name] for one in rounds] for name in (*FORMS, AGAIN)}
+        told = resolution(ratio(own["fp32"], own[AGAIN]))
+        known = "anything" if told is None else f"{told:.1%}"
+        print(f"{length}: differences below {known} are not resolved")
+        for name in FORMS:
+            faster = ratio(own["fp32"], own[name])
+            ends = "" if faster.low is None else f" ({faster.low:.2f} to {faster.high:.2f})"
+            print(f"  {name:<18} {statistics.median(own[name]):.4f} s  {faster.value:.2f}{ends}")
+
+
+if __name__ == "__main__":
+    main()
