@@ -8,13 +8,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import environments
 import export_memory
 import hot_loop
 import pytest
 import rows
 import table
 from made import genai_installed
-from rows import BENCHES, DECODE, ROWS, Row
+from rival_rows import RIVAL_BENCHES
+from row import LackingError, Row
+from rows import BENCHES, DECODE, ROWS
 from shapes import SHAPES, make_adapter, make_model
 
 from lora_edge.adapter.load import load_adapter
@@ -58,6 +61,31 @@ def test_a_row_minds_what_was_resolved(off: float, again: float, verdict: str) -
     assert (line["target"], line["verdict"]) == (0.97, verdict)
     assert line["resolution"] == pytest.approx(again - 1)
     assert line["ratio"]["value"] == pytest.approx(again**0.5 / off)
+
+
+RIVAL = ["llama.cpp, on", "llama.cpp, on again", "llama.cpp, off", "on", "off"]
+
+
+@pytest.mark.parametrize(
+    ("on", "verdict"), [(1.9, "reached"), (2.0, "not resolved"), (2.5, "missed")]
+)
+def test_what_an_adapter_leaves_is_compared_with_what_it_leaves_a_rival(
+    on: float, verdict: str
+) -> None:
+    figure = _figure("decode", "decode", RIVAL)
+    rounds = [dict(zip(RIVAL, (4.0, 4.04, 2.0, on, 1.0), strict=True))] * 3
+    line = _line("kept-llama.cpp", figure, rounds)
+    assert line["ratio"]["value"] == pytest.approx((1 / on) / (2 / 4))
+    assert line["resolution"] == pytest.approx(1.01**2 - 1)
+    assert line["verdict"] == verdict
+    gone = _line("kept-llama.cpp", _figure("decode", "decode", RIVAL[:2] + RIVAL[3:]), rounds)
+    assert gone["verdict"] == "not measured: llama.cpp, off: it does not take part here"
+
+
+def test_a_target_may_be_that_of_one_precision() -> None:
+    (row,) = [row for row in ROWS if row.name == "llama.cpp"]
+    targets = [table._line(row, "1B", x)["target"] for x in row.precisions]
+    assert targets == [None, 1.1]
 
 
 def test_one_process_reaches_and_misses_nothing() -> None:
@@ -126,6 +154,17 @@ def test_what_cannot_be_made_here_says_why(monkeypatch: pytest.MonkeyPatch) -> N
     }
 
 
+def test_who_cannot_be_set_up_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environments, "find_spec", lambda _: None)
+    with pytest.raises(LackingError, match=r"^gguf is not installed; pip install gguf$"):
+        environments.llama_cpp_library()
+    monkeypatch.setattr(environments, "find_spec", lambda name: name)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(environments, "_ROOT", ROOT / "models")
+    with pytest.raises(LackingError, match=r"^llama\.cpp cannot be set up: .*ci/llama_cpp"):
+        environments.llama_cpp_library()
+
+
 def test_a_model_of_a_shape_is_what_transformers_loads(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -172,7 +211,7 @@ def test_every_row_is_measured(tmp_path: Path) -> None:
     wanted = {(row.name, precision) for row in ROWS for precision in row.precisions}
     assert {(line["row"], line["precision"]) for line in lines} == wanted
     unmeasured = {line["row"] for line in lines if line["verdict"].startswith("not measured")}
-    lacking = {"llama.cpp", "on-off-llama.cpp"}
+    lacking = {row.name for row in ROWS if row.bench in RIVAL_BENCHES}
     if not genai_installed():
         lacking |= {row.name for row in ROWS if "genai" in row.name} | {"loop", "on-off"}
     assert unmeasured <= lacking, done.stdout

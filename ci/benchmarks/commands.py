@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from made import ON, Made
-from rows import Kind, Row
+from row import Kind, Row
 
 
 def _command(name: str, text: str, most: float, kind: Kind = "value") -> Row:

@@ -1,8 +1,4 @@
-"""A checkpoint and an adapter as GGUF files: Q4_0 matrices, as llama.cpp's own converter has them.
-
-The token embedding, which is the head too where they are tied, is Q8_0: llama.cpp's quantizer keeps
-it at six bits, which the gguf package cannot write.
-"""
+"""A checkpoint and an adapter as GGUF files in float32; llama.cpp quantizes the first itself."""
 
 from __future__ import annotations
 
@@ -12,17 +8,11 @@ from typing import Any
 
 import gguf
 import numpy as np
-from gguf.quants import quantize
 from made import Made
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 Array = NDArray[np.float32]
-_Q4, _Q8, _F32 = (
-    gguf.GGMLQuantizationType.Q4_0,
-    gguf.GGMLQuantizationType.Q8_0,
-    gguf.GGMLQuantizationType.F32,
-)
 _NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -37,7 +27,7 @@ _NAMES = {
 
 
 def write_model(made: Made, path: Path) -> None:
-    """The base."""
+    """The base, in float32."""
     shape, kind = made.shape, made.shape.kind
     writer = gguf.GGUFWriter(path, kind)
     writer.add_context_length(shape.positions)
@@ -49,22 +39,14 @@ def write_model(made: Made, path: Path) -> None:
     writer.add_rope_dimension_count(shape.head_dim)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_vocab_size(shape.vocabulary)
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     writer.add_tokenizer_model("no_vocab")
     for file in sorted(made.base().glob("*.safetensors")):
         for key, tensor in load_file(file).items():
             name, array = _named(key), tensor.float().numpy()
             if kind == "llama":
                 array = _rotated(key, array, made)
-            kept = (
-                _F32
-                if array.ndim == 1
-                else _Q8
-                if "embd" in name or name == "output.weight"
-                else _Q4
-            )
-            writer.add_tensor(
-                name, array if kept == _F32 else quantize(array, kept), raw_dtype=kept
-            )
+            writer.add_tensor(name, array)
     _finish(writer)
 
 

@@ -15,6 +15,7 @@ from unittest.mock import patch
 from shapes import SHAPES, Shape, make_adapter, make_model
 
 import lora_edge
+from lora_edge.bench.players.llama_library import Q4_0, LlamaLibrary
 from lora_edge.bundle.bundle import Bundle, load_bundle
 
 ADAPTERS = 8
@@ -88,13 +89,18 @@ class Made:
         linear = precision.partition(" ")[0]
         return self._kept(f"genai-{linear}", lambda path: _build_genai(self.base(), path, linear))
 
-    def gguf(self) -> tuple[Path, Path]:
-        """The base and the first adapter for llama.cpp."""
+    def gguf(self, precision: str, library: Path) -> tuple[Path, Path]:
+        """The base and the first adapter for llama.cpp: float32, or quantized by it to Q4_0."""
         from gguf_files import write_adapter, write_model
 
-        model = self._kept("base-q4_0.gguf", lambda path: write_model(self, path))
         lora = self._kept("a0.gguf", lambda path: write_adapter(self, path))
-        return model, lora
+        whole = self._kept("base-f32.gguf", lambda path: write_model(self, path))
+        if precision == "fp32":
+            return whole, lora
+        quantized = self._kept(
+            "base-q4_0.gguf", lambda path: LlamaLibrary(library).quantize(whole, path, Q4_0)
+        )
+        return quantized, lora
 
     def base_bytes(self) -> int:
         """Of the checkpoint, in float32."""

@@ -6,18 +6,17 @@ A bench is a plan whose contestants run side by side; a row is one ratio in it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
-from typing import Literal
 
 from made import ADAPTERS, ON, Made, genai_installed
+from rival_rows import RIVAL_BENCHES, RIVAL_ROWS
+from row import OFF, LackingError, Row, decoding, plan_of, twice
 
 from lora_edge.bench.plan import AGAIN, Entry, Figure, Plan, Taker, Work
 from lora_edge.bench.rivals import Given, Rival, rival
 from lora_edge.bench.standard import Choices, standard_plan
 from lora_edge.bundle.bundle import BASE_GRAPH_FILE, DATA_FILE, GRAPH_FILE, Bundle
 
-PLAIN, OFF, OFF_PINNED, MERGED, GENAI = "plain", "off", "off, pinned", "merged", "genai's graph"
+PLAIN, OFF_PINNED, MERGED, GENAI = "plain", "off, pinned", "merged", "genai's graph"
 SWITCH = "switch a0, a1"
 _MIB = 1 / (1 << 20)
 _ROOM = 4096
@@ -30,39 +29,6 @@ MIXED, ONE_BY_ONE, PEFT_MIXED = (
     "one row after another",
     "peft, mixed batch",
 )
-
-Kind = Literal["ratio", "difference", "value"]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table.
-
-    Attributes:
-        name: for ``--rows``.
-        text: what it is.
-        bench: name of its bench.
-        precisions: of the bundle.
-        figure: of the bench.
-        own: the taker that is looked at.
-        other: what it is compared with; empty: the figure's reference.
-        targets: shape -> what is to be reached; ``""`` is any other shape.
-        least: at least the target; else at most.
-        kind: a ratio; or a difference, or the value itself, in the figure's unit.
-        limit: it has a limit by bytes: how fast it can be if bytes alone count.
-    """
-
-    name: str
-    text: str
-    bench: str
-    precisions: tuple[str, ...]
-    figure: str
-    own: str
-    other: str
-    targets: dict[str, float]
-    least: bool = True
-    kind: Kind = "ratio"
-    limit: bool = False
 
 
 _BOTH, _FP32 = ("fp32", "int4"), ("fp32",)
@@ -140,22 +106,8 @@ ROWS = (
     ),
     Row("on-peft", "on / PEFT eager", "decode", _FP32, "decode", ON_NAME, PEFT_NAME, {"": 3.0}),
 )  # fmt: skip
-_LLAMA_CPP = (
-    Row(
-        "llama.cpp", "int4, on / llama.cpp with --lora",
-        "llama.cpp", ("int4",), "decode", "on", "", {"": 1.1},
-    ),
-    Row(
-        "on-off-llama.cpp", "on / off, llama.cpp",
-        "llama.cpp", ("int4",), "decode", "llama.cpp, on", "llama.cpp, off", {"": 0.0},
-    ),
-)  # fmt: skip
-ROWS = (*ROWS, *_LLAMA_CPP)
+ROWS = (*ROWS, *RIVAL_ROWS)
 DECODE = tuple(row.name for row in ROWS if row.bench == "decode")
-
-
-class LackingError(Exception):
-    """A bench that cannot be run here; the message says why."""
 
 
 def limit_by_bytes(bundle: Bundle) -> float:
@@ -163,18 +115,6 @@ def limit_by_bytes(bundle: Bundle) -> float:
     files = bundle.manifest.files
     weights = sum(x.bytes for name, x in files.items() if name.startswith("onnx/"))
     return weights / (weights + files[bundle.adapter(ON).file].bytes)
-
-
-def _plan(bundle: Bundle, entries: Sequence[Entry], figures: Sequence[Figure]) -> Plan:
-    return Plan(entries, figures, bundle.manifest.parts["decoder"].vocab_size)
-
-
-def _decode(takers: Sequence[Taker]) -> Figure:
-    return Figure("decode", "decoding after a prompt of 128", "tokens/s", tuple(takers))
-
-
-def _twice(key: str, player: str, given: dict[str, object]) -> list[Entry]:
-    return [Entry(key, player, given), Entry(key + AGAIN, player, given)]
 
 
 def _each(takers: Sequence[Taker], work: Work) -> tuple[Taker, ...]:
@@ -187,7 +127,7 @@ def plain(made: Made, precision: str) -> Plan:
     own = {"bundle": str(bundle.directory)}
     graph = {**own, "file": str(bundle.directory / BASE_GRAPH_FILE), "own": True}
     entries = [
-        *_twice(PLAIN, "graph", graph),
+        *twice(PLAIN, "graph", graph),
         Entry(OFF, "bundle", own),
         Entry("on", "bundle", {**own, "first": ON}),
     ]
@@ -198,7 +138,7 @@ def plain(made: Made, precision: str) -> Plan:
         Taker("on", "on", "decode", (ON,), computes="adapter"),
     ]
     memory = Figure("pss", "memory (PSS)", "MiB", _each(takers, "pss"), 128, _MIB, rate=False)
-    return _plan(bundle, entries, [_decode(takers), memory])
+    return plan_of(bundle, entries, [decoding(takers), memory])
 
 
 def genai(made: Made, precision: str) -> Plan:
@@ -209,7 +149,7 @@ def genai(made: Made, precision: str) -> Plan:
     own = {"bundle": str(bundle.directory)}
     theirs = f"genai: {folder.name}"
     entries = [
-        *_twice(theirs, "genai", {"folder": str(folder)}),
+        *twice(theirs, "genai", {"folder": str(folder)}),
         Entry(OFF, "bundle", own),
         Entry("on", "bundle", {**own, "first": ON}),
     ]
@@ -225,12 +165,12 @@ def genai(made: Made, precision: str) -> Plan:
     size = sum(file.stat().st_size for file in folder.glob("model.onnx*"))
     files = (Taker(theirs, OFF, "files", bytes=size), Taker("ours", OFF, "files", bytes=graph))
     figures = [
-        _decode(takers),
+        decoding(takers),
         Figure("open", "opening", "s of CPU", _each(takers, "open"), rate=False),
         Figure("peak", "peak memory", "MiB", _each(takers, "peak"), 128, _MIB, rate=False),
         Figure("files", "graph and weights", "MB", files, 0, 1e-6, rate=False),
     ]
-    return _plan(bundle, entries, figures)
+    return plan_of(bundle, entries, figures)
 
 
 def loop(made: Made, precision: str) -> Plan:
@@ -256,7 +196,7 @@ def loop(made: Made, precision: str) -> Plan:
         Taker("on", "on", "decode", (ON,), computes="adapter"),
         Taker(OFF, OFF, "decode", computes="base"),
     ]
-    return _plan(bundle, entries, [_decode(takers)])
+    return plan_of(bundle, entries, [decoding(takers)])
 
 
 def _peft(made: Made, bundle: Bundle) -> Rival:
@@ -280,7 +220,7 @@ def decode(made: Made, precision: str) -> Plan:
     own = {"bundle": str(bundle.directory)}
     rivals = _peft(made, bundle)
     entries = [
-        *_twice(MERGED, "bundle", {"bundle": str(made.merged())}),
+        *twice(MERGED, "bundle", {"bundle": str(made.merged())}),
         Entry(OFF, "bundle", own),
         Entry(ON_NAME, "bundle", own),
         Entry(OFF_PINNED, "bundle", {**own, "pinned": [None]}),
@@ -301,30 +241,7 @@ def decode(made: Made, precision: str) -> Plan:
         file = str(made.genai(precision) / "model.onnx")
         entries.append(Entry(GENAI, "graph", {**own, "file": file}))
         takers.append(Taker(GENAI, GENAI, "decode", computes="base"))
-    return _plan(bundle, entries, [_decode(takers)])
-
-
-def llama_cpp(made: Made, precision: str) -> Plan:
-    """The bundle beside llama.cpp with Q4_0 weights and the same adapter as a GGUF file."""
-    for package in ("gguf", "llama_cpp"):
-        if find_spec(package) is None:
-            raise LackingError(f"{package} is not installed; pip install gguf llama-cpp-python")
-    bundle = made.bundle(precision)
-    model, lora = made.gguf()
-    paths = {"llama.cpp": str(model), "llama.cpp-lora": str(lora)}
-    off, on = rival("llama.cpp", Given(bundle, ON, 1024, paths)).ways
-    own = {"bundle": str(bundle.directory)}
-    again = Entry(on.entry.key + AGAIN, "llama.cpp", on.entry.given)
-    entries = [
-        on.entry,
-        again,
-        off.entry,
-        Entry("on", "bundle", {**own, "first": ON}),
-        Entry(OFF, "bundle", own),
-    ]
-    takers = [Taker(x.key, x.key, "decode") for x in entries[:3]]
-    takers += [Taker("on", "on", "decode", (ON,)), Taker(OFF, OFF, "decode")]
-    return _plan(bundle, entries, [_decode(takers)])
+    return plan_of(bundle, entries, [decoding(takers)])
 
 
 def _needs_genai() -> None:
@@ -340,5 +257,5 @@ BENCHES: dict[str, Callable[[Made, str], Plan]] = {
     "switch": _standard("switch"),
     "load": _standard("load"),
     "decode": decode,
-    "llama.cpp": llama_cpp,
+    **RIVAL_BENCHES,
 }

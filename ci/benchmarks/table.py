@@ -21,7 +21,8 @@ from typing import Any
 
 from commands import COMMANDS, measure_command
 from made import Made
-from rows import BENCHES, DECODE, ROWS, LackingError, Row, limit_by_bytes
+from row import LackingError, Row
+from rows import BENCHES, DECODE, ROWS, limit_by_bytes
 from shapes import SHAPES, facts
 
 from lora_edge.bench.plan import Plan, Settings
@@ -50,7 +51,7 @@ def line_of(row: Row, shape: str, precision: str, plan: Plan, rounds: Sequence[C
     line = _line(row, shape, precision)
     figure = next(x for x in plan.figures if x.name == row.figure)
     names = {taker.name for taker in figure.takers}
-    for wanted in (row.own, row.other):
+    for wanted in (row.own, row.other, *row.beside):
         if wanted and wanted not in names:
             reason = plan.left_out.get(wanted, "it does not take part here")
             return {**line, "verdict": f"not measured: {wanted}: {reason}"}
@@ -59,6 +60,10 @@ def line_of(row: Row, shape: str, precision: str, plan: Plan, rounds: Sequence[C
     line["resolution"] = resolved
     if row.kind == "ratio":
         found = ratio_of(figure, costs, row.own, row.other)
+        if row.beside:
+            found = _beside(row, costs)
+            resolved = None if resolved is None else (1 + resolved) ** 2 - 1
+            line["resolution"] = resolved
         line |= {"ratio": asdict(found)}
         return line | {"verdict": _verdict(found, resolved, line)}
     other = row.other or figure.takers[0].name
@@ -67,8 +72,17 @@ def line_of(row: Row, shape: str, precision: str, plan: Plan, rounds: Sequence[C
     return line | _absolute(values, line["target"])
 
 
+def _beside(row: Row, costs: Sequence[Mapping[str, float]]) -> Ratio:
+    """How the ratio of two rates compares with that of two others."""
+    over, under = row.beside
+    return ratio(
+        [one[row.other] * one[over] for one in costs], [one[row.own] * one[under] for one in costs]
+    )
+
+
 def _line(row: Row, shape: str, precision: str) -> Line:
-    target = row.targets.get(f"{shape} {precision}", row.targets[""])
+    any_shape = row.targets.get(precision, row.targets[""])
+    target = row.targets.get(f"{shape} {precision}", any_shape)
     return {
         "row": row.name,
         "text": row.text,

@@ -72,7 +72,8 @@ class Child:
         opened = timed(player.open)
         self._player = player
         since = time.perf_counter() - _BEGUN
-        return {**opened, "imports": imported["seconds"], "since": since}
+        about = {"about": player.about()}
+        return {**opened, **about, "imports": imported["seconds"], "since": since}
 
     def _start(self, order: Mapping[str, Any]) -> Answer:
         """Prompts, as one batch or each as one of its own; those of a key before are dropped."""

@@ -90,6 +90,7 @@ class Plan:
         entries: the processes.
         figures: in the order in which they are measured.
         left_out: who does not take part, and why, in a line each.
+        runs: entry -> what runs there, as it says itself when it is tried.
         vocabulary: token ids are below it.
     """
 
@@ -97,6 +98,7 @@ class Plan:
     figures: Sequence[Figure]
     vocabulary: int
     left_out: Mapping[str, str] = field(default_factory=dict)
+    runs: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

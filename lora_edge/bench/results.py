@@ -28,7 +28,6 @@ _PACKAGES = (
     "peft",
     "optimum-onnx",
     "openvino",
-    "llama-cpp-python",
 )
 _WORDS = {
     (True, "more"): "faster",
@@ -61,6 +60,7 @@ def results(
             "system": platform.platform(),
         },
         "versions": _versions(),
+        "runs": dict(plan.runs),
         "figures": [_figure(figure, [x[figure.name] for x in rounds]) for figure in plan.figures],
         "left_out": dict(plan.left_out),
     }

@@ -24,8 +24,8 @@ class Given:
         bundle: the bundle.
         adapter: the one that is on; empty: the bundle has none.
         room: positions, for those that take a cache once.
-        files: name -> path, of ``merged``, ``genai``, ``openvino``, ``optimum``, ``llama.cpp`` and
-            ``llama.cpp-lora``.
+        files: name -> path, of ``merged``, ``genai``, ``openvino``, ``optimum``, ``llama.cpp``,
+            ``llama.cpp-lora`` and ``llama.cpp-library``.
         base: the base model's folder or hub id; empty: none was given.
         peft: adapter -> PEFT folder, where not the bundle's own.
         pythons: rival -> interpreter.
@@ -205,13 +205,17 @@ def _llama_cpp(given: Given) -> Rival:
         return _lacks(
             "llama.cpp", "a GGUF file", "--with llama.cpp=FILE --with llama.cpp-lora=FILE"
         )
+    library = given.files.get("llama.cpp-library")
+    if library is None:
+        return _lacks("llama.cpp", "its shared libraries", "--with llama.cpp-library=DIR")
     python = given.pythons.get("llama.cpp", "")
-    found = {"file": file, "room": given.room}
-    ways = [Way(Entry("llama.cpp, off", "llama.cpp", found, python), None, "")]
+    found = {"library": library, "file": file, "room": given.room}
+    off = Entry("llama.cpp, off", "llama.cpp", found, python)
+    ways = [Way(off, None, given.computes(""))]
     lora = given.files.get("llama.cpp-lora")
     if lora is not None:
         on = Entry("llama.cpp, on", "llama.cpp", {**found, "lora": lora}, python)
-        ways.append(Way(on, given.adapter or None, ""))
+        ways.append(Way(on, given.adapter or None, given.computes(given.adapter)))
     return Rival("llama.cpp", tuple(ways), bytes=_size(Path(file)))
 
 

@@ -45,14 +45,14 @@ def tried(plan: Plan, settings: Settings, say: Say) -> Plan:
         ContestantError: a figure would be left without its reference.
     """
     references = {taker.entry for figure in plan.figures for taker in figure.takers[:2]}
-    left = dict(plan.left_out)
+    left, runs = dict(plan.left_out), dict(plan.runs)
     gone: set[str] = set()
     for entry in plan.entries:
         takers = [x for figure in plan.figures for x in figure.takers if x.entry == entry.key]
         if not takers:
             continue
         try:
-            _try(entry, takers, settings)
+            runs[entry.key] = _try(entry, takers, settings)
         except ContestantError as error:
             if entry.key in references:
                 raise
@@ -63,15 +63,16 @@ def tried(plan: Plan, settings: Settings, say: Say) -> Plan:
         replace(figure, takers=tuple(x for x in figure.takers if x.entry not in gone))
         for figure in plan.figures
     ]
-    return replace(plan, figures=figures, left_out=left)
+    return replace(plan, figures=figures, left_out=left, runs=runs)
 
 
-def _try(entry: Entry, takers: list[Taker], settings: Settings) -> None:
-    """Open a contestant and run one token as it will be asked to."""
+def _try(entry: Entry, takers: list[Taker], settings: Settings) -> str:
+    """Open a contestant and run one token as it will be asked to; what runs there."""
     with Process(entry.key, entry.python, single=settings.threads == 1) as process:
         given = {**entry.given, "threads": settings.threads}
-        process.ask("open", player=entry.player, given=given)
+        about = str(process.ask("open", player=entry.player, given=given)["about"])
         for adapters in {x.adapters for x in takers if x.work in ("decode", "prefill")}:
             rows = [[1]] * len(adapters)
             chosen = list(adapters)
             process.ask("start", key="", rows=rows, adapters=chosen, room=2, together=True)
+    return about

@@ -62,7 +62,7 @@ def _names(_context: Any, _parameter: Any, text: str | None) -> tuple[str, ...]:
     "files",
     metavar="NAME=PATH",
     help="What a contestant runs: merged=BUNDLE, genai=DIR, openvino=DIR, optimum=DIR, "
-    "llama.cpp=FILE.gguf, llama.cpp-lora=FILE.gguf.",
+    "llama.cpp=FILE.gguf, llama.cpp-lora=FILE.gguf, llama.cpp-library=DIR.",
 )
 @options.repeatable(
     "--python",

@@ -94,6 +94,10 @@ def test_everyone_who_lacks_something_says_what(bundle: Path, tmp_path: Path) ->
     reasons = {name: rival(name, _given(bundle)).reason for name in RIVALS}
     assert not reasons.pop("genai")  # it runs the bundle itself
     assert all(reason.startswith("it needs ") for reason in reasons.values()), reasons
+    model = _given(bundle, files={"llama.cpp": "x.gguf"})
+    assert rival("llama.cpp", model).reason == (
+        "it needs its shared libraries: --with llama.cpp-library=DIR"
+    )
     bare = rival("genai", _given(bundle, files={"genai": str(tmp_path)}))
     assert bare.reason == f"{tmp_path} has no genai_config.json"
     with pytest.raises(OptionError, match="nobody"):
@@ -106,7 +110,7 @@ def test_a_contestant_that_cannot_run_is_left_out_with_its_reason(bundle: Path) 
     entries = [
         Entry("off", "bundle", own),
         Entry("off again", "bundle", own),
-        Entry("llama.cpp", "llama.cpp", {"file": "none.gguf", "room": 8}),
+        Entry("llama.cpp", "llama.cpp", {"library": str(bundle), "file": "x.gguf", "room": 8}),
         Entry("odd", "bundle", {"bundle": str(bundle / "onnx")}),
         Entry("other", "bundle", own, python=str(bundle / "no-python")),
     ]
@@ -114,9 +118,9 @@ def test_a_contestant_that_cannot_run_is_left_out_with_its_reason(bundle: Path) 
     said: list[str] = []
     ready = tried(plan, Settings(), said.append)
     assert [x.name for x in ready.figures[0].takers] == ["off", "off again"]
-    assert ready.left_out["llama.cpp"] == (
-        "llama-cpp-python is not installed; pip install llama-cpp-python"
-    )
+    assert ready.left_out["llama.cpp"] == f"{bundle} has no libllama"
+    assert set(ready.runs) == {"off", "off again"}
+    assert re.fullmatch(r"onnxruntime \d+\.\d+\.\d+.*", ready.runs["off"])
     assert "is not a bundle" in ready.left_out["odd"]
     assert "cannot be started" in ready.left_out["other"]
     assert len(said) == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from typing import Any, ClassVar
 
 from numpy.typing import NDArray
@@ -36,6 +37,10 @@ class Player(ABC):
     @abstractmethod
     def imports(self) -> None:
         """Import the libraries; the seconds are counted apart from those of :meth:`open`."""
+
+    def about(self) -> str:
+        """What runs, in a line, once it was imported: the package and its version."""
+        return f"{self.package} {version(self.package.partition('[')[0])}"
 
     @abstractmethod
     def open(self) -> None:
