@@ -22,6 +22,15 @@ def llama_cpp_library() -> Path:
     return _set_up("llama.cpp", ["ci/llama_cpp"], ".venv-llama.cpp")
 
 
+def openvino_python() -> Path:
+    """The Python of an environment with OpenVINO GenAI and optimum-intel.
+
+    Raises:
+        LackingError: it cannot be set up here.
+    """
+    return _set_up("OpenVINO", ["ci/venv", "openvino"], ".venv-openvino") / "bin/python"
+
+
 def _set_up(name: str, command: list[str], folder: str) -> Path:
     command = [str(_ROOT / command[0]), *command[1:]]
     try:

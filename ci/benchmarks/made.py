@@ -102,6 +102,16 @@ class Made:
         )
         return quantized, lora
 
+    def openvino(self, precision: str, python: Path) -> Path:
+        """The folder that optimum-intel makes of the base.
+
+        int4 is symmetric in groups of 32, as lora-edge's is; the output layer has 8 bits in both.
+        """
+        return self._kept(
+            f"openvino-{precision}",
+            lambda path: _build_openvino(self.base(), path, precision, python),
+        )
+
     def base_bytes(self) -> int:
         """Of the checkpoint, in float32."""
         size = sum(file.stat().st_size for file in self.base().glob("*.safetensors"))
@@ -135,7 +145,19 @@ def _build_genai(model: Path, output: Path, precision: str) -> None:
     """In a process of its own, with the builder's own choices for the CPU."""
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(model)]
     command += ["-o", str(output), "-p", precision, "-e", "cpu", "-c", str(output / "cache")]
+    _run("onnxruntime-genai's builder", command)
+    shutil.rmtree(output / "cache", ignore_errors=True)
+
+
+def _build_openvino(model: Path, output: Path, precision: str, python: Path) -> None:
+    command = [str(python.parent / "optimum-cli"), "export", "openvino", "-m", str(model)]
+    command += ["--task", "text-generation-with-past", "--weight-format", precision]
+    if precision == "int4":
+        command += ["--sym", "--group-size", "32", "--ratio", "1.0"]
+    _run("optimum-intel", [*command, str(output)])
+
+
+def _run(name: str, command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"onnxruntime-genai's builder failed:\n{done.stderr[-2000:]}")
-    shutil.rmtree(output / "cache", ignore_errors=True)
+        raise RuntimeError(f"{name} failed:\n{done.stderr[-2000:]}")

@@ -69,10 +69,18 @@ ROWS = (
         "loop", "the same graph and adapter in genai's own loop, ours / theirs",
         "loop", _BOTH, "decode", "on", "", {"": 1.0},
     ),
+    Row(
+        "off-loop", "off, the same graph in genai's own loop, ours / theirs",
+        "loop", _BOTH, "decode", OFF, GENAI_OFF, {"": 1.0},
+    ),
     Row("on-off", "on / off, ours", "loop", _BOTH, "decode", "on", OFF, {"": 0.0}),
     Row(
         "on-off-genai", "on / off, genai's own loop",
         "loop", _BOTH, "decode", GENAI_ON, GENAI_OFF, {"": 0.0},
+    ),
+    Row(
+        "kept-genai", "on / off, ours / genai's own loop",
+        "loop", _BOTH, "decode", "on", OFF, {"": 1.0}, beside=(GENAI_ON, GENAI_OFF),
     ),
     Row(
         "batch", "8 rows with 8 adapters / one after another",

@@ -105,9 +105,14 @@ class Child:
         return timed(lambda: self.player.switch(order["adapters"], order["room"]))
 
     def _sample(self, order: Mapping[str, Any]) -> Answer:
-        values = self.player.logits(_parts(order["key"], [0], order["together"])[0][0])
-        step = max(1, len(values) // LOGITS)
-        return {"logits": [float(value) for value in values[::step][:LOGITS]]}
+        """The likeliest token with its log-probability, and logits of whom tells them."""
+        ((key, _), *_) = _parts(order["key"], [0], order["together"])
+        answer: Answer = {"first": self.player.first(key), "logits": []}
+        values = self.player.logits(key)
+        if values is not None:
+            step = max(1, len(values) // LOGITS)
+            answer["logits"] = [float(value) for value in values[::step][:LOGITS]]
+        return answer
 
 
 def _parts(key: str, rows: list[Any], together: bool) -> list[tuple[str, slice]]:

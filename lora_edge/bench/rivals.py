@@ -5,6 +5,7 @@ Knows folders and names; imports none of the libraries that it names.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -183,20 +184,43 @@ def _optimum(given: Given) -> Rival:
     folder = given.files.get("optimum")
     if folder is None:
         return _lacks("optimum", "a folder that optimum-onnx wrote", "--with optimum=DIR")
-    return _folder("optimum", "optimum", folder, given, "base")
+    entry = Entry("optimum, off", "optimum", {"folder": folder}, given.pythons.get("optimum", ""))
+    return Rival("optimum", (Way(entry, None, given.computes("")),), bytes=_size(Path(folder)))
 
 
 def _openvino(given: Given) -> Rival:
     folder = given.files.get("openvino")
     if folder is None:
         return _lacks("openvino", "a folder that optimum-intel wrote", "--with openvino=DIR")
-    return _folder("openvino", "openvino", folder, given, "")
+    python = given.pythons.get("openvino", "")
+    exact = given.bundle.manifest.precision == "fp32"
+    found = {"folder": folder, "exact": exact, "room": given.room}
+    ways = [Way(Entry("openvino, off", "openvino", found, python), None, given.computes(""))]
+    if given.adapter:
+        peft = Path(given.peft_folder(given.adapter))
+        scale = _plain_scale(peft)
+        if scale is None:
+            return Rival("openvino", reason=f"it takes LoRA of one rank alone; {peft} is another")
+        lora = {"lora": str(peft / "adapter_model.safetensors"), "alpha": scale}
+        on = Entry("openvino, on", "openvino", {**found, **lora}, python)
+        ways.append(Way(on, given.adapter, given.computes(given.adapter)))
+    return Rival("openvino", tuple(ways), bytes=_size(Path(folder)))
 
 
-def _folder(name: str, player: str, folder: str, given: Given, computes: str) -> Rival:
-    entry = Entry(f"{name}, off", player, {"folder": folder}, given.pythons.get(name, ""))
-    way = Way(entry, None, given.computes("") if computes else "")
-    return Rival(name, (way,), bytes=_size(Path(folder)))
+def _plain_scale(peft: Path) -> float | None:
+    """What a LoRA's delta is multiplied by; ``None``: it is not the same everywhere, or no LoRA."""
+    config = json.loads((peft / "adapter_config.json").read_text(encoding="utf-8"))
+    other = (
+        "use_dora",
+        "rank_pattern",
+        "alpha_pattern",
+        "modules_to_save",
+        "alora_invocation_tokens",
+    )
+    if config.get("peft_type") != "LORA" or any(config.get(name) for name in other):
+        return None
+    rank = float(config["r"])
+    return float(config["lora_alpha"]) / (rank**0.5 if config.get("use_rslora") else rank)
 
 
 def _llama_cpp(given: Given) -> Rival:

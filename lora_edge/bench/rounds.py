@@ -25,6 +25,7 @@ _PAUSE = 0.05  # seconds: the last one's threads must have stopped spinning; 5 m
 _WARM_UP = 2  # turns
 _PREFILLS = 5  # turns at most; the first is not counted
 _DIFFERENCE = 0.01  # of the adapter's effect, or of the logits
+_LOG_PROBABILITY = 0.01  # of the first token
 
 
 def order_of(items: Sequence[Any], generator: random.Random) -> list[Any]:
@@ -193,12 +194,28 @@ class _Round:
             ParityError: two of them differ.
         """
         logits: dict[str, dict[str, list[float]]] = {}
+        firsts: dict[str, dict[str, tuple[int, float]]] = {}
         for taker in figure.takers:
             if taker.computes and taker.work in ("decode", "prefill"):
                 key = f"{figure.name} {taker.name}"
                 asked = self._processes[taker.entry].ask("logits", key=key, together=taker.together)
-                logits.setdefault(taker.computes, {})[taker.name] = asked["logits"]
+                token, probability = asked["first"]
+                group = firsts.setdefault(taker.computes, {})
+                group[taker.name] = token, probability
+                if asked["logits"]:
+                    logits.setdefault(taker.computes, {})[taker.name] = asked["logits"]
         check_alike(logits)
+        # Logits tell more: between two that have them, a tie for the first token means nothing.
+        check_firsts(
+            {
+                computes: {
+                    name: first
+                    for place, (name, first) in enumerate(group.items())
+                    if place == 0 or name not in logits.get(computes, {})
+                }
+                for computes, group in firsts.items()
+            }
+        )
 
 
 def check_alike(logits: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
@@ -224,6 +241,27 @@ def check_alike(logits: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
                 raise ParityError(
                     f"{name} and {first} differ by {error:.2g} in a logit, allowed is "
                     f"{allowed:.2g}: they do not run the same model",
+                    "Compare bundles and files that were made from the same base and adapter.",
+                )
+
+
+def check_firsts(firsts: Mapping[str, Mapping[str, tuple[int, float]]]) -> None:
+    """Contestants of one group choose the same first token, as likely.
+
+    Args:
+        firsts: what is computed -> contestant -> the likeliest token after the same prompt, and its
+            log-probability.
+
+    Raises:
+        ParityError: two choose another, or their log-probabilities differ by more than 0.01.
+    """
+    for group in firsts.values():
+        (first, expected), *others = group.items()
+        for name, found in others:
+            if found[0] != expected[0] or not abs(found[1] - expected[1]) <= _LOG_PROBABILITY:
+                raise ParityError(
+                    f"{name} chooses token {found[0]} (log-probability {found[1]:.4f}), {first} "
+                    f"{expected[0]} ({expected[1]:.4f}): they do not run the same model",
                     "Compare bundles and files that were made from the same base and adapter.",
                 )
 

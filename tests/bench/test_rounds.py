@@ -19,6 +19,8 @@ from lora_edge.reports.bench import chart, load_bench, markdown, table
 SECONDS = {"off": 2.0, "off again": 2.0, "on": 4.0}
 LOGITS = {"off": [1.0, 2.0], "off again": [1.0, 2.0], "on": [1.0, 5.0]}
 
+FIRSTS = {"off": [7, -2.0], "off again": [7, -2.0], "on": [3, -1.0]}
+
 
 class _Made(Process):
     """A process that only notes what it is told, and whose clock is made up."""
@@ -30,7 +32,7 @@ class _Made(Process):
         self._log.append((do, self._entry))
         self._count += 1
         if do == "logits":
-            return {"logits": LOGITS[self._entry]}
+            return {"logits": LOGITS[self._entry], "first": FIRSTS[self._entry]}
         if do == "memory":
             return {"pss": 1 << 20, "peak": 2 << 20}
         slow = 100.0 if do == "steps" and self._count < 5 else 1.0  # the first turns
@@ -119,6 +121,25 @@ def test_the_difference_that_is_allowed_is_a_share_of_the_effect() -> None:
         check_alike(groups)
     with pytest.raises(ParityError, match="b and a differ"):
         check_alike({"base": {"a": [1.0], "b": [float("nan")]}})
+
+
+@pytest.mark.parametrize("first", [[8, -2.0], [7, -2.02], [7, float("nan")]])
+def test_who_tells_no_logits_must_choose_the_same_token(
+    monkeypatch: pytest.MonkeyPatch, first: list[float]
+) -> None:
+    monkeypatch.setitem(LOGITS, "off again", [])
+    monkeypatch.setitem(FIRSTS, "off again", [7, -2.005])
+    _run(_plan())
+    monkeypatch.setitem(FIRSTS, "off again", first)
+    with pytest.raises(ParityError, match=r"off( again)? chooses token \d .*: they do not run"):
+        _run(_plan())
+
+
+def test_a_tie_for_the_first_token_means_nothing_where_logits_agree(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(FIRSTS, "off again", [8, -2.0])
+    _run(_plan())
 
 
 def _measured(rounds: list[dict[str, float]]) -> dict[str, Any]:

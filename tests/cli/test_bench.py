@@ -16,7 +16,7 @@ import pytest
 
 from lora_edge.bench.plan import Entry, Figure, Plan, Settings, Taker
 from lora_edge.bench.process import ContestantError, Process
-from lora_edge.bench.rivals import RIVALS, Given, rival
+from lora_edge.bench.rivals import RIVALS, Given, Rival, rival
 from lora_edge.bench.run import tried
 from lora_edge.bench.standard import FIGURES, Choices, chosen_adapter, standard_plan
 from lora_edge.bundle.bundle import Bundle, load_bundle
@@ -102,6 +102,27 @@ def test_everyone_who_lacks_something_says_what(bundle: Path, tmp_path: Path) ->
     assert bare.reason == f"{tmp_path} has no genai_config.json"
     with pytest.raises(OptionError, match="nobody"):
         rival("nobody", _given(bundle))
+
+
+def test_openvino_takes_the_adapters_own_file(bundle: Path, tmp_path: Path) -> None:
+    peft = tmp_path / "echo"
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_rslora": False}
+
+    def found(**changes: Any) -> Rival:
+        peft.mkdir(exist_ok=True)
+        (peft / "adapter_config.json").write_text(json.dumps(config | changes), encoding="utf-8")
+        given = {"files": {"openvino": str(tmp_path)}, "peft": {"echo": str(peft)}}
+        return rival("openvino", _given(bundle, **given))
+
+    off, on = found().ways
+    assert "lora" not in off.entry.given
+    assert on.entry.given["lora"] == str(peft / "adapter_model.safetensors")
+    assert on.entry.given["exact"] is True  # the bundle is in float32
+    assert (off.computes, on.computes) == ("base", "adapter echo")
+    assert on.entry.given["alpha"] == 2.0
+    assert found(use_rslora=True).ways[1].entry.given["alpha"] == 4.0
+    for other in ({"use_dora": True}, {"rank_pattern": {"q_proj": 8}}, {"peft_type": "IA3"}):
+        assert found(**other).reason == f"it takes LoRA of one rank alone; {peft} is another"
 
 
 def test_a_contestant_that_cannot_run_is_left_out_with_its_reason(bundle: Path) -> None:

@@ -1,59 +1,101 @@
-"""OpenVINO: the stateful model that optimum-intel and OpenVINO GenAI share, step by step."""
+"""OpenVINO GenAI: a folder that optimum-intel wrote, in its own loop, with its own adapters."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lora_edge.bench.players.player import Adapters, Player, Rows
+from lora_edge.errors import ProviderError
+
+_EXACT = {
+    "INFERENCE_PRECISION_HINT": "f32",
+    "KV_CACHE_PRECISION": "f32",
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+}
 
 
 class OpenvinoPlayer(Player):
-    """``openvino_model.xml`` with its cache inside, as OpenVINO GenAI runs it, without adapters.
+    """OpenVINO GenAI's pipeline, a token at a time; it chooses its tokens itself, greedily.
 
-    Given: ``folder``.
+    Given: ``folder``; ``exact``: compute and keep the cache in float32, else as OpenVINO chooses
+    for this processor; ``lora``, the safetensors file of an adapter, or nothing; ``alpha``, what
+    its delta is multiplied by; ``room``, the longest prompt.
     """
 
-    package = "openvino"
+    package = "openvino-genai"
 
     def imports(self) -> None:
         import openvino
+        import openvino_genai
 
-        self._ov = openvino
+        self._ov, self._genai = openvino, openvino_genai
 
     def open(self) -> None:
-        options = {
-            "INFERENCE_NUM_THREADS": self.threads,
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": "f32",
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": self.given.get("group", 32),
-            "KV_CACHE_PRECISION": "f32",
-        }
-        model = self._ov.Core().read_model(Path(self.given["folder"]) / "openvino_model.xml")
-        self._compiled = self._ov.compile_model(model, "CPU", options)
-        self._inputs = {name for x in self._compiled.inputs for name in x.get_names()}
+        scheduler = self._genai.SchedulerConfig()
+        scheduler.enable_prefix_caching = False
+        scheduler.max_num_batched_tokens = int(self.given["room"])
+        options: dict[str, Any] = {"INFERENCE_NUM_THREADS": self.threads}
+        if self.given["exact"]:
+            options |= _EXACT
+        self._adapters = None
+        if self.given.get("lora"):
+            adapter = self._genai.Adapter(self.given["lora"])
+            self._adapters = self._genai.AdapterConfig(adapter, self.given["alpha"])
+            options["adapters"] = self._adapters
+        self._pipeline = self._genai.ContinuousBatchingPipeline(
+            self.given["folder"], scheduler, "CPU", options
+        )
+        self._count = 0
+        if self._adapters is not None:
+            # Requests that are stepped through use the adapter that was generated with last.
+            self._pipeline.generate([self._ids([0])], [self._config(1)])
+
+    def _ids(self, tokens: Sequence[int]) -> Any:
+        return self._ov.Tensor(np.asarray([tokens], np.int64))
+
+    def _config(self, count: int, probabilities: int = 0) -> Any:
+        config = self._genai.GenerationConfig()
+        config.max_new_tokens = count
+        config.ignore_eos = True  # the tokens mean nothing
+        config.do_sample = False
+        config.logprobs = probabilities
+        if self._adapters is not None:
+            config.adapters = self._adapters
+        return config
+
+    def _add(self, tokens: Sequence[int], config: Any) -> Any:
+        self._count += 1
+        return self._pipeline.add_request(self._count, self._ids(tokens), config)
 
     def start(self, key: str, rows: Rows, adapters: Adapters, room: int) -> None:  # noqa: ARG002
-        self._batches[key] = self._compiled.create_infer_request(), 0
-        self._logits[key] = self._forward(key, rows)
+        handles = [self._add(row, self._config(room)) for row in rows]
+        self._batches[key] = handles, rows[0]
+        self._step(handles)
 
-    def step(self, key: str, tokens: Sequence[int]) -> None:
-        self._forward(key, [[token] for token in tokens])
+    def step(self, key: str, tokens: Sequence[int]) -> None:  # noqa: ARG002
+        self._step(self._batches[key][0])
 
-    def _forward(self, key: str, rows: Rows) -> NDArray[Any]:
-        request, past = self._batches[key]
-        ids = np.asarray(rows, np.int64)
-        batch, width = ids.shape
-        feeds = {
-            "input_ids": ids,
-            "attention_mask": np.ones((batch, past + width), np.int64),
-            "position_ids": np.tile(np.arange(past, past + width, dtype=np.int64), (batch, 1)),
-            "beam_idx": np.arange(batch, dtype=np.int32),
-        }
-        request.infer({name: value for name, value in feeds.items() if name in self._inputs})
-        self._batches[key] = request, past + width
-        return np.array(request.get_tensor("logits").data[0, -1])
+    def _step(self, handles: Sequence[Any]) -> None:
+        self._pipeline.step()
+        for handle in handles:
+            if not handle.can_read():
+                raise ProviderError("OpenVINO GenAI has made no token in a step")
+            handle.read()
+
+    def logits(self, key: str) -> NDArray[Any] | None:  # noqa: ARG002  it gives none
+        return None
+
+    def first(self, key: str) -> tuple[int, float]:
+        handle = self._add(self._batches[key][1], self._config(1, 1))
+        self._pipeline.step()
+        (found,) = handle.read().values()
+        return int(found.generated_ids[0]), float(found.generated_log_probs[0])
+
+    def drop(self, key: str) -> None:
+        for handle in self._batches.get(key, ((), ()))[0]:
+            handle.cancel()
+        super().drop(key)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, ClassVar
 
+import numpy as np
 from numpy.typing import NDArray
 
 from lora_edge.errors import OptionError
@@ -61,9 +62,21 @@ class Player(ABC):
     def step(self, key: str, tokens: Sequence[int]) -> None:
         """Append a token to each row of a batch."""
 
-    def logits(self, key: str) -> NDArray[Any]:
-        """``[vocab]``: after the last token of the first row's prompt."""
+    def logits(self, key: str) -> NDArray[Any] | None:
+        """``[vocab]``: after the last token of the first row's prompt; ``None``: it tells none."""
         return self._logits[key]
+
+    def first(self, key: str) -> tuple[int, float]:
+        """The likeliest token after the first row's prompt, and its log-probability.
+
+        Raises:
+            NotImplementedError: the subclass has no logits, and does not tell this either.
+        """
+        logits = self.logits(key)
+        if logits is None:
+            raise NotImplementedError(type(self).__name__)
+        token = int(logits.argmax())
+        return token, -float(np.log(np.exp(logits.astype(np.float64) - logits[token]).sum()))
 
     def drop(self, key: str) -> None:
         """Forget a batch."""
