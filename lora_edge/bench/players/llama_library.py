@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,18 @@ class _Bytes(ctypes.Structure):
     _fields_ = (("words", ctypes.c_uint64 * 128),)
 
 
+_ERRORS: deque[str] = deque(maxlen=3)
+
+
+def _heard(level: int, text: bytes | None, _: object) -> None:
+    """The log of the library, which has one for the whole process."""
+    if level == _ERROR and text:
+        _ERRORS.append(text.decode("utf-8", "replace").strip())
+
+
+_LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(_heard)
+
+
 class LlamaLibrary:
     """The library, loaded, with the processor's own kernels where the folder has several.
 
@@ -55,16 +68,9 @@ class LlamaLibrary:
             self._c = ctypes.CDLL(str(files[0]))
         except OSError as error:
             raise ProviderError(f"{files[0]} cannot be loaded: {error}") from error
-        self._errors: list[str] = []
-        kind = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-        self._log = kind(self._heard)
-        self.call("llama_log_set", None, self._log, None)
+        self.call("llama_log_set", None, _LOG, None)
         self.call("ggml_backend_load_all_from_path", None, str(path).encode())
         self.call("llama_backend_init", None)
-
-    def _heard(self, level: int, text: bytes | None, _: object) -> None:
-        if level == _ERROR and text:
-            self._errors.append(text.decode("utf-8", "replace").strip())
 
     def call(self, name: str, returns: Any, *given: Any) -> Any:
         """A function of the library; arguments are as ctypes takes them.
@@ -88,7 +94,7 @@ class LlamaLibrary:
             ProviderError: it is null; the message has what the library said.
         """
         if not handle:
-            raise ProviderError(f"llama.cpp cannot make {what}: {' '.join(self._errors[-3:])}")
+            raise ProviderError(f"llama.cpp cannot make {what}: {' '.join(_ERRORS)}")
         return ctypes.c_void_p(handle)
 
     def about(self) -> str:
@@ -116,7 +122,7 @@ class LlamaLibrary:
             ctypes.byref(params),
         )
         if done:
-            raise ProviderError(f"llama.cpp cannot quantize {file}: {' '.join(self._errors[-3:])}")
+            raise ProviderError(f"llama.cpp cannot quantize {file}: {' '.join(_ERRORS)}")
 
 
 class LlamaSequence:

@@ -72,6 +72,8 @@ class OpenvinoPlayer(Player):
         return self._pipeline.add_request(self._count, self._ids(tokens), config)
 
     def start(self, key: str, rows: Rows, adapters: Adapters, room: int) -> None:  # noqa: ARG002
+        for other in tuple(self._batches):  # a step would run them too
+            self.drop(other)
         handles = [self._add(row, self._config(room)) for row in rows]
         self._batches[key] = handles, rows[0]
         self._step(handles)
@@ -79,20 +81,20 @@ class OpenvinoPlayer(Player):
     def step(self, key: str, tokens: Sequence[int]) -> None:  # noqa: ARG002
         self._step(self._batches[key][0])
 
-    def _step(self, handles: Sequence[Any]) -> None:
+    def _step(self, handles: Sequence[Any]) -> list[Any]:
+        """One token of each; what was read of them."""
         self._pipeline.step()
-        for handle in handles:
-            if not handle.can_read():
-                raise ProviderError("OpenVINO GenAI has made no token in a step")
-            handle.read()
+        if not all(handle.can_read() for handle in handles):
+            raise ProviderError("OpenVINO GenAI has made no token in a step")
+        return [handle.read() for handle in handles]
 
     def logits(self, key: str) -> NDArray[Any] | None:  # noqa: ARG002  it gives none
         return None
 
     def first(self, key: str) -> tuple[int, float]:
         handle = self._add(self._batches[key][1], self._config(1, 1))
-        self._pipeline.step()
-        (found,) = handle.read().values()
+        (read,) = self._step([handle])
+        (found,) = read.values()
         return int(found.generated_ids[0]), float(found.generated_log_probs[0])
 
     def drop(self, key: str) -> None:
