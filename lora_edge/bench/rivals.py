@@ -233,7 +233,8 @@ def _llama_cpp(given: Given) -> Rival:
     if library is None:
         return _lacks("llama.cpp", "its shared libraries", "--with llama.cpp-library=DIR")
     python = given.pythons.get("llama.cpp", "")
-    found = {"library": library, "file": file, "room": given.room}
+    exact = given.bundle.manifest.precision == "fp32"
+    found = {"library": library, "file": file, "room": given.room, "exact": exact}
     off = Entry("llama.cpp, off", "llama.cpp", found, python)
     ways = [Way(off, None, given.computes(""))]
     lora = given.files.get("llama.cpp-lora")

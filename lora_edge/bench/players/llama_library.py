@@ -1,7 +1,7 @@
 """llama.cpp's shared library through its C interface, as far as a contestant needs it.
 
 Its structures grow from release to release. They are handed on as they come, as bytes; the few
-numbers that are set lie at their beginning, and must hold llama.cpp's defaults before.
+numbers that are set must hold llama.cpp's defaults before.
 """
 
 from __future__ import annotations
@@ -27,6 +27,13 @@ _POLL = 50  # the default
 # take a processor from whoever has the next turn.
 _SHORT = 1
 Q4_0 = 2  # a kind of its files
+_CACHE = 26  # numbers of a context's before the kinds of numbers of its keys and values
+_AUTO = (0xFFFFFFFF,) * 4  # -1
+_BEFORE_CACHE = (0xBF800000, 0, 0, 0, 0, 1, 1)  # -1.0, two null pointers, and twice float16
+_FLOAT32 = 0
+_FLASH = (
+    13  # number of a context's that says whether its attention is the one that rounds to float16
+)
 
 
 class _Bytes(ctypes.Structure):
@@ -125,56 +132,70 @@ class LlamaLibrary:
             raise ProviderError(f"llama.cpp cannot quantize {file}: {' '.join(_ERRORS)}")
 
 
-class LlamaSequence:
-    """A model with one sequence of tokens.
+class LlamaModel:
+    """A model, with an adapter or without.
 
     Args:
         library: the library.
         file: a GGUF file.
         lora: that of an adapter, or ``None``.
-        room: positions.
-        threads: that compute.
 
     Raises:
-        ProviderError: a file cannot be opened, or the library is one of another interface.
+        ProviderError: a file cannot be opened.
     """
 
-    def __init__(
-        self, library: LlamaLibrary, file: str, lora: str | None, room: int, threads: int
-    ) -> None:
-        self._library = library
-        call = library.call
-        model = library.made(
-            file,
-            call(
-                "llama_model_load_from_file",
-                ctypes.c_void_p,
-                file.encode(),
-                call("llama_model_default_params", _Bytes),
-            ),
-        )
-        adapter = None
+    def __init__(self, library: LlamaLibrary, file: str, lora: str | None) -> None:
+        self.library = library
+        params = library.call("llama_model_default_params", _Bytes)
+        found = library.call("llama_model_load_from_file", ctypes.c_void_p, file.encode(), params)
+        self.handle = library.made(file, found)
+        self.adapter: ctypes.c_void_p | None = None
         if lora is not None:
-            found = call("llama_adapter_lora_init", ctypes.c_void_p, model, lora.encode())
-            adapter = library.made(lora, found)
+            found = library.call(
+                "llama_adapter_lora_init", ctypes.c_void_p, self.handle, lora.encode()
+            )
+            self.adapter = library.made(lora, found)
+
+
+class LlamaSequence:
+    """One sequence of tokens in a model.
+
+    Args:
+        model: the model.
+        room: positions.
+        threads: that compute.
+        exact: attention and cache are in float32, else in float16, as they are by default.
+
+    Raises:
+        ProviderError: it cannot be made, or the library is one of another interface.
+    """
+
+    def __init__(self, model: LlamaModel, room: int, threads: int, *, exact: bool) -> None:
+        self._library = library = model.library
+        call = library.call
         params = call("llama_context_default_params", _Bytes)
         numbers = _numbers(params)
-        if tuple(numbers[:3]) != (512, 2048, 512):
+        cache = tuple(numbers[_CACHE - 5 : _CACHE + 2])
+        known = cache == _BEFORE_CACHE and tuple(numbers[_FLASH - 3 : _FLASH + 1]) == _AUTO
+        if tuple(numbers[:3]) != (512, 2048, 512) or not known:
             raise _other("llama_context_params")
         numbers[0] = room
-        context = call("llama_init_from_model", ctypes.c_void_p, model, params)
+        if exact:
+            numbers[_CACHE : _CACHE + 2] = _FLOAT32, _FLOAT32
+            numbers[_FLASH] = 0
+        context = call("llama_init_from_model", ctypes.c_void_p, model.handle, params)
         self._context = library.made("a context", context)
         self._batch = min(numbers[1], room)
         self._attach(threads)
-        if adapter is not None:
-            handles, scales = (ctypes.c_void_p * 1)(adapter), (ctypes.c_float * 1)(1.0)
+        if model.adapter is not None:
+            handles, scales = (ctypes.c_void_p * 1)(model.adapter), (ctypes.c_float * 1)(1.0)
             many = ctypes.c_size_t(1)
             call("llama_set_adapters_lora", ctypes.c_int, self._context, handles, many, scales)
         self._memory = library.made(
             "a cache", call("llama_get_memory", ctypes.c_void_p, self._context)
         )
         vocabulary = library.made(
-            "a vocabulary", call("llama_model_get_vocab", ctypes.c_void_p, model)
+            "a vocabulary", call("llama_model_get_vocab", ctypes.c_void_p, model.handle)
         )
         self._size = int(call("llama_vocab_n_tokens", ctypes.c_int, vocabulary))
 
@@ -202,6 +223,10 @@ class LlamaSequence:
         numbers[2] = _SHORT
         pool = made("threads", make(ctypes.addressof(params)))
         call("llama_attach_threadpool", None, self._context, pool, pool)
+
+    def close(self) -> None:
+        """Free the sequence, but not the model; its threads sleep on."""
+        self._library.call("llama_free", None, self._context)
 
     def clear(self) -> None:
         """Forget the sequence."""
@@ -232,7 +257,7 @@ class LlamaSequence:
 
 def _numbers(params: _Bytes, offset: int = 0) -> Any:
     """What a structure holds from some byte on, as 32-bit numbers."""
-    return (ctypes.c_uint32 * 16).from_buffer(params, offset)
+    return (ctypes.c_uint32 * 32).from_buffer(params, offset)
 
 
 def _other(structure: str) -> ProviderError:
