@@ -30,6 +30,7 @@ _VERBS = {
     "bench": "Measure how fast a bundle is, beside itself and beside others.",
     "validate": "Check a bundle against PyTorch, or against its own golden cases.",
     "golden": "Keep your own prompts in a bundle as golden cases.",
+    "native": "Build an optional library that makes adapters cost less.",
     "inspect": "Show what an adapter or a bundle holds.",
 }
 

@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnxruntime as ort
 
@@ -32,8 +32,24 @@ from lora_edge.files.json import read_object
 from lora_edge.files.sample import sample_file
 from lora_edge.files.transaction import write_atomically
 
-Start = Callable[[Path, Mapping[str, str], Path | None], Any]
-"""Opens a graph: its path, more of ONNX Runtime's settings, where it writes the optimized one."""
+Start = Callable[[Path | bytes, Mapping[str, str], Path | None], Any]
+"""Opens a graph: its path, or its bytes, whose data is where the graph's is that was asked for;
+more of ONNX Runtime's settings; where it writes the optimized one."""
+
+
+class Form(NamedTuple):
+    """Another form of a bundle's graph, made on the device.
+
+    Attributes:
+        name: tells it from others, and from what another version of it would be.
+        rewrite: the file's bytes -> those of the form, on the same data.
+    """
+
+    name: str
+    rewrite: Callable[[bytes], bytes]
+
+
+AS_IT_IS = Form("", bytes)
 
 FOLDER_VARIABLE = "LORA_EDGE_CACHE"
 LIMIT = 16 << 30
@@ -73,41 +89,42 @@ class PreparedGraphs:
         """Whether graphs are kept: small ones open in no time, too large ones find no room."""
         return self._size >= _WORTH and self._size * _TIMES <= self._limit
 
-    def open(self, graph: Path, start: Start) -> Any:
+    def open(self, graph: Path, start: Start, form: Form = AS_IT_IS) -> Any:
         """A session on a graph, prepared where that is worth it and the disk has room.
 
         Args:
             graph: a graph of the bundle whose weights are in its data file.
             start: opens it.
+            form: in which form.
 
         Raises:
             BundleError: the graph cannot be loaded.
         """
         name = graph.relative_to(self._bundle.directory).as_posix()
         try:
-            ready = self._ready(name) or self._prepare(name, graph, start)
+            ready = self._ready(name, form.name) or self._prepare(name, form, graph, start)
         except OSError as error:
             warnings.warn(
                 f"{self._folder} keeps no prepared graph: {error.strerror or error}", stacklevel=2
             )
             ready = None
         if ready is None:
-            return start(graph, {}, None)
+            return start(_source(graph, form), {}, None)
         try:
             return start(ready, {}, None)
         except BundleError:  # a file that is what it was, and that ONNX Runtime does not take
             shutil.rmtree(self._own, ignore_errors=True)
-            return start(graph, {}, None)
+            return start(_source(graph, form), {}, None)
 
-    def checked(self, name: str) -> bool:
+    def checked(self, name: str, form: str = "") -> bool:
         """Whether what a prepared graph gives was compared with another graph's, and was right."""
-        return bool(self._entry(name).get("checked"))
+        return bool(self._entry(name, form).get("checked"))
 
-    def mark_checked(self, name: str) -> None:
+    def mark_checked(self, name: str, form: str = "") -> None:
         """Note that it was; there is nothing to note where the graph is not kept."""
-        entry = self._entry(name)
+        entry = self._entry(name, form)
         if entry:
-            self._note(name, {**entry, "checked": True})
+            self._note(name, form, {**entry, "checked": True})
 
     @cached_property
     def _own(self) -> Path:
@@ -119,8 +136,8 @@ class PreparedGraphs:
         )
         return self._folder / hashlib.sha256(key.encode()).hexdigest()[:24]
 
-    def _key(self, name: str) -> str:
-        return f"{name} {self._files[name].sha256}"
+    def _key(self, name: str, form: str) -> str:
+        return " ".join([name, self._files[name].sha256, *([form] if form else [])])
 
     def _record(self) -> dict[str, Any]:
         file = self._own / _RECORD
@@ -131,17 +148,17 @@ class PreparedGraphs:
         except BundleError:  # another release's, or cut off
             return {}
 
-    def _entry(self, name: str) -> dict[str, Any]:
-        entry = self._record().get(self._key(name))
+    def _entry(self, name: str, form: str) -> dict[str, Any]:
+        entry = self._record().get(self._key(name, form))
         return entry if isinstance(entry, dict) else {}
 
-    def _note(self, name: str, entry: Mapping[str, Any]) -> None:
-        record = {**self._record(), self._key(name): dict(entry)}
+    def _note(self, name: str, form: str, entry: Mapping[str, Any]) -> None:
+        record = {**self._record(), self._key(name, form): dict(entry)}
         write_atomically(self._own / _RECORD, json.dumps(record, indent=1, sort_keys=True) + "\n")
 
-    def _ready(self, name: str) -> Path | None:
+    def _ready(self, name: str, form: str) -> Path | None:
         """The prepared graph, if it is there; what is not what was written goes, with all else."""
-        entry = self._entry(name)
+        entry = self._entry(name, form)
         if not entry:
             return None
         path = self._own / str(entry.get("file"))
@@ -161,7 +178,7 @@ class PreparedGraphs:
             "weights": sample_file(weights),
         }
 
-    def _prepare(self, name: str, graph: Path, start: Start) -> Path | None:
+    def _prepare(self, name: str, form: Form, graph: Path, start: Start) -> Path | None:
         """Make it; None where the disk has no room, or this ONNX Runtime does not save weights."""
         self._folder.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(self._folder).free < self._size * (_TIMES + 1):
@@ -169,23 +186,26 @@ class PreparedGraphs:
         own = self._own
         with tempfile.TemporaryDirectory(prefix=".making-", dir=self._folder) as made:
             # Bundles of one base have the same weights, and graphs of their own.
-            new = Path(made) / f"{graph.stem}-{self._files[name].sha256[:16]}.onnx"
-            start(graph, _SAVING, new)  # the session itself packed its own copy, and is let go
+            told = "-".join(filter(None, [graph.stem, form.name, self._files[name].sha256[:16]]))
+            new = Path(made) / f"{told}.onnx"
+            # The session itself packed its own copy, and is let go.
+            start(_source(graph, form), _SAVING, new)
             if not (new.parent / _WEIGHTS).is_file():
                 return None
             own.mkdir(exist_ok=True)
-            weights = own / _WEIGHTS
-            if not weights.exists():
-                os.replace(new.parent / _WEIGHTS, weights)
-            elif not filecmp.cmp(new.parent / _WEIGHTS, weights, shallow=False):
-                # Another graph's layout of the same weights; it is kept apart.
-                own = own / new.stem
-                shutil.rmtree(own, ignore_errors=True)
-                own.mkdir()
-                os.replace(new.parent / _WEIGHTS, own / _WEIGHTS)
+            # A graph's layout of the same weights may be another; it is kept apart, for all alike.
+            layouts = [x for x in (own / _WEIGHTS, *own.glob(f"*/{_WEIGHTS}")) if x.is_file()]
+            made_weights = new.parent / _WEIGHTS
+            alike = [x for x in layouts if filecmp.cmp(x, made_weights, shallow=False)]
+            if alike:
+                own = alike[0].parent
+            else:
+                own = own / new.stem if layouts else own
+                own.mkdir(exist_ok=True)
+                os.replace(made_weights, own / _WEIGHTS)
             os.replace(new, own / new.name)
         path = own / new.name
-        self._note(name, {**self._facts(path), "checked": False})
+        self._note(name, form.name, {**self._facts(path), "checked": False})
         self._prune()
         return path
 
@@ -217,6 +237,10 @@ def prepared_graphs(bundle: Bundle, where: bool | str | os.PathLike[str]) -> Pre
         return None
     graphs = PreparedGraphs(bundle, None if where is True else Path(opt.path(_NAME, where)))
     return graphs if graphs.worth else None
+
+
+def _source(graph: Path, form: Form) -> Path | bytes:
+    return form.rewrite(graph.read_bytes()) if form.name else graph
 
 
 def _bytes(folder: Path) -> int:

@@ -23,6 +23,7 @@ from lora_edge.runtime.native_log import NativeLog, captured, release, without_s
 from lora_edge.targets.target import TARGETS, Target, target, unknown
 
 if TYPE_CHECKING:
+    from lora_edge.runtime.native.library import Native
     from lora_edge.runtime.prepared import PreparedGraphs
 
 _CPU = "CPUExecutionProvider"
@@ -153,6 +154,7 @@ def open_session(
     allow_fallback: bool = False,
     weights: Mapping[str, Any] | None = None,
     prepared: PreparedGraphs | None = None,
+    native: Native | None = None,
 ) -> Any:
     """An ``onnxruntime.InferenceSession`` on exactly this provider.
 
@@ -168,6 +170,7 @@ def open_session(
         weights: initializer name -> OrtValue to use instead of its external data. They must live as
             long as the session, which reads them where they are.
         prepared: keeps the optimized graph, for the CPU and the whole of the optimizations.
+        native: of a graph that is prepared: open its native form.
 
     Raises:
         ProviderError: the provider does not start, or leaves float work to the CPU.
@@ -183,20 +186,27 @@ def open_session(
     threads = threads or _allowed()
     if provider.target.ort_name == _CPU:
 
-        def start(path: Path, settings: Mapping[str, str], saved: Path | None) -> Any:
+        def start(source: Path | bytes, settings: Mapping[str, str], saved: Path | None) -> Any:
+            if isinstance(source, bytes):
+                settings = {**settings, _DATA_FOLDER: str(graph.parent)}
             options = _options(level, threads, weights, settings)
             if saved is not None:
                 options.optimized_model_filepath = str(saved)
             try:
-                return ort.InferenceSession(str(path), options, providers=[_CPU])
+                if native is not None:
+                    options.register_custom_ops_library(str(native.library))
+                model = source if isinstance(source, bytes) else str(source)
+                return ort.InferenceSession(model, options, providers=[_CPU])
             except Exception as error:  # onnxruntime's exceptions share no base class of their own
+                where = graph if isinstance(source, bytes) else source
                 raise BundleError(
-                    f"{path} cannot be loaded: {_first_line(error)}", "Export it again."
+                    f"{where} cannot be loaded: {_first_line(error)}",
+                    "Export it again." if native is None else native.hint,
                 ) from error
 
         if prepared is None or weights or level != "all":
             return start(graph, {}, None)
-        return prepared.open(graph, start)
+        return prepared.open(graph, start, *([] if native is None else [native.form]))
     options = _options(level, threads, weights, {})
     tells = hasattr(ort.InferenceSession, "get_provider_graph_assignment_info")
     if not allow_fallback and not tells:  # then no node at all may be left

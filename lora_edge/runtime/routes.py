@@ -31,6 +31,7 @@ from lora_edge.runtime.adapters.by_row import pays
 from lora_edge.runtime.decoder import Decoder
 
 if TYPE_CHECKING:
+    from lora_edge.runtime.native.library import Native
     from lora_edge.runtime.prepared import PreparedGraphs
 
 _COMPARED = 16  # tokens
@@ -50,6 +51,8 @@ class Routes:
         active: its adapters.
         prepared: where the graphs' weights are kept.
         options: of every session: provider, threads, ...
+        native: the native library, where it is built and wanted: graphs with branches and without
+            gates run in its form.
     """
 
     bundle: Bundle
@@ -57,6 +60,7 @@ class Routes:
     active: ActiveAdapters
     prepared: PreparedGraphs
     options: Mapping[str, Any]
+    native: Native | None = None
     _opened: dict[str, Decoder] = field(default_factory=dict)
 
     def find(self, states: tuple[State, ...]) -> tuple[Decoder, Binding] | None:
@@ -76,10 +80,15 @@ class Routes:
         if name not in self._opened:
             self.bundle.verify(name)
             parts = {"decoder": self._part(name)}
-            decoder = Decoder(self.bundle.directory, parts, by_row=by_row, **self.options)
-            if not self.prepared.checked(name):
-                check_agrees(decoder, bound, self.switchable(), self.active, states, name)
-                self.prepared.mark_checked(name)
+            native = None if name == BASE_GRAPH_FILE else self.native
+            decoder = Decoder(
+                self.bundle.directory, parts, by_row=by_row, native=native, **self.options
+            )
+            form = "" if native is None else native.form.name
+            if not self.prepared.checked(name, form):
+                what = f"{name} in its {form} form" if form else name
+                check_agrees(decoder, bound, self.switchable(), self.active, states, what)
+                self.prepared.mark_checked(name, form)
             self._opened[name] = decoder
         return self._opened[name], bound
 

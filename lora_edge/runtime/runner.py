@@ -95,6 +95,8 @@ class Runner:
             decoder and a cache, on the CPU provider; elsewhere it does nothing.
         exact: run the graph that computes in floats, which is the one that is proved; slower. A
             bundle whose graph computes in floats itself runs as ever. Not with ``pinned``.
+        native: where ``lora-edge native build`` has built its library, batches with one adapter or
+            with one for each row run on it; ``LORA_EDGE_NATIVE=0`` turns it off too.
 
     Raises:
         AdapterNotFoundError: a name in ``pinned`` or ``keep`` that the bundle does not have.
@@ -120,6 +122,7 @@ class Runner:
         keep: Sequence[str] = (),
         prefix_bytes: int = 0,
         exact: bool = False,
+        native: bool = True,
     ) -> None:
         opt.text("provider", provider)
         if threads is not None:
@@ -133,6 +136,7 @@ class Runner:
         keep = opt.texts("keep", keep)
         prefix_bytes = opt.whole("prefix_bytes", prefix_bytes, 0)
         opt.flag("exact", exact)
+        opt.flag("native", native)
         self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
         if verify == "full":
             self.bundle.verify_all()
@@ -169,7 +173,16 @@ class Runner:
         )
         self._routes = None
         if routed is not None:
-            self._routes = Routes(self.bundle, lambda: self.decoder, self._active, routed, options)
+            from lora_edge.runtime.native.library import find  # as prepared's
+
+            self._routes = Routes(
+                self.bundle,
+                lambda: self.decoder,
+                self._active,
+                routed,
+                options,
+                find() if native else None,
+            )
         invocations = {name: entry.invocation for name, entry in manifest.adapters.items()}
         self._prefixes = Prefixes(prefix_bytes, invocations, lambda: self._active.generation)
         for name in keep:

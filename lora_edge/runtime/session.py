@@ -20,6 +20,7 @@ from lora_edge.runtime.resident import CACHE_BYTES, SizedCache
 from lora_edge.runtime.sizes import Sizes, check_sizes, site_sizes
 
 if TYPE_CHECKING:
+    from lora_edge.runtime.native.library import Native
     from lora_edge.runtime.prepared import PreparedGraphs
 
 
@@ -81,6 +82,7 @@ class ModelSession:
         prepared: keeps the optimized graphs; None: each session optimizes its own.
         resident: where what is used again is kept; None: a cache of its own.
         by_row: A and B of the graphs have an axis of rows.
+        native: open the graphs' native form, where they are prepared.
 
     Raises:
         ProviderError: the provider is missing, does not start, or would leave work on floats to
@@ -103,6 +105,7 @@ class ModelSession:
         prepared: PreparedGraphs | None = None,
         resident: SizedCache | None = None,
         by_row: bool = False,
+        native: Native | None = None,
     ) -> None:
         self.resident = SizedCache(CACHE_BYTES) if resident is None else resident
         self.parts = parts
@@ -116,6 +119,7 @@ class ModelSession:
             "allow_fallback": allow_fallback,
             "weights": {} if fixed is None else fixed.weights,
             "prepared": prepared,
+            "native": native,
         }
         self.graphs = {name: self._open(folder / part.file, part) for name, part in parts.items()}
         target = self.provider.target

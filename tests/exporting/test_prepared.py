@@ -46,8 +46,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     plain = prepared.PreparedGraphs._prepare
 
-    def prepare(self: Any, name: str, graph: Path, start: Any) -> Path | None:
-        found = plain(self, name, graph, start)
+    def prepare(self: Any, name: str, *rest: Any) -> Path | None:
+        found = plain(self, name, *rest)
         if found is not None:
             names.append(name)
         return found
@@ -96,9 +96,9 @@ def test_a_batch_runs_on_the_smallest_graph_that_serves_it(
     opened: list[str] = []
     plain = prepared.PreparedGraphs.open
 
-    def note(self: Any, graph: Path, start: Any) -> Any:
+    def note(self: Any, graph: Path, *rest: Any) -> Any:
         opened.append(graph.name)
-        return plain(self, graph, start)
+        return plain(self, graph, *rest)
 
     monkeypatch.setattr(prepared.PreparedGraphs, "open", note)
     runner = Runner(exported, session_cache=tmp_path, threads=1)
