@@ -63,7 +63,10 @@ class Made:
         return self._kept(f"a{index}", lambda path: make_adapter(path, base, self.shape, index))
 
     def bundle(self, precision: str) -> Bundle:
-        """The switchable bundle with all adapters, unproved; ``int4 head4``: all in 4 bits."""
+        """The switchable bundle with all adapters, unproved; ``int4 head4``: all in 4 bits,
+        ``int4 native``: as ``int4``.
+        """
+        precision = precision.removesuffix(" native")
         adapters = {f"a{index}": self.adapter(index) for index in range(ADAPTERS)}
         linear, _, head = precision.partition(" ")
         options = {"mode": "switchable", "precision": linear}

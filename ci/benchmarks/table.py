@@ -22,7 +22,7 @@ from typing import Any
 from commands import COMMANDS, measure_command
 from made import Made
 from row import LackingError, Row
-from rows import BENCHES, DECODE, ROWS, limit_by_bytes
+from rows import BENCHES, DECODE, NATIVE, ROWS, limit_by_bytes
 from shapes import SHAPES, facts
 
 from lora_edge.bench.plan import Plan, Settings
@@ -30,12 +30,15 @@ from lora_edge.bench.ratios import Ratio, ratio, reached
 from lora_edge.bench.results import ratio_of, resolution_of, results
 from lora_edge.bench.rounds import Costs, run_round
 from lora_edge.bench.run import tried
+from lora_edge.errors import MissingDependencyError
 from lora_edge.reports.bench import shown, spread
+from lora_edge.runtime.native import library
+from lora_edge.runtime.native.build import build
 
 Line = dict[str, Any]
 
 
-PRECISIONS = "fp32,int4,int4 head4"
+PRECISIONS = f"fp32,int4,int4 head4,{NATIVE}"
 
 
 def line_of(row: Row, shape: str, precision: str, plan: Plan, rounds: Sequence[Costs]) -> Line:
@@ -153,7 +156,10 @@ def run_bench(
     name: str, rows: Sequence[Row], made: Made, precision: str, settings: Settings
 ) -> tuple[list[Line], Mapping[str, Any] | None]:
     """The rows of one bench, and everything that it measured."""
+    os.environ[library.SWITCH] = "1" if precision == NATIVE else "0"
     try:
+        if precision == NATIVE:
+            _build_library()
         plan = tried(BENCHES[name](made, precision), settings, _say)
     except LackingError as reason:
         skipped = [_line(row, made.name, precision) for row in rows]
@@ -168,6 +174,15 @@ def run_bench(
             line["limit"] = limit_by_bytes(made.bundle(precision))
     about = {"bench": name, "shape": made.name, "precision": precision, **facts(made.shape)}
     return lines, results(plan, settings, rounds, about)
+
+
+def _build_library() -> None:
+    """Build the native library, if it is not there."""
+    if library.find() is None:
+        try:
+            build(say=_say)
+        except MissingDependencyError as reason:
+            raise LackingError(str(reason)) from reason
 
 
 def _command(name: str, made: Made, processes: int) -> Line:

@@ -5,7 +5,8 @@
     q+k+v = MatMulNBits(x); q', k', v' = Split(q+k+v); q = q' + x A B; k = ...; v = ...
 
 becomes ``q, k, v = Split(LoraSum(q+k+v, x, A, B, A, B, A, B))``, and an attention that alone reads
-q, k and v reads the sum instead. Where a layer has a node of its own, ``LoraSum(y, x, A, B)``.
+q, k and v reads the sum instead. Where a layer has a node of its own, ``LoraSum(y, x, A, B)``;
+where a model has q, k and v in one layer, ``y + Concat(x A B, ...)`` becomes one such sum too.
 Branches of any other kind (gates, DoRA, biases, embeddings, convolutions) stay as they are. Works
 on the bytes of the file, of which all else is kept.
 """
@@ -69,13 +70,12 @@ class Node:
 
 @dataclass(frozen=True)
 class _Branch:
-    """``sum = y + x A B``, and the nodes that make it."""
+    """``sum = y + x A B``, or ``y + Concat(x A B, ...)``, and the nodes that make it."""
 
     y: str
     x: str
-    a: str
-    b: str
-    nodes: tuple[Node, Node, Node]  # the last is the sum
+    factors: tuple[str, ...]  # A, B, A, B, ...
+    nodes: tuple[Node, ...]  # the last is the sum
 
 
 def with_native(model: bytes) -> bytes:
@@ -173,24 +173,37 @@ class _Graph:
     def _branch(self, total: Node) -> _Branch | None:
         if (total.operator, total.domain) != ("Add", "") or self._reads[total.inputs[0]] != 1:
             return None
-        up = self._alone(total.inputs[1], "MatMul")
+        y, added = total.inputs
+        concat = self._alone(added, "Concat")
+        if concat is not None and _axis(concat) != _LAST_AXIS:
+            return None
+        pairs = [self._pair(name) for name in ([added] if concat is None else concat.inputs)]
+        found = [pair for pair in pairs if pair is not None]
+        if len(found) < len(pairs) or len({x for x, _, _ in found}) > 1:
+            return None
+        nodes = [node for _, _, own in found for node in own]
+        nodes += [] if concat is None else [concat]
+        factors = tuple(name for _, names, _ in found for name in names)
+        return _Branch(y, found[0][0], factors, (*nodes, total))
+
+    def _pair(self, added: str) -> tuple[str, tuple[str, str], tuple[Node, Node]] | None:
+        """``x``, (``A``, ``B``) and the nodes of ``x A B``."""
+        up = self._alone(added, "MatMul")
         down = None if up is None else self._alone(up.inputs[0], "MatMul")
         if up is None or down is None:
             return None
         a, b = parse_lora_input(down.inputs[1]), parse_lora_input(up.inputs[1])
         if a is None or b is None or (a.part, b.part, a.path) != ("A", "B", b.path):
             return None
-        names = total.inputs[0], down.inputs[0], down.inputs[1], up.inputs[1]
-        return _Branch(*names, (down, up, total))
+        return down.inputs[0], (down.inputs[1], up.inputs[1]), (down, up)
 
     def _packed(self, split: Node, branches: Sequence[_Branch]) -> list[Node]:
         """A node whose outputs have a branch each: one sum before it, for all of them."""
         if (split.operator, split.domain) != ("Split", "") or len(branches) < len(split.outputs):
             return []
-        axes = [number(x, 3) for x in split.attributes if text(x, 1) == "axis"]
         whole = split.inputs[0]
         maker = self._makers.get(whole)
-        if axes != [_LAST_AXIS] or maker is None or self._reads[whole] != 1:
+        if _axis(split) != _LAST_AXIS or maker is None or self._reads[whole] != 1:
             return []
         if any(branch.x != maker.inputs[0] for branch in branches):
             return []
@@ -200,8 +213,12 @@ class _Graph:
         return [made, Node("Split", given, names, split.name, "", split.attributes)]
 
 
+def _axis(node: Node) -> int:
+    return next((number(x, 3) for x in node.attributes if text(x, 1) == "axis"), 0)
+
+
 def _sum(y: str, total: str, branches: Sequence[_Branch]) -> Node:
-    pairs = [name for branch in branches for name in (branch.a, branch.b)]
+    pairs = [name for branch in branches for name in branch.factors]
     name = branches[0].nodes[-1].name
     return Node(OPERATOR, [y, branches[0].x, *pairs], [total], f"{name}.native", DOMAIN)
 

@@ -77,6 +77,12 @@ def _run(model: bytes, outputs: Sequence[str]) -> list[np.ndarray]:
 ALL = [*_shapes(), "sizes"]
 Q, K = _branch("q", "q.base", "q"), _branch("k", "k.base", "k")
 O = [Node("MatMul", ["x", "W"], ["o.base"], "o"), *_branch("o", "o.base", "o.sum")]  # noqa: E741
+JOINED = [
+    Node("MatMul", ["x", "W"], ["qk"], "qk"),
+    *[node for node in (*Q, *K) if node.operator == "MatMul"],
+    Node("Concat", ["q.up", "k.up"], ["terms"], "terms", "", [LAST]),
+    Node("Add", ["qk", "terms"], ["sum"], "sum"),
+]
 CASES = {
     # nodes, outputs, sums that are to be native, MatMuls that are left
     "packed": ([*_packed(), *Q, *K], ["q", "k"], 1, 1),
@@ -99,6 +105,8 @@ CASES = {
         2,
         1,
     ),
+    "joined": (JOINED, ["sum"], 1, 1),
+    "a joined term is read too": (JOINED, ["sum", "k.up"], 0, 5),
     "none": (_packed(), ["q.base", "k.base"], 0, 1),
 }
 
