@@ -10,13 +10,14 @@ from functools import cache
 import pytest
 
 from lora_edge.errors import MissingDependencyError
-from lora_edge.runtime.native.build import build, find_compiler
+from lora_edge.runtime.native.build import build, check_release, find_compiler
 from lora_edge.runtime.native.library import Native, at
 
 
 @cache
 def _built() -> Native | str:
     try:
+        check_release()
         find_compiler()
     except MissingDependencyError as error:
         return str(error)

@@ -1,8 +1,8 @@
 // What this library uses of ONNX Runtime's C ABI, and nothing else of it.
 //
 // ONNX Runtime's Python packages bring no headers. Its table of functions only ever grows: a
-// function keeps its place, and what it takes. The places below are those of API 20 (ONNX Runtime
-// 1.20) and every later one; ShapeInPlace is there since 1.24. The structure of an operator is as of the same release; ONNX Runtime
+// function keeps its place, and what it takes. The places below are those of API 24 (ONNX Runtime
+// 1.24) and every later one. The structure of an operator is as of the same release; ONNX Runtime
 // reads of it what belongs to the version that the operator says it has.
 #pragma once
 #include <cstddef>
@@ -18,14 +18,12 @@
 
 namespace abi {
 
-constexpr uint32_t kVersion = 20;
-constexpr uint32_t kSharesShapes = 24;  // what ShapeInPlace needs
+constexpr uint32_t kVersion = 24;
 
 struct Status;
 struct Value;
 struct Context;  // of one run of a kernel
 struct Info;     // of a kernel's node
-struct Shape;    // type and dimensions of a tensor
 struct Options;  // of a session
 struct Domain;
 
@@ -50,16 +48,12 @@ using CreateDomain = Entry<26, Call<const char*, Domain**>>;
 using DomainAdd = Entry<27, Call<Domain*, const struct Operator*>>;
 using OptionsAdd = Entry<28, Call<Options*, Domain*>>;
 using MutableData = Entry<51, Call<Value*, void**>>;
-using DimensionCount = Entry<61, Call<const Shape*, size_t*>>;
-using Dimensions = Entry<62, Call<const Shape*, int64_t*, size_t>>;
-using ShapeOf = Entry<65, Call<const Value*, Shape**>>;
 using InputCount = Entry<88, Call<const Context*, size_t*>>;
 using Input = Entry<90, Call<const Context*, size_t, const Value**>>;
 using Output = Entry<91, Call<Context*, size_t, const int64_t*, size_t, Value**>>;
-using ReleaseShape = Entry<99, void(LORA_CALL*)(Shape*) noexcept>;
 using Parallel =
     Entry<274, Call<const Context*, void (*)(void*, size_t), size_t, size_t, void*>>;
-using ShapeInPlace = Entry<414, Call<const Value*, int*, const int64_t**, size_t*>>;
+using Shape = Entry<414, Call<const Value*, int*, const int64_t**, size_t*>>;
 
 constexpr int kFloat = 1;     // element type
 constexpr int kRequired = 0;  // characteristics of an input

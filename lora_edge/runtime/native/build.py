@@ -13,12 +13,15 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import onnxruntime as ort
+
 from lora_edge.errors import LoraEdgeError, MissingDependencyError
 from lora_edge.runtime.native.check import check_sums
 from lora_edge.runtime.native.library import SOURCES, library_file
 
 Progress = Callable[[str], None]
 
+_OLDEST = (1, 24)  # of ONNX Runtime: it tells sizes without a copy, and saves such graphs
 _COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fvisibility=hidden")
 # Instructions of this processor; a compiler for another kind of processor names them otherwise.
@@ -43,6 +46,21 @@ def find_compiler(given: str | None = None) -> str:
     return found
 
 
+def check_release() -> None:
+    """Refuse a release of ONNX Runtime that has not what the library needs.
+
+    Raises:
+        MissingDependencyError: it is too old.
+    """
+    release = tuple(int(part) for part in ort.__version__.split(".")[:2])
+    if release < _OLDEST:
+        raise MissingDependencyError(
+            f"ONNX Runtime is {ort.__version__}, the native library needs "
+            f"{'.'.join(map(str, _OLDEST))} or later",
+            "Upgrade onnxruntime. lora-edge works without the library.",
+        )
+
+
 def build(compiler: str | None = None, say: Progress = lambda _: None) -> Path:
     """Compile the library, compare what it computes with numpy, and keep it.
 
@@ -54,10 +72,12 @@ def build(compiler: str | None = None, say: Progress = lambda _: None) -> Path:
         The library's file; one that was there before is replaced.
 
     Raises:
-        MissingDependencyError: there is no compiler, or it does not take the source.
+        MissingDependencyError: there is no compiler, it does not take the source, or ONNX Runtime
+            is too old.
         ParityError: the library computes something else than numpy, and is not kept.
         OSError: the user's cache cannot be written.
     """
+    check_release()
     found = find_compiler(compiler)
     say(f"compiler: {found}; no headers are needed")
     target = library_file()

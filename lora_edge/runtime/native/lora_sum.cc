@@ -14,7 +14,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -283,7 +282,6 @@ struct Sizes {
 
 struct Kernel {
   abi::Table api;
-  abi::Table shapes;  // null: ONNX Runtime has no ShapeInPlace
 
   void check(abi::Status* status) const {
     if (status) throw Failure{status};
@@ -297,22 +295,11 @@ struct Kernel {
     const abi::Value* value = nullptr;
     check(abi::Input::of(api)(context, index, &value));
     if (!value) refuse("LoraSum: an input is missing");
-    abi::Status* status = nullptr;
-    if (shapes) {  // the other way makes a copy, which takes as long as a small pair
-      int type = 0;
-      const int64_t* found = nullptr;
-      status = abi::ShapeInPlace::of(shapes)(value, &type, &found, &sizes.count);
-      if (!status && sizes.count <= kDimensions) std::copy_n(found, sizes.count, sizes.of);
-    } else {
-      abi::Shape* shape = nullptr;
-      check(abi::ShapeOf::of(api)(value, &shape));
-      status = abi::DimensionCount::of(api)(shape, &sizes.count);
-      if (!status && sizes.count <= kDimensions)
-        status = abi::Dimensions::of(api)(shape, sizes.of, sizes.count);
-      abi::ReleaseShape::of(api)(shape);
-    }
-    check(status);
+    int type = 0;
+    const int64_t* found = nullptr;
+    check(abi::Shape::of(api)(value, &type, &found, &sizes.count));
     if (sizes.count > kDimensions) refuse("LoraSum: more than 8 dimensions");
+    std::copy_n(found, sizes.count, sizes.of);
     void* data = nullptr;
     check(abi::MutableData::of(api)(const_cast<abi::Value*>(value), &data));
     return static_cast<const float*>(data);
@@ -403,17 +390,9 @@ struct Kernel {
   }
 };
 
-abi::Table shapes_in_place = nullptr;  // of the ONNX Runtime that has loaded this library
-
-// The second number of "1.24.0", which is also that of the table.
-uint32_t minor_version(const char* text) {
-  const char* point = std::strchr(text, '.');
-  return point ? static_cast<uint32_t>(std::strtoul(point + 1, nullptr, 10)) : 0;
-}
-
 abi::Status* LORA_CALL create(const abi::Operator*, abi::Table api, const abi::Info*,
                               void** kernel) {
-  *kernel = new (std::nothrow) Kernel{api, shapes_in_place};
+  *kernel = new (std::nothrow) Kernel{api};
   return *kernel ? nullptr : abi::CreateStatus::of(api)(abi::kFail, "LoraSum: no memory");
 }
 
@@ -477,8 +456,6 @@ LORA_EXPORT abi::Status* LORA_CALL RegisterCustomOps(abi::Options* options,
   static const abi::Operator kOperator = lora_sum();
   const abi::Table api = base->table(abi::kVersion);
   if (!api) return nullptr;  // an older ONNX Runtime: the graph will say that it lacks LoraSum
-  if (minor_version(base->version()) >= abi::kSharesShapes)
-    shapes_in_place = base->table(abi::kSharesShapes);
   abi::Domain* domain = nullptr;  // lives as long as the process, as the sessions may
   if (abi::Status* status = abi::CreateDomain::of(api)("lora_edge", &domain)) return status;
   if (abi::Status* status = abi::DomainAdd::of(api)(domain, &kOperator)) return status;

@@ -137,7 +137,15 @@ def test_it_is_found_where_it_was_built_and_for_this_device_alone(
     assert not library.remove()
 
 
+def test_an_older_onnxruntime_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(building.ort, "__version__", "1.23.2")
+    with pytest.raises(MissingDependencyError, match=r"is 1\.23\.2, .* needs 1\.24 or later"):
+        building.build()
+    assert list(cache.iterdir()) == []
+
+
 def test_without_a_compiler_nothing_is_left(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(building, "check_release", lambda: None)
     monkeypatch.setenv("PATH", str(cache))
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(MissingDependencyError, match=r"looked for c\+\+, g\+\+, clang\+\+"):
@@ -145,7 +153,8 @@ def test_without_a_compiler_nothing_is_left(cache: Path, monkeypatch: pytest.Mon
     assert list(cache.iterdir()) == []
 
 
-def test_a_compiler_that_fails_leaves_nothing(cache: Path) -> None:
+def test_a_compiler_that_fails_leaves_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(building, "check_release", lambda: None)
     compiler = cache / "compiler"
     compiler.write_text("#!/bin/sh\necho 'x.cc:1: error: no such thing' >&2\nexit 1\n")
     compiler.chmod(0o755)
@@ -178,7 +187,8 @@ def test_a_library_that_is_wrong_is_not_kept(cache: Path, monkeypatch: pytest.Mo
     assert not other.exists()
 
 
-def test_no_library_is_told(cache: Path) -> None:
+def test_no_library_is_told(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(building, "check_release", lambda: None)
     compiler = cache / "compiler"
     compiler.write_text('#!/bin/sh\nfor last; do :; done\necho nothing > "$last"\n')
     compiler.chmod(0o755)
