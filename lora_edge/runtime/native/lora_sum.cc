@@ -40,6 +40,7 @@ typedef float V4 __attribute__((vector_size(16)));
 constexpr int64_t kFew = 16;             // tokens of a row that share A and B piece by piece
 constexpr int64_t kBlock = 16;           // tokens of a piece where there are more
 constexpr int64_t kInner = 320;          // about so many of K in a piece, and so many columns
+constexpr int64_t kStretches = 8;        // most pieces of the columns of a pair
 constexpr int64_t kAlone = 192 * 1024;   // bytes that one thread reads sooner than two
 constexpr size_t kCalls = 64;            // more threads than that are not asked for
 constexpr int64_t kClose = 64;           // most ranks of B whose columns are copied together
@@ -172,6 +173,9 @@ struct Pair {
 
 int64_t pieces(int64_t size) { return std::max<int64_t>(1, (size + kInner / 2) / kInner); }
 
+// Of columns there are fewer: each row of B is read in long stretches.
+int64_t column_pieces(int64_t size) { return std::min(kStretches, pieces(size)); }
+
 // A multiple of 16 where one piece ends and the next begins.
 int64_t bound(int64_t size, int64_t count, int64_t index) {
   return index == count ? size : size * index / count / 16 * 16;
@@ -225,7 +229,7 @@ struct Work {
         pairs.begin(), pairs.end(), piece,
         [](int64_t one, const Pair& pair) { return one < pair.first_piece; });
     const Pair& pair = *(after - 1);
-    const int64_t count = pieces(pair.columns), own = piece - pair.first_piece;
+    const int64_t count = column_pieces(pair.columns), own = piece - pair.first_piece;
     for (int64_t t = 0; t < tokens; ++t)
       for (int64_t p = 0; p < pair.rank; ++p) {
         const float* from =
@@ -356,7 +360,7 @@ struct Kernel {
       columns += pair.columns;
       work.rank += pair.rank;
       work.most = std::max(work.most, pair.rank);
-      work.outer += pieces(pair.columns);
+      work.outer += column_pieces(pair.columns);
       read += (inner + pair.columns) * pair.rank * static_cast<int64_t>(sizeof(float));
       unlike |= pair.a_step || pair.b_step;
       work.pairs.push_back(pair);
