@@ -63,6 +63,16 @@ class MappedFiles:
                 self._begins.append(int(begin, 16))
                 self._ends.append(int(end, 16))
 
+    def without(self, other: MappedFiles) -> MappedFiles:
+        """Those places that were not there when others were found."""
+        known = set(zip(other._begins, other._ends, strict=True))
+        new = MappedFiles(())
+        for begin, end in zip(self._begins, self._ends, strict=True):
+            if (begin, end) not in known:
+                new._begins.append(begin)
+                new._ends.append(end)
+        return new
+
     def hold(self, address: int, size: int) -> bool:
         """Whether these bytes of the memory are a file's."""
         index = bisect_right(self._begins, address) - 1
@@ -80,3 +90,8 @@ class MappedFiles:
         if begin < end:
             libc = _libc()
             libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _DONTNEED)
+
+    def give_all_back(self) -> None:
+        """Let the system take the memory of all that is mapped; as :meth:`give_back`."""
+        for begin, end in zip(self._begins, self._ends, strict=True):
+            _libc().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _DONTNEED)

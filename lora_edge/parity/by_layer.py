@@ -45,6 +45,7 @@ class ByLayer:
         self._mapped = mapped
         self._parts = parts
         self._codes: dict[int, tuple[Blocks, bool]] = {}
+        self._hooks: _Hooks | None = None
 
     def round(self, weight: nn.Parameter, blocks: Blocks, *, transposed: bool) -> None:
         """Compute with rounded values in a weight's place from now on.
@@ -62,32 +63,133 @@ class ByLayer:
 
         What the model itself computes in float32 (its norms, its softmax) stays so.
         """
-        run = _Run(self._codes, self._mapped, dtype)
-        inside: set[int] = set()
+        if self._hooks is None or not self._hooks.are_of(model):
+            if self._hooks is not None:
+                self._hooks.remove()
+            self._hooks = _Hooks(model, parts=self._parts)
+        hooks, run = self._hooks, _Run(self._codes, self._mapped, dtype)
         with contextlib.ExitStack() as stack:
             stack.callback(run.close)
-            for layer in dict.fromkeys(_layers(model)):
-                parts = {module: _own(module) for module in layer.modules()}
-                whole = [tensor for own in parts.values() for tensor in own]
-                inside |= {id(tensor) for tensor in whole}
-                run.layer(stack, layer, whole, frozenset(map(id, parts)))
-                # A model may run a part of a layer alone.
-                for module, own in parts.items():
-                    if module is not layer and own:
-                        run.part(stack, module, own)
-            for name, module in model.named_modules():
-                own = _own(module)
-                if all(id(tensor) in inside for tensor in own):
-                    continue
-                if not self._parts or "lora_" in name:
-                    run.hold(module, own)
-                elif _is_table(module):
-                    run.around(stack, module, run.rows)
-                elif _is_head(module):
-                    stack.enter_context(run.head(module))
-                else:
-                    run.hold(module, own)
+            stack.enter_context(hooks.calling(run))
+            for module, own in hooks.held:
+                run.hold(module, own)
+            for module in hooks.heads:
+                stack.enter_context(run.head(module))
             yield
+
+
+class _Hooks:
+    """What a model's modules call before and after they run; nothing between two blocks.
+
+    They stay from block to block, because a large model has tens of thousands of them, and are made
+    anew for a model whose modules are others by then. They know no module, which would never go.
+
+    Attributes:
+        held: modules outside of the layers whose tensors are held for a block, and those.
+        heads: modules whose outputs are computed in parts.
+    """
+
+    def __init__(self, model: Any, *, parts: bool) -> None:
+        self._modules = _shape(model)
+        self._called = _Called()
+        self._handles: list[Any] = []
+        self.held: list[tuple[Any, list[Tensor]]] = []
+        self.heads: list[Any] = []
+        inside: set[int] = set()
+        for layer in dict.fromkeys(_layers(model)):
+            owned = {module: _own(module) for module in layer.modules()}
+            whole = [tensor for own in owned.values() for tensor in own]
+            inside |= {id(tensor) for tensor in whole}
+            self._layer(layer, whole, frozenset(map(id, owned)))
+            # A model may run a part of a layer alone.
+            for module, own in owned.items():
+                if module is not layer and own:
+                    self._part(module, own)
+        for name, module in model.named_modules():
+            own = _own(module)
+            if all(id(tensor) in inside for tensor in own):
+                continue
+            if not parts or "lora_" in name:
+                self.held.append((module, own))
+            elif _is_table(module):
+                self._table(module)
+            elif _is_head(module):
+                self.heads.append(module)
+            else:
+                self.held.append((module, own))
+
+    def are_of(self, model: Any) -> bool:
+        """Whether the model has the modules that it had."""
+        return self._modules == _shape(model)
+
+    def remove(self) -> None:
+        """Take them from the modules."""
+        for handle in self._handles:
+            handle.remove()
+
+    @contextlib.contextmanager
+    def calling(self, run: _Run) -> Iterator[None]:
+        """Have them call a block's run."""
+        self._called.run = run
+        try:
+            yield
+        finally:
+            self._called.run = None
+
+    def _layer(self, layer: Any, tensors: Sequence[Tensor], modules: frozenset[int]) -> None:
+        called = self._called
+
+        def before(module: Any, *_: Any) -> None:
+            if called.run is not None:
+                called.run.enter(module, tensors, modules)
+
+        def after(module: Any, *_: Any) -> None:
+            if called.run is not None:
+                called.run.leave(module)
+
+        self._around(layer, before, after)
+
+    def _part(self, module: Any, tensors: Sequence[Tensor]) -> None:
+        called = self._called
+
+        def before(own: Any, *_: Any) -> None:
+            if called.run is not None:
+                called.run.hold_alone(own, tensors)
+
+        def after(own: Any, *_: Any) -> None:
+            if called.run is not None:
+                called.run.restore(own)
+
+        self._around(module, before, after)
+
+    def _table(self, module: Any) -> None:
+        called = self._called
+
+        def before(own: Any, args: Any, kwargs: Any) -> Any:
+            return None if called.run is None else called.run.rows(own, args, kwargs)
+
+        def after(own: Any, *_: Any) -> None:
+            if called.run is not None:
+                called.run.restore(own)
+
+        self._around(module, before, after, with_kwargs=True)
+
+    def _around(
+        self,
+        module: Any,
+        before: Callable[..., Any],
+        after: Callable[..., Any],
+        *,
+        with_kwargs: bool = False,
+    ) -> None:
+        self._handles.append(module.register_forward_pre_hook(before, with_kwargs=with_kwargs))
+        self._handles.append(module.register_forward_hook(after, always_call=True))
+
+
+class _Called:
+    """Whom hooks call; ``None``: nobody."""
+
+    run: _Run | None = None
 
 
 class _Run:
@@ -100,6 +202,7 @@ class _Run:
         self._held: dict[int, list[tuple[Tensor, Tensor]]] = {}  # module -> tensor, its own data
         self._ids: set[int] = set()  # of the tensors that are held
         self._running: frozenset[int] = frozenset()  # modules of the layer that is held
+        self._before: dict[int, list[frozenset[int]]] = {}  # layer -> what ran before it
 
     def close(self) -> None:
         for held in list(self._held):
@@ -107,52 +210,32 @@ class _Run:
         if self._dtype == torch.float64:  # whose blocks are of no use to what is float32
             trim()
 
-    def around(self, stack: contextlib.ExitStack, module: Any, before: Callable[..., Any]) -> None:
-        """Call a hook before a module runs, and restore what it holds afterwards."""
-        stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-        stack.callback(module.register_forward_hook(self._after, always_call=True).remove)
-
-    def layer(
-        self,
-        stack: contextlib.ExitStack,
-        layer: Any,
-        tensors: Sequence[Tensor],
-        modules: frozenset[int],
-    ) -> None:
+    def enter(self, layer: Any, tensors: Sequence[Tensor], modules: frozenset[int]) -> None:
         """Hold all that a layer has while it runs.
 
         Args:
-            stack: when it ends, the layer runs as ever.
             layer: the module.
             tensors: its parameters and buffers.
             modules: ids of the layer and all modules in it.
         """
-        before: list[frozenset[int]] = []
+        self.hold(layer, tensors)
+        self._before.setdefault(id(layer), []).append(self._running)
+        self._running |= modules
 
-        def whole(*_: Any) -> None:
-            self.hold(layer, tensors)
-            before.append(self._running)
-            self._running |= modules
+    def leave(self, layer: Any) -> None:
+        """A layer has run, or failed."""
+        before = self._before.get(id(layer))
+        if before:  # else it has failed before it held anything
+            self._running = before.pop()
+        self._restore(id(layer))
 
-        def after(*_: Any) -> None:
-            if before:  # else it has failed before it held anything
-                self._running = before.pop()
-            self._restore(id(layer))
-
-        stack.callback(layer.register_forward_pre_hook(whole).remove)
-        stack.callback(layer.register_forward_hook(after, always_call=True).remove)
-
-    def part(self, stack: contextlib.ExitStack, module: Any, tensors: Sequence[Tensor]) -> None:
+    def hold_alone(self, module: Any, tensors: Sequence[Tensor]) -> None:
         """Hold what a module in a layer has beside the modules in it, where it runs alone."""
+        if id(module) not in self._running:
+            self.hold(module, tensors)
 
-        def own(*_: Any) -> None:
-            if id(module) not in self._running:
-                self.hold(module, tensors)
-
-        stack.callback(module.register_forward_pre_hook(own).remove)
-        stack.callback(module.register_forward_hook(self._after, always_call=True).remove)
-
-    def _after(self, module: Any, *_: Any) -> None:
+    def restore(self, module: Any) -> None:
+        """Restore what a module holds, where it holds something."""
         if id(module) in self._held:
             self._restore(id(module))
 
@@ -270,6 +353,11 @@ def _is_table(module: Any) -> bool:
 def _is_head(module: Any) -> bool:
     plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
     return plain and module.weight.numel() >= _LARGE
+
+
+def _shape(model: Any) -> list[tuple[int, int]]:
+    """Its modules, and how many parameters each has of its own."""
+    return [(id(module), len(module._parameters)) for module in model.modules()]
 
 
 def _own(module: Any) -> list[Tensor]:

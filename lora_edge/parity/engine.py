@@ -205,6 +205,7 @@ def validate(
     if base is not None:  # before there is a session, which has a copy of the weights
         sources = sources_of(target, base, names, adapters or {})
         model = model or open_base(target, base, sources)
+        opening = _in_parts(opening, model, target)
         held = look_inside(target, model, sources, say)
         trim(cycles=True)
     for index, (name, level) in enumerate(wanted):
@@ -285,6 +286,13 @@ def validate(
         record(target, report, [x for x in goldens if x.probe.kept], answers, say)
     journal.close()
     return report
+
+
+def _in_parts(opening: Opening, reference: Reference, bundle: Bundle) -> Opening:
+    """With the bundle's graphs in parts where neither side should have the model in memory."""
+    from lora_edge.parity.in_parts import cut_of  # needs onnx
+
+    return dataclasses.replace(opening, cut=cut_of(reference, bundle.manifest.quantization))
 
 
 def _compared(

@@ -84,8 +84,8 @@ class ReferenceModels:
         self.base = base
         self.task = task
         self._quantization: Quantization | None = None
-        self._large = base.size > WHOLE
-        self._shared: Any = self._load(task, stored=self._large)
+        self.large = base.size > WHOLE
+        self._shared: Any = self._load(task, stored=self.large)
         # How a large model runs, and one that an adapter has for itself.
         self.mapped = Mapped(self._shared, base.files)
         self._by_layer = ByLayer(self.mapped)
@@ -100,6 +100,7 @@ class ReferenceModels:
         self._state: State | None = None  # what is active in the shared model; None: not known
         self._unscale = contextlib.ExitStack()
         self._set: list[str] = []  # what PEFT has set, active or off
+        self._on = False  # whether PEFT's layers are known not to be off
         self._apart: dict[str, tuple[Path, Task]] = {}
         self._invocations: dict[str, tuple[int, ...]] = {}
         # Adapters that stand apart, each with a base model of its own, the last used last.
@@ -166,7 +167,7 @@ class ReferenceModels:
         inner = f"adapter{len(self._names)}"
         self._shared = self._attached(self._shared, directory, inner)
         self._names[name] = inner
-        self._state, self._set = None, []
+        self._state, self._set, self._on = None, [], False
 
     def can_blend(self, name: str) -> bool:
         """Whether PEFT can have the adapter active beside another, or at another weight."""
@@ -209,7 +210,7 @@ class ReferenceModels:
         the rounded ones.
         """
         own: list[Any] = []
-        if self._quantization is not None and not self._large:  # whose codes stand apart
+        if self._quantization is not None and not self.large:  # whose codes stand apart
             for end in (model.get_input_embeddings, model.get_output_embeddings):
                 with contextlib.suppress(NotImplementedError):  # of models of images
                     own.append(getattr(end(), "weight", None))
@@ -247,14 +248,14 @@ class ReferenceModels:
         for path in self._quantization.layers:
             change = changes.get(f"{path}.weight")
             layer, blocks = merged_first(
-                base_of(model), path, change, self._quantization, copied=not self._large
+                base_of(model), path, change, self._quantization, copied=not self.large
             )
             self._put(by_layer, layer.weight, blocks, transposed=is_turned(layer))
         return model
 
     def _put(self, by_layer: ByLayer, weight: Any, blocks: Blocks, *, transposed: bool) -> None:
         """Let codes take the place of a weight's values."""
-        if self._large:
+        if self.large:
             blocks = blocks._replace(codes=moved(blocks.codes))
             let_go(blocks.codes)
             by_layer.round(weight, blocks, transposed=transposed)
@@ -278,7 +279,7 @@ class ReferenceModels:
                 if self._names and self._state != wanted:
                     self._activate(wanted)
                 model = self._shared
-            if self._large:
+            if self.large:
                 by_layer = self._by_layer_apart[apart[0]] if apart else self._by_layer
                 stack.enter_context(by_layer.computing(model, self._dtype))
             elif self._widening is not None and id(model) not in self._widened:
@@ -296,8 +297,10 @@ class ReferenceModels:
         tuner = self._shared.base_model
         if state:
             weights = {self._names[name]: weight for name, weight in state}
-            tuner.enable_adapter_layers()
-            # PEFT goes through all modules for it; those that were off are still set.
+            # PEFT goes through all modules for each of these; those that were off are still set.
+            if not self._on:
+                tuner.enable_adapter_layers()
+                self._on = True
             wanted, known = list(weights), self._set
             if known != wanted:
                 self._set = []
@@ -306,6 +309,7 @@ class ReferenceModels:
             self._unscale.enter_context(scaled(self._shared, weights))
         else:
             tuner.disable_adapter_layers()
+            self._on = False
         self._state = state
 
     def _apart_model(self, name: str) -> Any:

@@ -56,12 +56,21 @@ class Session:
         precision: of the graph's weights, e.g. ``fp32``.
         placement: provider -> operator -> nodes that it ran; ``None`` where ONNX Runtime does not
             tell.
+        parts: in how many parts its graphs ran, whose weights were in memory in turns.
     """
 
     provider: str
     optimization: str
     precision: str
     placement: Mapping[str, Mapping[str, int]] | None = None
+    parts: int = 1
+
+    def to_data(self) -> dict[str, Any]:
+        """As JSON-ready values; ``parts`` only where there are several."""
+        data = {"name": self.name, **_plain(self)}
+        if self.parts == 1:
+            del data["parts"]
+        return data
 
     @property
     def name(self) -> str:
@@ -265,7 +274,7 @@ class Report:
             "mode": self.mode,
             "against": self.against,
             "adapters": list(self.adapters),
-            "sessions": [{"name": each.name, **_plain(each)} for each in self.sessions],
+            "sessions": [each.to_data() for each in self.sessions],
             "cases": [_case(case) for case in self.cases],
             "settings": dict(self.settings),
             "versions": dict(self.versions),

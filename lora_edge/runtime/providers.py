@@ -38,7 +38,7 @@ LEVELS = {
 # Nodes that ONNX Runtime makes itself and that work on shapes: what takes a Transpose through a
 # Shape picks its entries by a Gather. Of any other the file does not know what it reads.
 _MADE = re.compile(r"Gather Gather(_token_\d+)?$|Shape |Size |Memcpy")
-_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
+DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 _ALLOW = "Pass --allow-fallback (allow_fallback=True in Python) to let the CPU run them"
 
 
@@ -189,7 +189,7 @@ def open_session(
         def start(source: Path | bytes, settings: Mapping[str, str], saved: Path | None) -> Any:
             if isinstance(source, bytes):
                 settings = {**settings, _DATA_FOLDER: str(graph.parent)}
-            options = _options(level, threads, weights, settings)
+            options = session_options(level, threads, weights, settings)
             if saved is not None:
                 options.optimized_model_filepath = str(saved)
             try:
@@ -207,7 +207,7 @@ def open_session(
         if prepared is None or weights or level != "all":
             return start(graph, {}, None)
         return prepared.open(graph, start, *([] if native is None else [native.form]))
-    options = _options(level, threads, weights, {})
+    options = session_options(level, threads, weights, {})
     tells = hasattr(ort.InferenceSession, "get_provider_graph_assignment_info")
     if not allow_fallback and not tells:  # then no node at all may be left
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
@@ -226,7 +226,7 @@ def open_session(
     return session
 
 
-def _options(
+def session_options(
     level: str,
     threads: int | None,
     weights: Mapping[str, Any] | None,
@@ -348,9 +348,9 @@ def open_like(session: Any, model: bytes, folder: Path) -> Any:
     """
     options = session.get_session_options()
     try:
-        options.get_session_config_entry(_DATA_FOLDER)
+        options.get_session_config_entry(DATA_FOLDER)
     except RuntimeError:  # it is not set yet; to set it twice is a warning
-        options.add_session_config_entry(_DATA_FOLDER, str(folder))
+        options.add_session_config_entry(DATA_FOLDER, str(folder))
     has_devices = getattr(options, "has_providers", lambda: False)()
     if has_devices:  # a plugin's
         return ort.InferenceSession(model, options)

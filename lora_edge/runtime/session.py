@@ -22,6 +22,7 @@ from lora_edge.runtime.sizes import Sizes, check_sizes, site_sizes
 if TYPE_CHECKING:
     from lora_edge.runtime.native.library import Native
     from lora_edge.runtime.prepared import PreparedGraphs
+    from lora_edge.runtime.segmented import Cut
 
 
 class OpenGraph(NamedTuple):
@@ -83,6 +84,7 @@ class ModelSession:
         resident: where what is used again is kept; None: a cache of its own.
         by_row: A and B of the graphs have an axis of rows.
         native: open the graphs' native form, where they are prepared.
+        cut: cuts each graph into parts whose weights are in memory in turns, on the CPU.
 
     Raises:
         ProviderError: the provider is missing, does not start, or would leave work on floats to
@@ -106,12 +108,14 @@ class ModelSession:
         resident: SizedCache | None = None,
         by_row: bool = False,
         native: Native | None = None,
+        cut: Cut | None = None,
     ) -> None:
         self.resident = SizedCache(CACHE_BYTES) if resident is None else resident
         self.parts = parts
         self.sites = {path: site for part in parts.values() for path, site in part.sites.items()}
         self.provider = resolve(provider, provider_options)
         self.by_row = by_row
+        self._cut = cut
         # Kept for as long as the sessions: those do not keep the weights alive.
         self._options: dict[str, Any] = {
             "threads": threads,
@@ -129,7 +133,14 @@ class ModelSession:
 
     def _open(self, path: Path, part: Part) -> OpenGraph:
         """Open a graph, and check that it has the inputs and outputs that its part says."""
-        session: Any = open_session(path, self.provider, **self._options)
+        session: Any
+        if self._cut is None:
+            session = open_session(path, self.provider, **self._options)
+        else:
+            from lora_edge.runtime.segmented import SegmentedSession  # which few need
+
+            level, threads = self._options["optimization"], self._options["threads"]
+            session = SegmentedSession(path, self._cut(path), level or "all", threads)
         try:
             given: list[tuple[str, str, Any]] = [
                 (x.name, x.type, x.shape) for x in session.get_inputs()
@@ -165,6 +176,17 @@ class ModelSession:
     def session(self, session: Any) -> None:
         name = next(iter(self.graphs))
         self.graphs[name] = self.graphs[name]._replace(session=session)
+
+    def let_go(self) -> None:
+        """Give back what can be of the weights' memory, until the next run: of graphs in parts."""
+        for graph in self.graphs.values():
+            if hasattr(graph.session, "let_go"):
+                graph.session.let_go()
+
+    @property
+    def segments(self) -> int:
+        """In how many parts the graphs run; 1: none is cut."""
+        return max(len(getattr(x.session, "sessions", (0,))) for x in self.graphs.values())
 
     def placement(self) -> dict[str, dict[str, int]] | None:
         """Which provider runs which operators (:func:`lora_edge.runtime.providers.placement`).

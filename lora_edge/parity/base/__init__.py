@@ -13,6 +13,7 @@ from lora_edge.parity.base.encoder import EncoderTrial
 from lora_edge.parity.base.encoder_decoder import EncoderDecoderTrial
 from lora_edge.parity.base.trial import Captured, Trial, running
 from lora_edge.parity.compare import Tolerance, noise
+from lora_edge.parity.in_parts import cut_of
 from lora_edge.parity.plan.states import BASE
 from lora_edge.parity.reference import Reference
 from lora_edge.parity.subjects.encoder import by_position
@@ -51,6 +52,7 @@ def check_base(
     tolerance = tolerance or Tolerance()
     base = reference.base
     trial = _TRIALS[task.driver](graph, base, reference.parameters, seed)
+    trial.cut = cut_of(reference)
     states = [BASE] * len(trial.rows)
     found = reference.outputs(trial.rows, states)
     expected = [by_position(row).astype(np.float32, copy=False) for row in found]

@@ -58,7 +58,7 @@ class DecoderTrial(Trial):
             # A foreign graph's rows are laid out on the left; any graph that takes both must pass.
             sides["left"] = replace(self._part, form="foreign", padding="left")
         first, *_ = sides.values()
-        decoder = Decoder(self._folder, {"decoder": first})
+        decoder = Decoder(self._folder, {"decoder": first}, cut=self.cut)
         for side, layout in sides.items():
             decoder.part = layout  # how rows are laid out is no affair of the session
             longest = max(map(len, rows)) + _CONTINUED + _STEPS

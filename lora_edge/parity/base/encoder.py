@@ -71,7 +71,7 @@ class EncoderTrial(Trial):
 
     def cases(self) -> Iterator[Observed]:
         """A batch, one row, and the longer row."""
-        encoder = Encoder(self._graph.folder, self._graph.parts)
+        encoder = Encoder(self._graph.folder, self._graph.parts, cut=self.cut)
         last = len(self.rows) - 1
         cases = {
             "rows padded on the right": range(last),

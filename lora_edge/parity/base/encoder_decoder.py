@@ -46,7 +46,7 @@ class EncoderDecoderTrial(Trial):
 
     def cases(self) -> Iterator[Observed]:
         """Batches of several sizes."""
-        session = Seq2Seq(self._graph.folder, self._graph.parts)
+        session = Seq2Seq(self._graph.folder, self._graph.parts, cut=self.cut)
         count = len(_SOURCES)
         for name, part in {
             "rows of unequal lengths": range(count),

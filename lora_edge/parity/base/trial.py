@@ -15,6 +15,7 @@ from lora_edge.errors import BundleError, CaptureError
 from lora_edge.maths.lora import FloatArray
 from lora_edge.parity.compare import Floor, Tolerance, expect, judge, limits, measure
 from lora_edge.parity.plan.states import Inputs
+from lora_edge.runtime.segmented import Cut
 
 
 class Captured(Protocol):
@@ -55,11 +56,13 @@ class Trial(ABC):
         rows: what PyTorch reads, one row each.
         longest: positions of a row on which the floor is measured; None: all.
         measured: number of rows on which it is; None: all.
+        cut: how the graphs are cut into parts, of a large model; None: they run whole.
     """
 
     rows: Sequence[Inputs]
     longest: int | None = None
     measured: int | None = None
+    cut: Cut | None = None
 
     @abstractmethod
     def __init__(self, graph: Captured, base: Base, parameters: int, seed: int) -> None:

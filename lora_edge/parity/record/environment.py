@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from lora_edge import __version__
 from lora_edge.bundle.bundle import Bundle
@@ -17,6 +18,7 @@ from lora_edge.parity.report import Session
 from lora_edge.runtime import Runner, installed
 from lora_edge.runtime.providers import resolve
 from lora_edge.runtime.resident import CACHE_BYTES
+from lora_edge.runtime.segmented import Cut
 
 _LEAST, _SHARE = 64 << 20, 8  # bytes that a session keeps for later use, and its weights / those
 
@@ -65,6 +67,7 @@ def session_of(runner: Runner, optimization: str | None) -> Session:
         optimization or "all",
         runner.bundle.manifest.precision,
         runner.session.placement(),
+        runner.session.segments,
     )
 
 
@@ -108,6 +111,7 @@ class Opening:
         sessions: each provider with each level of optimization.
         options: own options of the one provider that is not ``cpu``.
         allow_fallback: let the CPU run what a provider does not take.
+        cut: how graphs are cut that run in parts, on the CPU; ``None``: they run whole.
 
     Raises:
         OptionError: options, and not one provider that they are for.
@@ -116,6 +120,7 @@ class Opening:
     sessions: tuple[tuple[str, str], ...]
     options: Mapping[str, str]
     allow_fallback: bool
+    cut: Cut | None = None
 
     def __post_init__(self) -> None:
         others = {name for name, _ in self.sessions} - {"cpu"}
@@ -127,15 +132,19 @@ class Opening:
 
     def runner(self, bundle: Bundle, provider: str, level: str, *, exact: bool = True) -> Runner:
         """The bundle in one of the sessions; ``exact``: computing in floats, as it is proved."""
-        return Runner(
-            bundle,
-            provider,
-            exact=exact,
-            optimization=level,
-            cache_bytes=_kept_by(bundle),
-            allow_fallback=self.allow_fallback,
-            provider_options={} if provider == "cpu" else self.options,
-        )
+        options: dict[str, Any] = {
+            "provider": provider,
+            "exact": exact,
+            "optimization": level,
+            "cache_bytes": _kept_by(bundle),
+            "allow_fallback": self.allow_fallback,
+            "provider_options": {} if provider == "cpu" else self.options,
+        }
+        if self.cut is None or provider != "cpu":
+            return Runner(bundle, **options)
+        from lora_edge.parity.in_parts import RunnerInParts
+
+        return RunnerInParts(bundle, self.cut, **options)
 
     def words(self) -> list[str]:
         """The same as options of the command line."""

@@ -1,0 +1,46 @@
+"""How the graphs of a large model run while they are checked: in parts, on mapped weights.
+
+PyTorch reads its weights where the checkpoint is mapped, a layer at a time
+(:mod:`lora_edge.parity.by_layer`); with graphs in parts, neither side has the model in memory.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property, partial
+from typing import Any
+
+from lora_edge.bundle.bundle import Bundle
+from lora_edge.graph.segments import segments
+from lora_edge.maths.quantization import Quantization
+from lora_edge.parity.reference import Reference
+from lora_edge.runtime import Runner
+from lora_edge.runtime.opening import open_parts
+from lora_edge.runtime.segmented import Cut
+from lora_edge.runtime.session import ModelSession
+
+_BYTES = 128 << 20  # of the weights of a part
+
+
+def cut_of(reference: Reference, quantization: Quantization | None = None) -> Cut | None:
+    """How a model's graphs are cut; ``None``: it is small, or of few bits, and they run whole."""
+    whole = not reference.large or quantization is not None
+    return None if whole else partial(segments, limit=_BYTES)
+
+
+class RunnerInParts(Runner):
+    """A Runner whose session has the graphs in parts, on the CPU.
+
+    Args:
+        bundle: the bundle.
+        cut: how they are cut.
+        options: a Runner's.
+    """
+
+    def __init__(self, bundle: Bundle, cut: Cut, **options: Any) -> None:
+        self._cut = cut
+        super().__init__(bundle, session_cache=False, **options)
+
+    @cached_property
+    def session(self) -> ModelSession:
+        """The session on the bundle's own graphs, each in parts."""
+        return open_parts(self.bundle, {**self._options, "cut": self._cut}, exact=self._exact)

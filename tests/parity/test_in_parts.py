@@ -1,0 +1,116 @@
+"""A large model's graphs run in parts while they are checked, and what is wrong is found alike."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from lora_edge.base.checkpoint import Base
+from lora_edge.bundle.bundle import Bundle, file_entries, load_bundle
+from lora_edge.capture import capture
+from lora_edge.errors import CaptureError
+from lora_edge.exporting.export import export
+from lora_edge.files.json import read_object
+from lora_edge.parity import by_layer, in_parts, validate
+from lora_edge.runtime import segmented
+from tests.support.checks import checked
+from tests.support.paths import ROOT
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every model is large, and every weight a part of its own."""
+    monkeypatch.setattr(by_layer, "WHOLE", 0)
+    monkeypatch.setattr(in_parts, "_BYTES", 1)
+    monkeypatch.setattr(segmented, "_KEPT", 20_000)
+
+
+@pytest.mark.parametrize("form", ["fused", "portable"])
+def test_the_base_check_is_as_strict(
+    base: Base, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "c").mkdir()
+    graph = capture(base, tmp_path / "c", form=form)  # type: ignore[arg-type]
+    whole = checked(graph, base)
+    monkeypatch.setattr(by_layer, "WHOLE", 0)
+    monkeypatch.setattr(in_parts, "_BYTES", 1)
+    parts = checked(graph, base)
+    assert parts["cases"].keys() == whole["cases"].keys()
+    assert parts["limit"] == pytest.approx(whole["limit"], rel=0.5)
+    for name, case in parts["cases"].items():
+        assert case["logit_error"] <= whole["limit"], name
+    model = onnx.load(graph.path())
+    for tensor in model.graph.initializer:
+        if tensor.name == "model.layers.1.mlp.down_proj.weight":
+            values = numpy_helper.to_array(tensor) * np.float32(1.0001)
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    off = replace(graph, folder=tmp_path / "off")
+    off.folder.mkdir()
+    onnx.save(model, off.path())
+    with pytest.raises(CaptureError, match="differs from PyTorch"):
+        checked(off, base)
+
+
+@pytest.mark.usefixtures("large")
+def test_an_export_is_proved_in_parts(
+    base: Base, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    two = {name: adapters[name] for name in ("narrow", "rooted")}
+    bundle = export(base.directory, two, output=output)
+    assert all(bundle.adapter(name).proved for name in two)
+    report = validate(output, base.directory)
+    assert report.passed
+    assert report.sessions[0].parts > 10
+    assert report.to_data()["sessions"][0]["parts"] == report.sessions[0].parts
+    assert report.sessions[0].placement is not None
+    again = validate(output)  # the recorded outputs, on the whole graph
+    assert again.passed
+    assert "parts" not in again.to_data()["sessions"][0]
+
+
+@pytest.mark.usefixtures("large")
+def test_a_wrong_adapter_is_found_and_explained(
+    base: Base, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    """The explanation runs the session again, watched, and a graph like it."""
+    output = tmp_path / "out"
+    two = {name: adapters[name] for name in ("narrow", "rooted")}
+    export(base.directory, two, output=output)
+    data = output / "onnx" / "model.onnx_data"
+    values = np.fromfile(data, np.float32)
+    manifest = read_object(output / "lora_edge.json", CaptureError, "")
+    site = next(x for x in manifest["parts"]["decoder"]["sites"].values() if x.get("weight"))
+    start = site["weight"]["offset"] // 4
+    values[start : start + 64] *= 1.5
+    values.tofile(data)
+    broken = load_bundle(output)
+    files = file_entries(output)
+    Bundle(output, broken.manifest).write_manifest(replace(broken.manifest, files=files))
+    report = validate(output, base.directory, repro=tmp_path / "repro", depth="quick")
+    assert not report.passed
+    failed = [case for case in report.cases if case.status == "failed"]
+    assert any(case.kind == "weights" for case in failed)
+    assert any(case.figures is not None for case in failed)
+    assert (tmp_path / "repro").is_dir()
+
+
+@pytest.mark.usefixtures("large")
+def test_models_of_labels_and_few_bits(tmp_path: Path) -> None:
+    """An encoder's graph is cut for its base check; one of few bits is proved whole."""
+    models = ROOT / "models"
+    tiny = models / "tiny-llama"
+    export(tiny, {"shout": models / "adapters" / "shout"}, output=tmp_path / "i", precision="int4")
+    report = validate(tmp_path / "i", tiny, depth="quick")
+    assert report.passed
+    assert report.sessions[0].parts == 1
+    export(
+        models / "tiny-bert",
+        {"mood": sorted((models / "classifiers").iterdir())[0]},
+        output=tmp_path / "b",
+    )
