@@ -1,10 +1,14 @@
 """What an export with its proof takes: peak memory, processor time, bytes written.
 
-    .venv/bin/python ci/benchmarks/export_memory.py [--shapes 135M,0.5B,1B] [--precision fp32]
+    .venv/bin/python ci/benchmarks/export_memory.py [--shapes 135M,1B] [--precision fp32]
+    .venv/bin/python ci/benchmarks/export_memory.py --shapes 3B --precision int4
+    .venv/bin/python ci/benchmarks/export_memory.py --shapes 8B --layers 4 --precision int4
 
 Random weights of real sizes, one adapter on all linear layers. Each export is a process of its own
 on one processor. Peak memory is the largest resident size, mapped files included; *private* is the
-part that no file holds. Imports are measured in the same process, before the export begins.
+part that no file holds. Both are beside the bytes of the model in float32, whatever the checkpoint
+has. Imports are measured in the same process, before the export begins. A second table has the
+stages. Peaks do not depend on what else runs; seconds do.
 """
 
 from __future__ import annotations
@@ -15,6 +19,8 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -95,24 +101,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shapes", default="135M", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "int8", "int4"))
-    parser.add_argument("--dtype", default="float32", help="of the checkpoint: bfloat16, ...")
+    parser.add_argument("--dtype", help="of the checkpoint: bfloat16, ... [default: the shape's]")
+    parser.add_argument("--layers", type=int, help="[default: the shape's]")
     parser.add_argument("--folder", type=Path, help="keep models and adapters there")
     given = parser.parse_args()
     found: dict[str, dict[str, Any]] = {}
-    print("| shape | peak / model | without imports | private / model | CPU s | written / model |")
-    print("|---|---|---|---|---|---|")
+    packages = ", ".join(f"{x} {version(x)}" for x in ("onnxruntime", "torch", "transformers"))
+    print(f"{time.strftime('%-d %B %Y')}, {packages}, {given.precision}\n")
+    print(
+        "| shape | peak, GB | peak / model | without imports | private / model | CPU s "
+        "| written / model |"
+    )
+    print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
         for name in given.shapes.split(","):
-            made = Made(given.folder or Path(scratch), name, _say, given.dtype)
+            made = Made(given.folder or Path(scratch), name, _say, given.dtype, given.layers)
             own = measure(made, given.precision)
             size = own["model"] = made.base_bytes()
-            found[name] = own
+            found[made.name] = own
             print(
-                f"| {name} | {own['peak'] / size:.2f} "
+                f"| {made.name} | {own['peak'] / 1e9:.2f} | {own['peak'] / size:.2f} "
                 f"| {(own['peak'] - own['imports']) / size:.2f} | {own['private'] / size:.2f} "
                 f"| {own['seconds']:.0f} | {own['written'] / size:.2f} |",
                 flush=True,
             )
+    print("\n| shape | stage | peak, GB | private, GB | CPU s |\n|---|---|---|---|---|")
+    for name, own in found.items():
+        for stage, (peak, private, seconds) in own["stages"].items():
+            what = stage.partition("/")[0].partition(",")[0].strip()  # without paths and figures
+            print(f"| {name} | {what} | {peak / 1e9:.2f} | {private / 1e9:.2f} | {seconds:.0f} |")
+    print()
     print(json.dumps({"precision": given.precision, "dtype": given.dtype, "shapes": found}))
 
 

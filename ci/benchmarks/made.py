@@ -30,14 +30,22 @@ class Made:
         name: of the shape.
         say: called with a line for each that is made.
         dtype: of the checkpoint, where it is not the shape's own.
+        layers: how many it has, where they are not the shape's own.
     """
 
     def __init__(
-        self, folder: Path, name: str, say: Callable[[str], None], dtype: str | None = None
+        self,
+        folder: Path,
+        name: str,
+        say: Callable[[str], None],
+        dtype: str | None = None,
+        layers: int | None = None,
     ) -> None:
-        self.name = name
-        self.shape: Shape = SHAPES[name] if dtype is None else replace(SHAPES[name], dtype=dtype)
-        self._folder = folder / (name if dtype is None else f"{name}-{dtype}")
+        self.name = name if layers is None else f"{name}, {layers} layers"
+        shape: Shape = SHAPES[name] if dtype is None else replace(SHAPES[name], dtype=dtype)
+        self.shape = shape if layers is None else replace(shape, layers=layers)
+        kept = [name, dtype or "", "" if layers is None else f"{layers}-layers"]
+        self._folder = folder / "-".join(filter(None, kept))
         self._say = say
 
     def _kept(self, name: str, make: Callable[[Path], object]) -> Path:

@@ -188,7 +188,7 @@ def open_session(
 
         def start(source: Path | bytes, settings: Mapping[str, str], saved: Path | None) -> Any:
             if isinstance(source, bytes):
-                settings = {**settings, _DATA_FOLDER: str(graph.parent)}
+                settings = {**settings, DATA_FOLDER: str(graph.parent)}
             options = session_options(level, threads, weights, settings)
             if saved is not None:
                 options.optimized_model_filepath = str(saved)
