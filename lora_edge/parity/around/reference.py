@@ -64,6 +64,10 @@ class Parameters:
         """What fills up short rows; 0 where the config does not say."""
         return int(self._model.config.get_text_config().pad_token_id or 0)
 
+    def __contains__(self, name: str) -> bool:
+        """Whether there is such a parameter or buffer."""
+        return name in self._tensors
+
     def value(self, name: str) -> Array | None:
         """A parameter or buffer, float32 where it is a float; ``None``: there is none."""
         tensor = self._tensors.get(name)

@@ -163,7 +163,7 @@ class _Expected:
             if name.endswith(f".weight.{suffix}"):
                 name, part = name.removesuffix(f".{suffix}"), suffix
         values = content.values()
-        name = name if self.parameters.value(name) is not None else name.removesuffix(_COPY)
+        name = name if name in self.parameters else name.removesuffix(_COPY)
         if part:
             return self._judge_codes(name.removesuffix(".weight"), part, values)
         tied = {f"{path}.weight" for path in self.bundle.manifest.tied}
@@ -290,8 +290,12 @@ def _turned(value: Array) -> list[Array]:
 
 
 def _digest(value: Array) -> bytes:
-    data = np.ascontiguousarray(value, np.float32)
-    return hashlib.blake2b(data.view(np.uint8).reshape(-1).data, digest_size=16).digest()
+    digest = hashlib.blake2b(digest_size=16)
+    step = max(1, _CHUNK // max(1, value[:1].size))
+    for start in range(0, len(value), step):  # a turned matrix is never copied as a whole
+        rows = np.ascontiguousarray(value[start : start + step], np.float32)
+        digest.update(rows.view(np.uint8).reshape(-1).data)
+    return digest.digest()
 
 
 def _cosine(one: Array, other: Array) -> float:
