@@ -28,6 +28,7 @@ from lora_edge.parity.drift import DriftLimits, drift, drifts
 from lora_edge.parity.entries import check_entries
 from lora_edge.parity.evaluate.evaluate import check_examples, evaluate
 from lora_edge.parity.explain.explain import explain
+from lora_edge.parity.in_parts import cut_of
 from lora_edge.parity.plan.examples import Example
 from lora_edge.parity.plan.plan import MIXED_ROWS, Depth
 from lora_edge.parity.plan.reach import reach_of
@@ -290,8 +291,6 @@ def validate(
 
 def _in_parts(opening: Opening, reference: Reference, bundle: Bundle) -> Opening:
     """With the bundle's graphs in parts where neither side should have the model in memory."""
-    from lora_edge.parity.in_parts import cut_of  # needs onnx
-
     return dataclasses.replace(opening, cut=cut_of(reference, bundle.manifest.quantization))
 
 
