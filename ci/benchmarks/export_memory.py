@@ -75,12 +75,12 @@ print(json.dumps({
 """
 
 
-def measure(made: Made, precision: str) -> dict[str, Any]:
+def measure(made: Made, precision: str, *, low_memory: bool) -> dict[str, Any]:
     """Export in a process of its own, on one processor."""
     base, adapter = made.base(), made.adapter(0)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment["ORT_DISABLE_TELEMETRY"] = "1"
-    options = json.dumps({"precision": precision})
+    options = json.dumps({"precision": precision, "low_memory": low_memory})
     one = sorted(os.sched_getaffinity(0))[:1]
     with tempfile.TemporaryDirectory() as folder:
         paths = [str(base), str(adapter), str(Path(folder) / "bundle")]
@@ -103,11 +103,13 @@ def main() -> None:
     parser.add_argument("--precision", default="fp32", choices=("fp32", "int8", "int4"))
     parser.add_argument("--dtype", help="of the checkpoint: bfloat16, ... [default: the shape's]")
     parser.add_argument("--layers", type=int, help="[default: the shape's]")
+    parser.add_argument("--low-memory", action="store_true")
     parser.add_argument("--folder", type=Path, help="keep models and adapters there")
     given = parser.parse_args()
     found: dict[str, dict[str, Any]] = {}
+    low = ", --low-memory" if given.low_memory else ""
     packages = ", ".join(f"{x} {version(x)}" for x in ("onnxruntime", "torch", "transformers"))
-    print(f"{time.strftime('%-d %B %Y')}, {packages}, {given.precision}\n")
+    print(f"{time.strftime('%-d %B %Y')}, {packages}, {given.precision}{low}\n")
     print(
         "| shape | peak, GB | peak / model | without imports | private / model | CPU s "
         "| written / model |"
@@ -116,7 +118,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for name in given.shapes.split(","):
             made = Made(given.folder or Path(scratch), name, _say, given.dtype, given.layers)
-            own = measure(made, given.precision)
+            own = measure(made, given.precision, low_memory=given.low_memory)
             size = own["model"] = made.base_bytes()
             found[made.name] = own
             print(

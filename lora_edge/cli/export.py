@@ -116,6 +116,11 @@ from lora_edge.tasks.task import TASKS
     help="With --keep-high none or auto: the least share of the adapter's effect on logits that "
     "may be left; with less, nothing is published.  [default: 0.9]",
 )
+@click.option(
+    "--low-memory",
+    is_flag=True,
+    help="Prove a large base in float32 in parts, without a copy of its weights. Takes longer.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 def command(adapters: tuple[str, ...], output: Path, **given: Any) -> None:
     """Export BASE (a Hugging Face folder or hub id) and PEFT adapters to one ONNX bundle.

@@ -89,6 +89,11 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     help="Of a bundle of few bits, judge the graph that computes in floats alone, and not what "
     "int8 activations add.",
 )
+@click.option(
+    "--low-memory",
+    is_flag=True,
+    help="With --reference: run the graphs of a large base in float32 in parts. Takes longer.",
+)
 @click.option("--json", "json_file", type=_FILE, help="Write the report there.")
 @click.option("--html", "html_file", type=_FILE, help="Write it as one page for people.")
 @click.option("--junit", "junit_file", type=_FILE, help="Write it for a CI's test view.")
@@ -118,6 +123,7 @@ def command(
     resume: Path | None,
     repro: Path,
     exact: bool,
+    low_memory: bool,
     json_file: Path | None,
     html_file: Path | None,
     junit_file: Path | None,
@@ -165,6 +171,7 @@ def command(
         resume=resume,
         repro=repro,
         exact=exact,
+        low_memory=low_memory,
         progress=lambda line: click.echo(line, err=True),
     )
     found = report.to_data()

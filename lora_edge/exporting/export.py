@@ -70,6 +70,7 @@ def export(
     per_channel: bool = False,
     keep_high: KeepHigh | None = None,
     min_effect: float | None = None,
+    low_memory: bool = False,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -122,6 +123,8 @@ def export(
             need be stay at 8 bits or in fp32 for ``min_effect`` to be reached.
         min_effect: with ``none`` and ``auto``: the least share of the adapter's effect on logits
             that is published; 0.9 when omitted.
+        low_memory: prove a base of more than 50 million numbers in float32 in parts, as
+            :func:`~lora_edge.parity.validate` says. It takes longer.
         force: replace an existing bundle.
         progress: called with one line for each stage.
 
@@ -149,6 +152,7 @@ def export(
     ):
         opt.one_of(name, value, known)
     opt.flag("force", force)
+    opt.flag("low_memory", low_memory)
     opt.flag("symmetric", symmetric)
     opt.flag("per_channel", per_channel)
     if opt.whole("block_size", block_size, 1) not in BLOCK_SIZES:
@@ -223,7 +227,7 @@ def export(
             write_sentence_modules(stage, manifest.task, folders)
             manifest = write_adapter_texts(stage, manifest, folders, say)
             staged = Bundle(stage, _signed(stage, manifest, conversions))
-            report = _prove(staged, reference, say)
+            report = _prove(staged, reference, say, low_memory=low_memory)
             _finish(stage, report)
     return load_bundle(output)
 
@@ -240,11 +244,11 @@ def _signed(stage: Path, manifest: Manifest, conversions: Mapping[str, Conversio
     return signed
 
 
-def _prove(staged: Bundle, reference: Reference, say: Progress) -> Report:
+def _prove(staged: Bundle, reference: Reference, say: Progress, *, low_memory: bool) -> Report:
     from lora_edge.parity import validate
 
     say("validating every adapter against PyTorch")
-    report = validate(staged, reference)
+    report = validate(staged, reference, low_memory=low_memory)
     if report.exact and not report.passed:
         raise ParityError(
             f"every adapter does what it does in PyTorch, and int8 activations change too much: "

@@ -97,6 +97,7 @@ def validate(
     resume: str | os.PathLike[str] | None = None,
     repro: str | os.PathLike[str] | None = None,
     exact: bool = False,
+    low_memory: bool = False,
     progress: Say | None = None,
 ) -> Report:
     """Check that a bundle does what PyTorch does.
@@ -139,6 +140,9 @@ def validate(
             both outputs, and a script that needs numpy and ONNX Runtime alone.
         exact: leave out what int8 activations add; of a bundle of few bits the graph in floats
             alone is then judged.
+        low_memory: with ``reference``, and of a bundle in float32 of a base of more than 50 million
+            numbers: run its graphs in parts, on weights that are read anew for each. It takes
+            longer, and it is not the whole graph that ONNX Runtime optimizes; the report says so.
         progress: called with a line for each probe.
 
     Raises:
@@ -158,6 +162,7 @@ def validate(
     provider_options = opt.pairs("provider_options", provider_options or {})
     opt.flag("allow_fallback", allow_fallback)
     opt.flag("exact", exact)
+    opt.flag("low_memory", low_memory)
     opt.texts("optimization", optimization or ())
     opt.paths("adapters", adapters or {})
     opt.words("prompts", prompts)
@@ -184,6 +189,13 @@ def validate(
         steps = _QUICK_STEPS
     settings = _Settings(depth, steps, seed, tuple(prompts), Tolerance())
     wanted = combinations(provider, optimization, full=depth == "full")
+    if low_memory and (reference is None or any(name != "cpu" for name, _ in wanted)):
+        raise opt.refused(
+            "low_memory",
+            low_memory,
+            "False without a reference, or with another provider than cpu",
+            "Recorded outputs are compared on the whole graph.",
+        )
     opening = Opening(tuple(wanted), dict(provider_options or {}), allow_fallback)
     model: Reference | None = None
     base: Base | None = None
@@ -206,7 +218,8 @@ def validate(
     if base is not None:  # before there is a session, which has a copy of the weights
         sources = sources_of(target, base, names, adapters or {})
         model = model or open_base(target, base, sources)
-        opening = _in_parts(opening, model, target)
+        if low_memory:
+            opening = _in_parts(opening, model, target)
         held = look_inside(target, model, sources, say)
         trim(cycles=True)
     for index, (name, level) in enumerate(wanted):
@@ -278,7 +291,9 @@ def validate(
         machine=machine(),
         settings=settings.facts(),
         base=target.manifest.base["name_or_path"],
-        command=_command(target, base, adapters or {}, opening, settings, exact=exact),
+        command=_command(
+            target, base, adapters or {}, opening, settings, exact=exact, low_memory=low_memory
+        ),
         repro=left,
         reach=reach_of(target, goldens),
         survival=survival_line(target.manifest),
@@ -382,6 +397,7 @@ def _command(
     settings: _Settings,
     *,
     exact: bool,
+    low_memory: bool,
 ) -> str:
     words = ["lora-edge", "validate", str(bundle.directory)]
     if base is not None:
@@ -392,6 +408,8 @@ def _command(
     words += opening.words()
     if exact:
         words.append("--exact")
+    if low_memory:
+        words.append("--low-memory")
     quick = settings.depth == "quick" and settings.steps == _QUICK_STEPS
     if settings.steps is not None and not quick:
         words += ["--steps", str(settings.steps)]

@@ -13,7 +13,7 @@ from onnx import numpy_helper
 from lora_edge.base.checkpoint import Base
 from lora_edge.bundle.bundle import Bundle, file_entries, load_bundle
 from lora_edge.capture import capture
-from lora_edge.errors import CaptureError
+from lora_edge.errors import CaptureError, OptionError
 from lora_edge.exporting.export import export
 from lora_edge.files.json import read_object
 from lora_edge.parity import by_layer, in_parts, validate
@@ -62,16 +62,19 @@ def test_an_export_is_proved_in_parts(
 ) -> None:
     output = tmp_path / "out"
     two = {name: adapters[name] for name in ("narrow", "rooted")}
-    bundle = export(base.directory, two, output=output)
+    bundle = export(base.directory, two, output=output, low_memory=True)
     assert all(bundle.adapter(name).proved for name in two)
-    report = validate(output, base.directory)
+    report = validate(output, base.directory, low_memory=True)
     assert report.passed
+    assert "--low-memory" in report.command
     assert report.sessions[0].parts > 10
     assert report.to_data()["sessions"][0]["parts"] == report.sessions[0].parts
     assert report.sessions[0].placement is not None
-    again = validate(output)  # the recorded outputs, on the whole graph
-    assert again.passed
-    assert "parts" not in again.to_data()["sessions"][0]
+    for again in (validate(output), validate(output, base.directory, depth="quick")):
+        assert again.passed  # on the whole graph
+        assert "parts" not in again.to_data()["sessions"][0]
+    with pytest.raises(OptionError, match="False without a reference"):
+        validate(output, low_memory=True)
 
 
 @pytest.mark.usefixtures("large")
@@ -92,7 +95,9 @@ def test_a_wrong_adapter_is_found_and_explained(
     broken = load_bundle(output)
     files = file_entries(output)
     Bundle(output, broken.manifest).write_manifest(replace(broken.manifest, files=files))
-    report = validate(output, base.directory, repro=tmp_path / "repro", depth="quick")
+    report = validate(
+        output, base.directory, repro=tmp_path / "repro", depth="quick", low_memory=True
+    )
     assert not report.passed
     failed = [case for case in report.cases if case.status == "failed"]
     assert any(case.kind == "weights" for case in failed)
@@ -106,7 +111,7 @@ def test_models_of_labels_and_few_bits(tmp_path: Path) -> None:
     models = ROOT / "models"
     tiny = models / "tiny-llama"
     export(tiny, {"shout": models / "adapters" / "shout"}, output=tmp_path / "i", precision="int4")
-    report = validate(tmp_path / "i", tiny, depth="quick")
+    report = validate(tmp_path / "i", tiny, depth="quick", low_memory=True)
     assert report.passed
     assert report.sessions[0].parts == 1
     export(
