@@ -23,6 +23,7 @@ from lora_edge.bundle.onnx_adapter import write_adapter
 from lora_edge.bundle.part import SiteEntry
 from lora_edge.errors import AdapterError
 from lora_edge.fit.kinds import alone, kind_of
+from lora_edge.maths.half import overflow
 from lora_edge.maths.lora import FloatArray, Head, SiteChange, zeros
 from lora_edge.names import NONE_ADAPTER, SELECT, STACKED_PARTS, lora_input
 
@@ -61,17 +62,44 @@ def with_heads(changes: Changes, heads: Mapping[str, Head]) -> dict[str, SiteCha
     return found
 
 
+def half_tensors(name: str, tensors: Mapping[str, FloatArray]) -> Mapping[str, FloatArray]:
+    """The tensors of an adapter, if float16 can hold all of them.
+
+    Raises:
+        AdapterError: it cannot; the tensor and the number are named.
+    """
+    for key, tensor in tensors.items():
+        largest = overflow(tensor)
+        if largest:
+            raise AdapterError(
+                f"adapter {name} is refused: {key} holds {largest:.6g}, and float16 has no number "
+                "above 65504",
+                "Export with --precision fp32.",
+            )
+    return tensors
+
+
 def write_none(
-    stage: Path, sites: Mapping[str, SiteEntry], fingerprint: str, heads: Mapping[str, Head]
+    stage: Path,
+    sites: Mapping[str, SiteEntry],
+    fingerprint: str,
+    heads: Mapping[str, Head],
+    *,
+    half: bool = False,
 ) -> AdapterEntry:
-    """Write the adapter that changes nothing: rank 1, zeros, at every site; the base's heads."""
+    """Write the adapter that changes nothing: rank 1, zeros, at every site; the base's heads.
+
+    ``half``: the graph is in float16, and so is a copy of the file.
+    """
     changes = {
         path: SiteChange(zeros(site.in_features, site.out_features, 1))
         for path, site in sites.items()
         if "A" in site.parts
     }
     changes |= {path: SiteChange(head=head) for path, head in heads.items()}
-    return _entry(stage, NONE_ADAPTER, "none", {}, "", fingerprint, changes, sites, proved=True)
+    return _entry(
+        stage, NONE_ADAPTER, "none", {}, "", fingerprint, changes, sites, proved=True, half=half
+    )
 
 
 def write_adapter_folder(
@@ -80,8 +108,16 @@ def write_adapter_folder(
     sites: Mapping[str, SiteEntry],
     changes: Changes | None,
     fingerprint: str,
+    *,
+    half: bool = False,
 ) -> AdapterEntry:
-    """Write an adapter's folder; without ``changes`` (merged) only PEFT's own files."""
+    """Write an adapter's folder; without ``changes`` (merged) only PEFT's own files.
+
+    ``half`` as of :func:`write_none`.
+
+    Raises:
+        AdapterError: a tensor is not finite, or more than float16 holds where it is to.
+    """
     folder = directory / "adapters" / adapter.name
     (folder / "peft").mkdir(parents=True)
     for name in (CONFIG_FILE, TENSOR_FILE, TRAINING_FILE, ORIGINAL_CONFIG_FILE):
@@ -100,6 +136,7 @@ def write_adapter_folder(
         alone=alone(adapter, sites),
         invocation=adapter.invocation,
         labels=adapter.labels,
+        half=half,
     )
 
 
@@ -160,12 +197,17 @@ def _entry(
     alone: str = "",
     invocation: tuple[int, ...] = (),
     labels: tuple[str, ...] = (),
+    half: bool = False,
 ) -> AdapterEntry:
-    file = ""
+    file = half_file = ""
     if changes is not None:
         file = f"adapters/{name}/adapter.onnx_adapter"
         (directory / file).parent.mkdir(parents=True, exist_ok=True)
-        write_adapter(directory / file, finite_tensors(name, graph_tensors(changes, sites)))
+        tensors = finite_tensors(name, graph_tensors(changes, sites))
+        write_adapter(directory / file, tensors)
+        if half:
+            half_file = f"adapters/{name}/half.onnx_adapter"
+            write_adapter(directory / half_file, half_tensors(name, tensors), half=True)
     return AdapterEntry(
         name=name,
         file=file,
@@ -177,4 +219,5 @@ def _entry(
         alone=alone,
         invocation=invocation,
         labels=labels,
+        half=half_file,
     )

@@ -6,8 +6,9 @@ Knows files; knows nothing of graphs, adapters' maths or runtimes. The layout is
       lora_edge.json                         the manifest, with a hash of every file
       onnx/model.onnx, onnx/model.onnx_data  (of an encoder-decoder: encoder_model, decoder_model)
       onnx/base.onnx                         the same graph without branches, on the same data
-      onnx/exact.onnx                        of few bits: the graph in floats, on the same data
+      onnx/exact.onnx                        of few bits, fp16: the graph in float32, the same data
       adapters/NAME/adapter.onnx_adapter     for the runtime
+      adapters/NAME/half.onnx_adapter        of fp16: the same in float16, for other runtimes
       adapters/NAME/peft/                    the PEFT files, verbatim: what parity is proved against
       parity/                                golden cases and the report of the export's own check
       config.json, tokenizer.json, ...       copied from the base model

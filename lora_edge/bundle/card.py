@@ -55,7 +55,7 @@ def bundle_card(manifest: Manifest, cases: Sequence[Mapping[str, Any]] = ()) -> 
             f"{survival_line(manifest)} The proof is of the rounded weights; survival is what they "
             "keep of the adapter.",
         ]
-    lines += _drift(cases)
+    lines += _drift(cases, half=manifest.half)
     task = TASKS[manifest.task]
     argument = _ARGUMENT.get(task.takes, '["Hello"]')
     example = next((name for name in sorted(manifest.adapters) if name != "none"), "NAME")
@@ -81,20 +81,22 @@ def bundle_card(manifest: Manifest, cases: Sequence[Mapping[str, Any]] = ()) -> 
             "",
             f"With plain ONNX Runtime, feed `lora.{path}.A`, `.B` and `.gate`, and so on for each "
             f"of the {len(manifest.sites)} sites in `lora_edge.json`; "
-            "`adapters/none` holds the values for no adapter.",
+            "`adapters/none` holds the values for no adapter."
+            + (" They are float16: give it `half.onnx_adapter`." if manifest.half else ""),
         ]
     return "\n".join(lines) + "\n"
 
 
-def _drift(cases: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What int8 activations add, where the report has measured it."""
+def _drift(cases: Sequence[Mapping[str, Any]], *, half: bool) -> list[str]:
+    """What int8 activations or float16 add, where the report has measured it."""
     found = [(case, case["drift"]) for case in cases if case.get("drift")]
     if not found:
         return []
     lines = [
         "",
-        "The proof is of `onnx/exact.onnx`, which computes in floats. `onnx/model.onnx` has the "
-        "same weights and rounds activations to int8, which adds, measured at export:",
+        "The proof is of `onnx/exact.onnx`, which computes in float32. `onnx/model.onnx` has the "
+        f"same weights and {'computes in float16' if half else 'rounds activations to int8'}, "
+        "which adds, measured at export on the CPU:",
         "",
         "| | effect that is there | effect error | KL, nats | same best token or label | "
         "cosine of embeddings |",
@@ -106,4 +108,4 @@ def _drift(cases: Sequence[Mapping[str, Any]]) -> list[str]:
         values = [(figures[name], form) for name, form in forms.items()]
         cells = ["" if value is None else format(value, form) for value, form in values]
         lines.append(f"| {' | '.join([who, *cells])} |")
-    return [*lines, "", '`lora_edge.Runner(".", exact=True)` and `run --exact` compute in floats.']
+    return [*lines, "", '`lora_edge.Runner(".", exact=True)` and `run --exact` compute in float32.']

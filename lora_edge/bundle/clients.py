@@ -58,7 +58,10 @@ def client_config(
         found["label2id"] = {name: index for index, name in enumerate(labels)}
     if len(manifest.parts) == 1:
         graph = PurePosixPath(manifest.reads.file).name
-        found[TRANSFORMERS_JS] = {"dtype": "fp32", "use_external_data_format": {graph: True}}
+        # Its dtype is the end of a file's name, whatever numbers the file holds.
+        told = {"dtype": "fp32", "use_external_data_format": {graph: True}}
+        cache = {"kv_cache_dtype": "float16"} if manifest.half and manifest.reads.cache else {}
+        found[TRANSFORMERS_JS] = {**told, **cache}  # version 4 asks the graph for it
     return found
 
 

@@ -64,6 +64,8 @@ class AdapterEntry:
             special tokens), ``chat_template``. The files are in ``adapters/NAME/text/``; of a
             merged bundle they are the bundle's own.
         conversion: for a LoRA that approximates an adapter of another type.
+        half: path of the same tensors in float16, for clients that give them to a graph in float16
+            as they are; empty elsewhere.
     """
 
     name: str
@@ -78,6 +80,7 @@ class AdapterEntry:
     labels: tuple[str, ...] = ()
     text: tuple[TextAspect, ...] = ()
     conversion: ConversionEntry | None = None
+    half: RelativePath | Literal[""] = ""
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ class Manifest:
     Attributes:
         mode: ``switchable`` (adapters are inputs) or ``merged`` (one adapter is in the weights).
         task: one of :data:`lora_edge.tasks.task.TASKS`.
-        precision: precision of the graph's linear layers: ``fp32``, ``int8`` or ``int4``.
+        precision: precision of the graph's linear layers: ``fp32``, ``fp16``, ``int8`` or ``int4``.
         parts: name -> graph: ``decoder``, ``encoder``, or both, as the task has it.
         base: ``name_or_path``, ``model_type``, ``fingerprint`` of the base model.
         kinds: which kinds of adapter the graph has inputs for, e.g. ``lora``, ``dora``.
@@ -140,6 +143,11 @@ class Manifest:
     def sites(self) -> Mapping[str, SiteEntry]:
         """Module path -> layer with inputs for adapters, of all parts."""
         return {path: site for part in self.parts.values() for path, site in part.sites.items()}
+
+    @property
+    def half(self) -> bool:
+        """The base's weights are float16, and its graphs compute in it."""
+        return self.precision == "fp16"
 
     @property
     def driver(self) -> Driver:
@@ -213,6 +221,12 @@ class Manifest:
             if self.mode == "switchable" and entry.file not in self.files:
                 raise BundleError(
                     f"{what}: adapter {key!r} has the file {entry.file!r}, which is none "
+                    "of the bundle's",
+                    _HINT,
+                )
+            if entry.half and entry.half not in self.files:
+                raise BundleError(
+                    f"{what}: adapter {key!r} has the file {entry.half!r}, which is none "
                     "of the bundle's",
                     _HINT,
                 )

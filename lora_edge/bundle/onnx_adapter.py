@@ -36,18 +36,20 @@ _TYPES = {2: "uint8", 3: "int8", 6: "int32", 7: "int64", 10: "float16", 11: "flo
 }
 
 
-def write_adapter(path: Path, tensors: Mapping[str, FloatArray]) -> None:
+def write_adapter(path: Path, tensors: Mapping[str, FloatArray], *, half: bool = False) -> None:
     """Write named float32 tensors to ``path``.
 
     Args:
         path: the file to write; its folder exists.
         tensors: graph input name -> array of any shape, zero-size dimensions allowed.
+        half: write them as float16, which :func:`read_adapter` does not read.
 
     Raises:
         BundleError: the file cannot be written.
     """
     # AdapterFormat copies nothing until export_adapter: the arrays must live until it is done.
-    arrays = {name: np.ascontiguousarray(t, np.float32) for name, t in tensors.items()}
+    kind = np.float16 if half else np.float32
+    arrays = {name: np.ascontiguousarray(t, kind) for name, t in tensors.items()}
     values = {name: ort.OrtValue.ortvalue_from_numpy(a) for name, a in arrays.items()}
     adapter = ort.AdapterFormat()
     adapter.set_adapter_version(ADAPTER_VERSION)

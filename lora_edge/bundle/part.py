@@ -108,8 +108,8 @@ class Part:
         head: module path of the layer that makes the logits of a vocabulary; empty: none does.
         cache: of its past; None: it has none.
         sites: module path -> layer with inputs for adapters; empty when merged.
-        exact: path of the same graph, on the same data, that computes in floats where ``file``
-            computes with int8 activations; empty: ``file`` computes in floats itself.
+        exact: path of the same graph, on the same data, that computes in float32 where ``file``
+            computes in float16 or with int8 activations; empty: ``file`` computes in it itself.
     """
 
     file: RelativePath

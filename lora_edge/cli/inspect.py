@@ -84,8 +84,14 @@ def _bundle(path: Path, manifest: Manifest, size: int) -> Iterator[str]:
     yield from _entry(
         "size", f"{size:,} bytes in {len(manifest.files)} files, {len(manifest.sites)} sites"
     )
-    if manifest.quantization is not None:
-        made = manifest.quantization
+    made = manifest.quantization
+    if made is not None and made.half:
+        yield from _entry(
+            "float16",
+            "weights of two dimensions and more, adapter inputs, cache and activations: "
+            f"‖W − Q(W)‖/‖W‖ {made.mean_error:.2e} in the mean, {made.worst_error:.2e} at worst",
+        )
+    elif made is not None:
         high = () if manifest.survival is None else manifest.survival.high
         own = {path: bits for path, bits in made.bits_of.items() if path not in high}
         others = "".join(f", {path} to {bits}" for path, bits in own.items())

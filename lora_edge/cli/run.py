@@ -71,7 +71,8 @@ from lora_edge.errors import DataError
 @click.option(
     "--exact",
     is_flag=True,
-    help="Of a bundle of few bits: compute in floats, as it is proved, not with int8 activations.",
+    help="Of a bundle of few bits or of fp16: compute in float32, as it is proved, not with int8 "
+    "activations or in float16.",
 )
 @options.repeatable(
     "--pin",

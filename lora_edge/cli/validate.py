@@ -86,8 +86,8 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option(
     "--exact",
     is_flag=True,
-    help="Of a bundle of few bits, judge the graph that computes in floats alone, and not what "
-    "int8 activations add.",
+    help="Of a bundle of few bits or of fp16, judge the graph that computes in float32 alone, and "
+    "not what int8 activations or float16 add.",
 )
 @click.option(
     "--low-memory",
@@ -135,7 +135,7 @@ def command(
     Every adapter state runs on every provider with every level of optimization that is named.
 
     Exit code 0: passed. 1: an adapter differs from PyTorch, has no effect, is unproved, or is worse
-    than the --baseline; or int8 activations add more than they may.
+    than the --baseline; or int8 activations or float16 add more than they may.
     """
     from lora_edge.files.transaction import write_atomically
     from lora_edge.parity import validate

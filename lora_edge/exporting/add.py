@@ -122,6 +122,7 @@ def _add(
                 manifest.sites,
                 changes[adapter.name],
                 manifest.base["fingerprint"],
+                half=manifest.precision == "fp16",
             )
             for adapter in loaded
             if adapter.name in changes

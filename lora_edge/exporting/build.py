@@ -27,6 +27,7 @@ from lora_edge.bundle.part import Part, SiteEntry
 from lora_edge.bundle.sentence import load_sentence_modules, sentence_files
 from lora_edge.errors import MissingDependencyError
 from lora_edge.exporting.graphs import Graphs, Progress, Weights, published, write_fast
+from lora_edge.exporting.half import check_merged, half_of, write_half
 from lora_edge.exporting.options import Options
 from lora_edge.exporting.rounding import quantization_of
 from lora_edge.exporting.survival import Merging, rounded_after_merge
@@ -105,7 +106,13 @@ def build(
     if merged:
         changes = parameter_changes(adapters[0], modules, captured.tied, captured.parameter_modules)
     quantization, survival = None, None
-    if options.rounding is not None:
+    unrounded, stored = weights, frozenset[str]()
+    if options.half:
+        quantization, stored = half_of(base, models.values(), merged=merged, say=say)
+        stored |= {path for path in changes if path.endswith(".weight")}
+        check_merged(changes, modules, adapters[0].name if merged else "")
+        weights = rounded_weights(weights, quantization, modules)
+    elif options.rounding is not None:
         (model,) = models.values()
         # Adapters bring heads of their own, which are no codes.
         bodies = {path: layer for path, layer in modules.items() if not task.in_head(path)}
@@ -125,10 +132,11 @@ def build(
                 adapters[0].name,
                 say,
             )
-    graphs = Graphs(captured, models, modules, weights, quantization, stage)
+    coded = None if options.half else quantization
+    graphs = Graphs(captured, models, modules, unrounded if options.half else weights, coded, stage)
     fingerprint = base.fingerprint()
     base_labels = _base_labels(base, captured)
-    fast = quantization is not None and options.activations == "int8"
+    fast = options.half or (quantization is not None and options.activations == "int8")
     entries: dict[str, AdapterEntry] = {}
     covered: dict[str, SiteEntry] = {}
     given: dict[str, Mapping[str, SiteChange]] = {}
@@ -149,9 +157,11 @@ def build(
         given = {name: with_heads(changes, heads) for name, changes in given.items()}
         say(f"adding branches to {len(covered)} layers")
         covered = graphs.write_branched(covered)
-        none = write_none(stage, covered, fingerprint, heads)
+        none = write_none(stage, covered, fingerprint, heads, half=options.half)
         entries[NONE_ADAPTER] = dataclasses.replace(none, labels=base_labels)
-    if fast:
+    if options.half:
+        covered = write_half(stage, stored, covered)
+    elif fast:
         write_fast(stage)
     parts = {
         name: dataclasses.replace(
@@ -170,7 +180,7 @@ def build(
     shutil.rmtree(raw)
     for adapter in adapters:
         own = None if merged else given[adapter.name]
-        entry = write_adapter_folder(stage, adapter, covered, own, fingerprint)
+        entry = write_adapter_folder(stage, adapter, covered, own, fingerprint, half=options.half)
         count = adapter.head_labels(captured.head)
         if not entry.labels and (count is None or count == len(base_labels)):
             entry = dataclasses.replace(entry, labels=base_labels)

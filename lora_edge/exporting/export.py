@@ -33,6 +33,7 @@ from lora_edge.fit.convert import Conversion, converting
 from lora_edge.fit.kinds import KINDS
 from lora_edge.fit.rename import fitted
 from lora_edge.fit.task import chosen_task
+from lora_edge.maths.half import HALF_BITS
 from lora_edge.maths.quantization import (
     BITS,
     BLOCK_SIZE,
@@ -98,9 +99,11 @@ def export(
             and 1, of the ranks that keep this share of each delta's energy; ``None`` refuses them.
             The bundle is proved against the converted adapters; the error of the conversion itself
             goes to ``progress`` and into the manifest.
-        precision: of the linear layers' weights, but for experts and their routers: ``fp32``; or
-            ``int8`` or ``int4``, codes for blocks of inputs (by the trace backend, not in the
-            portable form; heads of labels and convolutions stay in fp32). The bundle is proved
+        precision: ``fp32``; ``fp16``, weights, activations and cache, for providers that compute in
+            it (a graph in float32 is written beside, on the same data, and is what is proved; what
+            float16 adds is measured, and refused beyond a limit); or, of the linear layers' weights
+            but for experts and their routers, ``int8`` or ``int4``, codes for blocks of inputs (by
+            the trace backend, not in the portable form; heads of labels and convolutions stay in fp32). The bundle is proved
             against PyTorch with the same rounded weights, which are also what DoRA's norms are of;
             of layers that a merged adapter changes, see ``keep_high``.
         activations: what the layers of ``int8`` and ``int4`` multiply their codes with: ``int8``
@@ -193,7 +196,8 @@ def export(
             "False but with precision int8 and activations int8",
             "Give --precision int8 too, or leave --per-channel out.",
         )
-    kept = kept_high(keep_high, min_effect, rounded=rounding is not None, mode=mode)
+    few = rounding is not None and rounding.bits != HALF_BITS
+    kept = kept_high(keep_high, min_effect, rounded=few, mode=mode)
     with (
         peft_directories(given) as local,
         converting(local, model, convert, say) as (paths, conversions),
@@ -250,10 +254,18 @@ def _prove(staged: Bundle, reference: Reference, say: Progress, *, low_memory: b
     say("validating every adapter against PyTorch")
     report = validate(staged, reference, low_memory=low_memory)
     if report.exact and not report.passed:
+        made = staged.manifest.quantization
+        half = made is not None and made.half
         raise ParityError(
-            f"every adapter does what it does in PyTorch, and int8 activations change too much: "
+            "every adapter does what it does in PyTorch, and "
+            f"{'float16' if half else 'int8 activations'} change{'s' if half else ''} too much: "
             f"{report.failures[0].reason}",
-            "Nothing was published. Export with --activations fp32, which is slower and exact.",
+            "Nothing was published. "
+            + (
+                "Export with --precision fp32."
+                if half
+                else "Export with --activations fp32, which is slower and exact."
+            ),
         )
     if not report.passed:
         first = report.failures[0].reason if report.failures else "nothing was compared"

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from lora_edge import types as opt
 from lora_edge.bundle.manifest import Mode
 from lora_edge.errors import UnsupportedModelError
+from lora_edge.maths.half import HALF_BITS
 from lora_edge.maths.quantization import BITS, Activations, Precision, Rounding
 from lora_edge.maths.survival import MIN_EFFECT, KeepHigh
 from lora_edge.tasks.task import Task
@@ -41,6 +42,11 @@ class Options:
     min_effect: float = MIN_EFFECT
 
     @property
+    def half(self) -> bool:
+        """Weights are float16, and computed in."""
+        return self.rounding is not None and self.rounding.bits == HALF_BITS
+
+    @property
     def precision(self) -> Precision:
         """Of the linear layers."""
         return "fp32" if self.rounding is None else _PRECISION[self.rounding.bits]
@@ -55,6 +61,15 @@ def check_precision(options: Options) -> None:
     if options.rounding is None:
         return
     own = len(options.task.parts) == 1 and options.backend == "trace"
+    if options.half:
+        if not own:
+            raise UnsupportedModelError(
+                f"--precision fp16 is for models of one graph, by the trace backend, got "
+                f"{options.task.name}, {options.backend}: a weight is found by the name that the "
+                "trace gives it",
+                "Use --precision fp32.",
+            )
+        return
     if not own or options.form != "fused":
         raise UnsupportedModelError(
             f"--precision {options.precision} is for models of one graph, by the trace backend and "

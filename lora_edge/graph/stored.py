@@ -12,6 +12,14 @@ _KINDS = ("linear", "embedding")
 _DTYPES = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16"}
 
 
+def data_place(model: ir.Model, name: str) -> tuple[int, str] | None:
+    """First byte and dtype of an initializer in the data file; ``None``: it is not there."""
+    tensor = model.graph.initializers[name].const_value
+    if not isinstance(tensor, ir.ExternalTensor) or tensor.dtype not in _DTYPES:
+        return None
+    return tensor.offset or 0, _DTYPES[tensor.dtype]
+
+
 class StoredWeight(NamedTuple):
     """A site's weight in an external data file; what the fields mean is said in the manifest."""
 

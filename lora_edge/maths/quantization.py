@@ -18,25 +18,26 @@ from numpy.typing import NDArray
 
 from lora_edge.errors import MissingDependencyError
 from lora_edge.files.schema import Rule, between
+from lora_edge.maths.half import HALF_BITS, halved
 
-Precision = Literal["fp32", "int8", "int4"]
+Precision = Literal["fp32", "fp16", "int8", "int4"]
 Activations = Literal["fp32", "int8"]
 Algorithm = Literal["rtn", "k-quant"]
-BITS: Mapping[str, int] = {"int8": 8, "int4": 4}
+BITS: Mapping[str, int] = {"fp16": HALF_BITS, "int8": 8, "int4": 4}
 BLOCK_SIZE = 32
 BLOCK_SIZES = (16, 32, 64, 128)
 CHANNEL_BITS = 7
 """Of a code, where an output has one scale (:mod:`lora_edge.graph.channels` says why)."""
 _ROWS = 1 << 22  # numbers that are rounded at a time
 
-_Bits = Annotated[int, Rule("4 or 8", (4, 8).__contains__)]
+_Bits = Annotated[int, Rule("4, 8 or 16", (4, 8, HALF_BITS).__contains__)]
 
 
 class Rounding(NamedTuple):
     """How weights are to be rounded.
 
     Attributes:
-        bits: of a code, 4 or 8.
+        bits: of a code, 4 or 8; 16: weights are float16, and nothing of the rest matters.
         head_bits: of the output layer's and the token embedding's codes; ``None``: they stay as
             they are.
         block_size: consecutive inputs that share a scale and a zero point.
@@ -59,10 +60,10 @@ class Quantization:
     """Which layers of a base are quantized, and how.
 
     Attributes:
-        bits: of a code, 4 or 8.
-        block_size: consecutive inputs that share a scale and a zero point.
-        layers: module paths of the layers whose weights are rounded: linear ones, and the token
-            embedding.
+        bits: of a code, 4 or 8; 16: each parameter of two dimensions and more is float16.
+        block_size: consecutive inputs that share a scale and a zero point; 1 of float16.
+        layers: module paths of the layers whose weights are codes: linear ones, and the token
+            embedding; of float16 none.
         mean_error: ‖W − Q(W)‖ / ‖W‖ of a layer, their mean.
         worst_error: the largest of them.
         bits_of: module path -> bits, of those layers that have others than ``bits``.
@@ -83,6 +84,11 @@ class Quantization:
     algorithm: Algorithm = "rtn"
     merged_first: bool = False
     by_channel: tuple[str, ...] = ()
+
+    @property
+    def half(self) -> bool:
+        """Weights are float16, not codes."""
+        return self.bits == HALF_BITS
 
     def bits_at(self, path: str) -> int:
         """Bits of a layer's codes; 32 of a layer that is not rounded."""
@@ -340,7 +346,7 @@ def with_errors(
 def rounded_weights(
     weights: Weights, quantization: Quantization | None, layers: Mapping[str, _Layer]
 ) -> Weights:
-    """A checkpoint's parameters as the quantized model has them.
+    """A checkpoint's parameters as the rounded model has them.
 
     Args:
         weights: parameter path -> the checkpoint's value, ``None`` where it has none.
@@ -349,6 +355,13 @@ def rounded_weights(
     """
     if quantization is None:
         return weights
+    if quantization.half:
+
+        def in_half(parameter: str) -> NDArray[np.floating] | None:
+            found = weights(parameter)
+            return None if found is None else halved(found)
+
+        return in_half
     quantized = set(quantization.layers)
 
     def value(parameter: str) -> NDArray[np.floating] | None:

@@ -9,7 +9,7 @@ One of the few files of this package that import torch, transformers or peft.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -46,6 +46,7 @@ class ByLayer:
         self._parts = parts
         self._codes: dict[int, tuple[Blocks, bool]] = {}
         self._hooks: _Hooks | None = None
+        self._halves: set[int] = set()
 
     def round(self, weight: nn.Parameter, blocks: Blocks, *, transposed: bool) -> None:
         """Compute with rounded values in a weight's place from now on.
@@ -57,6 +58,10 @@ class ByLayer:
         """
         self._codes[id(weight)] = blocks, transposed
 
+    def halve(self, weight: nn.Parameter) -> None:
+        """Compute with what float16 has of a weight of the base's from now on."""
+        self._halves.add(id(weight))
+
     @contextlib.contextmanager
     def computing(self, model: Any, dtype: torch.dtype) -> Iterator[None]:
         """Run the model in a dtype, inside the block; afterwards it is as it was before.
@@ -67,7 +72,7 @@ class ByLayer:
             if self._hooks is not None:
                 self._hooks.remove()
             self._hooks = _Hooks(model, parts=self._parts)
-        hooks, run = self._hooks, _Run(self._codes, self._mapped, dtype)
+        hooks, run = self._hooks, _Run(self._codes, self._halves, self._mapped, dtype)
         with contextlib.ExitStack() as stack:
             stack.callback(run.close)
             stack.enter_context(hooks.calling(run))
@@ -196,9 +201,13 @@ class _Run:
     """One block of :meth:`ByLayer.computing`."""
 
     def __init__(
-        self, codes: Mapping[int, tuple[Blocks, bool]], mapped: Mapped, dtype: torch.dtype
+        self,
+        codes: Mapping[int, tuple[Blocks, bool]],
+        halves: Set[int],
+        mapped: Mapped,
+        dtype: torch.dtype,
     ) -> None:
-        self._codes, self._mapped, self._dtype = codes, mapped, dtype
+        self._codes, self._halves, self._mapped, self._dtype = codes, halves, mapped, dtype
         self._held: dict[int, list[tuple[Tensor, Tensor]]] = {}  # module -> tensor, its own data
         self._ids: set[int] = set()  # of the tensors that are held
         self._running: frozenset[int] = frozenset()  # modules of the layer that is held
@@ -287,7 +296,7 @@ class _Run:
     def _values(self, tensor: Tensor) -> Tensor:
         """A tensor's values in the dtype; itself where it has it."""
         if id(tensor) not in self._codes:
-            return tensor.detach().to(self._dtype)
+            return self._plain(tensor, tensor.detach())
         blocks, transposed = self._codes[id(tensor)]
         matrix = decoded(blocks)
         let_go(blocks.codes)
@@ -296,12 +305,18 @@ class _Run:
     def _some(self, tensor: Tensor, rows: Tensor | slice) -> Tensor:
         """Some rows of a tensor ``[rows, columns]``, in the dtype."""
         if id(tensor) not in self._codes:
-            return tensor.detach()[rows].to(self._dtype)
+            return self._plain(tensor, tensor.detach()[rows])
         blocks, transposed = self._codes[id(tensor)]
         assert not transposed  # a table and a head are [out, in]
         some = decoded(blocks.rows(rows.numpy() if isinstance(rows, Tensor) else rows))
         let_go(blocks.codes)
         return some.to(self._dtype)
+
+    def _plain(self, tensor: Tensor, values: Tensor) -> Tensor:
+        """Values of a tensor that are no codes, in the dtype."""
+        if id(tensor) in self._halves:
+            values = values.to(torch.float16)
+        return values.to(self._dtype)
 
     def _put(self, held: list[tuple[Tensor, Tensor]], tensor: Tensor, values: Tensor) -> None:
         held.append((tensor, tensor.data))

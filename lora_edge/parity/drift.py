@@ -1,8 +1,9 @@
-"""Quantization drift: what int8 activations add to a bundle that was proved without them.
+"""Quantization drift: what int8 activations or float16 add to a bundle that was proved without.
 
-A bundle of few bits has two graphs on the same codes. One computes in floats; it is compared with
-PyTorch, and that is the adapters' exactness. The other is the one that ships, and rounds its
-activations to int8. Here the second is compared with the first. Knows nothing of PyTorch.
+A bundle of few bits or of fp16 has two graphs on the same weights. One computes in float32; it is
+compared with PyTorch, and that is the adapters' exactness. The other is the one that ships, and
+rounds its activations to int8, or computes in float16. Here the second is compared with the first.
+Knows nothing of PyTorch.
 """
 
 from __future__ import annotations
@@ -26,12 +27,16 @@ from lora_edge.runtime import Runner
 
 _NO_NOISE = Floor(0.0, 0.0)
 _FEW = 32  # positions
-_WAY_OUT = "--activations fp32 exports it without int8 activations, --exact runs it without"
+_INT8 = (
+    "int8 activations",
+    ("--activations fp32 exports it without int8 activations, --exact runs it without"),
+)
+_HALF = "float16", "--precision fp32 exports it in float32, --exact runs it so"
 
 
 @dataclass(frozen=True)
 class DriftLimits:
-    """What int8 activations may add.
+    """What int8 activations may add; what float16 may, :data:`HALF_LIMITS`.
 
     Attributes:
         kl: mean KL divergence from the graph in floats, in nats, over tokens or labels. Three times
@@ -45,13 +50,17 @@ class DriftLimits:
     cosine: float = 0.99
 
 
+HALF_LIMITS = DriftLimits(kl=0.005, retained=0.98, cosine=0.999)
+"""A tenth of what int8 activations may add, and far above what float16 was measured to."""
+
+
 def drifts(manifest: Manifest) -> bool:
     """Whether a bundle ships a graph beside the one that is proved."""
     return any(part.exact for part in manifest.parts.values())
 
 
 def drift(
-    exact: Runner, fast: Runner, goldens: Sequence[Golden], limits: DriftLimits
+    exact: Runner, fast: Runner, goldens: Sequence[Golden], limits: DriftLimits | None = None
 ) -> Iterator[Case]:
     """One case for the base and for each adapter, alone, on the short prompts of the goldens.
 
@@ -61,8 +70,10 @@ def drift(
         exact: the bundle, computing in floats.
         fast: the same bundle as it ships.
         goldens: their prompts and greedy continuations are run.
-        limits: what is allowed.
+        limits: what is allowed; ``None``: what the bundle's precision may.
     """
+    half = exact.bundle.manifest.half
+    limits = limits or (HALF_LIMITS if half else DriftLimits())
     for golden in goldens:
         probe = golden.probe
         if probe.kind not in {"base", "adapter"} or probe.part:
@@ -72,7 +83,7 @@ def drift(
             for other in goldens:
                 if other is not golden and probe.states[0] in other.probe.states:
                     rows += _rows(exact, fast, other, probe.states[0])
-        yield _case(probe, _figures(exact, rows, limits), limits)
+        yield _case(probe, _figures(exact, rows, limits), limits, *(_HALF if half else _INT8))
 
 
 class _Run(NamedTuple):
@@ -164,7 +175,9 @@ def _perplexity(rows: Sequence[_Run], outputs: Sequence[FloatArray]) -> float:
     return math.exp(total / count) if count else math.nan
 
 
-def _case(probe: Probe, figures: DriftFigures, limits: DriftLimits) -> Case:
+def _case(
+    probe: Probe, figures: DriftFigures, limits: DriftLimits, what: str, way_out: str
+) -> Case:
     who = f"adapter {probe.adapters[0]}" if probe.adapters else "the base"
     name = f"drift, {probe.name}"
     said = ""
@@ -184,7 +197,7 @@ def _case(probe: Probe, figures: DriftFigures, limits: DriftLimits) -> Case:
     if not said:
         return Case(name, probe.adapters, "passed", kind="drift", drift=figures)
     reason = (
-        f"{who}: quantization drift, which is no fault of an adapter: with int8 activations {said} "
-        f"({_WAY_OUT})"
+        f"{who}: quantization drift, which is no fault of an adapter: with {what} {said} "
+        f"({way_out})"
     )
     return Case(name, probe.adapters, "failed", reason, kind="drift", drift=figures)

@@ -24,7 +24,7 @@ from lora_edge.parity.around import Held, look_around, look_inside
 from lora_edge.parity.ask import ask, open_base
 from lora_edge.parity.checks import Broken, broken_by, compare, switching
 from lora_edge.parity.compare import Tolerance
-from lora_edge.parity.drift import DriftLimits, drift, drifts
+from lora_edge.parity.drift import drift, drifts
 from lora_edge.parity.entries import check_entries
 from lora_edge.parity.evaluate.evaluate import check_examples, evaluate
 from lora_edge.parity.explain.explain import explain
@@ -109,8 +109,9 @@ def validate(
 
     Every adapter state runs in every session: each provider with each level of optimization. The
     first session is compared with whole logits, the others with those that a golden case keeps.
-    Of a bundle of few bits these are sessions on the graph that computes in floats. What int8
-    activations add in the graph that ships is measured beside it, once for each provider.
+    Of a bundle of few bits or of fp16 these are sessions on the graph that computes in float32.
+    What int8 activations or float16 add in the graph that ships is measured beside it, once for
+    each provider.
 
     Args:
         bundle: the bundle or its folder.
@@ -138,8 +139,8 @@ def validate(
             from it when called again; it is removed at the end.
         repro: a folder for the smallest reproduction of the first failure: what the graph is fed,
             both outputs, and a script that needs numpy and ONNX Runtime alone.
-        exact: leave out what int8 activations add; of a bundle of few bits the graph in floats
-            alone is then judged.
+        exact: leave out what int8 activations or float16 add; of a bundle of few bits or of fp16
+            the graph in float32 alone is then judged.
         low_memory: with ``reference``, and of a bundle in float32 of a base of more than 50 million
             numbers: run its graphs in parts, on weights that are read anew for each. It takes
             longer, and it is not the whole graph that ONNX Runtime optimizes; the report says so.
@@ -350,9 +351,10 @@ def _switched(runner: Runner, goldens: Sequence[Golden], settings: _Settings) ->
 def _drifted(
     runner: Runner, session: Session, opening: Opening, goldens: Sequence[Golden], say: Say
 ) -> list[Case]:
-    say(f"measuring what int8 activations add ({session.name})")
+    what = "float16 adds" if runner.bundle.manifest.half else "int8 activations add"
+    say(f"measuring what {what} ({session.name})")
     fast = opening.runner(runner.bundle, session.provider, session.optimization, exact=False)
-    return list(drift(runner, fast, goldens, DriftLimits()))
+    return list(drift(runner, fast, goldens))
 
 
 def _once(

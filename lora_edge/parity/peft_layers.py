@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from lora_edge.errors import ParityError
 from lora_edge.fit.changes import ParameterChange
-from lora_edge.maths.quantization import Blocks, Quantization
 
 _INPUTS = 4  # random ones of a linear layer
 _ROWS = 4096  # of an embedding that are looked up
@@ -29,22 +28,20 @@ def merged_first(
     model: Any,
     path: str,
     change: ParameterChange | None,
-    quantization: Quantization,
     *,
     copied: bool,
-) -> tuple[Any, Blocks]:
-    """Put the base's own layer in the place of PEFT's, and round what the adapter makes of it.
+) -> tuple[Any, NDArray[np.float32]]:
+    """Put the base's own layer in the place of PEFT's, and say what the adapter makes of it.
 
     Args:
         model: transformers' model, inside PEFT's.
         path: of the layer in it.
         change: what the adapter makes of its weight; ``None``: nothing.
-        quantization: how it is rounded.
         copied: give the layer a copy of its weight, which may be written to.
 
     Returns:
         The layer, its weight a parameter that no other layer has, with the checkpoint's values; and
-        the codes that it is to have.
+        the values that it is to have before they are rounded, ``[out, in]`` float32.
 
     Raises:
         ParityError: PEFT's layer does something else than W + ΔW.
@@ -66,7 +63,7 @@ def merged_first(
                 plain.bias = nn.Parameter(bias.float(), requires_grad=False)
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, plain)
-    return plain, quantization.blocks(path, values)
+    return plain, values
 
 
 def is_turned(layer: Any) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ from lora_edge.tasks.task import TEXT, Task
 if TYPE_CHECKING:
     from lora_edge.parity.by_layer import ByLayer
 
+_MATRIX = 2  # dimensions from which a parameter is float16 in a base of fp16
 _KEPT = 50_000_000  # parameters of models that are kept for adapters that stand apart
 
 
@@ -225,6 +226,9 @@ class ReferenceModels:
         """Give a model, without adapters yet, the quantized layers' values."""
         if self._quantization is None:
             return
+        if self._quantization.half:
+            self._halve(model.parameters(), by_layer)
+            return
         plain = (self._torch.nn.Linear, self._torch.nn.Embedding)
         done: set[int] = set()
         for path in self._quantization.layers:
@@ -238,6 +242,36 @@ class ReferenceModels:
             blocks = self._quantization.blocks(path, matrix.float().numpy())
             self._put(by_layer, module.weight, blocks, transposed=transposed)
 
+    def _halve(self, parameters: Iterable[Any], by_layer: ByLayer) -> None:
+        """Give parameters of the base what float16 has of them; vectors stay."""
+        for parameter in parameters:
+            if parameter.ndim < _MATRIX or not parameter.is_floating_point():
+                continue
+            if self._large:
+                by_layer.halve(parameter)
+            else:
+                values = parameter.detach()
+                values.copy_(values.to(self._torch.float16))
+
+    def _merged_half(self, model: Any, by_layer: ByLayer, name: str) -> Any:
+        """The model with an adapter merged, what comes of it in float16."""
+        from lora_edge.parity.peft_layers import is_turned, merged_first  # imports torch
+
+        directory, task = self._apart[name]
+        own = list(model.parameters())
+        adapted = self._attached(model, directory, "only")
+        built = built_layers(self.base, task)
+        for parameter, change in merged_changes(built, task, name, directory).items():
+            path, _, kind = parameter.rpartition(".")
+            layer = built.modules.get(path)
+            if kind != "weight" or layer is None or layer.kind == "norm":
+                continue
+            plain, values = merged_first(base_of(adapted), path, change, copied=True)
+            matrix = plain.weight.detach().T if is_turned(plain) else plain.weight.detach()
+            matrix.copy_(self._torch.from_numpy(values).to(self._torch.float16))
+        self._halve(own, by_layer)
+        return adapted
+
     def _merged(self, model: Any, by_layer: ByLayer, name: str) -> Any:
         """The model with an adapter's layers merged and rounded; what is not rounded is PEFT's."""
         from lora_edge.parity.peft_layers import is_turned, merged_first  # imports torch
@@ -247,9 +281,8 @@ class ReferenceModels:
         changes = merged_changes(built_layers(self.base, task), task, name, directory)
         for path in self._quantization.layers:
             change = changes.get(f"{path}.weight")
-            layer, blocks = merged_first(
-                base_of(model), path, change, self._quantization, copied=not self.large
-            )
+            layer, values = merged_first(base_of(model), path, change, copied=not self.large)
+            blocks = self._quantization.blocks(path, values)
             self._put(by_layer, layer.weight, blocks, transposed=is_turned(layer))
         return model
 
@@ -327,7 +360,9 @@ class ReferenceModels:
             model = self._load(task)
             by_layer = ByLayer(Mapped(model, self.base.files), parts=False)
             self._by_layer_apart[name] = by_layer
-            if self._merged_first:
+            if self._merged_first and self._quantization is not None and self._quantization.half:
+                model = self._merged_half(model, by_layer, name)
+            elif self._merged_first:
                 model = self._merged(self._attached(model, directory, "only"), by_layer, name)
             else:
                 self._rounded(model, by_layer)

@@ -105,7 +105,8 @@ class TaskFigures:
 
 @dataclass(frozen=True)
 class DriftFigures:
-    """What int8 activations add: the graph that ships against the one in floats, on equal codes.
+    """What int8 activations or float16 add: the graph that ships against the one in floats, on
+    equal weights.
 
     Attributes:
         positions: number of compared positions.
@@ -297,7 +298,9 @@ class Report:
             rows = [_HEADER, *(_cells(case) for case in cases)]
             blocks.append("\n".join([title, *_columns(rows)]))
         if self.drift:
-            title = "quantization drift: int8 activations against floats, on the same weights"
+            half = any(each.precision == "fp16" for each in self.sessions)
+            what = "float16 against float32" if half else "int8 activations against floats"
+            title = f"quantization drift: {what}, on the same weights"
             rows = [_DRIFT_HEADER, *map(_drift_cells, self.drift)]
             blocks.append("\n".join([title, *_columns(rows)]))
         lines = [f"{case.status}: {case.reason}" for case in self.failures]

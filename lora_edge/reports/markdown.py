@@ -97,9 +97,11 @@ def _drift(data: Data) -> list[str]:
     found = drifts(data["cases"])
     if not found:
         return []
+    half = any(each["precision"] == "fp16" for each in data["sessions"])
+    what = "float16 against float32" if half else "int8 activations against floats"
     lines = [
         "",
-        "### Quantization drift: int8 activations against floats, on the same weights",
+        f"### Quantization drift: {what}, on the same weights",
         "",
         "| session | case | KL | limit | effect that is there | effect error | top-1 | cosine |",
         "|---|---|---|---|---|---|---|---|",

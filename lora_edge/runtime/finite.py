@@ -26,7 +26,8 @@ def finite(values: Array) -> Array:
 def not_finite() -> DataError:
     """The error of outputs that are NaN or infinite."""
     return DataError(
-        "the model's outputs are not finite (NaN or Inf): its numbers overflow float32",
-        "Give the adapters smaller weights; if that is not it, check the bundle with: "
+        "the model's outputs are not finite (NaN or Inf): its numbers overflow what it computes in",
+        "Give the adapters smaller weights, or compute a bundle of fp16 in float32 (--exact); if "
+        "that is not it, check the bundle with: "
         "lora-edge validate DIR",
     )

@@ -151,7 +151,8 @@ class Runner:
         }
         if exact and pinned and any(part.exact for part in self.bundle.manifest.parts.values()):
             raise DataError(
-                "nothing can be pinned with exact: pinned sessions compute with int8 activations",
+                "nothing can be pinned with exact: pinned sessions compute with int8 activations, "
+                "or in float16",
                 "Leave out one of the two.",
             )
         from lora_edge.runtime.prepared import prepared_graphs  # its imports take time
@@ -166,7 +167,8 @@ class Runner:
         if routed is None:
             tensors = self.session.tensors
         else:  # sessions are opened when first needed; what is damaged is told now
-            tensors = Tensors(checked_parts(self.bundle)["decoder"].sites)
+            kind = np.float16 if manifest.precision == "fp16" else np.float32
+            tensors = Tensors(checked_parts(self.bundle)["decoder"].sites, dtype=kind)
         self._active = ActiveAdapters(self.bundle, tensors, self._cache, keep)
         self._pinned = PinnedSessions(
             self.bundle, lambda: self.decoder, self._active, pinned, options

@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 from numpy.typing import NDArray
 
 from lora_edge.bundle.part import Cache, Part
 from lora_edge.errors import BundleError, DataError
-from lora_edge.names import past_name, present_name
+from lora_edge.names import SELECT, parse_lora_input, past_name, present_name
 from lora_edge.runtime.adapters.binding import Binding, State, Tensors, check_adapter_inputs
 from lora_edge.runtime.providers import open_session, placement, resolve
 from lora_edge.runtime.resident import CACHE_BYTES, SizedCache
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from lora_edge.runtime.native.library import Native
     from lora_edge.runtime.prepared import PreparedGraphs
     from lora_edge.runtime.segmented import Cut
+
+
+HALF_TENSOR = "tensor(float16)"
 
 
 class OpenGraph(NamedTuple):
@@ -127,7 +131,14 @@ class ModelSession:
         }
         self.graphs = {name: self._open(folder / part.file, part) for name, part in parts.items()}
         target = self.provider.target
-        self.tensors = Tensors(self.sites, target.memory, zero_rank=target.zero_rank)
+        kinds = {x for each in self.graphs.values() for x in each.inputs.items()}
+        half = any(kind == HALF_TENSOR and _is_adapters(name) for name, kind in kinds)
+        self.tensors = Tensors(
+            self.sites,
+            target.memory,
+            zero_rank=target.zero_rank,
+            dtype=np.float16 if half else np.float32,
+        )
         self.fixed = fixed
         self._off = self.tensors.off() if fixed is None else Binding((fixed.state,), {})
 
@@ -224,6 +235,10 @@ class ModelSession:
                 "Give one adapter, or one per row.",
             )
         return binding
+
+
+def _is_adapters(name: str) -> bool:
+    return name == SELECT or parse_lora_input(name) is not None
 
 
 def past_names(cache: Cache) -> Sequence[str]:

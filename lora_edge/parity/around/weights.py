@@ -31,8 +31,9 @@ from lora_edge.bundle.bundle import (
     Bundle,
 )
 from lora_edge.fit.changes import ParameterChange
-from lora_edge.graph import load, same_but_for_activations
+from lora_edge.graph import load, same_but_for_activations, same_but_for_half
 from lora_edge.graph.contents import Content, contents
+from lora_edge.maths.half import halved
 from lora_edge.names import packed_paths
 from lora_edge.parity.around.reference import Parameters
 from lora_edge.parity.merging import merged_changes
@@ -96,11 +97,13 @@ def compare_weights(
             more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
             yield f"{relative}: {', '.join(found[:_NAMED])}{more}"
     for part in bundle.manifest.parts.values():
-        pair = [bundle.directory / x for x in (part.file, part.exact or part.file)]
-        if part.exact and not same_but_for_activations(*map(load, pair)):
+        pair = [bundle.directory / x for x in (part.exact or part.file, part.file)]
+        made = bundle.manifest.quantization
+        same = same_but_for_half if made is not None and made.half else same_but_for_activations
+        if part.exact and not same(*map(load, pair)):
             yield (
                 f"{part.file} and {part.exact} are not one graph: they differ in more than what "
-                "their activations are rounded to"
+                "they compute in"
             )
 
 
@@ -277,7 +280,7 @@ class _Expected:
             value = (changed.T if linear else changed).astype(np.float32)
         if made is not None and rounds and made.merged_first:
             value = turned(made.rounded(path, turned(value)))
-        return value
+        return value if made is None or not made.half else halved(value)
 
 
 def _turned(value: Array) -> list[Array]:

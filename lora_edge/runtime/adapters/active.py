@@ -118,7 +118,8 @@ class ActiveAdapters:
             state: self.changes(state[0][0]) if _plain(state) else self._blend(state)
             for state in set(states)
         }
-        arrays = stacked(self._tensors.sites, [changes[state] for state in states])
+        found = stacked(self._tensors.sites, [changes[state] for state in states])
+        arrays = {name: self._tensors.cast(array) for name, array in found.items()}
         own = {
             name: array
             for name, array in arrays.items()
@@ -314,10 +315,10 @@ class ActiveAdapters:
 
     def _heads(
         self, states: tuple[State, ...]
-    ) -> tuple[tuple[Values, Mapping[str, NDArray[np.float32]]], tuple[int, ...]]:
+    ) -> tuple[tuple[Values, Mapping[str, NDArray[np.floating]]], tuple[int, ...]]:
         """The task heads of the rows, their arrays, and each row's number of labels."""
         values: Values = {}
-        arrays: dict[str, NDArray[np.float32]] = {}
+        arrays: dict[str, NDArray[np.floating]] = {}
         labels: tuple[int, ...] = ()
         for path in self._tensors.heads:
             heads = [self._head(state, path) for state in states]

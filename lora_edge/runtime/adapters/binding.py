@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime as ort
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from lora_edge.bundle.part import SiteEntry
-from lora_edge.errors import BundleError
+from lora_edge.errors import BundleError, DataError
+from lora_edge.maths.half import overflow
 from lora_edge.maths.lora import FloatArray, Head, SiteChange, row_gate, zeros
 from lora_edge.names import SELECT, STACKED_PARTS, lora_input, parse_lora_input
 
@@ -114,8 +115,8 @@ class Binding:
     Attributes:
         states: one state for every row alike, or one per row.
         values: graph input name -> OrtValue, for every adapter input of the graph.
-        rows: graph input name -> ``[batch, …] float32``, the tensors that differ by row (gates,
-            ``lora.select``, task heads); empty when all rows are alike.
+        rows: graph input name -> ``[batch, …]``, in the graph's dtype, the tensors that differ by
+            row (gates, ``lora.select``, task heads); empty when all rows are alike.
         token_gates: the gates, where they depend on the tokens too.
         labels: number of outputs of each row's task head; empty where no row has its own.
         spare: IO bindings that it is bound to already and that nobody uses
@@ -124,7 +125,7 @@ class Binding:
 
     states: tuple[State, ...]
     values: Mapping[str, Any]
-    rows: Mapping[str, FloatArray] = field(default_factory=dict)
+    rows: Mapping[str, NDArray[np.floating]] = field(default_factory=dict)
     token_gates: TokenGates | None = None
     labels: tuple[int, ...] = ()
     spare: deque[Any] = field(default_factory=lambda: deque(maxlen=_SPARE), repr=False)
@@ -175,10 +176,16 @@ class Tensors:
         sites: module path -> site.
         device: memory of the tensors (``cpu``, ``cuda``).
         zero_rank: the provider takes zero-size dimensions; else "nothing" is rank 1 of zeros.
+        dtype: of the graph's adapter inputs, to which everything is converted.
     """
 
     def __init__(
-        self, sites: Mapping[str, SiteEntry], device: str = "cpu", *, zero_rank: bool = True
+        self,
+        sites: Mapping[str, SiteEntry],
+        device: str = "cpu",
+        *,
+        zero_rank: bool = True,
+        dtype: DTypeLike = np.float32,
     ) -> None:
         self.sites = sites
         self.gates = tuple(
@@ -187,6 +194,7 @@ class Tensors:
         self.heads = tuple(path for path, site in sites.items() if "W" in site.parts)
         self._selects = any(set(STACKED_PARTS) & set(site.parts) for site in sites.values())
         self._device = device
+        self._dtype = np.dtype(dtype)
         self._rank = 0 if zero_rank else 1
         self._zeros: dict[tuple[int, int, int], tuple[Any, Any]] = {}
         self._empty: dict[tuple[int, int], Any] = {}
@@ -194,7 +202,29 @@ class Tensors:
 
     def value(self, array: FloatArray) -> Any:
         """The OrtValue of an array; on the CPU it is a view of the array, which it keeps alive."""
-        return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self._device)
+        own = np.ascontiguousarray(self.cast(array))
+        return ort.OrtValue.ortvalue_from_numpy(own, self._device)
+
+    def cast(self, array: FloatArray) -> NDArray[np.floating]:
+        """An array in the dtype of the graph's inputs; itself where it has it.
+
+        Raises:
+            DataError: float16 cannot hold a number of it.
+        """
+        if array.dtype == self._dtype:
+            return array
+        if self._dtype == np.float16 and (largest := overflow(array)):
+            raise DataError(
+                f"an adapter's tensor holds {largest:.6g}, and this bundle's graph computes in "
+                "float16, which has no number above 65504",
+                "Weight the adapter less, or export with --precision fp32.",
+            )
+        return array.astype(self._dtype)
+
+    @property
+    def _views(self) -> bool:
+        """Pairs are bound where they lie."""
+        return self._device == "cpu" and self._dtype == np.float32
 
     def changes(self, together: Changes, stacked: Sequence[Changes]) -> Values:
         """A, B and the stacked tensors of every site; where absent, shared tensors of zeros.
@@ -225,9 +255,9 @@ class Tensors:
         On the CPU pairs are views, and vectors are copied into stacks.
         """
         own = {
-            id(value): 4 * math.prod(value.shape())
+            id(value): self._dtype.itemsize * math.prod(value.shape())
             for name, value in values.items()
-            if self._device != "cpu" or not name.endswith((".A", ".B"))
+            if not self._views or not name.endswith((".A", ".B"))
         }
         return sum(own.values())
 
@@ -245,7 +275,7 @@ class Tensors:
 
     def row_weights(
         self, ranks: Mapping[str, Sequence[int]], weights: FloatArray
-    ) -> tuple[Values, dict[str, FloatArray]]:
+    ) -> tuple[Values, dict[str, NDArray[np.floating]]]:
         """Row-wise gates and ``lora.select``; sites with the same ranks share one tensor.
 
         Args:
@@ -255,13 +285,14 @@ class Tensors:
         Returns:
             The OrtValues, and the arrays of those that differ by row.
         """
-        values, arrays = self.weight(1.0), {}
+        values = self.weight(1.0)
+        arrays: dict[str, NDArray[np.floating]] = {}
         for layout, names in self.layouts(ranks).items():
-            array = row_gate(layout, weights[:, None, :])
+            array = self.cast(row_gate(layout, weights[:, None, :]))
             values.update(dict.fromkeys(names, self.value(array)))
             arrays.update(dict.fromkeys(names, array))
         if self._selects:
-            array = np.ascontiguousarray(weights[:, None, :])
+            array = self.cast(np.ascontiguousarray(weights[:, None, :]))
             values[SELECT], arrays[SELECT] = self.value(array), array
         return values, arrays
 
@@ -274,7 +305,9 @@ class Tensors:
                 found[layout] = (*found.get(layout, ()), lora_input(path, "gate"))
         return found
 
-    def head(self, heads: Sequence[Head], path: str) -> tuple[Values, dict[str, FloatArray]]:
+    def head(
+        self, heads: Sequence[Head], path: str
+    ) -> tuple[Values, dict[str, NDArray[np.floating]]]:
         """A task head for every row, or one for all; fewer labels are padded with zeros."""
         labels = max(head.labels for head in heads)
         w = np.zeros((len(heads), heads[0].W.shape[0], labels), np.float32)
@@ -282,7 +315,7 @@ class Tensors:
         for index, head in enumerate(heads):
             w[index, :, : head.labels] = head.W
             c[index, 0, : head.labels] = head.c
-        arrays = {lora_input(path, "W"): w, lora_input(path, "c"): c}
+        arrays = {lora_input(path, "W"): self.cast(w), lora_input(path, "c"): self.cast(c)}
         values = {name: self.value(array) for name, array in arrays.items()}
         return values, arrays if len(heads) > 1 else {}
 
