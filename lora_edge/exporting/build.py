@@ -108,8 +108,9 @@ def build(
     quantization, survival = None, None
     unrounded, stored = weights, frozenset[str]()
     if options.half:
-        quantization, stored = half_of(base, models.values(), merged=merged, say=say)
-        stored |= {path for path in changes if path.endswith(".weight")}
+        (model,) = models.values()
+        matrices = reference.matrices()
+        quantization, stored = half_of(base, task, model, matrices, merged=merged, say=say)
         check_merged(changes, modules, adapters[0].name if merged else "")
         weights = rounded_weights(weights, quantization, modules)
     elif options.rounding is not None:

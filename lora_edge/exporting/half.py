@@ -25,34 +25,38 @@ from lora_edge.bundle.bundle import (
 from lora_edge.bundle.part import SiteEntry, WeightEntry
 from lora_edge.errors import BaseModelError, UnsupportedModelError
 from lora_edge.exporting.graphs import Progress
-from lora_edge.maths.half import HALF_BITS, halved, is_halved, overflow
+from lora_edge.maths.half import HALF_BITS, halved, overflow
 from lora_edge.maths.quantization import Quantization
+from lora_edge.tasks.task import Task
 
 _MERGED_KINDS = ("linear", "embedding", "head", "norm")
 
 
 def half_of(
-    base: Base, models: Iterable[Any], *, merged: bool, say: Progress
+    base: Base, task: Task, model: Any, matrices: Collection[str], *, merged: bool, say: Progress
 ) -> tuple[Quantization, frozenset[str]]:
     """How a base is rounded to float16; says the errors.
 
     Args:
         base: the base.
-        models: its graphs, which say what of the checkpoint is read.
+        task: what it does: a head of labels stays float32, because adapters bring their own.
+        model: its graph, whose weights are called by parameter path.
+        matrices: paths of the base's parameters of two dimensions and more.
         merged: an adapter is merged before.
         say: called with a line.
 
     Returns:
-        The rounding, and the names of what is stored so.
+        The rounding, and the paths of what is stored so.
 
     Raises:
         BaseModelError: float16 cannot hold a number of it.
     """
-    errors, stored = [], set()
-    names = dict.fromkeys(name for model in models for name in model.graph.initializers)
-    for name in names:
-        value = base.parameter(name)
-        if value is None or value.dtype.kind != "f":
+    errors = []
+    stored = frozenset(x for x in matrices if not task.in_head(x))
+    kept = {x.rpartition(".")[0] for x in matrices if task.in_head(x)}
+    for name, initializer in model.graph.initializers.items():
+        value = None if initializer.const_value is None else initializer.const_value.numpy()
+        if value is None or value.dtype != np.float32 or name.startswith(("/", "onnx::")):
             continue
         largest = overflow(value)
         if largest:
@@ -61,19 +65,24 @@ def half_of(
                 "65504",
                 "Use --precision fp32.",
             )
-        if not is_halved(value):
-            continue
-        stored.add(name)
-        size = float(np.linalg.norm(value))
+        size = float(np.linalg.norm(value)) if name in stored else 0.0
         if size:
             errors.append(float(np.linalg.norm(halved(value) - value)) / size)
     mean, worst = sum(errors) / max(len(errors), 1), max(errors, default=0.0)
     say(
-        f"storing {len(stored)} weights in float16: ‖W - Q(W)‖ / ‖W‖ is {mean:.3g} in the mean, "
+        f"storing {len(errors)} weights in float16: ‖W - Q(W)‖ / ‖W‖ is {mean:.3g} in the mean, "
         f"{worst:.3g} at worst"
     )
-    made = Quantization(HALF_BITS, 1, (), mean_error=mean, worst_error=worst, merged_first=merged)
-    return made, frozenset(stored)
+    made = Quantization(
+        HALF_BITS,
+        1,
+        (),
+        mean_error=mean,
+        worst_error=worst,
+        merged_first=merged,
+        kept=tuple(sorted(kept)),
+    )
+    return made, stored
 
 
 def check_merged(changes: Iterable[str], modules: Mapping[str, Layer], who: str) -> None:

@@ -244,9 +244,9 @@ class _Halving:
 
     def _node(self, node: ir.Node) -> None:
         if node.op_type == "Constant":
-            for value in node.outputs:
-                if value in self.floats:
-                    self._set(value, FLOAT)
+            for made in node.outputs:
+                if made in self.floats:
+                    self._set(made, FLOAT)
             return
         wanted = FLOAT if node in self.wide else HALF
         if self._is_cast_of_weight(node):

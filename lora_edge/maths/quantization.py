@@ -68,6 +68,7 @@ class Quantization:
         worst_error: the largest of them.
         bits_of: module path -> bits, of those layers that have others than ``bits``.
         symmetric, algorithm: as of :class:`Rounding`.
+        kept: of float16, module paths whose weights stay float32: heads of labels.
         merged_first: a merged adapter's change is in the weights that were rounded. Else it is
             added to rounded weights, which stay floats in the layers that it changes.
         by_channel: those of ``layers`` whose codes, of :data:`CHANNEL_BITS`, have one scale for
@@ -84,11 +85,17 @@ class Quantization:
     algorithm: Algorithm = "rtn"
     merged_first: bool = False
     by_channel: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
 
     @property
     def half(self) -> bool:
         """Weights are float16, not codes."""
         return self.bits == HALF_BITS
+
+    def in_half(self, parameter: str, values: NDArray[np.floating]) -> NDArray[np.floating]:
+        """A parameter of the checkpoint as a bundle in float16 has it, float32."""
+        own = parameter.rpartition(".")[0] in self.kept
+        return values if own else halved(values)
 
     def bits_at(self, path: str) -> int:
         """Bits of a layer's codes; 32 of a layer that is not rounded."""
@@ -359,7 +366,7 @@ def rounded_weights(
 
         def in_half(parameter: str) -> NDArray[np.floating] | None:
             found = weights(parameter)
-            return None if found is None else halved(found)
+            return None if found is None else quantization.in_half(parameter, found)
 
         return in_half
     quantized = set(quantization.layers)

@@ -35,7 +35,6 @@ from lora_edge.tasks.task import TEXT, Task
 if TYPE_CHECKING:
     from lora_edge.parity.by_layer import ByLayer
 
-_MATRIX = 2  # dimensions from which a parameter is float16 in a base of fp16
 _KEPT = 50_000_000  # parameters of models that are kept for adapters that stand apart
 
 
@@ -113,6 +112,11 @@ class ReferenceModels:
     def parameters(self) -> int:
         """Number of the base model's parameters."""
         return self._size
+
+    def matrices(self) -> frozenset[str]:
+        """Paths of the base's parameters of two dimensions and more; of a tied one each."""
+        named = self._shared.named_parameters(remove_duplicate=False)
+        return frozenset(name for name, x in named if _is_matrix(x))
 
     @property
     def bare(self) -> Any:
@@ -227,7 +231,7 @@ class ReferenceModels:
         if self._quantization is None:
             return
         if self._quantization.half:
-            self._halve(model.parameters(), by_layer)
+            self._halve(self._halved(model), by_layer)
             return
         plain = (self._torch.nn.Linear, self._torch.nn.Embedding)
         done: set[int] = set()
@@ -245,20 +249,28 @@ class ReferenceModels:
     def _halve(self, parameters: Iterable[Any], by_layer: ByLayer) -> None:
         """Give parameters of the base what float16 has of them; vectors stay."""
         for parameter in parameters:
-            if parameter.ndim < _MATRIX or not parameter.is_floating_point():
-                continue
-            if self._large:
+            if self.large:
                 by_layer.halve(parameter)
             else:
                 values = parameter.detach()
                 values.copy_(values.to(self._torch.float16))
+
+    def _halved(self, model: Any) -> list[Any]:
+        """The parameters of a model, without adapters yet, that are to be float16."""
+        kept = () if self._quantization is None else self._quantization.kept
+        return [
+            parameter
+            for name, parameter in model.named_parameters()
+            if _is_matrix(parameter) and name.rpartition(".")[0] not in kept
+        ]
 
     def _merged_half(self, model: Any, by_layer: ByLayer, name: str) -> Any:
         """The model with an adapter merged, what comes of it in float16."""
         from lora_edge.parity.peft_layers import is_turned, merged_first  # imports torch
 
         directory, task = self._apart[name]
-        own = list(model.parameters())
+        assert self._quantization is not None
+        own = self._halved(model)
         adapted = self._attached(model, directory, "only")
         built = built_layers(self.base, task)
         for parameter, change in merged_changes(built, task, name, directory).items():
@@ -267,8 +279,9 @@ class ReferenceModels:
             if kind != "weight" or layer is None or layer.kind == "norm":
                 continue
             plain, values = merged_first(base_of(adapted), path, change, copied=True)
+            rounded = self._torch.from_numpy(self._quantization.in_half(parameter, values))
             matrix = plain.weight.detach().T if is_turned(plain) else plain.weight.detach()
-            matrix.copy_(self._torch.from_numpy(values).to(self._torch.float16))
+            matrix.copy_(rounded)
         self._halve(own, by_layer)
         return adapted
 
@@ -304,16 +317,15 @@ class ReferenceModels:
             if apart:
                 if len(state) > 1 or state[0][1] != 1.0:
                     raise ValueError(f"PEFT cannot blend or weight {apart[0]}")
-                model = self._apart_model(apart[0])
+                model, by_layer = self._apart_model(apart[0], merged=low_rank)
                 if not low_rank:
                     stack.enter_context(without_low_rank(model))
             else:
                 wanted = state if low_rank else BASE
                 if self._names and self._state != wanted:
                     self._activate(wanted)
-                model = self._shared
+                model, by_layer = self._shared, self._by_layer
             if self.large:
-                by_layer = self._by_layer_apart[apart[0]] if apart else self._by_layer
                 stack.enter_context(by_layer.computing(model, self._dtype))
             elif self._widening is not None and id(model) not in self._widened:
                 self._widening.enter_context(widened(model))
@@ -345,8 +357,11 @@ class ReferenceModels:
             self._on = False
         self._state = state
 
-    def _apart_model(self, name: str) -> Any:
-        model = self._loaded.pop(name, None)
+    def _apart_model(self, name: str, *, merged: bool) -> tuple[Any, ByLayer]:
+        """An adapter's own model, and how it runs by layer; ``merged`` where all are."""
+        merged = merged and self._merged_first
+        key = name if merged or not self._merged_first else f"{name}, not merged"
+        model = self._loaded.pop(key, None)
         if model is None:
             while self._loaded and (len(self._loaded) + 1) * self._size > _KEPT:
                 gone = next(iter(self._loaded))
@@ -359,13 +374,17 @@ class ReferenceModels:
             # PEFT makes what replaces or adds to a module in the dtype that the module has.
             model = self._load(task)
             by_layer = ByLayer(Mapped(model, self.base.files), parts=False)
-            self._by_layer_apart[name] = by_layer
-            if self._merged_first and self._quantization is not None and self._quantization.half:
+            self._by_layer_apart[key] = by_layer
+            if merged and self._quantization is not None and self._quantization.half:
                 model = self._merged_half(model, by_layer, name)
-            elif self._merged_first:
+            elif merged:
                 model = self._merged(self._attached(model, directory, "only"), by_layer, name)
             else:
                 self._rounded(model, by_layer)
                 model = self._attached(model, directory, "only")
-        self._loaded[name] = model
-        return model
+        self._loaded[key] = model
+        return model, self._by_layer_apart[key]
+
+
+def _is_matrix(parameter: Any) -> bool:
+    return bool(parameter.ndim > 1 and parameter.is_floating_point())

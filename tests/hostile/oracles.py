@@ -121,6 +121,7 @@ MANIFEST = record(
                     "labels": listed(TEXT),
                     "text": listed(TEXT),
                     "conversion": {},
+                    "half": one_of(""),  # the seed is no bundle of fp16
                 },
             )
         ),

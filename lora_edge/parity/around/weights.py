@@ -33,7 +33,6 @@ from lora_edge.bundle.bundle import (
 from lora_edge.fit.changes import ParameterChange
 from lora_edge.graph import load, same_but_for_activations, same_but_for_half
 from lora_edge.graph.contents import Content, contents
-from lora_edge.maths.half import halved
 from lora_edge.names import packed_paths
 from lora_edge.parity.around.reference import Parameters
 from lora_edge.parity.merging import merged_changes
@@ -280,7 +279,7 @@ class _Expected:
             value = (changed.T if linear else changed).astype(np.float32)
         if made is not None and rounds and made.merged_first:
             value = turned(made.rounded(path, turned(value)))
-        return value if made is None or not made.half else halved(value)
+        return made.in_half(name, value) if made is not None and made.half else value
 
 
 def _turned(value: Array) -> list[Array]:
