@@ -44,12 +44,13 @@ def logits(bundle: Path, name: str, ids: list[int]) -> Any:
         "position_ids": np.arange(len(ids), dtype=np.int64)[None],
         "num_logits_to_keep": np.array(1, np.int64),
     }
-    cache = part["cache"]
-    past = np.zeros((1, cache["kv_heads"], 0, cache["head_dim"]), np.float32)
+    cache, half = part["cache"], manifest["precision"] == "fp16"
+    kind = np.float16 if half else np.float32
+    past = np.zeros((1, cache["kv_heads"], 0, cache["head_dim"]), kind)
     for layer in range(cache["layers"]):
         feeds |= {f"past_key_values.{layer}.{part}": past for part in ("key", "value")}
     feeds = {key: value for key, value in feeds.items() if key in known}
-    file = bundle / manifest["adapters"][name]["file"]
+    file = bundle / manifest["adapters"][name]["half" if half else "file"]
     return run_with_adapter(session, file, ["logits"], feeds)[0][0, -1]
 
 

@@ -151,7 +151,9 @@ def _genai(given: Given) -> Rival:
     adapters = given.bundle.manifest.adapters
     found = {
         "folder": str(folder),
-        "adapters": {x: str(given.bundle.path(y.file)) for x, y in adapters.items() if y.file},
+        "adapters": {
+            x: str(given.bundle.path(y.half or y.file)) for x, y in adapters.items() if y.file
+        },
         "none": NONE_ADAPTER if NONE_ADAPTER in adapters else None,
     }
     # The same graph, so that it computes the same whatever its precision.

@@ -37,6 +37,7 @@ _LIKE_INPUT = {"Where": 1, "OneHot": 2}
 _WIDE = frozenset({"Softmax", "LogSoftmax", "ReduceMean", "ReduceSumSquare", "ReduceL2", "Cos"}) | {
     "Sin", "Range", "CumSum", "BatchNormalization", "InstanceNormalization", "ConstantOfShape",
 }  # fmt: skip
+_SATURATING = frozenset({"Erf", "Sigmoid", "Tanh"})
 _STATISTICS = frozenset({"ReduceMean", "ReduceSumSquare", "ReduceL2"})
 _ELEMENTWISE = frozenset(
     {"Abs", "Add", "Cast", "Clip", "Div", "Max", "Min", "Mul", "Neg", "Pow", "Reciprocal", "Sqrt"}
@@ -113,6 +114,46 @@ def compute_half(model: ir.Model) -> None:
     """
     floats = _float_values(model)
     _Halving(model, floats, _wide_nodes(model, floats)).run()
+
+
+def half_values(model: ir.Model) -> list[ir.Value]:
+    """The values that :func:`compute_half` would make float16, and that must not overflow.
+
+    The graph's constants are none of them, nor is what only a function reads that saturates: an
+    infinite ``x ** 3`` gives GELU's tanh the 1 that it has anyway.
+    """
+    floats = _float_values(model)
+    wide = _wide_nodes(model, floats)
+    found: dict[ir.Value, None] = {}
+    for node in model.graph:
+        if node not in wide and node.op_type != "Constant" and not _is_cast_of_weight(node):
+            for value in (*node.inputs, *node.outputs):
+                if value is not None and value in floats and _changes(value):
+                    found[value] = None
+    harmless: set[ir.Value] = set()
+    for node in reversed(list(model.graph)):
+        for value in node.outputs:
+            uses = list(value.uses())
+            if uses and all(
+                use.node.op_type in _SATURATING
+                or (use.node.op_type in _ELEMENTWISE and use.node.outputs[0] in harmless)
+                for use in uses
+            ):
+                harmless.add(value)
+    return [value for value in found if value not in harmless]
+
+
+def _changes(value: ir.Value) -> bool:
+    """Whether a value is none of the graph's constants, nor an empty output."""
+    node = value.producer()
+    if node is None or node.op_type == "Constant" or not value.name:
+        return False
+    return not _is_cast_of_weight(node) and not str(value.name).startswith("present.")
+
+
+def _is_cast_of_weight(node: ir.Node) -> bool:
+    value = node.inputs[0] if node.op_type == "Cast" and node.inputs else None
+    return value is not None and value.is_initializer() and value.dtype == HALF
 
 
 def same_but_for_half(exact: ir.Model, half: ir.Model) -> bool:
@@ -249,7 +290,7 @@ class _Halving:
                     self._set(made, FLOAT)
             return
         wanted = FLOAT if node in self.wide else HALF
-        if self._is_cast_of_weight(node):
+        if _is_cast_of_weight(node):
             self._set(node.outputs[0], FLOAT)
             return
         for index, value in enumerate(node.inputs):
@@ -273,17 +314,12 @@ class _Halving:
                         inner.replace_input_with(index, self._as(value, FLOAT))
                 self._inside(inner)
 
-    @staticmethod
-    def _is_cast_of_weight(node: ir.Node) -> bool:
-        value = node.inputs[0] if node.op_type == "Cast" and node.inputs else None
-        return value is not None and value.is_initializer() and value.dtype == HALF
-
     def _as(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
         """A value in a dtype."""
         if self._dtypes.get(value, FLOAT) == dtype:
             return value
         producer = value.producer()
-        if dtype == HALF and producer is not None and self._is_cast_of_weight(producer):
+        if dtype == HALF and producer is not None and _is_cast_of_weight(producer):
             weight = producer.inputs[0]
             assert weight is not None
             return weight

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from lora_edge.bundle.manifest import Manifest
+from lora_edge.maths.half import LARGEST_HALF
 from lora_edge.maths.lora import FloatArray
 from lora_edge.parity.compare import Expected, Floor, Tolerance, expect, log_total, measure
 from lora_edge.parity.plan.states import Probe, Row, State
+from lora_edge.parity.ranges import Largest
 from lora_edge.parity.record.golden import Golden
 from lora_edge.parity.report import Case, DriftFigures
 from lora_edge.parity.subjects import subject_of
@@ -59,8 +61,17 @@ def drifts(manifest: Manifest) -> bool:
     return any(part.exact for part in manifest.parts.values())
 
 
+def measures_drift(golden: Golden) -> bool:
+    """Whether a golden case is of the base or of one adapter, on short prompts."""
+    return golden.probe.kind in {"base", "adapter"} and not golden.probe.part
+
+
 def drift(
-    exact: Runner, fast: Runner, goldens: Sequence[Golden], limits: DriftLimits | None = None
+    exact: Runner,
+    fast: Runner,
+    goldens: Sequence[Golden],
+    limits: DriftLimits | None = None,
+    largest: Mapping[str, Largest] | None = None,
 ) -> Iterator[Case]:
     """One case for the base and for each adapter, alone, on the short prompts of the goldens.
 
@@ -71,19 +82,22 @@ def drift(
         fast: the same bundle as it ships.
         goldens: their prompts and greedy continuations are run.
         limits: what is allowed; ``None``: what the bundle's precision may.
+        largest: name of a probe -> largest number of its values, where float16 is to hold them.
     """
     half = exact.bundle.manifest.half
     limits = limits or (HALF_LIMITS if half else DriftLimits())
     for golden in goldens:
         probe = golden.probe
-        if probe.kind not in {"base", "adapter"} or probe.part:
+        if not measures_drift(golden):
             continue
         rows = _rows(exact, fast, golden, probe.states[0])
         if sum(len(row.wanted) for row in rows) < _FEW:
             for other in goldens:
                 if other is not golden and probe.states[0] in other.probe.states:
                     rows += _rows(exact, fast, other, probe.states[0])
-        yield _case(probe, _figures(exact, rows, limits), limits, *(_HALF if half else _INT8))
+        found = (largest or {}).get(probe.name, Largest(math.nan, ""))
+        figures = dataclasses.replace(_figures(exact, rows, limits), largest=found.number)
+        yield _case(probe, figures, limits, found, *(_HALF if half else _INT8))
 
 
 class _Run(NamedTuple):
@@ -176,12 +190,22 @@ def _perplexity(rows: Sequence[_Run], outputs: Sequence[FloatArray]) -> float:
 
 
 def _case(
-    probe: Probe, figures: DriftFigures, limits: DriftLimits, what: str, way_out: str
+    probe: Probe,
+    figures: DriftFigures,
+    limits: DriftLimits,
+    largest: Largest,
+    what: str,
+    way_out: str,
 ) -> Case:
     who = f"adapter {probe.adapters[0]}" if probe.adapters else "the base"
     name = f"drift, {probe.name}"
     said = ""
-    if not math.isnan(figures.cosine_limit):
+    if largest.number > LARGEST_HALF:
+        said = (
+            f"{largest.where} overflows: its largest number is {largest.number:.6g}, and float16 "
+            f"has none above {LARGEST_HALF:.0f}"
+        )
+    elif not math.isnan(figures.cosine_limit):
         if not figures.cosine >= limits.cosine:
             said = (
                 f"the cosine of its embeddings is {figures.cosine:.4f}, and {limits.cosine:.2f} "

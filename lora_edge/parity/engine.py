@@ -24,7 +24,7 @@ from lora_edge.parity.around import Held, look_around, look_inside
 from lora_edge.parity.ask import ask, open_base
 from lora_edge.parity.checks import Broken, broken_by, compare, switching
 from lora_edge.parity.compare import Tolerance
-from lora_edge.parity.drift import drift, drifts
+from lora_edge.parity.drift import drift, drifts, measures_drift
 from lora_edge.parity.entries import check_entries
 from lora_edge.parity.evaluate.evaluate import check_examples, evaluate
 from lora_edge.parity.explain.explain import explain
@@ -33,6 +33,7 @@ from lora_edge.parity.plan.examples import Example
 from lora_edge.parity.plan.plan import MIXED_ROWS, Depth
 from lora_edge.parity.plan.reach import reach_of
 from lora_edge.parity.question import sources_of
+from lora_edge.parity.ranges import Ranges
 from lora_edge.parity.record.environment import (
     Opening,
     combinations,
@@ -264,7 +265,8 @@ def validate(
         cases += _once(_SWITCHING, session, journal, measured)
         drifting = drifts(target.manifest) and not exact
         if drifting and name not in (first for first, _ in wanted[:index]):
-            measured = partial(_drifted, runner, session, opening, goldens, say)
+            ranging = target.manifest.half and model is not None
+            measured = partial(_drifted, runner, session, opening, goldens, say, ranging=ranging)
             cases += _once(_DRIFT, session, journal, measured)
         if index == 0 and model is not None and examples:
             floors = {name: floor for golden in goldens for name, floor in golden.floors.items()}
@@ -349,12 +351,23 @@ def _switched(runner: Runner, goldens: Sequence[Golden], settings: _Settings) ->
 
 
 def _drifted(
-    runner: Runner, session: Session, opening: Opening, goldens: Sequence[Golden], say: Say
+    runner: Runner,
+    session: Session,
+    opening: Opening,
+    goldens: Sequence[Golden],
+    say: Say,
+    *,
+    ranging: bool,
 ) -> list[Case]:
     what = "float16 adds" if runner.bundle.manifest.half else "int8 activations add"
     say(f"measuring what {what} ({session.name})")
+    largest = {}
+    if ranging:
+        ranges = Ranges(runner)
+        largest = {x.probe.name: ranges.largest(x) for x in goldens if measures_drift(x)}
+        del ranges  # which has a session
     fast = opening.runner(runner.bundle, session.provider, session.optimization, exact=False)
-    return list(drift(runner, fast, goldens))
+    return list(drift(runner, fast, goldens, largest=largest))
 
 
 def _once(

@@ -124,6 +124,8 @@ class DriftFigures:
         cosine: mean cosine of the embeddings of a token; ``nan`` where the outputs are no
             embeddings.
         cosine_limit: smallest ``cosine`` that passes; ``nan`` as above.
+        largest: largest number that float16 is to hold, of all values of the graph, in float32;
+            ``nan`` where it was not measured.
     """
 
     positions: int
@@ -138,6 +140,7 @@ class DriftFigures:
     retained_limit: float
     cosine: float = math.nan
     cosine_limit: float = math.nan
+    largest: float = math.nan
 
 
 @dataclass(frozen=True)

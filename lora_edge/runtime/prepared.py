@@ -57,6 +57,7 @@ LIMIT = 16 << 30
 
 _WORTH = 32 << 20  # bytes of weights below which opening takes no time
 _TIMES = 3  # how much larger the prepared weights may be: they are kept beside the plain ones
+_TIMES_HALF = 5  # of float16, which the CPU's kernels read as float32
 _NAME = "session_cache"
 _WEIGHTS = "weights.data"
 _RECORD = "prepared.json"
@@ -83,11 +84,12 @@ class PreparedGraphs:
         self._files = bundle.manifest.files
         size = self._files[DATA_FILE].bytes if DATA_FILE in self._files else 0
         self._size = size
+        self._times = _TIMES_HALF if bundle.manifest.half else _TIMES
 
     @property
     def worth(self) -> bool:
         """Whether graphs are kept: small ones open in no time, too large ones find no room."""
-        return self._size >= _WORTH and self._size * _TIMES <= self._limit
+        return self._size >= _WORTH and self._size * self._times <= self._limit
 
     def open(self, graph: Path, start: Start, form: Form = AS_IT_IS) -> Any:
         """A session on a graph, prepared where that is worth it and the disk has room.
@@ -181,7 +183,7 @@ class PreparedGraphs:
     def _prepare(self, name: str, form: Form, graph: Path, start: Start) -> Path | None:
         """Make it; None where the disk has no room, or this ONNX Runtime does not save weights."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(self._folder).free < self._size * (_TIMES + 1):
+        if shutil.disk_usage(self._folder).free < self._size * (self._times + 1):
             return None
         own = self._own
         with tempfile.TemporaryDirectory(prefix=".making-", dir=self._folder) as made:
