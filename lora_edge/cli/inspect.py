@@ -107,7 +107,8 @@ def _bundle(path: Path, manifest: Manifest, size: int) -> Iterator[str]:
         )
     if manifest.survival is not None:
         kept = manifest.survival
-        yield from _entry("survival", f"{kept.line()}; --keep-high {kept.keep_high}")
+        how = "" if manifest.half else f"; --keep-high {kept.keep_high}"
+        yield from _entry("survival", f"{kept.line()}{how}")
     if manifest.mode == "switchable":
         yield from _entry("kinds", f"takes adapters of {', '.join(manifest.kinds) or 'no kind'}")
     yield "adapters"

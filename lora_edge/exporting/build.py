@@ -112,6 +112,17 @@ def build(
         matrices = reference.matrices()
         quantization, stored = half_of(base, task, model, matrices, merged=merged, say=say)
         check_merged(changes, modules, adapters[0].name if merged else "")
+        if merged and "decoder" in task.parts:
+            say(f"measuring what {adapters[0].name} keeps of its effect in float16")
+            quantization, survival = rounded_after_merge(
+                quantization,
+                Merging(changes, modules, captured.tied, weights),
+                Survey(base, task, adapters[0], captured.parts["decoder"]).effect,
+                "none",
+                options.min_effect,
+                adapters[0].name,
+                say,
+            )
         weights = rounded_weights(weights, quantization, modules)
     elif options.rounding is not None:
         (model,) = models.values()

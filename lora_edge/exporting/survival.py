@@ -110,7 +110,7 @@ def rounded_after_merge(
             "Nothing was published. "
             + (
                 "Export with --mode switchable, or with a higher --precision."
-                if keep_high == "auto"
+                if keep_high == "auto" or quantization.half
                 else "Export with --keep-high auto, which keeps layers at 8 bits or in fp32, or "
                 "with --mode switchable."
             ),

@@ -123,6 +123,10 @@ def test_a_merged_adapter_is_rounded_with_the_base(
     effect = switchable.logits(IDS, adapter=name) - switchable.logits(IDS)
     apart = np.linalg.norm(merged - switchable.logits(IDS, adapter=name))
     assert 1e-6 < apart / np.linalg.norm(effect) < 0.05  # two roundings of two sums
+    survival = load_bundle(tmp_path / "out").manifest.survival
+    assert survival is not None
+    assert 1e-6 < survival.effect.error < 0.05
+    assert survival.effect.retained > 0.99
 
 
 @_encoders
