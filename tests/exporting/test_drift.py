@@ -89,7 +89,7 @@ def test_drift_is_a_figure_of_its_own(made: Made, tmp_path: Path) -> None:
 def test_too_much_drift_fails_and_is_not_laid_on_the_adapter(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lora_edge.parity.engine.DriftLimits", lambda: DriftLimits(kl=1e-12))
+    monkeypatch.setattr("lora_edge.parity.drift.DriftLimits", lambda: DriftLimits(kl=1e-12))
     report = lora_edge.validate(made.bundle)
     assert not report.passed
     assert report.exact
@@ -106,7 +106,7 @@ def test_too_much_drift_fails_and_is_not_laid_on_the_adapter(
 
 def test_a_lost_effect_is_drift(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     own = DriftLimits(kl=10, retained=1 - 1e-9)
-    monkeypatch.setattr("lora_edge.parity.engine.DriftLimits", lambda: own)
+    monkeypatch.setattr("lora_edge.parity.drift.DriftLimits", lambda: own)
     report = lora_edge.validate(made.bundle)
     assert [case.adapters for case in report.failures] == [("dora",), ("plain",)]
     assert all("of its effect is there" in case.reason for case in report.failures)

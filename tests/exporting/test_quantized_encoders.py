@@ -252,7 +252,7 @@ def test_too_much_drift_fails_and_is_not_laid_on_the_adapter(
 ) -> None:
     found = made(key, "int8")
     monkeypatch.setattr(
-        "lora_edge.parity.engine.DriftLimits", lambda: DriftLimits(kl=1e-12, cosine=1 - 1e-9)
+        "lora_edge.parity.drift.DriftLimits", lambda: DriftLimits(kl=1e-12, cosine=1 - 1e-9)
     )
     report = lora_edge.validate(found.bundle)
     assert report.exact
@@ -266,7 +266,7 @@ def test_a_lost_effect_of_embeddings_is_drift(
     made: Callable[[str, str], Made], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = DriftLimits(retained=1 - 1e-9)
-    monkeypatch.setattr("lora_edge.parity.engine.DriftLimits", lambda: own)
+    monkeypatch.setattr("lora_edge.parity.drift.DriftLimits", lambda: own)
     report = lora_edge.validate(made("embeddings", "int8").bundle)
     assert [case.adapters for case in report.failures] == [("normed",), ("one",)]
     assert all("of its effect is there" in case.reason for case in report.failures)
