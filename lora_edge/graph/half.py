@@ -11,7 +11,7 @@ leave Cast nodes as they are, and need types that nobody infers behind ``com.mic
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -179,10 +179,19 @@ def _float_values(model: ir.Model) -> set[ir.Value]:
         for value in (*graph.inputs, *graph.initializers.values())
         if value.dtype in (FLOAT, HALF)
     }
-    for node in model.graph.all_nodes():  # which is in the order in which they run
+    for node in _in_order(model.graph):
         if _gives_floats(node, found):
             found.update(node.outputs[:1] if node.op_type == "TopK" else node.outputs)
     return found
+
+
+def _in_order(graph: ir.Graph) -> Iterator[ir.Node]:
+    """All nodes, those of a node's branches before it."""
+    for node in graph:
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.GRAPH:
+                yield from _in_order(attribute.as_graph())
+        yield node
 
 
 def _gives_floats(node: ir.Node, floats: set[ir.Value]) -> bool:

@@ -24,10 +24,12 @@ from lora_edge.cli import main
 from lora_edge.names import parse_lora_input
 from lora_edge.parity.drift import HALF_LIMITS
 from lora_edge.parity.report import Report
+from lora_edge.runtime.pool import take_buffers
 from tests.exporting.test_quantized_encoders import ROWS
 from tests.support.encoders import make_encoder, make_encoder_adapter
 from tests.support.exactness import exact_case
 from tests.support.failing import signed
+from tests.support.families import make_base
 from tests.support.kinds import Made, make_kinds
 from tests.support.paths import MODELS
 from tests.support.saving import load_model
@@ -228,6 +230,43 @@ def test_rows_pinned_and_blends_agree(made: Callable[..., Made]) -> None:
     assert np.abs(exact.logits(IDS, adapter=blend) - exact.logits(IDS)).max() > 0.1
     said = runner.generate_ids([rows[0][:4]], adapter="alora", max_new_tokens=4)
     assert [len(row) for row in said] == [4]
+
+
+def test_no_place_behind_a_row_is_read(
+    made: Callable[..., Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GroupQueryAttention in float16 as in float32: buffers are used again without being zeroed."""
+    runner = lora_edge.Runner(made("llama").bundle)
+    rows = [[5, 9, 13, 7, 20, 31], [8, 2, 4]]
+
+    def logits() -> np.ndarray:
+        decoding = runner.start(["plain", None], 2, 40)
+        return np.stack([decoding.prefill(rows), *(decoding.step([x, x + 1]) for x in range(5))])
+
+    zeroed, filled = logits(), []
+
+    def take(*arguments: Any) -> Any:
+        buffers = take_buffers(*arguments)
+        for array in buffers.arrays:
+            assert array.dtype == np.float16
+            array[...] = np.nan
+            filled.append(array)
+        return buffers
+
+    monkeypatch.setattr("lora_edge.runtime.caches.take_buffers", take)
+    np.testing.assert_array_equal(logits(), zeroed)
+    assert filled
+
+
+def test_a_mixture_of_experts(tmp_path: Path) -> None:
+    """Its experts stand in branches of the graph, which go on in float32."""
+    base = make_base("mixtral", tmp_path / "base")
+    lora_edge.export(base, {}, output=tmp_path / "out", precision="fp16")
+    _near(lora_edge.validate(tmp_path / "out"))
+    types = _types(tmp_path / "out" / "onnx" / "model.onnx")
+    assert {types[name] for name in types if ".experts." in name and name.endswith("_proj")} == {
+        HALF
+    }
 
 
 def test_adapters_are_added_and_removed(made: Callable[..., Made], tmp_path: Path) -> None:
