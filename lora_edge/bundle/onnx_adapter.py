@@ -66,6 +66,19 @@ def write_adapter(path: Path, tensors: Mapping[str, FloatArray], *, half: bool =
         del values, arrays
 
 
+def read_half(path: Path) -> dict[str, NDArray[np.float16]]:
+    """Read the tensors of a file of float16, by ONNX Runtime's own reader, as copies.
+
+    Raises:
+        BundleError: the file is missing or is not an adapter file.
+    """
+    try:
+        found = ort.AdapterFormat.read_adapter(str(path)).get_parameters()
+    except RuntimeError as error:
+        raise BundleError(f"{path} cannot be read", _HINT) from error
+    return {name: np.array(value.numpy()) for name, value in found.items()}
+
+
 def read_adapter(path: Path) -> dict[str, FloatArray]:
     """Read the tensors of an adapter file; nothing checks that they are what was written.
 

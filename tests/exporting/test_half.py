@@ -376,6 +376,16 @@ def test_a_changed_weight_and_a_changed_graph_are_found(
     assert any("are not one graph" in reason for reason in reasons)
 
 
+def test_a_copy_of_another_adapter_is_found(made: Callable[..., Made], tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(made("llama").bundle, output)
+    folder = output / "adapters"
+    shutil.copyfile(folder / "none" / "half.onnx_adapter", folder / "plain" / "half.onnx_adapter")
+    signed(output)
+    report = lora_edge.validate(output, reference=made("llama").base, depth="quick")
+    assert any("plain/half.onnx_adapter is no copy" in case.reason for case in report.failures)
+
+
 def test_what_other_clients_are_told(made: Callable[..., Made]) -> None:
     told = json.loads((made("llama").bundle / "config.json").read_text())["transformers.js_config"]
     assert told == {

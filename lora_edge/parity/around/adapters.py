@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from lora_edge.bundle.adapter_files import graph_tensors, with_heads
 from lora_edge.bundle.bundle import Bundle
-from lora_edge.bundle.onnx_adapter import read_adapter
+from lora_edge.bundle.onnx_adapter import read_adapter, read_half
 from lora_edge.bundle.part import SiteEntry
 from lora_edge.fit.changes import site_changes
 from lora_edge.maths.lora import Head
@@ -42,12 +42,23 @@ def compare_tensors(bundle: Bundle, name: str, directory: Path, weights: Weights
     own = read_adapter(bundle.directory / bundle.adapter(name).file)
     odd = [key for key in sorted(wanted.keys() | own.keys()) if _differ(own, wanted, key)]
     if not odd:
-        return ""
+        half = bundle.adapter(name).half
+        return _copy_differs(half, own, read_half(bundle.directory / half)) if half else ""
     more = f" and {len(odd) - _NAMED} more" if len(odd) > _NAMED else ""
     return (
         f"the file of {name} differs from what its PEFT files give in {len(odd)} of {len(wanted)} "
         f"tensors: {', '.join(odd[:_NAMED])}{more}"
     )
+
+
+def _copy_differs(
+    file: str, own: Mapping[str, NDArray[np.floating]], copy: Mapping[str, NDArray[np.float16]]
+) -> str:
+    """What a copy in float16 holds otherwise; empty: nothing."""
+    odd = sorted(own.keys() ^ copy.keys()) or [
+        key for key in sorted(own) if not np.array_equal(own[key].astype(np.float16), copy[key])
+    ]
+    return f"{file} is no copy in float16: {odd[0]} differs" if odd else ""
 
 
 def _base_heads(bundle: Bundle, weights: Weights) -> dict[str, Head]:
