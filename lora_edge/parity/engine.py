@@ -270,10 +270,12 @@ def validate(
             cases += _once(_DRIFT, session, journal, measured)
         if index == 0 and model is not None and examples:
             floors = {name: floor for golden in goldens for name, floor in golden.floors.items()}
+            # Of few bits or float16, what the user's answers come from.
+            ships = opening.runner(target, name, level, exact=False) if drifting else runner
             cases += [
                 dataclasses.replace(case, session=session.name)
                 for case in evaluate(
-                    runner, model, examples, metric, floors, settings.tolerance, say
+                    ships, model, examples, metric, floors, settings.tolerance, say
                 )
             ]
     found_versions = versions()

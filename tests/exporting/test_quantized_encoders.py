@@ -21,6 +21,8 @@ from lora_edge.cli import main
 from lora_edge.graph.contents import contents
 from lora_edge.names import packed_paths
 from lora_edge.parity.drift import DriftLimits
+from lora_edge.parity.plan.examples import Example
+from lora_edge.parity.report import Case
 from lora_edge.reports import html, junit, load_report, markdown
 from tests.support.encoders import make_encoder, make_encoder_adapter
 from tests.support.exactness import exact_case
@@ -386,3 +388,21 @@ def test_the_shipped_classifiers_at_the_command_line(
     assert "quantization drift" in capsys.readouterr().out
     assert _run(["inspect", str(output)]) == 0
     assert "26 layers to 8 bits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_metric_is_of_what_ships(
+    exact: bool, made: Callable[[str, str], Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, seen = made("texts", "int4"), []
+
+    def evaluated(runner: lora_edge.Runner, *_: Any) -> list[Case]:
+        seen.append(Path(runner.graph_file).name)
+        return []
+
+    monkeypatch.setattr("lora_edge.parity.engine.check_examples", lambda *_: None)
+    monkeypatch.setattr("lora_edge.parity.engine.evaluate", evaluated)
+    lora_edge.validate(
+        found.bundle, found.base, depth="quick", exact=exact, examples=[Example("a", "b", "two")]
+    )
+    assert seen == ["exact.onnx" if exact else "model.onnx"]
