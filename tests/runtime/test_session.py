@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 
 from lora_edge.runtime import Runner
@@ -61,7 +62,7 @@ def test_the_output_of_a_graph_is_a_copy(tiny: Any, bundles: dict[str, Any]) -> 
     feeds["position_ids"] = np.arange(5)[None]
     past = np.zeros((1, 2, 0, 8), np.float32)
     feeds |= dict.fromkeys(decoder.past_names, past)
-    make = decoder.tensors.value
+    make = ort.OrtValue.ortvalue_from_numpy
     values = {name: make(array) for name, array in feeds.items()}
     found = strict.run(values, Binding(((),), decoder.tensors.off().values), "logits")
     again = found.copy()
