@@ -21,7 +21,7 @@ from tests.support.families import SUPPORTED, make_base
 IDS = np.random.default_rng(0).integers(0, 256, (2, 11))
 
 # ci/families and ci/long export all of them, in both forms.
-_SOME = ("llama", "gemma2", "gpt_neox", "phi3")
+_SOME = ("gemma2", "gpt_neox")
 
 
 def test_published_bundle_is_whole_and_proved(exported: Path) -> None:

@@ -28,6 +28,7 @@ from lora_edge.runtime.pool import take_buffers
 from tests.exporting.test_quantized_encoders import ROWS
 from tests.support.encoders import make_encoder, make_encoder_adapter
 from tests.support.exactness import exact_case
+from tests.support.examples import examples
 from tests.support.failing import signed
 from tests.support.families import make_base
 from tests.support.kinds import Made, make_kinds
@@ -108,7 +109,7 @@ def test_every_kind_is_exact_in_float32_and_near_in_float16(
 
 @pytest.mark.parametrize(
     ("key", "name"),
-    [x if x[1] in _SHORT else pytest.param(*x, marks=pytest.mark.long) for x in MERGED],
+    examples(MERGED, lambda row: row[1] in _SHORT),
 )
 def test_a_merged_adapter_is_rounded_with_the_base(
     key: str, name: str, made: Callable[..., Made], tmp_path: Path
@@ -135,7 +136,7 @@ def test_a_merged_adapter_is_rounded_with_the_base(
 @pytest.mark.parametrize("mode", ["switchable", "merged"])
 @pytest.mark.parametrize(
     "key",
-    [x if x in ("texts", "images") else pytest.param(x, marks=pytest.mark.long) for x in ROWS],
+    examples(ROWS, ["texts", "images"]),
 )
 def test_models_without_a_cache(key: str, mode: Any, tmp_path: Path) -> None:
     row = ROWS[key]

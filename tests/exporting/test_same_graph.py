@@ -21,6 +21,7 @@ from safetensors.numpy import load_file
 
 import lora_edge
 from lora_edge.graph.contents import contents
+from tests.support.examples import examples
 from tests.support.paths import MODELS
 from tests.support.shipped import ADAPTERS, BASE
 
@@ -73,7 +74,7 @@ def _hash(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-@pytest.mark.parametrize("name", EXPORTS)
+@pytest.mark.parametrize("name", examples(EXPORTS, ["switchable", "int4", "classifiers"]))
 def test_an_export_is_what_it_was(name: str, tmp_path: Path) -> None:
     pinned = json.loads(PINS.read_text(encoding="utf-8"))[name]
     found = facts(name, tmp_path / "out")

@@ -96,6 +96,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert result(whole)["adapter_sha256"] != result(again)["adapter_sha256"]
 
 
+@pytest.mark.long
 def test_after_a_hard_kill_the_latest_whole_checkpoint_is_used(
     base: Path, words: Path, tmp_path: Path
 ) -> None:

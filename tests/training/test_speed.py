@@ -45,6 +45,7 @@ def test_another_loss_is_other_work(bench: Any) -> None:
         bench.check(one)
 
 
+@pytest.mark.long
 def test_both_ways_train_the_same_and_are_measured(bench: Any, tmp_path: Path) -> None:
     data = bench.make_data(tmp_path)
     base = ROOT / "models" / "tiny-llama"
