@@ -74,7 +74,9 @@ class LlamaLibrary:
         try:
             self._c = ctypes.CDLL(str(files[0]))
         except OSError as error:
-            raise ProviderError(f"{files[0]} cannot be loaded: {error}") from error
+            raise ProviderError(
+                f"{files[0]} cannot be loaded: {error}", "Fetch it again: ci/llama_cpp."
+            ) from error
         self.call("llama_log_set", None, _LOG, None)
         self.call("ggml_backend_load_all_from_path", None, str(path).encode())
         self.call("llama_backend_init", None)
@@ -101,7 +103,9 @@ class LlamaLibrary:
             ProviderError: it is null; the message has what the library said.
         """
         if not handle:
-            raise ProviderError(f"llama.cpp cannot make {what}: {' '.join(_ERRORS)}")
+            raise ProviderError(
+                f"llama.cpp cannot make {what}: {' '.join(_ERRORS)}", "Make its GGUF files again."
+            )
         return ctypes.c_void_p(handle)
 
     def about(self) -> str:
@@ -129,7 +133,10 @@ class LlamaLibrary:
             ctypes.byref(params),
         )
         if done:
-            raise ProviderError(f"llama.cpp cannot quantize {file}: {' '.join(_ERRORS)}")
+            raise ProviderError(
+                f"llama.cpp cannot quantize {file}: {' '.join(_ERRORS)}",
+                "Make the GGUF file in float32 again.",
+            )
 
 
 class LlamaModel:
@@ -244,7 +251,10 @@ class LlamaSequence:
             batch = self._library.call("llama_batch_get_one", _Bytes, ids, len(part))
             done = self._library.call("llama_decode", ctypes.c_int, self._context, batch)
             if done:
-                raise ProviderError(f"llama_decode returned {done} for {len(part)} tokens")
+                raise ProviderError(
+                    f"llama_decode returned {done} for {len(part)} tokens",
+                    "Ask for fewer tokens, or leave llama.cpp out.",
+                )
         self._library.call("llama_synchronize", None, self._context)
 
     def logits(self) -> NDArray[np.float32]:

@@ -85,7 +85,10 @@ class OpenvinoPlayer(Player):
         """One token of each; what was read of them."""
         self._pipeline.step()
         if not all(handle.can_read() for handle in handles):
-            raise ProviderError("OpenVINO GenAI has made no token in a step")
+            raise ProviderError(
+                "OpenVINO GenAI has made no token in a step",
+                "Ask for fewer tokens, or leave openvino out.",
+            )
         return [handle.read() for handle in handles]
 
     def logits(self, key: str) -> NDArray[Any] | None:  # noqa: ARG002  it gives none
