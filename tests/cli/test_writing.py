@@ -84,10 +84,10 @@ def _before_the_write(monkeypatch: pytest.MonkeyPatch, change: Callable[[], obje
 
     write = adding.write_adapter_folder
 
-    def change_and_write(*arguments: Any) -> Any:
+    def change_and_write(*arguments: Any, **named: Any) -> Any:
         monkeypatch.setattr(adding, "write_adapter_folder", write)
         change()
-        return write(*arguments)
+        return write(*arguments, **named)
 
     monkeypatch.setattr(adding, "write_adapter_folder", change_and_write)
 
@@ -231,7 +231,7 @@ def test_an_export_that_is_not_proved_leaves_nothing(
 ) -> None:
     from lora_edge.exporting import export as exporter
 
-    def fail(staged: Any, *_: Any) -> None:
+    def fail(staged: Any, *_: Any, **__: Any) -> None:
         assert _names(staged.directory) > {"onnx", "lora_edge.json"}
         raise ParityError("it differs", "Nothing was published.")
 
