@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from lora_edge.graph.merge import add_initializer
+from lora_edge.graph.merge import add_initializer, take_place
 from lora_edge.graph.sites import DYNAMIC_MATMUL, Multiplication, codes_behind
 from lora_edge.maths.quantization import Blocks
 
@@ -49,7 +49,7 @@ def channels_in(model: ir.Model, *, floats: bool) -> None:
     for node in list(model.graph):
         if floats and node.op_type == DYNAMIC_MATMUL:
             values = _in_floats(model, node, str(node.name), *node.inputs[1:3])
-            _replace(model, node, ir.node("MatMul", [node.inputs[0], values], name=node.name))
+            take_place(model, node, ir.node("MatMul", [node.inputs[0], values], name=node.name))
         elif not floats and node.op_type == "MatMul":
             weight = node.inputs[1]
             codes = None if weight is None else codes_behind(weight)
@@ -62,7 +62,7 @@ def channels_in(model: ir.Model, *, floats: bool) -> None:
             assert cast is not None
             inputs = [node.inputs[0], codes, product.inputs[1]]
             new = ir.node(DYNAMIC_MATMUL, inputs, domain="com.microsoft", name=node.name)
-            _replace(model, node, new)
+            take_place(model, node, new)
             model.graph.remove([product, cast], safe=True)
     model.opset_imports.setdefault("com.microsoft", 1)
 
@@ -75,16 +75,3 @@ def _in_floats(
     cast.outputs[0].name, product.outputs[0].name = f"{path}.weight.whole", f"{path}.weight.values"
     model.graph.insert_before(before, [cast, product])
     return product.outputs[0]
-
-
-def _replace(model: ir.Model, old: ir.Node, new: ir.Node) -> None:
-    y, result = old.outputs[0], new.outputs[0]
-    name, result.type, result.shape = y.name, y.type, y.shape
-    model.graph.insert_before(old, new)
-    for use in list(y.uses()):
-        use.node.replace_input_with(use.idx, result)
-    for index, output in enumerate(model.graph.outputs):
-        if output is y:
-            model.graph.outputs[index] = result
-    model.graph.remove(old, safe=True)
-    result.name = name

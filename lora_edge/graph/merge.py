@@ -225,6 +225,21 @@ def add_initializer(model: ir.Model, name: str, array: NDArray[np.generic]) -> i
     return value
 
 
+def take_place(model: ir.Model, old: ir.Node, new: ir.Node) -> None:
+    """Put a node of one output in the place of another, whose output's name it takes."""
+    y, result = old.outputs[0], new.outputs[0]
+    name = y.name or new.name
+    result.type, result.shape = y.type, y.shape
+    model.graph.insert_before(old, new)
+    for use in list(y.uses()):
+        use.node.replace_input_with(use.idx, result)
+    for index, output in enumerate(model.graph.outputs):
+        if output is y:
+            model.graph.outputs[index] = result
+    model.graph.remove(old, safe=True)
+    result.name = name
+
+
 def _free(model: ir.Model, name: str) -> str:
     return f"{name}.merged" if name in model.graph.initializers else name
 

@@ -17,7 +17,7 @@ from lora_edge.base.layer import Layer
 from lora_edge.errors import GraphError
 from lora_edge.files.spilled import let_go, moved
 from lora_edge.graph.channels import channels_in, put_channels
-from lora_edge.graph.merge import Change, WideArray, add_initializer, lazily
+from lora_edge.graph.merge import Change, WideArray, add_initializer, lazily, take_place
 from lora_edge.graph.sites import MATMUL_NBITS, Multiplication, multiplications
 from lora_edge.maths.quantization import Activations, Blocks, Quantization
 
@@ -255,7 +255,7 @@ def _replace(model: ir.Model, path: str, found: Multiplication, codes: _Codes) -
         "accuracy_level": _ACCURACY["fp32"],
     }
     node = ir.node(MATMUL_NBITS, inputs, attributes, domain="com.microsoft", name=path)
-    _take_place(model, found.node, node, path)
+    take_place(model, found.node, node)
 
 
 def _replace_gather(model: ir.Model, path: str, old: ir.Node, codes: _Codes) -> None:
@@ -267,18 +267,4 @@ def _replace_gather(model: ir.Model, path: str, old: ir.Node, codes: _Codes) -> 
     inputs = [parts.pop("codes"), old.inputs[1], *parts.values()]
     attributes = {**codes.attributes, "gather_axis": 0, "quantize_axis": 1}
     node = ir.node(GATHER_NBITS, inputs, attributes, domain="com.microsoft", name=path)
-    _take_place(model, old, node, path)
-
-
-def _take_place(model: ir.Model, old: ir.Node, node: ir.Node, path: str) -> None:
-    y, result = old.outputs[0], node.outputs[0]
-    name = y.name or path
-    result.type, result.shape = y.type, y.shape
-    model.graph.insert_before(old, node)
-    for use in list(y.uses()):
-        use.node.replace_input_with(use.idx, result)
-    for index, output in enumerate(model.graph.outputs):
-        if output is y:
-            model.graph.outputs[index] = result
-    model.graph.remove(old, safe=True)
-    result.name = name
+    take_place(model, old, node)

@@ -20,12 +20,12 @@ from transformers import AutoModelForCausalLM
 import lora_edge
 from lora_edge.bundle.bundle import load_bundle
 from lora_edge.bundle.onnx_adapter import read_adapter
-from lora_edge.cli import main
 from lora_edge.names import parse_lora_input
 from lora_edge.parity.drift import HALF_LIMITS
 from lora_edge.parity.report import Report
 from lora_edge.runtime.pool import take_buffers
 from tests.exporting.test_quantized_encoders import ROWS
+from tests.support.commands import exit_code
 from tests.support.encoders import make_encoder, make_encoder_adapter
 from tests.support.exactness import exact_case
 from tests.support.examples import examples
@@ -297,22 +297,20 @@ def _scaled(base: Path, output: Path, scale: float) -> Path:
     return output
 
 
-def test_activations_that_overflow_are_refused(made: Callable[..., Made], tmp_path: Path) -> None:
-    """The CPU computes them in float32, so that its outputs do not tell."""
-    base = _scaled(made("llama").base, tmp_path / "base", 3e5)
-    with pytest.raises(lora_edge.ParityError, match=r"layers\.0.*overflows.*65504") as caught:
-        lora_edge.export(base, {}, output=tmp_path / "out", precision="fp16")
-    assert "--precision fp32" in caught.value.hint
-    assert not (tmp_path / "out").exists()
-
-
-def test_weights_that_float16_cannot_hold_are_refused(
-    made: Callable[..., Made], tmp_path: Path
+@pytest.mark.parametrize(
+    ("factor", "error", "said"),
+    [
+        # The CPU computes activations in float32, so that its outputs do not tell.
+        (3e5, lora_edge.ParityError, r"layers\.0.*overflows.*65504"),
+        (1e8, lora_edge.BaseModelError, r"layers\.0\.mlp\.up_proj\.weight holds .*65504"),
+    ],
+    ids=["activations", "weights"],
+)
+def test_numbers_that_float16_cannot_hold_are_refused(
+    factor: float, error: Any, said: str, made: Callable[..., Made], tmp_path: Path
 ) -> None:
-    base = _scaled(made("llama").base, tmp_path / "base", 1e8)
-    with pytest.raises(
-        lora_edge.BaseModelError, match=r"layers\.0\.mlp\.up_proj\.weight holds .*65504"
-    ) as caught:
+    base = _scaled(made("llama").base, tmp_path / "base", factor)
+    with pytest.raises(error, match=said) as caught:
         lora_edge.export(base, {}, output=tmp_path / "out", precision="fp16")
     assert "--precision fp32" in caught.value.hint
     assert not (tmp_path / "out").exists()
@@ -399,19 +397,13 @@ def test_what_other_clients_are_told(made: Callable[..., Made]) -> None:
     assert "half.onnx_adapter" in card
 
 
-def _run(arguments: list[str]) -> int:
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    return int(stopped.value.code or 0)
-
-
 def test_the_shipped_model_at_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = str(tmp_path / "out")
     adapter = f"shout={MODELS / 'adapters' / 'shout'}"
     assert (
-        _run(
+        exit_code(
             [
                 "export",
                 str(MODELS / "tiny-llama"),
@@ -427,9 +419,9 @@ def test_the_shipped_model_at_the_command_line(
     )
     assert "weights in float16" in capsys.readouterr().err
     for extra in ([], ["--exact"]):
-        assert _run(["run", output, "-a", "shout", "-p", "Word: river Answer:", *extra]) == 0
+        assert exit_code(["run", output, "-a", "shout", "-p", "Word: river Answer:", *extra]) == 0
         assert capsys.readouterr().out.strip() == "RIVER!"
-    assert _run(["validate", output, "--quick"]) == 0
+    assert exit_code(["validate", output, "--quick"]) == 0
     assert "float16 against float32" in capsys.readouterr().out
-    assert _run(["inspect", output]) == 0
+    assert exit_code(["inspect", output]) == 0
     assert "fp16" in capsys.readouterr().out

@@ -12,11 +12,12 @@ from made import export_unproved
 from lora_edge import Runner
 from lora_edge.bundle.bundle import ROWS_GRAPH_FILE, SINGLE_GRAPH_FILE
 from lora_edge.errors import BundleError
-from lora_edge.runtime import prepared, routes
+from lora_edge.runtime import prepared
 from lora_edge.runtime.native import library
 from lora_edge.runtime.native.library import Native
 from tests.support.kinds import make_kinds
 from tests.support.native import native
+from tests.support.watching import watched_routes
 
 IDS = [[5, 9, 3, 11, 40, 2]]
 
@@ -104,14 +105,7 @@ def test_every_other_kind_stays_as_it_is(tmp_path: Path) -> None:
 def test_it_is_compared_once_and_beside_the_other_form(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built: Native
 ) -> None:
-    compared: list[str] = []
-    plain = routes.check_agrees
-
-    def check(*arguments: Any) -> None:
-        compared.append(arguments[-1])
-        plain(*arguments)
-
-    monkeypatch.setattr(routes, "check_agrees", check)
+    compared = watched_routes(monkeypatch)
     for wanted in (True, False, True):
         runner = Runner(exported, session_cache=tmp_path, native=wanted)
         runner.logits(IDS, adapter=runner.adapters[0])

@@ -31,6 +31,7 @@ from lora_edge.runtime import prepared, routes
 from lora_edge.runtime.adapters.by_row import pays
 from tests.support.examples import examples
 from tests.support.kinds import make_kinds
+from tests.support.watching import watched_routes
 
 IDS = [[5, 9, 3, 11, 40, 2]]
 
@@ -250,14 +251,7 @@ def test_no_rows_are_refused_as_ever(exported: Path, tmp_path: Path) -> None:
 def test_the_smaller_graphs_are_compared_once(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compared: list[str] = []
-    plain = routes.check_agrees
-
-    def check(*arguments: Any) -> None:
-        compared.append(arguments[-1])
-        plain(*arguments)
-
-    monkeypatch.setattr(routes, "check_agrees", check)
+    compared = watched_routes(monkeypatch)
     for _ in range(2):
         _answers(exported, tmp_path)
     assert compared == [BASE_GRAPH_FILE, SINGLE_GRAPH_FILE, ROWS_GRAPH_FILE]

@@ -17,13 +17,13 @@ import transformers
 
 import lora_edge
 from lora_edge.bundle.bundle import load_bundle
-from lora_edge.cli import main
 from lora_edge.graph.contents import contents
 from lora_edge.names import packed_paths
 from lora_edge.parity.drift import DriftLimits
 from lora_edge.parity.plan.examples import Example
 from lora_edge.parity.report import Case
 from lora_edge.reports import html, junit, load_report, markdown
+from tests.support.commands import exit_code
 from tests.support.encoders import make_encoder, make_encoder_adapter
 from tests.support.exactness import exact_case
 from tests.support.examples import examples
@@ -358,19 +358,13 @@ def test_a_width_of_no_whole_blocks_stays_in_floats(
     assert {x.split()[0] for x in _quantized(tmp_path / "out")} == {"MatMulNBits"}
 
 
-def _run(arguments: list[str]) -> int:
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    return int(stopped.value.code or 0)
-
-
 def test_the_shipped_classifiers_at_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output, base = tmp_path / "out", str(MODELS / "tiny-bert")
     own = [f"{name}={MODELS / 'classifiers' / name}" for name in ("claims", "letters")]
     words = [x for adapter in own for x in ("-a", adapter)]
-    assert _run(["export", base, *words, "-o", str(output), "--precision", "int8"]) == 0
+    assert exit_code(["export", base, *words, "-o", str(output), "--precision", "int8"]) == 0
     assert "rounding 26 layers, 93% of the parameters" in capsys.readouterr().err
     lines = (MODELS / "data" / "classes" / "letters.jsonl").read_text().splitlines()[:8]
     rows = [json.loads(line) for line in lines]
@@ -379,14 +373,14 @@ def test_the_shipped_classifiers_at_the_command_line(
     file.write_text("".join(json.dumps(row) + "\n" for row in asked))
     scores = []
     for extra in ([], ["--exact"]):
-        assert _run(["run", str(output), "--input", str(file), *extra]) == 0
+        assert exit_code(["run", str(output), "--input", str(file), *extra]) == 0
         found = [json.loads(line)["labels"][0] for line in capsys.readouterr().out.splitlines()]
         assert [x["label"] for x in found] == [row["label"] for row in rows]
         scores.append([x["score"] for x in found])
     assert scores[0] != scores[1]
-    assert _run(["validate", str(output), "--quick"]) == 0
+    assert exit_code(["validate", str(output), "--quick"]) == 0
     assert "quantization drift" in capsys.readouterr().out
-    assert _run(["inspect", str(output)]) == 0
+    assert exit_code(["inspect", str(output)]) == 0
     assert "26 layers to 8 bits" in capsys.readouterr().out
 
 

@@ -21,6 +21,8 @@ from lora_edge.runtime import segmented
 from tests.support.checks import checked
 from tests.support.paths import ROOT
 
+TWO = ("narrow", "rooted")
+
 
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,14 +58,17 @@ def test_the_base_check_is_as_strict(
         checked(off, base)
 
 
+def _exported(base: Base, adapters: dict[str, Path], folder: Path) -> Path:
+    two = {name: adapters[name] for name in TWO}
+    return export(base.directory, two, output=folder / "out", low_memory=True).directory
+
+
 @pytest.mark.usefixtures("large")
 def test_an_export_is_proved_in_parts(
     base: Base, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
-    output = tmp_path / "out"
-    two = {name: adapters[name] for name in ("narrow", "rooted")}
-    bundle = export(base.directory, two, output=output, low_memory=True)
-    assert all(bundle.adapter(name).proved for name in two)
+    output = _exported(base, adapters, tmp_path)
+    assert all(load_bundle(output).adapter(name).proved for name in TWO)
     report = validate(output, base.directory, low_memory=True)
     assert report.passed
     assert "--low-memory" in report.command
@@ -82,9 +87,7 @@ def test_a_wrong_adapter_is_found_and_explained(
     base: Base, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     """The explanation runs the session again, watched, and a graph like it."""
-    output = tmp_path / "out"
-    two = {name: adapters[name] for name in ("narrow", "rooted")}
-    export(base.directory, two, output=output)
+    output = _exported(base, adapters, tmp_path)
     data = output / "onnx" / "model.onnx_data"
     values = np.fromfile(data, np.float32)
     manifest = read_object(output / "lora_edge.json", CaptureError, "")

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
+
+from lora_edge.cli import main
+
 
 @dataclass(frozen=True)
 class Result:
@@ -16,3 +20,10 @@ class Result:
 
 
 Cli = Callable[..., Result]
+
+
+def exit_code(arguments: list[str]) -> int:
+    """Of a command that runs in this process."""
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    return int(stopped.value.code or 0)
