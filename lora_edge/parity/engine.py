@@ -208,7 +208,8 @@ def validate(
     if examples:
         check_examples(target, examples, metric)
     journal = Journal(
-        None if resume is None else Path(resume), _key(target, base, settings, wanted[0])
+        None if resume is None else Path(resume),
+        _key(target, base, settings, wanted[0], low_memory=low_memory),
     )
     names = tuple(sorted(set(target.manifest.adapters) - {NONE_ADAPTER}))
     cases: list[Case] = []
@@ -394,12 +395,18 @@ def _cut(golden: Golden, settings: _Settings) -> Golden:
 
 
 def _key(
-    bundle: Bundle, base: Base | None, settings: _Settings, first: tuple[str, str]
+    bundle: Bundle,
+    base: Base | None,
+    settings: _Settings,
+    first: tuple[str, str],
+    *,
+    low_memory: bool,
 ) -> dict[str, object]:
     return {
         "bundle": hash_file(bundle.directory / "lora_edge.json"),
         "base": None if base is None else base.fingerprint(),
         "first session": first,  # which is compared with whole logits
+        "low memory": low_memory,
         "versions": versions() | (reference_versions() if base is not None else {}),
         "machine": machine(),
         **dataclasses.asdict(settings),

@@ -74,7 +74,9 @@ class Player(ABC):
         """
         logits = self.logits(key)
         if logits is None:
-            raise NotImplementedError(type(self).__name__)
+            raise NotImplementedError(
+                f"{type(self).__name__} gives no logits: let it override first()"
+            )
         token = int(logits.argmax())
         return token, -float(np.log(np.exp(logits.astype(np.float64) - logits[token]).sum()))
 
