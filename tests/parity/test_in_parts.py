@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,8 +17,10 @@ from lora_edge.capture import capture
 from lora_edge.errors import CaptureError, OptionError
 from lora_edge.exporting.export import export
 from lora_edge.files.json import read_object
-from lora_edge.parity import by_layer, in_parts, validate
-from lora_edge.runtime import segmented
+from lora_edge.parity import by_layer, engine, in_parts, validate
+from lora_edge.parity.checks import compare
+from lora_edge.parity.record.golden import Golden
+from lora_edge.runtime import Runner, segmented
 from tests.support.checks import checked
 from tests.support.paths import ROOT
 
@@ -122,3 +125,30 @@ def test_models_of_labels_and_few_bits(tmp_path: Path) -> None:
         {"mood": sorted((models / "classifiers").iterdir())[0]},
         output=tmp_path / "b",
     )
+
+
+@pytest.mark.usefixtures("large")
+def test_what_ran_whole_is_not_gone_on_with_in_parts(
+    base: Base, adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, folder = _exported(base, adapters, tmp_path), tmp_path / "finished"
+    compared: list[str] = []
+
+    def cut_off(runner: Runner, golden: Golden, *rest: Any) -> Any:
+        if len(compared) == 2:
+            raise KeyboardInterrupt
+        compared.append(golden.probe.name)
+        return compare(runner, golden, *rest)
+
+    def counted(runner: Runner, golden: Golden, *rest: Any) -> Any:
+        compared.append(golden.probe.name)
+        return compare(runner, golden, *rest)
+
+    monkeypatch.setattr(engine, "compare", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        validate(output, base.directory, depth="quick", resume=folder)
+    first = list(compared)
+    monkeypatch.setattr(engine, "compare", counted)
+    report = validate(output, base.directory, depth="quick", resume=folder, low_memory=True)
+    assert report.passed
+    assert compared[2:4] == first  # again, in parts
