@@ -99,9 +99,9 @@ def build(
             passes.save_graph(models[name], captured.path(name))
     say("checking the base graph against PyTorch")
     reference = Reference(base, task)
-    trim(cycles=True)
+    trim(cycles=reference.large)
     figures = check_base(captured, task, reference)
-    trim(cycles=True)  # the session that it ran is gone
+    trim(cycles=reference.large)  # the session that it ran is gone
     changes: Mapping[str, ParameterChange] = {}
     if merged:
         changes = parameter_changes(adapters[0], modules, captured.tied, captured.parameter_modules)

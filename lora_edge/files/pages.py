@@ -31,7 +31,8 @@ def trim(*, cycles: bool = False) -> None:
     a layer in float64 after one in float32, and as much again is taken.
 
     Args:
-        cycles: free objects first that only each other hold, such as a graph's nodes.
+        cycles: free objects first that only each other hold, such as a graph's nodes. It takes
+            tenths of a second, whatever there is to free: for large models.
     """
     if cycles:
         gc.collect()

@@ -224,7 +224,7 @@ def validate(
         if low_memory:
             opening = _in_parts(opening, model, target)
         held = look_inside(target, model, sources, say)
-        trim(cycles=True)
+        trim(cycles=model.large)
     for index, (name, level) in enumerate(wanted):
         runner = opening.runner(target, name, level)
         session = session_of(runner, level)
