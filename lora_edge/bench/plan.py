@@ -5,6 +5,7 @@ Plain data; knows nothing of how it is run.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -29,6 +30,11 @@ class Entry:
     player: str
     given: Mapping[str, Any]
     python: str = ""
+
+    @property
+    def command(self) -> list[str]:
+        """What starts it."""
+        return [self.python or sys.executable, "-m", "lora_edge.bench.child"]
 
 
 @dataclass(frozen=True)

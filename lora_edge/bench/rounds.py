@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 
 from lora_edge.bench.plan import Entry, Figure, Plan, Settings, Taker
-from lora_edge.bench.process import Process
+from lora_edge.clients.process import Process
 from lora_edge.errors import ParityError
 
 Costs = Mapping[str, Mapping[str, float]]
@@ -50,10 +50,10 @@ def run_round(
         begin: makes an entry's process.
 
     Raises:
-        ContestantError: one cannot do what the plan says, or has died.
+        ProcessError: one cannot do what the plan says, or has died.
         ParityError: contestants that should compute the same do not.
     """
-    made = begin or (lambda x: Process(x.key, x.python, single=settings.threads == 1))
+    made = begin or (lambda x: Process(x.key, x.command, single=settings.threads == 1))
     return _Round(plan, settings, index).run(made)
 
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from lora_edge.bench.plan import Entry, Plan, Settings, Taker
-from lora_edge.bench.process import ContestantError, Process
 from lora_edge.bench.results import results
 from lora_edge.bench.rounds import Costs, run_round
+from lora_edge.clients.process import Process, ProcessError
 
 Say = Callable[[str], None]
 
@@ -27,7 +27,7 @@ def run(plan: Plan, settings: Settings, about: Mapping[str, Any], say: Say) -> d
         The JSON of :func:`lora_edge.bench.results.results`.
 
     Raises:
-        ContestantError: the reference cannot run, or a contestant failed in the middle.
+        ProcessError: the reference cannot run, or a contestant failed in the middle.
         ParityError: contestants that should compute the same do not.
     """
     ready = tried(plan, settings, say)
@@ -42,7 +42,7 @@ def tried(plan: Plan, settings: Settings, say: Say) -> Plan:
     """The plan without those that cannot run, which are named with their reason.
 
     Raises:
-        ContestantError: a figure would be left without its reference.
+        ProcessError: a figure would be left without its reference.
     """
     references = {taker.entry for figure in plan.figures for taker in figure.takers[:2]}
     left, runs = dict(plan.left_out), dict(plan.runs)
@@ -53,7 +53,7 @@ def tried(plan: Plan, settings: Settings, say: Say) -> Plan:
             continue
         try:
             runs[entry.key] = _try(entry, takers, settings)
-        except ContestantError as error:
+        except ProcessError as error:
             if entry.key in references:
                 raise
             gone.add(entry.key)
@@ -68,7 +68,7 @@ def tried(plan: Plan, settings: Settings, say: Say) -> Plan:
 
 def _try(entry: Entry, takers: list[Taker], settings: Settings) -> str:
     """Open a contestant and run one token as it will be asked to; what runs there."""
-    with Process(entry.key, entry.python, single=settings.threads == 1) as process:
+    with Process(entry.key, entry.command, single=settings.threads == 1) as process:
         given = {**entry.given, "threads": settings.threads}
         about = str(process.ask("open", player=entry.player, given=given)["about"])
         for adapters in {x.adapters for x in takers if x.work in ("decode", "prefill")}:

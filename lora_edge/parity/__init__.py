@@ -4,6 +4,7 @@ from lora_edge.parity.base import check_base
 from lora_edge.parity.engine import validate
 from lora_edge.parity.record.given import add_goldens
 from lora_edge.parity.report import Case, Report
+from lora_edge.parity.validate_in import validate_in
 
 __all__ = [
     "Case",
@@ -11,4 +12,5 @@ __all__ = [
     "add_goldens",
     "check_base",
     "validate",
+    "validate_in",
 ]

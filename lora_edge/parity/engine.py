@@ -56,7 +56,7 @@ _SWITCHING, _DRIFT = "switching", "drift"
 
 
 @dataclass(frozen=True)
-class _Settings:
+class Settings:
     """What was asked for; everything but the bundle that the figures depend on."""
 
     depth: Depth
@@ -189,7 +189,7 @@ def validate(
         )
     if steps is None and depth == "quick":
         steps = _QUICK_STEPS
-    settings = _Settings(depth, steps, seed, tuple(prompts), Tolerance())
+    settings = Settings(depth, steps, seed, tuple(prompts), Tolerance())
     wanted = combinations(provider, optimization, full=depth == "full")
     if low_memory and (reference is None or any(name != "cpu" for name, _ in wanted)):
         raise opt.refused(
@@ -235,7 +235,7 @@ def validate(
         asked: Iterable[Golden] = goldens
         if index == 0 and base is None:
             asked = goldens = [
-                _cut(golden, settings)
+                cut(golden, settings)
                 for golden in recorded(target)
                 if depth != "quick" or not golden.probe.part
             ]
@@ -254,7 +254,7 @@ def validate(
             )
         found: list[Golden] = []
         own: list[Case] = []
-        for golden, part in _compared(runner, session, asked, journal, settings, say):
+        for golden, part in compared(runner, session, asked, journal, settings, say):
             own += part
             found.append(golden)
         goldens = found
@@ -262,12 +262,12 @@ def validate(
             wanted_repro = None if repro is None else Path(repro)
             own, left = explain(runner, own, goldens, model, wanted_repro, settings.tolerance, say)
         cases += own
-        measured = partial(_switched, runner, goldens, settings)
+        measured = partial(switched, runner, goldens, settings)
         cases += _once(_SWITCHING, session, journal, measured)
         drifting = drifts(target.manifest) and not exact
         if drifting and name not in (first for first, _ in wanted[:index]):
             ranging = target.manifest.half and model is not None
-            measured = partial(_drifted, runner, session, opening, goldens, say, ranging=ranging)
+            measured = partial(drifted, runner, session, opening, goldens, say, ranging=ranging)
             cases += _once(_DRIFT, session, journal, measured)
         if index == 0 and model is not None and examples:
             floors = {name: floor for golden in goldens for name, floor in golden.floors.items()}
@@ -284,7 +284,7 @@ def validate(
         found_versions |= golden.versions
     cases += check_entries(target)
     if base is None:
-        cases += _unproved(target, names, goldens)
+        cases += unproved(target, names, goldens)
     report = Report(
         bundle=str(target.directory),
         mode=target.manifest.mode,
@@ -315,12 +315,12 @@ def _in_parts(opening: Opening, reference: Reference, bundle: Bundle) -> Opening
     return dataclasses.replace(opening, cut=cut_of(reference, bundle.manifest.quantization))
 
 
-def _compared(
+def compared(
     runner: Runner,
     session: Session,
     asked: Iterable[Golden],
     journal: Journal,
-    settings: _Settings,
+    settings: Settings,
     say: Say,
 ) -> Iterator[tuple[Golden, list[Case]]]:
     """Every golden, reduced, with its cases; whole logits of one probe are in memory at a time."""
@@ -348,12 +348,12 @@ def _compared(
         yield golden, part
 
 
-def _switched(runner: Runner, goldens: Sequence[Golden], settings: _Settings) -> list[Case]:
+def switched(runner: Runner, goldens: Sequence[Golden], settings: Settings) -> list[Case]:
     found = switching(runner, goldens, settings.tolerance, all_pairs=settings.all_pairs)
     return [dataclasses.replace(case, kind="switch") for case in found]
 
 
-def _drifted(
+def drifted(
     runner: Runner,
     session: Session,
     opening: Opening,
@@ -390,14 +390,14 @@ def _probes(runner: Runner) -> int:
     return 2 + adapters + -(-adapters // (MIXED_ROWS - 2))
 
 
-def _cut(golden: Golden, settings: _Settings) -> Golden:
+def cut(golden: Golden, settings: Settings) -> Golden:
     return golden if settings.steps is None else shortened(golden, settings.steps)
 
 
 def _key(
     bundle: Bundle,
     base: Base | None,
-    settings: _Settings,
+    settings: Settings,
     first: tuple[str, str],
     *,
     low_memory: bool,
@@ -418,7 +418,7 @@ def _command(
     base: Base | None,
     adapters: Mapping[str, str | os.PathLike[str]],
     opening: Opening,
-    settings: _Settings,
+    settings: Settings,
     *,
     exact: bool,
     low_memory: bool,
@@ -441,7 +441,7 @@ def _command(
     return shlex.join(words)
 
 
-def _unproved(bundle: Bundle, names: Sequence[str], goldens: Sequence[Golden]) -> Iterable[Case]:
+def unproved(bundle: Bundle, names: Sequence[str], goldens: Sequence[Golden]) -> Iterable[Case]:
     planned = [g.probe for g in goldens if not g.probe.given]
     covered = {probe.adapters[0] for probe in planned if probe.kind == "adapter"}
     for name in names:

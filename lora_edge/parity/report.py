@@ -57,6 +57,9 @@ class Session:
         placement: provider -> operator -> nodes that it ran; ``None`` where ONNX Runtime does not
             tell.
         parts: in how many parts its graphs ran, whose weights were in memory in turns.
+        client: of another runtime than lora-edge's own, what it is and its version; the provider is
+            then its short name, and the optimization is its own affair.
+        left_out: names of the golden cases that the client cannot be asked.
     """
 
     provider: str
@@ -64,18 +67,22 @@ class Session:
     precision: str
     placement: Mapping[str, Mapping[str, int]] | None = None
     parts: int = 1
+    client: str = ""
+    left_out: tuple[str, ...] = ()
 
     def to_data(self) -> dict[str, Any]:
-        """As JSON-ready values; ``parts`` only where there are several."""
+        """As JSON-ready values; ``parts`` only where there are several, a client's only of one."""
         data = {"name": self.name, **_plain(self)}
         if self.parts == 1:
             del data["parts"]
+        if not self.client:
+            del data["client"], data["left_out"]
         return data
 
     @property
     def name(self) -> str:
         """Short and unique in a report, e.g. ``cpu, all``."""
-        return f"{self.provider}, {self.optimization}"
+        return self.provider if self.client else f"{self.provider}, {self.optimization}"
 
 
 @dataclass(frozen=True)
@@ -310,6 +317,11 @@ class Report:
         if lines:
             blocks.append("\n".join(lines))
         end = [self.summary()]
+        end += [
+            f"not run in {each.name}, which cannot be asked: {', '.join(each.left_out)}"
+            for each in self.sessions
+            if each.left_out
+        ]
         if self.reach is not None:
             end.append(self.reach.line())
         if self.survival:

@@ -15,7 +15,7 @@ import jsonschema
 import pytest
 
 from lora_edge.bench.plan import Entry, Figure, Plan, Settings, Taker
-from lora_edge.bench.process import ContestantError, Process
+from lora_edge.clients.process import ProcessError, Process
 from lora_edge.bench.rivals import RIVALS, Given, Rival, rival
 from lora_edge.bench.run import tried
 from lora_edge.bench.standard import FIGURES, Choices, chosen_adapter, standard_plan
@@ -150,7 +150,7 @@ def test_a_contestant_that_cannot_run_is_left_out_with_its_reason(bundle: Path) 
 def test_without_its_reference_nothing_is_measured(bundle: Path) -> None:
     entries = [Entry("off", "bundle", {"bundle": str(bundle / "onnx")})]
     figure = Figure("decode", "", "tokens/s", (Taker("off", "off", "decode"),))
-    with pytest.raises(ContestantError, match=r"off: .* is not a bundle"):
+    with pytest.raises(ProcessError, match=r"off: .* is not a bundle"):
         tried(Plan(entries, [figure], 10), Settings(), lambda _: None)
 
 
@@ -158,7 +158,7 @@ def test_a_process_that_dies_is_told_with_what_it_said(tmp_path: Path) -> None:
     dying = tmp_path / "python"
     dying.write_text(f"#!{sys.executable}\nimport sys; sys.exit('no memory left')\n")
     dying.chmod(0o755)
-    with Process("off", str(dying)) as process, pytest.raises(ContestantError) as told:
+    with Process("off", [str(dying)]) as process, pytest.raises(ProcessError) as told:
         process.ask("memory")
     assert str(told.value) == "off: its process died: exit code 1; no memory left"
 

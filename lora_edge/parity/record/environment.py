@@ -6,7 +6,7 @@ import contextlib
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,7 @@ class Opening:
         options: own options of the one provider that is not ``cpu``.
         allow_fallback: let the CPU run what a provider does not take.
         cut: how graphs are cut that run in parts, on the CPU; ``None``: they run whole.
+        clients: name of another runtime, which stands for a provider -> what starts its driver.
 
     Raises:
         OptionError: options, and not one provider that they are for.
@@ -121,9 +122,10 @@ class Opening:
     options: Mapping[str, str]
     allow_fallback: bool
     cut: Cut | None = None
+    clients: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        others = {name for name, _ in self.sessions} - {"cpu"}
+        others = {name for name, _ in self.sessions} - {"cpu", *self.clients}
         if self.options and len(others) != 1:
             raise OptionError(
                 f"provider options are for one provider, got {', '.join(sorted(others)) or 'cpu'}",
@@ -132,6 +134,10 @@ class Opening:
 
     def runner(self, bundle: Bundle, provider: str, level: str, *, exact: bool = True) -> Runner:
         """The bundle in one of the sessions; ``exact``: computing in floats, as it is proved."""
+        if provider in self.clients:
+            from lora_edge.parity.inside import InsideRunner
+
+            return InsideRunner(bundle, self.clients[provider], provider, exact=exact)
         options: dict[str, Any] = {
             "provider": provider,
             "exact": exact,
@@ -150,11 +156,11 @@ class Opening:
         """The same as options of the command line."""
         words: list[str] = []
         for name in dict.fromkeys(name for name, _ in self.sessions):
-            words += ["--provider", name]
+            words += ["--in" if name in self.clients else "--provider", name]
         for key, value in self.options.items():
             words += ["--provider-option", f"{key}={value}"]
         if self.allow_fallback:
             words.append("--allow-fallback")
-        for level in dict.fromkeys(level for _, level in self.sessions):
+        for level in dict.fromkeys(level for _, level in self.sessions if level):
             words += ["--optimization", level]
         return words

@@ -1,13 +1,12 @@
-"""A contestant's process, from outside: it is started, given orders, and ended."""
+"""A process that takes orders, one JSON line each: it is started, asked, and ended."""
 
 from __future__ import annotations
 
 import json
 import os
 import subprocess
-import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -16,20 +15,23 @@ from lora_edge.errors import LoraEdgeError
 _TAIL = 400  # characters of what a process that died had said
 
 
-class ContestantError(LoraEdgeError):
-    """A contestant that cannot do what it was told, or whose process has died."""
+class ProcessError(LoraEdgeError):
+    """A process that cannot do what it was told, or has died."""
 
 
 class Process:
-    """One contestant's process; a context manager that ends it.
+    """One process; a context manager that ends it.
 
     Args:
-        name: of the contestant, for errors.
-        python: the interpreter, in whose environment lora-edge is; ``""``: this one.
+        name: what it is, for errors.
+        command: the program and its arguments.
         single: limit libraries that count threads by OpenMP to one as well.
+
+    Raises:
+        ProcessError: it cannot be started.
     """
 
-    def __init__(self, name: str, python: str = "", *, single: bool = False) -> None:
+    def __init__(self, name: str, command: Sequence[str], *, single: bool = False) -> None:
         self._name = name
         self._said = tempfile.TemporaryFile()  # noqa: SIM115  closed with the process
         environment = {**os.environ, "ORT_DISABLE_TELEMETRY": "1"}
@@ -38,7 +40,7 @@ class Process:
             environment["OMP_NUM_THREADS"] = "1"
         try:
             self._process = subprocess.Popen(
-                [python or sys.executable, "-m", "lora_edge.bench.child"],
+                list(command),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._said,
@@ -46,15 +48,16 @@ class Process:
             )
         except OSError as error:
             self._said.close()
-            raise ContestantError(
-                f"{name}: {python} cannot be started: {error.strerror}", "Give a Python."
+            raise ProcessError(
+                f"{name}: {command[0]} cannot be started: {error.strerror}",
+                "Give a program that is there.",
             ) from error
 
     def ask(self, do: str, **more: Any) -> Mapping[str, Any]:
         """Give an order and wait for its answer.
 
         Raises:
-            ContestantError: it cannot do that, or has died.
+            ProcessError: it cannot do that, or has died.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -65,10 +68,12 @@ class Process:
         except BrokenPipeError:
             line = b""
         if not line:
-            raise ContestantError(f"{self._name}: its process died: {self._tail()}")
+            raise ProcessError(
+                f"{self._name}: its process died: {self._tail()}", "Run it alone to see why."
+            )
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise ContestantError(f"{self._name}: {answer['error']}", answer["hint"])
+            raise ProcessError(f"{self._name}: {answer['error']}", answer.get("hint", ""))
         return answer
 
     def _tail(self) -> str:

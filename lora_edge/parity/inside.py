@@ -1,0 +1,198 @@
+"""A bundle in another runtime, as a Runner: what the graph gives comes from there.
+
+Everything that compares, switches, explains and measures drift asks a Runner; this one hands rows
+of token ids to a client, which reads the adapters' files, feeds the graph and keeps the cache by
+itself. What a client cannot be asked (other tensors in an adapter's place) is run here.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_edge.bundle.bundle import Bundle
+from lora_edge.bundle.part import Part
+from lora_edge.clients.client import Client
+from lora_edge.errors import OptionError
+from lora_edge.maths.lora import FloatArray
+from lora_edge.parity.around.asked import OF, TOKENIZER
+from lora_edge.parity.around.golden import load_around
+from lora_edge.parity.plan.states import Probe
+from lora_edge.parity.report import Case, Session
+from lora_edge.runtime import Runner
+from lora_edge.runtime.adapters.binding import Binding
+
+_SHOWN = 12  # token ids of a text
+
+
+class InsideRunner(Runner):
+    """A Runner whose graph runs in a client.
+
+    Args:
+        bundle: of one graph.
+        command: what starts the client's driver.
+        name: of the client.
+        exact: the graph that computes in floats, where there are two.
+
+    Attributes:
+        client: the driver.
+
+    Raises:
+        OptionError: the bundle has two graphs.
+        ProcessError: the client cannot be started, or cannot open the bundle.
+    """
+
+    def __init__(self, bundle: Bundle, command: Sequence[str], name: str, *, exact: bool) -> None:
+        if len(bundle.manifest.parts) > 1:
+            raise OptionError(
+                f"{name}: encoder-decoders are not run in clients",
+                "Leave out --in; lora-edge's own runner runs them.",
+            )
+        super().__init__(bundle, exact=exact, session_cache=False)
+        part = bundle.manifest.reads
+        self.client = Client(
+            name, command, bundle.directory, (exact and part.exact) or part.file
+        )
+        weakref.finalize(self, self.client.close)
+        self._changed: set[str] = set()
+
+    @property
+    def decoder(self) -> Any:
+        """The client's; this process' own while other tensors are in an adapter's place."""
+        own = super().decoder
+        return own if self._changed else _Decoder(self.client, own.part)
+
+    @property
+    def encoder(self) -> Any:
+        """As :attr:`decoder`."""
+        own = super().encoder
+        return _Encoder(self, own)
+
+    @property
+    def changed(self) -> bool:
+        """Whether other tensors are in an adapter's place."""
+        return bool(self._changed)
+
+    def override(self, name: str, tensors: Mapping[str, NDArray[np.floating]] | None) -> None:
+        super().override(name, tensors)
+        (self._changed.discard if tensors is None else self._changed.add)(name)
+
+    def takes(self, probe: Probe) -> bool:
+        """Whether the client can be asked this."""
+        needs = {
+            "mixed": len(set(probe.states)) > 1,
+            "blend": any(state and (len(state) > 1 or state[0][1] != 1) for state in probe.states),
+            "rests": bool(probe.rests),
+        }
+        return all(what in self.client.can for what, needed in needs.items() if needed)
+
+    def seen(self, left_out: Sequence[str]) -> Session:
+        """What a report says of it; ``left_out``: cases that it cannot be asked."""
+        precision = self.bundle.manifest.precision
+        told = self.client.about
+        return Session(self.client.name, "", precision, client=told, left_out=tuple(left_out))
+
+    def __enter__(self) -> InsideRunner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.client.close()
+
+
+class _Decoding:
+    """Sequences of one batch in a client; as much of a Decoding as comparing asks for."""
+
+    def __init__(self, client: Client, states: Sequence[Mapping[str, float]]) -> None:
+        self._client = client
+        client.start(states)
+
+    def extend_all(self, rows: Sequence[Sequence[int]]) -> list[FloatArray]:
+        return self._client.extend(rows, every=True)
+
+    def step(self, tokens: Sequence[int | None]) -> FloatArray:
+        rows = [() if token is None else (token,) for token in tokens]
+        return np.stack([row[-1] for row in self._client.extend(rows, every=False)])
+
+
+class _Decoder:
+    def __init__(self, client: Client, part: Part) -> None:
+        self._client = client
+        self.part = part
+
+    def start(self, batch: int, max_length: int, binding: Binding) -> _Decoding:  # noqa: ARG002
+        return _Decoding(self._client, _states(binding, batch))
+
+
+class _Encoder:
+    """An Encoder whose batches run in the client, without their padding."""
+
+    def __init__(self, runner: InsideRunner, own: Any) -> None:
+        self._runner = runner
+        self._own = own
+        self.part = own.part
+        self.feeds = own.feeds
+
+    def run(self, feeds: Mapping[str, NDArray[Any]], binding: Binding) -> NDArray[np.float32]:
+        if self._runner.changed:
+            found: NDArray[np.float32] = self._own.run(feeds, binding)
+            return found
+        batch = len(next(iter(feeds.values())))
+        mask = feeds.get("attention_mask")
+        ends = [None] * batch if mask is None else mask.sum(1).tolist()
+        rows = [
+            {name: array[index, : ends[index]] for name, array in feeds.items()}
+            for index in range(batch)
+        ]
+        outputs = self._runner.client.outputs(rows, _states(binding, batch))
+        shape = [max(sizes) for sizes in zip(*(x.shape for x in outputs), strict=True)]
+        whole = np.zeros((batch, *shape), np.float32)
+        for index, output in enumerate(outputs):
+            whole[(index, *(slice(size) for size in output.shape))] = output
+        return whole
+
+
+def _states(binding: Binding, batch: int) -> list[dict[str, float]]:
+    states = binding.states if len(binding.states) == batch else binding.states * batch
+    return [dict(state) for state in states]
+
+
+def tokens_in(runner: InsideRunner) -> Iterator[Case]:
+    """One case for each tokenizer: the client's own tokens of the texts that were recorded."""
+    kept = load_around(runner.bundle)
+    if kept is None or "encode" not in runner.client.can:
+        return
+    name = runner.client.name
+    for aspect, wanted in kept.items():
+        kind, _, adapter = aspect.partition(OF)
+        if kind != TOKENIZER:
+            continue
+        case = f"tokens of texts{OF}{adapter}" if adapter else "tokens of texts"
+        odd = ""
+        for row in wanted["texts"]:
+            found = runner.client.encode(row["text"], adapter or None)
+            if found != row["ids"]:
+                odd = f"{case}: {name} reads {row['text'][:40]!r} as {_shown(found)}, expected "
+                odd += f"{_shown(row['ids'])}{_what(found, row)}"
+                break
+        yield Case(case, (), "failed" if odd else "passed", odd, kind="around", session=name)
+
+
+def _what(found: Sequence[int], row: Mapping[str, Any]) -> str:
+    wanted = row["ids"]
+    if found == row["plain"]:
+        return ": the special tokens are left out"
+    if found == wanted[1:]:
+        return f": the first token, {wanted[0]}, is left out"
+    if found == wanted[:-1]:
+        return f": the last token, {wanted[-1]}, is left out"
+    return ""
+
+
+def _shown(ids: Sequence[int]) -> str:
+    more = ", …" if len(ids) > _SHOWN else ""
+    return f"[{', '.join(map(str, ids[:_SHOWN]))}{more}]"
+

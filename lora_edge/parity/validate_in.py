@@ -1,0 +1,148 @@
+"""Validation in other runtimes: the golden cases, run by clients of their own."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from lora_edge import types as opt
+from lora_edge.bundle.bundle import Bundle, load_bundle
+from lora_edge.bundle.manifest import survival_line
+from lora_edge.clients.catalog import command_of
+from lora_edge.errors import DataError
+from lora_edge.names import NONE_ADAPTER
+from lora_edge.parity.compare import Tolerance
+from lora_edge.parity.drift import drifts
+from lora_edge.parity.engine import Settings, compared, cut, drifted, switched, unproved
+from lora_edge.parity.entries import check_entries
+from lora_edge.parity.inside import InsideRunner, tokens_in
+from lora_edge.parity.plan.plan import Depth
+from lora_edge.parity.plan.reach import reach_of
+from lora_edge.parity.record.environment import Opening, machine, versions
+from lora_edge.parity.record.golden import Golden, recorded
+from lora_edge.parity.record.journal import Journal
+from lora_edge.parity.report import Case, Report, Session
+
+Say = Callable[[str], None]
+
+
+def validate_in(
+    clients: Mapping[str, str | None],
+    bundle: str | os.PathLike[str] | Bundle,
+    *,
+    depth: Depth = "normal",
+    exact: bool = False,
+    progress: Say | None = None,
+) -> Report:
+    """Check that a bundle does in other runtimes what PyTorch does.
+
+    Each runs the bundle's golden cases by a driver that reads the adapters' files, feeds the graph
+    and keeps the cache by itself, and tokenizes the recorded texts where it has a tokenizer. Limits
+    and explanations are those of :func:`~lora_edge.parity.engine.validate`. Of a bundle of few bits
+    or of fp16 the graph in floats is compared with PyTorch, and the one that ships, in the client,
+    with that.
+
+    Args:
+        clients: name of a client, of :data:`~lora_edge.clients.catalog.CLIENTS`, or
+            ``command:PROGRAM`` -> where it is: an interpreter, or a folder with ``node_modules``;
+            ``None``: this one.
+        bundle: the bundle or its folder.
+        depth: ``quick``: short prompts and continuations; ``full``: every ordered pair of adapters
+            is switched between.
+        exact: leave out what int8 activations or float16 add.
+        progress: called with a line for each case.
+
+    Raises:
+        BundleError: a file of the bundle is damaged.
+        OptionError: an unknown client, or one that is not there; or the bundle has two graphs.
+        ProcessError: a client cannot open the bundle, or has died.
+        DataError: no client, or the bundle has no recorded outputs.
+    """
+    started = time.monotonic()
+    opt.one_of("depth", depth, ("quick", "normal", "full"))
+    opt.flag("exact", exact)
+    opt.called("progress", progress)
+    say = progress or opt.silent
+    commands = {name: command_of(name, place) for name, place in clients.items()}
+    if not commands:
+        raise DataError("no client was given", "Name one, such as node.")
+    target = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
+    target.verify_all()
+    settings = Settings(depth, 8 if depth == "quick" else None, 0, (), Tolerance())
+    goldens = [
+        cut(golden, settings)
+        for golden in recorded(target)
+        if depth != "quick" or not golden.probe.part
+    ]
+    if not goldens:
+        raise DataError(
+            f"{target.directory} has no recorded outputs to compare with",
+            "Export the bundle again, or validate with --reference.",
+        )
+    opening = Opening(tuple((name, "") for name in commands), {}, False, clients=commands)
+    cases: list[Case] = []
+    sessions: list[Session] = []
+    found_versions = versions()
+    for golden in goldens:
+        found_versions |= golden.versions
+    for name in commands:
+        runner = opening.runner(target, name, "")
+        assert isinstance(runner, InsideRunner)
+        with runner:
+            session, own = _session(runner, goldens, settings, say)
+            cases += own
+            sessions.append(session)
+            found_versions[name] = runner.client.about
+            if drifts(target.manifest) and not exact:
+                asked = [golden for golden in goldens if runner.takes(golden.probe)]
+                cases += _of(session, drifted(runner, session, opening, asked, say, ranging=False))
+    cases += check_entries(target)
+    names = tuple(sorted(set(target.manifest.adapters) - {NONE_ADAPTER}))
+    cases += unproved(target, names, goldens)
+    return Report(
+        bundle=str(target.directory),
+        mode=target.manifest.mode,
+        against="goldens",
+        adapters=names,
+        cases=tuple(cases),
+        versions=found_versions,
+        seconds=time.monotonic() - started,
+        sessions=tuple(sessions),
+        machine=machine(),
+        settings=settings.facts(),
+        base=target.manifest.base["name_or_path"],
+        command=_command(target, clients, depth, exact=exact),
+        reach=reach_of(target, goldens),
+        survival=survival_line(target.manifest),
+    )
+
+
+def _session(
+    runner: InsideRunner, goldens: Sequence[Golden], settings: Settings, say: Say
+) -> tuple[Session, list[Case]]:
+    """Everything but drift in one client."""
+    asked = [golden for golden in goldens if runner.takes(golden.probe)]
+    left_out = [golden.probe.name for golden in goldens if not runner.takes(golden.probe)]
+    session = runner.seen(left_out)
+    cases = list(tokens_in(runner))
+    for _, part in compared(runner, session, asked, Journal(None, {}), settings, say):
+        cases += part
+    return session, [*cases, *_of(session, switched(runner, asked, settings))]
+
+
+def _of(session: Session, cases: Sequence[Case]) -> list[Case]:
+    return [replace(case, session=session.name) for case in cases]
+
+
+def _command(
+    bundle: Bundle, clients: Mapping[str, str | None], depth: Depth, *, exact: bool
+) -> str:
+    words = ["lora-edge", "validate", str(bundle.directory)]
+    for name, place in clients.items():
+        words += ["--in", name]
+        words += ["--client", f"{name}={place}"] if place else []
+    words += [f"--{depth}"] * (depth != "normal") + ["--exact"] * exact
+    return shlex.join(words)
