@@ -65,7 +65,7 @@ export class Adapters {
   constructor(bundle, ort) {
     this.bundle = bundle;
     this.ort = ort;
-    this.half = bundle.manifest.precision === "fp16";
+    this.half = bundle.half;
     this.files = new Map();
     this.alone = new Map();
   }

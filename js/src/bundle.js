@@ -19,6 +19,9 @@ export class Bundle {
     this.options = options;
     /** The one graph that is run. */
     this.part = Object.values(manifest.parts)[0];
+    this.graph = options.graph ?? this.part.file;
+    /** Whether the graph computes in float16. */
+    this.half = manifest.precision === "fp16" && this.graph !== this.part.exact;
     this.bindings = new Adapters(this, ort);
     this.tokenizers = new Map();
     this.session = null;
@@ -50,7 +53,7 @@ export class Bundle {
   }
 
   async connect() {
-    const graph = this.options.graph ?? this.part.file;
+    const { graph } = this;
     const bytes = await this.verified(graph);
     const folder = graph.slice(0, graph.lastIndexOf("/") + 1);
     const settings = { ...this.options.session };
@@ -72,7 +75,7 @@ export class Bundle {
   emptyCache(batch) {
     const { cache } = this.part;
     if (!cache) throw new BundleError("this model has no cache; use outputs()");
-    const half = this.manifest.precision === "fp16";
+    const { half } = this;
     const empty = half ? new Uint16Array(0) : new Float32Array(0);
     const dims = [batch, cache.kv_heads, 0, cache.head_dim];
     const past = new this.ort.Tensor(half ? "float16" : "float32", empty, dims);

@@ -34,7 +34,7 @@ class Client:
 
     Attributes:
         about: the runtime and its version.
-        can: what it takes: of ``mixed``, ``blend``, ``rests``, ``encode``.
+        can: what it takes: of ``batch``, ``mixed``, ``blend``, ``rests``, ``encode``.
 
     Raises:
         ProcessError: it cannot be started, or cannot open the bundle.
@@ -53,20 +53,20 @@ class Client:
         self.about = str(told["about"])
         self.can = frozenset(map(str, told.get("can", ())))
 
-    def start(self, states: Sequence[State]) -> None:
-        """Begin new sequences with an empty cache; those from before are gone."""
-        self._process.ask("start", states=[dict(state) for state in states])
+    def start(self, states: Sequence[State], sequence: int = 0) -> None:
+        """Begin a batch with an empty cache; the one of that number from before is gone."""
+        self._process.ask("start", states=[dict(state) for state in states], sequence=sequence)
 
     def extend(
-        self, rows: Sequence[Sequence[int]], *, every: bool
+        self, rows: Sequence[Sequence[int]], *, every: bool, sequence: int = 0
     ) -> list[NDArray[np.float32]]:
-        """Append tokens to the sequences; a row without tokens rests.
+        """Append tokens to the rows of a batch; a row without tokens rests.
 
         Returns:
             Of each row ``[tokens, vocab]``, the logits after each new token, or after the last.
         """
         given = [list(map(int, row)) for row in rows]
-        return self._arrays(self._ask("extend", rows=given, every=every))
+        return self._arrays(self._ask("extend", rows=given, every=every, sequence=sequence))
 
     def outputs(
         self, rows: Sequence[Mapping[str, NDArray[Any]]], states: Sequence[State]

@@ -54,9 +54,7 @@ class InsideRunner(Runner):
             )
         super().__init__(bundle, exact=exact, session_cache=False)
         part = bundle.manifest.reads
-        self.client = Client(
-            name, command, bundle.directory, (exact and part.exact) or part.file
-        )
+        self.client = Client(name, command, bundle.directory, (exact and part.exact) or part.file)
         weakref.finalize(self, self.client.close)
         self._changed: set[str] = set()
 
@@ -86,7 +84,7 @@ class InsideRunner(Runner):
         needs = {
             "mixed": len(set(probe.states)) > 1,
             "blend": any(state and (len(state) > 1 or state[0][1] != 1) for state in probe.states),
-            "rests": bool(probe.rests),
+            "rests": bool(probe.rests) and "batch" in self.client.can,
         }
         return all(what in self.client.can for what, needed in needs.items() if needed)
 
@@ -104,18 +102,36 @@ class InsideRunner(Runner):
 
 
 class _Decoding:
-    """Sequences of one batch in a client; as much of a Decoding as comparing asks for."""
+    """Sequences of one batch in a client; as much of a Decoding as comparing asks for.
+
+    Where the client takes no batches, each row is one of its own.
+    """
 
     def __init__(self, client: Client, states: Sequence[Mapping[str, float]]) -> None:
         self._client = client
-        client.start(states)
+        whole = "batch" in client.can
+        self._batches = [list(range(len(states)))] if whole else [[i] for i in range(len(states))]
+        for sequence, rows in enumerate(self._batches):
+            client.start([states[row] for row in rows], sequence)
 
     def extend_all(self, rows: Sequence[Sequence[int]]) -> list[FloatArray]:
-        return self._client.extend(rows, every=True)
+        return self._extended(rows, every=True)
 
     def step(self, tokens: Sequence[int | None]) -> FloatArray:
         rows = [() if token is None else (token,) for token in tokens]
-        return np.stack([row[-1] for row in self._client.extend(rows, every=False)])
+        found = self._extended(rows, every=False)
+        width = max(row.shape[-1] for row in found)
+        return np.stack([row[-1] if row.size else np.zeros(width, np.float32) for row in found])
+
+    def _extended(self, rows: Sequence[Sequence[int]], *, every: bool) -> list[FloatArray]:
+        found: list[FloatArray] = []
+        for sequence, batch in enumerate(self._batches):
+            own = [rows[row] for row in batch]
+            if any(own):
+                found += self._client.extend(own, every=every, sequence=sequence)
+            else:  # it has ended
+                found.append(np.zeros((0, 0), np.float32))
+        return found
 
 
 class _Decoder:
@@ -141,13 +157,19 @@ class _Encoder:
             found: NDArray[np.float32] = self._own.run(feeds, binding)
             return found
         batch = len(next(iter(feeds.values())))
+        client = self._runner.client
         mask = feeds.get("attention_mask")
         ends = [None] * batch if mask is None else mask.sum(1).tolist()
         rows = [
             {name: array[index, : ends[index]] for name, array in feeds.items()}
             for index in range(batch)
         ]
-        outputs = self._runner.client.outputs(rows, _states(binding, batch))
+        states = _states(binding, batch)
+        if "batch" in client.can:
+            outputs = client.outputs(rows, states)
+        else:
+            pairs = zip(rows, states, strict=True)
+            outputs = [client.outputs([row], [state])[0] for row, state in pairs]
         shape = [max(sizes) for sizes in zip(*(x.shape for x in outputs), strict=True)]
         whole = np.zeros((batch, *shape), np.float32)
         for index, output in enumerate(outputs):
@@ -195,4 +217,3 @@ def _what(found: Sequence[int], row: Mapping[str, Any]) -> str:
 def _shown(ids: Sequence[int]) -> str:
     more = ", …" if len(ids) > _SHOWN else ""
     return f"[{', '.join(map(str, ids[:_SHOWN]))}{more}]"
-

@@ -6,20 +6,20 @@
  */
 export function orders(open, options, about) {
   let bundle = null;
-  let decoding = null;
+  const sequences = new Map();
   return {
     async open({ bundle: place, graph }) {
       bundle = await open(place, { ...options, graph });
-      const can = ["mixed", "blend", "rests", ...(options.Tokenizer ? ["encode"] : [])];
+      const can = ["batch", "mixed", "blend", "rests", ...(options.Tokenizer ? ["encode"] : [])];
       return { about: about(bundle), can };
     },
-    async start({ states }) {
-      decoding = await bundle.start(states.length, { adapter: states });
+    async start({ states, sequence }) {
+      sequences.set(sequence, await bundle.start(states.length, { adapter: states }));
       return {};
     },
-    async extend({ rows, every }) {
+    async extend({ rows, every, sequence }) {
       const size = bundle.part.vocab_size;
-      const found = await decoding.extend(rows, { every });
+      const found = await sequences.get(sequence).extend(rows, { every });
       return { arrays: found.map((data) => ({ data, dims: [data.length / size, size] })) };
     },
     async outputs({ rows, states }) {
