@@ -104,6 +104,16 @@ export class Bundle {
     return statesOf(adapter, batch, this.manifest);
   }
 
+  /**
+   * The adapter inputs of a batch, for whoever runs the graph by other means.
+   * @returns {Promise<object>} graph input -> tensor
+   */
+  async feeds(adapter = null, batch = 1) {
+    const binding = await this.bindings.binding(this.states(adapter, batch));
+    if (binding.byToken) throw new BundleError("an aLoRA's inputs depend on the tokens");
+    return { ...binding.fixed, ...binding.gates() };
+  }
+
   /** New token ids behind a prompt, one by one; ends at the model's end tokens. */
   async *generate(prompt, options = {}) {
     const { adapter = null, maxNewTokens = 64, temperature = 0, signal } = options;
@@ -245,7 +255,7 @@ export class Bundle {
  * @param {{ ort: object, Tokenizer?: Function, graph?: string, verify?: boolean, session?: object }} options
  */
 export async function open(place, options) {
-  if (!options?.ort?.InferenceSession) {
+  if (!options?.ort?.Tensor) {
     throw new BundleError("ort is missing: open(place, { ort }), of onnxruntime-node or -web");
   }
   const source = sourceOf(place);
@@ -258,6 +268,6 @@ export async function open(place, options) {
     throw new BundleError("encoder-decoders are not run here; lora-edge's own Runner runs them");
   }
   const bundle = new Bundle(source, options.ort, manifest, options);
-  await bundle.connect();
+  if (options.session !== false) await bundle.connect();
   return bundle;
 }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +45,19 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     "optimizations",
     type=click.Choice(["disable", "basic", "extended", "all"]),
     help="Level of ONNX Runtime's graph optimization (default all).",
+)
+@options.repeatable(
+    "--in",
+    "inside",
+    metavar="CLIENT",
+    help="Run the golden cases in another runtime: onnxruntime, openvino-ep, openvino, genai, "
+    "node, web, webgpu, transformers.js, or command:PROGRAM (docs/clients.md).",
+)
+@options.repeatable(
+    "--client",
+    "places",
+    metavar="CLIENT=WHERE",
+    help="Where a client of --in is: a Python that has it, or a folder with node_modules.",
 )
 @options.peft_files
 @click.option(
@@ -114,6 +129,8 @@ def command(
     provider_options: tuple[str, ...],
     allow_fallback: bool,
     optimizations: tuple[str, ...],
+    inside: tuple[str, ...],
+    places: tuple[str, ...],
     adapters: tuple[str, ...],
     steps: int | None,
     seed: int,
@@ -138,7 +155,7 @@ def command(
     than the --baseline; or int8 activations or float16 add more than they may.
     """
     from lora_edge.files.transaction import write_atomically
-    from lora_edge.parity import validate
+    from lora_edge.parity import validate, validate_in
     from lora_edge.parity.plan.examples import read_examples, read_prompts
     from lora_edge.reports import compare, html, junit, load_report, markdown
 
@@ -150,30 +167,43 @@ def command(
     earlier = None if baseline is None else load_report(baseline)
     if data and reference is None:
         raise click.UsageError("--eval needs --reference")
-    report = validate(
-        bundle,
-        reference,
-        adapters=named_paths(adapters),
-        provider=providers or "cpu",
-        provider_options=named_options(provider_options),
-        allow_fallback=allow_fallback,
-        optimization=optimizations or None,
-        depth=depth or "normal",
-        steps=steps,
-        seed=seed,
-        prompts=[] if prompts is None else [prompt.text for prompt in read_prompts(prompts)],
-        examples=[
-            dataclasses.replace(example, adapter=example.adapter or name)
-            for name, path in map(optional_name, data)
-            for example in read_examples(path)
-        ],
-        metric=metric,
-        resume=resume,
-        repro=repro,
-        exact=exact,
-        low_memory=low_memory,
-        progress=lambda line: click.echo(line, err=True),
-    )
+    say = partial(click.echo, err=True)
+    if inside:
+        _refuse_beside_clients(context)
+        report = validate_in(
+            clients_of(inside, named_options(places)),
+            bundle,
+            depth=depth or "normal",
+            exact=exact,
+            progress=say,
+        )
+    else:
+        if places:
+            raise click.UsageError("--client says where a client of --in is; give --in too")
+        report = validate(
+            bundle,
+            reference,
+            adapters=named_paths(adapters),
+            provider=providers or "cpu",
+            provider_options=named_options(provider_options),
+            allow_fallback=allow_fallback,
+            optimization=optimizations or None,
+            depth=depth or "normal",
+            steps=steps,
+            seed=seed,
+            prompts=[] if prompts is None else [prompt.text for prompt in read_prompts(prompts)],
+            examples=[
+                dataclasses.replace(example, adapter=example.adapter or name)
+                for name, path in map(optional_name, data)
+                for example in read_examples(path)
+            ],
+            metric=metric,
+            resume=resume,
+            repro=repro,
+            exact=exact,
+            low_memory=low_memory,
+            progress=say,
+        )
     found = report.to_data()
     worse = [] if earlier is None else compare(found, earlier)
     if json_file is not None:
@@ -190,3 +220,22 @@ def command(
         click.echo(f"worse: {each.text}")
     if not report.passed or worse:
         context.exit(1)
+
+
+def clients_of(names: Sequence[str], places: Mapping[str, str]) -> dict[str, str | None]:
+    """The clients that were asked for, each with its place, ``None`` where none was given."""
+    odd = sorted(set(places) - set(names))
+    if odd:
+        raise click.UsageError(f"--client {odd[0]}=... is given, and no --in {odd[0]}")
+    return {name: places.get(name) for name in names}
+
+
+def _refuse_beside_clients(context: click.Context) -> None:
+    """A client runs the recorded cases as they are, in a way of its own."""
+    allowed = {"bundle", "inside", "places", "depth", "exact", "baseline"}
+    files = {"json_file", "html_file", "junit_file", "markdown_file"}
+    given = click.core.ParameterSource.COMMANDLINE
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        if name not in allowed | files and context.get_parameter_source(name) == given:
+            raise click.UsageError(f"{parameter.opts[0]} cannot be given with --in")

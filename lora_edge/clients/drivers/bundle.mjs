@@ -10,7 +10,7 @@ export function orders(open, options, about) {
   return {
     async open({ bundle: place, graph }) {
       bundle = await open(place, { ...options, graph });
-      const can = ["batch", "mixed", "blend", "rests", ...(options.Tokenizer ? ["encode"] : [])];
+      const can = ["batch", "mixed", "blend", "rests", ...(options.Tokenizer ? ["encode", "nul"] : [])];
       return { about: about(bundle), can };
     },
     async start({ states, sequence }) {
