@@ -74,7 +74,7 @@ async function open(given) {
 /** A fresh page with the bundle open. */
 async function load() {
   await page.goto(address);
-  return page.evaluate( = await page.evaluate(
+  return page.evaluate(
     async ([at, graphFile, hasTokenizer, onGpu]) => {
       const ort = await import(`${at}/ort/${onGpu ? "ort.webgpu.min.mjs" : "ort.wasm.min.mjs"}`);
       ort.env.wasm.wasmPaths = `${at}/ort/`;
