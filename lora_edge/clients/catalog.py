@@ -72,6 +72,13 @@ CLIENTS = (
 """Every runtime that has a driver."""
 
 
+def label_of(name: str) -> str:
+    """What a client is called in a report: its name, or the files of a command."""
+    if not name.startswith(COMMAND):
+        return name
+    return " ".join(Path(word).name for word in shlex.split(name.removeprefix(COMMAND))[:2])
+
+
 def scripts() -> Path:
     """The folder of the package in JavaScript: in the wheel, or beside the sources."""
     own = _HERE.parent / "js"

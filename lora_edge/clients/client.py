@@ -42,8 +42,8 @@ class Client:
 
     def __init__(self, name: str, command: Sequence[str], bundle: Path, graph: str) -> None:
         self.name = name
-        self._answers = tempfile.TemporaryDirectory(prefix="lora-edge-client-")
         self._process = Process(name, command)
+        self._answers = tempfile.TemporaryDirectory(prefix="lora-edge-client-")
         self._file = Path(self._answers.name) / "answer"
         try:
             told = self._process.ask("open", bundle=str(bundle.resolve()), graph=graph)

@@ -40,11 +40,14 @@ class InsideRunner(Runner):
 
     Attributes:
         client: the driver.
+        exact: as given.
 
     Raises:
         OptionError: the bundle has two graphs.
         ProcessError: the client cannot be started, or cannot open the bundle.
     """
+
+    foreign = True
 
     def __init__(self, bundle: Bundle, command: Sequence[str], name: str, *, exact: bool) -> None:
         if len(bundle.manifest.parts) > 1:
@@ -54,8 +57,9 @@ class InsideRunner(Runner):
             )
         super().__init__(bundle, exact=exact, session_cache=False)
         part = bundle.manifest.reads
+        self.exact = exact
         self.client = Client(name, command, bundle.directory, (exact and part.exact) or part.file)
-        weakref.finalize(self, self.client.close)
+        self._end = weakref.finalize(self, self.client.close)
         self._changed: set[str] = set()
 
     @property
@@ -101,7 +105,7 @@ class InsideRunner(Runner):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.client.close()
+        self._end()
 
 
 class _Decoding:

@@ -8,12 +8,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from lora_edge import types as opt
 from lora_edge.bundle.bundle import Bundle, load_bundle
 from lora_edge.bundle.manifest import survival_line
-from lora_edge.clients.catalog import command_of
+from lora_edge.clients.catalog import command_of, label_of
 from lora_edge.errors import DataError
 from lora_edge.names import NONE_ADAPTER
+from lora_edge.parity.checks import compare
 from lora_edge.parity.compare import Tolerance
 from lora_edge.parity.drift import drifts
 from lora_edge.parity.engine import Settings, compared, cut, drifted, switched, unproved
@@ -25,8 +28,12 @@ from lora_edge.parity.record.environment import Opening, machine, versions
 from lora_edge.parity.record.golden import Golden, recorded
 from lora_edge.parity.record.journal import Journal
 from lora_edge.parity.report import Case, Report, Session
+from lora_edge.parity.subjects import subject_of
+from lora_edge.runtime import Runner
 
 Say = Callable[[str], None]
+
+_SAME = 1e-3  # logits of one graph, whose activations are rounded, in two runtimes
 
 
 def validate_in(
@@ -66,7 +73,7 @@ def validate_in(
     opt.flag("exact", exact)
     opt.called("progress", progress)
     say = progress or opt.silent
-    commands = {name: command_of(name, place) for name, place in clients.items()}
+    commands = {label_of(name): command_of(name, place) for name, place in clients.items()}
     if not commands:
         raise DataError("no client was given", "Name one, such as node.")
     target = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
@@ -128,9 +135,36 @@ def _session(
     left_out = [golden.probe.name for golden in goldens if not runner.takes(golden.probe)]
     session = runner.seen(left_out)
     cases = list(tokens_in(runner))
-    for _, part in compared(runner, session, asked, Journal(None, {}), settings, say):
-        cases += part
+    for golden, part in compared(runner, session, asked, Journal(None, {}), settings, say):
+        cases += _blamed(runner, golden, part, settings) if _failed(part) else part
     return session, [*cases, *_of(session, switched(runner, asked, settings))]
+
+
+def _failed(cases: Sequence[Case]) -> bool:
+    return any(case.status == "failed" for case in cases)
+
+
+def _blamed(
+    runner: InsideRunner, golden: Golden, cases: Sequence[Case], settings: Settings
+) -> list[Case]:
+    """The cases of a golden that failed, and what lora-edge's own runner makes of it."""
+    own = compare(Runner(runner.bundle, exact=runner.exact), golden, settings.tolerance)
+    if _failed(own):
+        said = "lora-edge's own runner is wrong here too: it is the bundle, or this machine"
+    else:
+        said = f"lora-edge's own runner is right with the same files: it is {runner.client.name}"
+    part = runner.bundle.manifest.reads
+    if part.exact and runner.exact and not golden.probe.part:
+        fast = Runner(runner.bundle)
+        subject = subject_of(runner.bundle.manifest)
+        found, ships = (subject.observe(x, golden.probe, golden.tails) for x in (runner, fast))
+        if all(np.allclose(a, b, atol=_SAME) for a, b in zip(found, ships, strict=True)):
+            said = f"it gives what {part.file} gives, which rounds its activations: {part.exact} "
+            said += "was asked for"
+    return [
+        replace(case, reason=f"{case.reason}; {said}") if case.status == "failed" else case
+        for case in cases
+    ]
 
 
 def _of(session: Session, cases: Sequence[Case]) -> list[Case]:

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -105,6 +105,9 @@ class Runner:
         ProviderError: the provider is not available, does not start, or would leave work on floats
             to the CPU.
     """
+
+    foreign: ClassVar[bool] = False
+    """Its graph runs in another runtime, which cannot be given other tensors for an adapter."""
 
     def __init__(
         self,

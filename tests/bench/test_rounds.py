@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from lora_edge.bench.plan import Entry, Figure, Plan, Settings, Taker
-from lora_edge.clients.process import Process
 from lora_edge.bench.results import results
 from lora_edge.bench.rounds import check_alike, run_round
+from lora_edge.clients.process import Process
 from lora_edge.errors import ParityError
 from lora_edge.reports.bench import chart, load_bench, markdown, table
 

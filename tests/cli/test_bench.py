@@ -15,12 +15,12 @@ import jsonschema
 import pytest
 
 from lora_edge.bench.plan import Entry, Figure, Plan, Settings, Taker
-from lora_edge.clients.process import ProcessError, Process
 from lora_edge.bench.rivals import RIVALS, Given, Rival, rival
 from lora_edge.bench.run import tried
 from lora_edge.bench.standard import FIGURES, Choices, chosen_adapter, standard_plan
 from lora_edge.bundle.bundle import Bundle, load_bundle
 from lora_edge.bundle.manifest import Manifest
+from lora_edge.clients.process import Process, ProcessError
 from lora_edge.errors import DataError, OptionError
 from tests.support.commands import Cli
 from tests.support.paths import ROOT

@@ -167,13 +167,13 @@ class Experiments:
             for other in self.others:
                 if other != names[0]:
                     yield f"the bundle's {other} does what {names[0]} should", self._in(only(other))
-        for name in names:
+        for name in () if self.runner.foreign else names:
             for clause, tensors in repairs(self._tensors(name)):
                 yield f"{name}: {clause}", self._with({name: tensors})
 
     def scaled(self) -> Iterator[tuple[str, int, Scaled]]:
         """Each adapter with its B multiplied."""
-        if not self._switchable:
+        if not self._switchable or self.runner.foreign:
             return
         for name, _ in self.state:
             own = self._tensors(name)

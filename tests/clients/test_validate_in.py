@@ -1,0 +1,159 @@
+"""Validation in other runtimes, by the driver that needs no more than this environment."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+import lora_edge
+from lora_edge.bundle.bundle import load_bundle
+from lora_edge.clients.catalog import COMMAND
+from lora_edge.clients.process import ProcessError
+from lora_edge.errors import BundleError, DataError, OptionError
+from lora_edge.parity.report import Report
+from lora_edge.parity.validate_in import validate_in
+from lora_edge.reports import html, junit, markdown
+from tests.reports.test_formats import SCHEMA
+from tests.support.examples import examples
+from tests.support.faulty_client import FAULTS
+from tests.support.kinds import make_kinds
+from tests.support.paths import MODELS, ROOT
+
+PLAIN = "onnxruntime"
+ECHO = {name: MODELS / "adapters" / name for name in ("echo", "mirror", "shout")}
+# Fault -> the case that shows it, and what is said of it.
+SAID = {
+    "not fed": ("adapter echo", "the adapter does nothing: the outputs are the base's"),
+    "none for one": ("adapter shout", "the adapter does nothing: the outputs are the base's"),
+    "exchanged": ("adapter echo", "the bundle's mirror does what echo should"),
+    "one factor": ("adapter echo", "of the effect"),
+    "another rank": ("adapter echo", "part of the effect is missing or wrong"),
+    "batch": ("base", "the rows of a batch are not kept apart"),
+    "stale cache": ("base", "the KV cache, or the positions of decode steps"),
+    "fifth position": ("base", "right before position 5 in every row"),
+    "first token lost": ("tokens of texts", "the special tokens are left out"),
+    "another graph": ("base", "onnx/exact.onnx was asked for"),
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    found: dict[str, Path] = {}
+
+    def make(precision: Any) -> Path:
+        if precision not in found:
+            output = tmp_path_factory.mktemp(precision) / "bundle"
+            lora_edge.export(MODELS / "tiny-llama", ECHO, output=output, precision=precision)
+            found[precision] = output
+        return found[precision]
+
+    return make
+
+
+def _failing(fault: str, bundle: Path) -> Report:
+    program = shlex.join([sys.executable, str(ROOT / "tests/support/faulty_client.py"), fault])
+    return validate_in({COMMAND + program: None}, bundle, depth="quick")
+
+
+@pytest.mark.parametrize("precision", examples(["fp32", "int4", "fp16"], ["fp32", "int4"]))
+def test_plain_onnxruntime_does_what_the_runner_does(
+    precision: str, made: Callable[[str], Path]
+) -> None:
+    bundle = made(precision)
+    found = validate_in({PLAIN: None}, bundle)
+    assert found.passed, found.table()
+    (session,) = found.sessions
+    assert session.name == PLAIN
+    assert session.client.startswith("onnxruntime 1.")
+    own = lora_edge.validate(bundle)
+    kinds = {"adapter", "base", "blend", "mixed", "switch", "drift"}
+    assert [case.name for case in found.cases if case.kind in kinds] == [
+        case.name for case in own.cases if case.kind in kinds
+    ]
+    assert all(case.session == PLAIN for case in found.cases if case.kind in kinds)
+
+
+def test_every_kind_of_adapter(tmp_path: Path) -> None:
+    names = ("dora", "lora-bias", "saved-norms", "embedding", "tokens", "alora")
+    base, adapters = make_kinds("llama", tmp_path, names)
+    lora_edge.export(base, adapters, output=tmp_path / "out")
+    found = validate_in({PLAIN: None}, tmp_path / "out")
+    assert found.passed, found.table()
+    assert {f"adapter {name}" for name in names} <= {case.name for case in found.cases}
+
+
+def test_heads_of_unequal_sizes(tmp_path: Path) -> None:
+    folder = MODELS / "classifiers"
+    heads = {name: folder / name for name in ("claims", "letters")}
+    lora_edge.export(MODELS / "tiny-bert", heads, output=tmp_path / "out")
+    found = validate_in({PLAIN: None}, tmp_path / "out")
+    assert found.passed, found.table()
+
+
+@pytest.mark.parametrize("fault", SAID)
+def test_a_fault_of_a_client_is_found_and_explained(
+    fault: str, made: Callable[[str], Path]
+) -> None:
+    found = _failing(fault, made("int4" if fault == "another graph" else "fp32"))
+    assert not found.passed
+    name, said = SAID[fault]
+    case = next(case for case in found.failures if case.name == name)
+    assert said in case.reason
+    right = "lora-edge's own runner is right with the same files: it is python"
+    assert fault in ("first token lost", "another graph") or right in case.reason
+
+
+def test_each_fault_is_tried() -> None:
+    assert {*SAID, "dies"} == set(FAULTS)
+
+
+def test_a_client_that_dies_is_told_with_what_it_said(made: Callable[[str], Path]) -> None:
+    with pytest.raises(
+        ProcessError, match=r"python.* faulty_client\.py: its process died: .*memory"
+    ):
+        _failing("dies", made("fp32"))
+
+
+@pytest.mark.parametrize(
+    "file", ["genai_config.json", "config.json", "adapters/echo/adapter.onnx_adapter"]
+)
+def test_a_file_that_was_changed_is_found_before_a_client_reads_it(
+    file: str, made: Callable[[str], Path], tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(made("fp32"), tmp_path / "bundle"))
+    content = (bundle / file).read_bytes()
+    if file.endswith("_adapter"):
+        content = (bundle / "adapters/mirror/adapter.onnx_adapter").read_bytes()
+    (bundle / file).write_bytes(content + b" " * (not file.endswith("_adapter")))
+    with pytest.raises(BundleError, match=f"{file} differs from its hash"):
+        validate_in({PLAIN: None}, bundle)
+
+
+def test_the_reports_show_it(made: Callable[[str], Path]) -> None:
+    report = _failing("not fed", made("fp32"))
+    data = json.loads(report.to_json())
+    jsonschema.validate(data, SCHEMA)
+    client = data["sessions"][0]["client"]
+    assert client.startswith("onnxruntime 1.")
+    for written in (html(data, []), junit(data, []), markdown(data, [])):
+        assert "faulty_client.py" in written
+    assert client in html(data, [])
+
+
+def test_what_is_missing_is_told(made: Callable[[str], Path]) -> None:
+    with pytest.raises(DataError, match="no client"):
+        validate_in({}, made("fp32"))
+    bundle = load_bundle(made("fp32"))
+    parts = {**bundle.manifest.parts, "encoder": bundle.manifest.parts["decoder"]}
+    two = dataclasses.replace(bundle.manifest, parts=parts)
+    with pytest.raises(OptionError, match="encoder-decoders are not run in clients"):
+        validate_in({PLAIN: None}, dataclasses.replace(bundle, manifest=two))
