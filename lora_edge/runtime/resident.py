@@ -149,12 +149,12 @@ class SizedCache:
             self._pinned |= set(keys)
 
     def clear(self, unwanted: Callable[[Key], bool]) -> None:
-        """Let the values of some keys go, pinned or not."""
+        """Let the values of some keys go, pinned or not; none of them is pinned any more."""
         gone = []
         with self._lock:
+            self._pinned = {key for key in self._pinned if not unwanted(key)}
             for key in [key for key in self._entries if unwanted(key)]:
                 gone.append(self._drop(key))
-                self._pinned.discard(key)
 
     def report(self) -> Resident:
         """What is here, of a Runner's kinds."""

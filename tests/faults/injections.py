@@ -22,8 +22,8 @@ from lora_edge.adapter.load import load_adapter
 from lora_edge.bundle.bundle import load_bundle
 from lora_edge.bundle.onnx_adapter import read_adapter, write_adapter
 from lora_edge.names import lora_input
-from lora_edge.runtime.adapters.active import ActiveAdapters
 from lora_edge.runtime.adapters.binding import Binding, Tensors, TokenGates
+from lora_edge.runtime.adapters.snapshot import Snapshot
 from lora_edge.runtime.caches import ConcatenatedCache, SharedCache
 from lora_edge.runtime.decoding import Decoding
 from lora_edge.runtime.encoder import Encoder
@@ -433,7 +433,7 @@ def gates_leaking() -> AbstractContextManager[Any]:
 def weights_ignored() -> AbstractContextManager[Any]:
     """A blend adds up its adapters at weight 1."""
     return replaced(
-        ActiveAdapters, "_blend", lambda real, self, parts: real(self, [(n, 1.0) for n, _ in parts])
+        Snapshot, "_blend", lambda real, self, parts: real(self, [(n, 1.0) for n, _ in parts])
     )
 
 
@@ -444,9 +444,9 @@ def switch_ignored() -> AbstractContextManager[Any]:
     def alike(real: Any, self: Any, state: Any) -> Binding:
         if not state or len(state) > 1:
             return real(self, state)
-        return bound.setdefault(id(self), real(self, state))
+        return bound.setdefault(id(self.tensors), real(self, state))
 
-    return replaced(ActiveAdapters, "_alike", alike)
+    return replaced(Snapshot, "_alike", alike)
 
 
 def stale_cache() -> AbstractContextManager[Any]:
@@ -573,13 +573,13 @@ def third_dropped() -> AbstractContextManager[Any]:
     def blend(real: Any, self: Any, parts: Any) -> Any:
         return real(self, parts[:2] if any(weight != 1 for _, weight in parts) else parts)
 
-    return replaced(ActiveAdapters, "_blend", blend)
+    return replaced(Snapshot, "_blend", blend)
 
 
 def signs_dropped() -> AbstractContextManager[Any]:
     """A blend adds what it should take away."""
     return replaced(
-        ActiveAdapters,
+        Snapshot,
         "_blend",
         lambda real, self, parts: real(self, [(name, abs(weight)) for name, weight in parts]),
     )
@@ -599,15 +599,15 @@ def stale_after_mixed() -> AbstractContextManager[Any]:
     left: dict[int, Any] = {}
 
     def rows(real: Any, self: Any, states: Any) -> Any:
-        left[id(self)] = states[0]
+        left[id(self.tensors)] = states[0]
         return real(self, states)
 
     def alike(real: Any, self: Any, state: Any) -> Any:
-        return real(self, state if state else left.pop(id(self), state))
+        return real(self, state if state else left.pop(id(self.tensors), state))
 
     stack = ExitStack()
-    stack.enter_context(replaced(ActiveAdapters, "_rows", rows))
-    stack.enter_context(replaced(ActiveAdapters, "_alike", alike))
+    stack.enter_context(replaced(Snapshot, "_rows", rows))
+    stack.enter_context(replaced(Snapshot, "_alike", alike))
     return stack
 
 

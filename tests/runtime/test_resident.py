@@ -38,6 +38,15 @@ def test_what_is_pinned_stays_and_counts() -> None:
     assert cache.report().adapters == {"0": 60}
 
 
+def test_what_was_cleared_is_not_pinned_when_it_comes_again() -> None:
+    cache = SizedCache(100)
+    cache.pin([(ADAPTER, 0, "0")])
+    cache.clear(lambda key: key[1] == 0)
+    cache.keep((ADAPTER, 0, "0"), 0, 60)
+    cache.keep((ADAPTER, 1, "1"), 1, 60)
+    assert names(cache) == ["1"]
+
+
 def test_what_is_too_large_is_used_and_not_kept() -> None:
     cache = filled(100, 50)
     assert cache.get_or_make((ADAPTER, 0, "big"), lambda: ("made", 101)) == "made"

@@ -1,25 +1,23 @@
 """Adapter states -> what is bound: off, one adapter, a blend, or one of these for every row.
 
-Knows the bundle's adapters and how their factors combine; knows nothing of sessions or tokens.
+Knows the bundle's adapters and which tensors are theirs now; knows nothing of sessions or tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lora_edge.bundle.bundle import Bundle
-from lora_edge.bundle.onnx_adapter import parse_adapter
-from lora_edge.errors import AdapterNotFoundError, BundleError, DataError
-from lora_edge.maths.lora import Head, SiteChange, concatenate
-from lora_edge.names import NONE_ADAPTER, SELECT
-from lora_edge.runtime.adapters.binding import Binding, Changes, State, Tensors, TokenGates, Values
-from lora_edge.runtime.adapters.by_row import stacked
+from lora_edge.errors import AdapterNotFoundError, DataError
+from lora_edge.names import NONE_ADAPTER
+from lora_edge.runtime.adapters.binding import Binding, Changes, State, Tensors
 from lora_edge.runtime.adapters.changes import parse_changes
-from lora_edge.runtime.resident import ADAPTER, CACHE_BYTES, COMBINED, Key, SizedCache
+from lora_edge.runtime.adapters.snapshot import Snapshot
+from lora_edge.runtime.resident import ADAPTER, CACHE_BYTES, COMBINED, SizedCache
 
 Choice = str | Mapping[str, float] | None
 """What one row may ask for: off (None), an adapter's name, or a blend ``{name: weight}``."""
@@ -27,25 +25,7 @@ Choice = str | Mapping[str, float] | None
 AdapterArgument = Choice | Sequence[Choice]
 """One choice for all rows, or a list with one per row."""
 
-_BINDINGS = 16  # weights of one adapter, or orders of rows, whose bindings are kept
 _LARGEST = float(np.finfo(np.float32).max)
-
-
-@dataclass(frozen=True)
-class _Resident:
-    """Adapters in memory: one, a blend, or those of a mixed batch side by side.
-
-    Attributes:
-        changes: what one adapter changes; empty for several.
-        values: the factors and stacked vectors that are bound.
-        ranks: module path -> rank of each of several adapters there.
-        bindings: by weight, or by the states of the rows.
-    """
-
-    changes: Changes
-    values: Values
-    ranks: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    bindings: SizedCache = field(default_factory=lambda: SizedCache(_BINDINGS))
 
 
 class ActiveAdapters:
@@ -53,7 +33,7 @@ class ActiveAdapters:
 
     One adapter is bound as it was loaded: switching is a change of pointers. Blends and mixed
     batches are concatenated along the rank and stacked. The last used ones stay in memory, and with
-    them what was bound.
+    them what was bound. Safe to use from several threads.
 
     Args:
         bundle: the bundle; files are verified against its manifest as they are read.
@@ -72,11 +52,11 @@ class ActiveAdapters:
         self._bundle = bundle
         self._tensors = tensors
         self._cache = SizedCache(CACHE_BYTES) if cache is None else cache
-        self._overrides: dict[str, Changes] = {}
-        self._generation = 0  # of the overrides: what was made under another is not found any more
         self._keep = frozenset(keep)
-        self._pin()
-        self._nothing = tensors.off()
+        self._overriding = Lock()
+        # Whoever binds reads this once: an override puts another in its place.
+        self._now = Snapshot(bundle, tensors, self._cache, tensors.off())
+        self._pin(self._now)
 
     def binding(self, adapter: AdapterArgument, batch: int) -> Binding:
         """What to bind for a batch.
@@ -96,11 +76,7 @@ class ActiveAdapters:
 
     def binding_of(self, states: tuple[State, ...]) -> Binding:
         """As :meth:`binding`, of the canonical state of every row."""
-        if self._bundle.manifest.mode == "merged":
-            return self._nothing
-        if len(set(states)) == 1:
-            return self._alike(states[0])
-        return self._rows(states)
+        return self._now.binding_of(states)
 
     def by_row(self, states: tuple[State, ...]) -> Binding:
         """What to bind for unlike rows to a graph whose A and B have an axis of rows.
@@ -108,25 +84,7 @@ class ActiveAdapters:
         Raises:
             BundleError: an adapter's file is damaged, or it was made for another base.
         """
-        return self._cache.get_or_make(
-            (COMBINED, self._generation, states, "by row"), lambda: self._under(states)
-        )
-
-    def _under(self, states: tuple[State, ...]) -> tuple[Binding, int]:
-        """Adapters of rows one under the other, and their bytes."""
-        changes = {
-            state: self.changes(state[0][0]) if _plain(state) else self._blend(state)
-            for state in set(states)
-        }
-        found = stacked(self._tensors.sites, [changes[state] for state in states])
-        arrays = {name: self._tensors.cast(array) for name, array in found.items()}
-        own = {
-            name: array
-            for name, array in arrays.items()
-            if name == SELECT or (name.endswith((".A", ".B")) and len(array) == len(states))
-        }
-        values = {name: self._tensors.value(array) for name, array in arrays.items()}
-        return Binding(states, values, own), sum(array.nbytes for array in arrays.values())
+        return self._now.by_row(states)
 
     def states(self, adapter: AdapterArgument, batch: int) -> tuple[State, ...]:
         """The canonical state of every row; raises as :meth:`binding`, except for damaged files."""
@@ -148,16 +106,16 @@ class ActiveAdapters:
         """Load an adapter, of a switchable bundle; raises as :meth:`binding`."""
         self._bundle.adapter(name)
         if self._bundle.manifest.mode == "switchable":
-            self._resident(name)
+            self.changes(name)
 
     def changes(self, name: str) -> Changes:
         """What an adapter changes at the sites that it touches; raises as :meth:`binding`."""
-        return self._resident(name).changes
+        return self._now.changes(name)
 
     @property
     def generation(self) -> int:
         """A number that changes when an adapter's tensors do."""
-        return self._generation
+        return self._now.generation
 
     def override(self, name: str, tensors: Mapping[str, NDArray[np.floating]] | None) -> None:
         """Use other tensors for an adapter from now on, in this process only.
@@ -181,20 +139,16 @@ class ActiveAdapters:
         loaded = None
         if tensors is not None:
             loaded = parse_changes(f"override of {name!r}", tensors, self._tensors.sites)
-        if loaded is None:
-            self._overrides.pop(name, None)
-        else:
-            self._overrides[name] = loaded
-        self._generation += 1
-        self._pin()
-        now = self._generation
-        self._cache.clear(lambda key: key[0] in (ADAPTER, COMBINED) and key[1] != now)
+        with self._overriding:
+            now = self._now.overridden(name, loaded)
+            self._pin(now)
+            self._now = now
+            self._cache.clear(
+                lambda key: key[0] in (ADAPTER, COMBINED) and key[1] != now.generation
+            )
 
-    def _pin(self) -> None:
-        self._cache.pin([self._key(name) for name in self._keep])
-
-    def _key(self, name: str) -> Key:
-        return ADAPTER, self._generation, name
+    def _pin(self, snapshot: Snapshot) -> None:
+        self._cache.pin([snapshot.key(name) for name in self._keep])
 
     def _state(self, choice: Choice) -> State:
         merged = self._bundle.manifest.mode == "merged"
@@ -244,177 +198,3 @@ class ActiveAdapters:
                 "Export with mode='switchable' to weight, blend or switch adapters.",
             )
         return ()
-
-    def _alike(self, state: State) -> Binding:
-        heads, labels = self._heads((state,))
-        if not state and not heads[0]:
-            return self._nothing
-        if not state:
-            return Binding(((),), {**self._nothing.values, **heads[0]}, labels=labels)
-        if len(state) == 1:
-            name, weight = state[0]
-            resident = self._resident(name)
-        else:
-            name, weight = "", 1.0
-            resident = self._cache.get_or_make(
-                (COMBINED, self._generation, state), lambda: self._blended(state)
-            )
-        if heads[0]:
-            return self._one(resident, state, name, weight, heads[0], labels)
-        return resident.bindings.get_or_make(
-            (weight,), lambda: (self._one(resident, state, name, weight, {}, ()), 1)
-        )
-
-    def _one(
-        self,
-        resident: _Resident,
-        state: State,
-        name: str,
-        weight: float,
-        heads: Values,
-        labels: tuple[int, ...],
-    ) -> Binding:
-        """All rows in one state: an adapter at a weight, or a blend, which has no name."""
-        gates = None
-        invocation = self._bundle.adapter(name).invocation if name else ()
-        if invocation:
-            layouts: dict[tuple[int, ...], tuple[str, ...]] = {(1,): self._tensors.gates}
-            weights = np.full((1, 1), weight, np.float32)
-            gates = TokenGates(weights, (invocation,), layouts, self._tensors)
-        everything = {**resident.values, **self._tensors.weight(weight), **heads}
-        return Binding((state,), everything, token_gates=gates, labels=labels)
-
-    def _rows(self, states: tuple[State, ...]) -> Binding:
-        names = tuple(sorted({name for state in states for name, _ in state}))
-        resident = self._cache.get_or_make(
-            (COMBINED, self._generation, names), lambda: self._together(names)
-        )
-        if self._tensors.heads:
-            return self._mixed(resident, states, names)
-        return resident.bindings.get_or_make(
-            states, lambda: (self._mixed(resident, states, names), 1)
-        )
-
-    def _mixed(
-        self, resident: _Resident, states: tuple[State, ...], names: tuple[str, ...]
-    ) -> Binding:
-        """Rows in unlike states."""
-        weights = np.zeros((len(states), len(names)), np.float32)
-        for row, state in enumerate(states):
-            for name, weight in state:
-                weights[row, names.index(name)] = weight
-        by_row, arrays = self._tensors.row_weights(resident.ranks, weights)
-        heads, labels = self._heads(states)
-        invocations = tuple(self._bundle.adapter(name).invocation for name in names)
-        gates = None
-        if any(invocations):
-            layouts = self._tensors.layouts(resident.ranks)
-            gates = TokenGates(weights, invocations, layouts, self._tensors)
-        values = {**resident.values, **by_row, **heads[0]}
-        return Binding(states, values, {**arrays, **heads[1]}, gates, labels)
-
-    def _heads(
-        self, states: tuple[State, ...]
-    ) -> tuple[tuple[Values, Mapping[str, NDArray[np.floating]]], tuple[int, ...]]:
-        """The task heads of the rows, their arrays, and each row's number of labels."""
-        values: Values = {}
-        arrays: dict[str, NDArray[np.floating]] = {}
-        labels: tuple[int, ...] = ()
-        for path in self._tensors.heads:
-            heads = [self._head(state, path) for state in states]
-            made, own = self._tensors.head(heads, path)
-            values, arrays = values | made, arrays | own
-            labels = tuple(head.labels for head in heads)
-        return (values, arrays), labels
-
-    def _head(self, state: State, path: str) -> Head:
-        base = self.changes(NONE_ADAPTER).get(path, SiteChange()).head
-        own = [self.changes(name).get(path, SiteChange()).head for name, _ in state]
-        head = next((head for head in own if head is not None), base)
-        if head is None:
-            raise DataError(
-                f"the base has no task head {path}, and no adapter that brings one was chosen",
-                f"Choose an adapter: {', '.join(sorted(self._bundle.manifest.adapters))}",
-            )
-        return head
-
-    def _blend(self, parts: Sequence[tuple[str, float]]) -> dict[str, SiteChange]:
-        """The weighted sum of adapters: pairs side by side, vectors added."""
-        together = {}
-        loaded = [(self.changes(name), weight) for name, weight in parts]
-        for path in self._tensors.sites:
-            touching = [(x[path], weight) for x, weight in loaded if path in x]
-            pairs = [(x.factors, w) for x, w in touching if x.factors is not None]
-            together[path] = SiteChange(
-                factors=concatenate(pairs) if pairs else None,
-                bias=_weighted([(x.bias, w) for x, w in touching]),
-                weight=_weighted([(x.weight, w) for x, w in touching]),
-            )
-        return together
-
-    def _blended(self, state: State) -> tuple[_Resident, int]:
-        """A blend, and its bytes."""
-        blend = self._blend(state)
-        values = self._tensors.changes(blend, [blend])
-        return _Resident({}, values), _bytes(blend) + self._tensors.copied(values)
-
-    def _together(self, names: tuple[str, ...]) -> tuple[_Resident, int]:
-        """Adapters side by side, for rows in unlike states, and their bytes."""
-        together = self._blend([(name, 1.0) for name in names])
-        each = [self.changes(name) for name in names]
-        values = self._tensors.changes(together, each)
-        ranks = {
-            path: [change.get(path, SiteChange()).rank for change in each]
-            for path in self._tensors.sites
-        }
-        return _Resident({}, values, ranks), _bytes(together) + self._tensors.copied(values)
-
-    def _resident(self, name: str) -> _Resident:
-        """One adapter."""
-        found: _Resident = self._cache.get_or_make(self._key(name), lambda: self._loaded(name))
-        return found
-
-    def _loaded(self, name: str) -> tuple[_Resident, int]:
-        changes = self._overrides.get(name)
-        if changes is None:
-            changes = self._read(name)
-        values = self._tensors.changes(changes, [changes])
-        return _Resident(changes, values), _bytes(changes) + self._tensors.copied(values)
-
-    def _read(self, name: str) -> Changes:
-        entry = self._bundle.adapter(name)
-        base = self._bundle.manifest.base["fingerprint"]
-        if entry.base_fingerprint != base:
-            raise BundleError(
-                f"adapter {name!r} was exported for the base {entry.base_fingerprint}, "
-                f"the bundle's base is {base}",
-                f"Add it again: lora-edge add {self._bundle.directory} -a {name}=PEFT_DIRECTORY",
-            )
-        source = str(self._bundle.path(entry.file))
-        tensors = parse_adapter(self._bundle.read(entry.file), source)
-        return parse_changes(source, tensors, self._tensors.sites)
-
-
-def _plain(state: State) -> bool:
-    """One adapter as it is."""
-    return len(state) == 1 and state[0][1] == 1.0
-
-
-def _weighted(
-    parts: Sequence[tuple[NDArray[np.float32] | None, float]],
-) -> NDArray[np.float32] | None:
-    terms = [np.float32(weight) * vector for vector, weight in parts if vector is not None]
-    return sum(terms[1:], terms[0]) if terms else None
-
-
-def _bytes(changes: Changes) -> int:
-    """Bytes of all arrays."""
-    total = 0
-    for change in changes.values():
-        arrays = [*change.stacked().values()]
-        if change.factors is not None:
-            arrays += [change.factors.A, change.factors.B]
-        if change.head is not None:
-            arrays += [change.head.W, change.head.c]
-        total += sum(array.nbytes for array in arrays if array is not None)
-    return total

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -362,6 +366,71 @@ def test_bad_overrides_change_nothing(tiny: Any, runners: dict[str, Runner]) -> 
     with pytest.raises(DataError, match="cannot be replaced"):
         runners["merged"].override("alpha", tiny.tensors({}))
     np.testing.assert_array_equal(runner.logits([[1, 2]], adapter="beta"), before)
+
+
+@pytest.fixture
+def often_switched() -> Iterator[None]:
+    """Threads take turns as often as they can."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(usual)
+
+
+def test_a_binding_is_of_one_moment_whatever_is_overridden_while_it_is_made(
+    tiny: Any, bundle: Bundle
+) -> None:
+    loaded, overridden = Event(), Event()
+
+    class Slow(Tensors):
+        loads = 0
+
+        def changes(self, *changes: Any) -> Any:
+            self.loads += 1
+            if self.loads == 2:  # both were read, and their ranks are read next
+                loaded.set()
+                assert overridden.wait(60)
+            return super().changes(*changes)
+
+    states = ["alpha", "beta"]
+    expected = active(bundle).binding(states, 2)
+    adapters = ActiveAdapters(bundle, Slow(bundle.manifest.sites), SizedCache(0))
+    with ThreadPoolExecutor() as pool:
+        binding = pool.submit(adapters.binding, states, 2)
+        assert loaded.wait(60)
+        adapters.override("beta", tiny.tensors(tiny.adapters["alpha"]))
+        overridden.set()
+        found = binding.result(60)
+
+    def differing(one: Any) -> list[str]:
+        return [
+            name
+            for name, value in expected.values.items()
+            if not np.array_equal(value.numpy(), one.values[name].numpy())
+        ]
+
+    assert differing(found) == []
+    assert differing(adapters.binding(states, 2))
+
+
+@pytest.mark.usefixtures("often_switched")
+def test_threads_that_override_lose_nothing_of_each_other(tiny: Any, bundle: Bundle) -> None:
+    adapters, names, times = active(bundle), ["alpha", "beta", "readout"], 100
+    other = tiny.tensors(tiny.adapters["readout"])
+
+    def override(name: str) -> None:
+        for time in range(times):
+            adapters.override(name, None if time % 2 else other)
+        adapters.override(name, other)
+
+    with ThreadPoolExecutor(len(names)) as pool:
+        list(pool.map(override, names))
+    assert adapters.generation == len(names) * (times + 1)
+    expected = active(bundle).changes("readout")["lm_head"].factors
+    for name in names:
+        found = adapters.changes(name)
+        assert set(found) == {"lm_head"}
+        np.testing.assert_array_equal(found["lm_head"].factors.B, expected.B)
 
 
 def test_a_merged_bundle_runs_its_adapter_only(tiny: Any, runners: dict[str, Runner]) -> None:
