@@ -24,7 +24,8 @@ import jinja2.utils
 import numpy as np
 
 from lora_edge.errors import DataError
-from lora_edge.runtime.text.sandbox import UNITS, Meter, Sandbox, TemplateLimitError, metered
+from lora_edge.runtime.text.meter import UNITS, Meter, TemplateLimitError, metered
+from lora_edge.runtime.text.sandbox import Sandbox
 from lora_edge.runtime.text.text import Message
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
