@@ -15,6 +15,7 @@ from lora_edge.errors import BundleError
 from lora_edge.files.spilled import by_rows
 from lora_edge.maths.lora import FloatArray
 from lora_edge.names import NONE_ADAPTER, SELECT, lora_input
+from lora_edge.parity.case import Case
 from lora_edge.parity.compare import Expected, Tolerance, expect, judge, limits, measure
 from lora_edge.parity.entries import contradiction
 from lora_edge.parity.explain.diagnosis import diagnose
@@ -22,7 +23,6 @@ from lora_edge.parity.explain.experiments import Experiments
 from lora_edge.parity.explain.failure import Failure, errors_of, within
 from lora_edge.parity.plan.states import Probe, Row, State, label
 from lora_edge.parity.record.golden import Golden
-from lora_edge.parity.report import Case
 from lora_edge.parity.subjects import subject_of
 from lora_edge.runtime import Runner
 

@@ -19,11 +19,11 @@ import numpy as np
 from lora_edge.bundle.manifest import Manifest
 from lora_edge.maths.half import LARGEST_HALF
 from lora_edge.maths.lora import FloatArray
+from lora_edge.parity.case import Case, DriftFigures
 from lora_edge.parity.compare import Expected, Floor, Tolerance, expect, log_total, measure
 from lora_edge.parity.plan.states import Probe, Row, State
 from lora_edge.parity.ranges import Largest
 from lora_edge.parity.record.golden import Golden
-from lora_edge.parity.report import Case, DriftFigures
 from lora_edge.parity.subjects import subject_of
 from lora_edge.runtime import Runner
 

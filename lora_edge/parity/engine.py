@@ -22,6 +22,7 @@ from lora_edge.files.pages import trim
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.parity.around import Held, look_around, look_inside
 from lora_edge.parity.ask import ask, open_base
+from lora_edge.parity.case import Case
 from lora_edge.parity.checks import Broken, broken_by, compare, switching
 from lora_edge.parity.compare import Tolerance
 from lora_edge.parity.drift import drift, drifts, measures_drift
@@ -46,7 +47,7 @@ from lora_edge.parity.record.golden import Golden, recorded, reduce, shortened
 from lora_edge.parity.record.journal import Journal
 from lora_edge.parity.record.record import record
 from lora_edge.parity.reference import Reference
-from lora_edge.parity.report import Case, Report, Session
+from lora_edge.parity.report import Report, Session
 from lora_edge.runtime import Runner
 
 Say = Callable[[str], None]

@@ -11,7 +11,7 @@ from lora_edge.bundle.bundle import Bundle
 from lora_edge.fit.kinds import alone
 from lora_edge.names import NONE_ADAPTER
 from lora_edge.parity.carried import carried_adapter
-from lora_edge.parity.report import Case
+from lora_edge.parity.case import Case
 
 
 def check_entries(bundle: Bundle) -> list[Case]:

@@ -19,9 +19,9 @@ import lora_edge
 from lora_edge.bundle.bundle import load_bundle
 from lora_edge.graph.contents import contents
 from lora_edge.names import packed_paths
+from lora_edge.parity.case import Case
 from lora_edge.parity.drift import DriftLimits
 from lora_edge.parity.plan.examples import Example
-from lora_edge.parity.report import Case
 from lora_edge.reports import html, junit, load_report, markdown
 from tests.support.commands import exit_code
 from tests.support.encoders import make_encoder, make_encoder_adapter

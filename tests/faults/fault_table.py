@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 import lora_edge
-from lora_edge.parity.report import Case
+from lora_edge.parity.case import Case
 from tests.faults import injections as i
 from tests.faults.worlds import GRID, Worlds
 from tests.support.failing import signed

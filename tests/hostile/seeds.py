@@ -14,11 +14,12 @@ import numpy as np
 
 from lora_edge.bundle.adapter_files import write_none
 from lora_edge.bundle.bundle import file_entries
+from lora_edge.parity.case import Case, Layer, TaskFigures
 from lora_edge.parity.compare import Figures, Floor, Limits, expect
 from lora_edge.parity.plan.states import Probe
 from lora_edge.parity.record.golden import Golden, save_golden
 from lora_edge.parity.record.journal import Journal
-from lora_edge.parity.report import Case, Layer, Report, Session, TaskFigures
+from lora_edge.parity.report import Report, Session
 from tests.support.images import PROCESSOR
 from tests.support.modules import load_file
 from tests.support.paths import ROOT

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 
+from lora_edge.parity.case import Case
 from lora_edge.parity.compare import Figures, Limits
-from lora_edge.parity.report import Case, Report
+from lora_edge.parity.report import Report
 
 FIGURES = Figures(60, 3e-6, 4e-7, 2.5, 0.7, 3.0, 1.0, 1.0, 0, 0, 1e-12)
 LIMITS = Limits(1e-6, 1e-5, 1e-7, 1e-6)

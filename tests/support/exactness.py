@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lora_edge.parity.report import Case, Report
+from lora_edge.parity.case import Case
+from lora_edge.parity.report import Report
 
 
 def exact_case(report: Report, name: str, least: float) -> Case:

@@ -13,8 +13,8 @@ from lora_edge.parity.around.adapters import compare_tensors
 from lora_edge.parity.around.files import compare_files, first_difference
 from lora_edge.parity.around.golden import load_around
 from lora_edge.parity.ask import attach
+from lora_edge.parity.case import Case, CaseKind
 from lora_edge.parity.reference import Reference
-from lora_edge.parity.report import Case, CaseKind
 from lora_edge.runtime import Runner
 
 if TYPE_CHECKING:

@@ -16,11 +16,11 @@ import numpy as np
 from lora_edge.bundle.bundle import Bundle
 from lora_edge.errors import DataError
 from lora_edge.names import NONE_ADAPTER
+from lora_edge.parity.case import Case, TaskFigures
 from lora_edge.parity.compare import Floor, Status, Tolerance
 from lora_edge.parity.evaluate.metrics import Metric, Scores, check_metric, choose, right_labels
 from lora_edge.parity.plan.examples import Example
 from lora_edge.parity.reference import Reference
-from lora_edge.parity.report import Case, TaskFigures
 from lora_edge.runtime import Runner
 
 _SIGNIFICANT = 0.05

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from lora_edge.errors import BundleError
+from lora_edge.parity.case import Case
 from lora_edge.parity.compare import Tolerance
 from lora_edge.parity.explain.localise import Divergence, localise
 from lora_edge.parity.explain.repro import worst_row, write_repro
 from lora_edge.parity.record.golden import Golden
 from lora_edge.parity.reference import Reference
-from lora_edge.parity.report import Case
 from lora_edge.runtime import Runner
 
 _MOST = 4  # probes whose layers are compared: each costs a run in float64

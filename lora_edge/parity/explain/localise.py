@@ -16,12 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_edge.maths.lora import FloatArray
+from lora_edge.parity.case import Layer
 from lora_edge.parity.compare import Tolerance
 from lora_edge.parity.explain.rerun import alone, new_columns, rerun
 from lora_edge.parity.plan.states import Probe, Row, schedule
 from lora_edge.parity.record.golden import Golden
 from lora_edge.parity.reference import LOGITS, Reference
-from lora_edge.parity.report import Layer
 from lora_edge.parity.subjects import subject_of
 from lora_edge.parity.subjects.encoder import by_position
 from lora_edge.runtime import Runner

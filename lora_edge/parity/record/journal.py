@@ -14,8 +14,8 @@ from lora_edge.files.json import read_bytes
 from lora_edge.files.jsonl import split_lines
 from lora_edge.files.paths import path_inside
 from lora_edge.files.schema import decode
+from lora_edge.parity.case import Case
 from lora_edge.parity.record.golden import FOLDER, Golden, load_golden, save_golden
-from lora_edge.parity.report import Case
 
 _KEY, _PARTS = "lora-edge-validation.json", "finished.jsonl"
 _HINT = "Remove the folder, and validate from the start."

@@ -14,9 +14,9 @@ from lora_edge.bundle.onnx_adapter import read_adapter, write_adapter
 from lora_edge.errors import DataError
 from lora_edge.exporting.export import export
 from lora_edge.parity import Report, validate
+from lora_edge.parity.case import Case
 from lora_edge.parity.evaluate.evaluate import sign_test
 from lora_edge.parity.plan.examples import Example, read_examples
-from lora_edge.parity.report import Case
 from tests.support import shipped
 
 COUNT = 12

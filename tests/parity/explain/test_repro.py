@@ -14,10 +14,10 @@ import pytest
 from lora_edge.bundle.bundle import Bundle, load_bundle
 from lora_edge.bundle.onnx_adapter import read_adapter
 from lora_edge.errors import BundleError
+from lora_edge.parity.case import Layer
 from lora_edge.parity.explain.localise import Divergence
 from lora_edge.parity.explain.repro import worst_row, write_repro
 from lora_edge.parity.record.golden import Golden, recorded, shortened
-from lora_edge.parity.report import Layer
 from lora_edge.runtime import Runner
 from lora_edge.runtime.caches import ConcatenatedCache
 from tests.parity.conftest import Made

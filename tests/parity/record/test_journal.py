@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from lora_edge.errors import DataError
+from lora_edge.parity.case import Case
 from lora_edge.parity.record.journal import Journal
-from lora_edge.parity.report import Case
 
 KEY = {"seed": 0}
 CASE = Case("base", (), "passed", session="cpu, all")
