@@ -42,7 +42,7 @@ def adapters(base: Base, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def exported(
     base: Base, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
@@ -55,7 +55,7 @@ def exported(
     return output
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def shipped_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of two of the adapters that ship, not to be changed."""
     from lora_edge.exporting.export import export

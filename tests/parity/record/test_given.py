@@ -26,7 +26,7 @@ def bundle(shipped_bundle: Path, tmp_path: Path) -> Path:
 
 
 def test_they_are_run_from_then_on(bundle: Path) -> None:
-    before = validate(bundle)
+    before = validate(bundle, depth="quick")
     add_goldens(bundle, PROMPTS, shipped.BASE, steps=4)
     load_bundle(bundle).verify_all()
     given = {g.probe.name: g for g in recorded(load_bundle(bundle)) if g.probe.given}
@@ -35,17 +35,17 @@ def test_they_are_run_from_then_on(bundle: Path) -> None:
         "adapter echo, given prompts 1": 2,
         "adapter mirror, given prompts 1": 1,
     }
-    after = validate(bundle)
+    after = validate(bundle, depth="quick")
     assert after.passed, after.table()
     assert {case.name for case in after.cases} == {case.name for case in before.cases} | set(given)
-    live = validate(bundle, shipped.BASE, steps=4)
+    live = validate(bundle, shipped.BASE, depth="quick", steps=4)
     assert live.passed, live.table()
     assert set(given) <= {case.name for case in live.cases}
     # They stay what they were, and more can be added.
     add_goldens(bundle, [Prompt("Word: apple Answer:", "echo")], shipped.BASE, steps=2)
     names = {g.probe.name for g in recorded(load_bundle(bundle)) if g.probe.given}
     assert names == set(given) | {"adapter echo, given prompts 2"}
-    assert validate(bundle).passed
+    assert validate(bundle, depth="quick").passed
 
 
 def test_a_fault_that_shows_on_them_is_found(bundle: Path) -> None:
@@ -56,7 +56,7 @@ def test_a_fault_that_shows_on_them_is_found(bundle: Path) -> None:
     doubled = {k: v * np.float32(2 if k.endswith(".B") else 1) for k, v in tensors.items()}
     write_adapter(file, doubled)
     loaded.write_manifest(replace(loaded.manifest, files=file_entries(bundle)))
-    failed = {case.name for case in validate(bundle).failures}
+    failed = {case.name for case in validate(bundle, depth="quick").failures}
     assert "adapter mirror, given prompts 1" in failed
     assert "adapter echo, given prompts 1" not in failed
     before = load_bundle(bundle).manifest
