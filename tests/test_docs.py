@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
 import importlib.util
+import io
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +24,7 @@ import pytest
 
 import lora_edge
 from lora_edge.cli import cli
+from tests.support.examples import examples
 from tests.support.paths import ROOT
 
 README = "README.md"
@@ -258,19 +263,32 @@ def test_the_first_success_succeeds(workshop: Workshop, monkeypatch: pytest.Monk
 
 
 @exporting
-@pytest.mark.parametrize("page", [page for page in DOCS if EXECUTED in _text(page)])
+@pytest.mark.parametrize(
+    "page", examples([page for page in DOCS if EXECUTED in _text(page)], ["docs/tasks.md"])
+)
 def test_marked_blocks_run(page: str, workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     assert any(block.executed for block in _blocks(page))
     workshop.run(page, monkeypatch)
 
 
 def _example(name: str, *arguments: object) -> str:
-    command = [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=_environment(), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, f"{name}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+    """Run a program; what it wrote to stdout."""
+    program, said = str(ROOT / "examples" / name), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(said),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("default")  # as Python has it, which starts no program with errors
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", [program, *map(str, arguments)])
+        code: object = 0
+        try:
+            runpy.run_path(program, run_name="__main__")
+        except SystemExit as stopped:
+            code = stopped.code
+    assert not code, f"{name}\n{said.getvalue()}"
+    return said.getvalue()
 
 
 @pytest.fixture
@@ -287,6 +305,7 @@ class TestExamples:
         own = {name.removeprefix("test_") for name in dir(type(self)) if name.startswith("test_")}
         assert {name.removesuffix(".py") for name in EXAMPLES} - own == {"speech"}
 
+    @pytest.mark.long
     def test_export_and_run(self, tmp_path: Path) -> None:
         said = _example("export_and_run.py", tmp_path / "bundle")
         assert "proved: True" in said
@@ -320,6 +339,7 @@ class TestExamples:
         again = _example("validate_in_ci.py", bundle, tmp_path / "b", tmp_path / "report.json")
         assert again.startswith("passed: ")
 
+    @pytest.mark.long
     def test_own_prompts_as_goldens(self, bundle: Path) -> None:
         said = _example("own_prompts_as_goldens.py", bundle)
         assert "adapter shout, given prompts 1: passed" in said
