@@ -17,6 +17,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.support.commands import Cli, Result
+from tests.support.examples import examples
 
 WEIGHTS = "adapter_model.safetensors"
 PROGRESS = ("capturing ", "checking the base graph ", "adding branches ", "validating every ")
@@ -292,7 +293,7 @@ def _limited(limit: int, *arguments: object) -> Result:
     return Result(done.returncode, done.stdout, done.stderr)
 
 
-@pytest.mark.parametrize("limit", [1000, 2_000_000])
+@pytest.mark.parametrize("limit", examples([1000, 2_000_000], [2_000_000]))
 def test_weights_that_the_disk_has_no_room_for(limit: int, base: Path, tmp_path: Path) -> None:
     """Neither the first kilobyte nor the middle of a data file of 4 MB."""
     _refused(_limited(limit, "export", base, "-o", tmp_path / "out"), "written")

@@ -55,7 +55,7 @@ FORMS = [
     pytest.param("llama", "portable", marks=pytest.mark.long),
 ]
 MERGED = [(key, name) for key, names in KINDS.items() for name in names if name != "alora"]
-_SHORT = {"dora", "embedding-and-head", "saved-head"}
+_SHORT = {"dora", "embedding-and-head"}
 _encoders = pytest.mark.skipif(
     transformers.__version__ < "5", reason="the small encoders are made with transformers 5"
 )
@@ -133,10 +133,12 @@ def test_a_merged_adapter_is_rounded_with_the_base(
 
 
 @_encoders
-@pytest.mark.parametrize("mode", ["switchable", "merged"])
 @pytest.mark.parametrize(
-    "key",
-    examples(ROWS, ["texts", "images"]),
+    ("key", "mode"),
+    examples(
+        [(key, mode) for key in ROWS for mode in ("switchable", "merged")],
+        [("images", "switchable"), ("texts", "merged")],
+    ),
 )
 def test_models_without_a_cache(key: str, mode: Any, tmp_path: Path) -> None:
     row = ROWS[key]
@@ -348,7 +350,7 @@ def test_other_graphs_are_refused_by_name(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("file", ["model", "exact"])
+@pytest.mark.parametrize("file", examples(["model", "exact"], ["model"]))
 def test_a_changed_weight_and_a_changed_graph_are_found(
     file: str, made: Callable[..., Made], tmp_path: Path
 ) -> None:

@@ -84,7 +84,7 @@ _MERGED = [name for name, row in ROWS.items() if row.merged]
 
 @pytest.mark.parametrize(
     "name",
-    examples(_MERGED, _MERGED[::3]),
+    examples(_MERGED, _MERGED[::5]),
 )
 def test_merged(name: str, kinds_of: Callable[[str], Exported], tmp_path: Path) -> None:
     """The export proves the merged graph against PEFT's unmerged forward; here against ours."""

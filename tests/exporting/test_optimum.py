@@ -11,6 +11,7 @@ import pytest
 import lora_edge
 from lora_edge.errors import GraphError
 from tests.support.adapters import make_adapter, make_all_linear
+from tests.support.examples import examples
 from tests.support.families import make_base
 from tests.support.shipped import ADAPTERS, BASE, assert_within_limits
 
@@ -50,7 +51,7 @@ def test_shipped_switchable(tmp_path: Path) -> None:
     assert_within_limits(tmp_path / "out", steps=16)
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", examples(ADAPTERS, ["shout"]))
 def test_shipped_merged(name: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     lora_edge.export(BASE, {name: ADAPTERS[name]}, "merged", out, backend="optimum")

@@ -61,7 +61,7 @@ def _quantized(bundle: Path, operator: str = "MatMulNBits") -> int:
     return sum(len(packed_paths(node.name)) for node in nodes)
 
 
-@pytest.mark.parametrize("key", NAMES)
+@pytest.mark.parametrize("key", examples(NAMES, ["llama", "gpt2"]))
 def test_every_kind_is_exact_on_rounded_weights(key: str, made: Callable[[str], Made]) -> None:
     """The export has asked PyTorch; here: how exact it is, and that every layer is codes."""
     found = made(key)
@@ -88,7 +88,7 @@ TOUCHED = {
 }  # fmt: skip
 
 
-_SHORT = {"dora", "tokens", "saved-head"}
+_SHORT = {"dora", "tokens"}
 
 
 @pytest.mark.parametrize("name", examples(TOUCHED, _SHORT))
@@ -124,7 +124,7 @@ def test_an_added_dora_has_the_norms_of_the_rounded_weights(
     signed(tmp_path / "wrong")
     cases = {}
     for name in ("right", "wrong"):
-        report = lora_edge.validate(tmp_path / name, reference=found.base)
+        report = lora_edge.validate(tmp_path / name, reference=found.base, depth="quick")
         cases[name] = next(case for case in report.cases if case.name == "adapter dora")
     assert cases["right"].status == "passed", cases["right"].reason
     assert cases["wrong"].status == "failed"
@@ -148,7 +148,7 @@ def test_the_reference_rounds_as_the_manifest_says(
     data: dict[str, Any] = json.loads((output / "lora_edge.json").read_text())
     data["quantization"]["bits"] = 4
     (output / "lora_edge.json").write_text(json.dumps(data))
-    report = lora_edge.validate(output, reference=found.base)
+    report = lora_edge.validate(output, reference=found.base, depth="quick")
     assert any(case.name == "base" for case in report.failures), report.table()
 
 
@@ -190,7 +190,7 @@ def _places(bundle: Path) -> dict[str, tuple[str, int, int] | tuple[()]]:
             for layer in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")
             for file in ("model", "base")
         ],
-        [("self_attn.v_proj", "model"), ("mlp.up_proj", "base")],
+        [("self_attn.v_proj", "model")],
     ),
 )
 def test_a_wrong_code_is_found_in_its_layer(

@@ -25,6 +25,7 @@ from lora_edge.parity.record.golden import recorded
 from tests.support.blends import asked_of
 from tests.support.encoders import load_encoder, make_encoder, make_encoder_adapter
 from tests.support.exactness import exact_case
+from tests.support.examples import examples
 from tests.support.paths import MODELS
 
 pytestmark = pytest.mark.skipif(
@@ -123,7 +124,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
     return make
 
 
-@pytest.mark.parametrize("case", CASES)
+_SHORT = [case for case in CASES if case != "roberta-texts"]  # as BERT
+
+
+@pytest.mark.parametrize("case", examples(CASES, _SHORT))
 def test_switchable(case: str, made: Callable[[str], Made]) -> None:
     """The export proved it against PyTorch; here from the goldens, with the effects seen."""
     found = made(case)
@@ -141,7 +145,7 @@ def test_switchable(case: str, made: Callable[[str], Made]) -> None:
     assert {x.adapters for x in blends} == blended  # a task head is replaced, and not blended
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", examples(CASES, [x for x in _SHORT if x != "llama-texts"]))
 def test_merged(case: str, made: Callable[[str], Made], tmp_path: Path) -> None:
     found = made(case)
     name = list(found.adapters)[-1]

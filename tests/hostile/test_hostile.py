@@ -1,4 +1,4 @@
-"""2,000 mutants of every kind of file: refused by name or right, quick, small, nothing outside."""
+"""Mutants of every kind of file, some of ci/fuzz's: refused by name or right, and no harm done."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def _fuzz(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_no_mutant_does_harm() -> None:
-    done = _fuzz("--count", "500")
+    done = _fuzz("--count", "250")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "500 mutants, 0 faults" in done.stdout
+    assert "250 mutants, 0 faults" in done.stdout
 
 
 def _harms() -> dict[str, str]:

@@ -13,6 +13,7 @@ from lora_edge.errors import DataError, OptionError, ProviderError
 from lora_edge.exporting.export import export
 from lora_edge.parity import Report, validate
 from lora_edge.parity.checks import compare
+from tests.support.examples import examples
 
 LEVELS = ["all", "extended", "basic", "disable"]
 
@@ -30,9 +31,9 @@ def _data(report: Report) -> dict[str, Any]:
     return data
 
 
-@pytest.mark.parametrize("live", [False, True], ids=["goldens", "reference"])
-def test_the_same_twice(bundle: Path, base: Base, live: bool) -> None:
-    reference = base if live else None
+@pytest.mark.parametrize("source", examples(["goldens", "reference"], ["goldens"]))
+def test_the_same_twice(bundle: Path, base: Base, source: str) -> None:
+    reference = base if source == "reference" else None
     first, second = (validate(bundle, reference, steps=4) for _ in range(2))
     assert _data(first) == _data(second)
 
@@ -76,11 +77,11 @@ def test_a_session_that_cannot_be(bundle: Path) -> None:
         validate(bundle, provider=["cpu", "nowhere"])
 
 
-@pytest.mark.parametrize("live", [False, True], ids=["goldens", "reference"])
+@pytest.mark.parametrize("source", examples(["goldens", "reference"], ["goldens"]))
 def test_one_that_was_cut_off_goes_on(
-    bundle: Path, base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, live: bool
+    bundle: Path, base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
-    reference = base if live else None
+    reference = base if source == "reference" else None
     options: dict[str, Any] = {"steps": 4, "optimization": ["all", "disable"]}
     whole = validate(bundle, reference, **options)
     compared: list[str] = []

@@ -64,7 +64,9 @@ def test_a_good_bundle_has_pytorchs_metric(shipped_bundle: Path, metric: str | N
             assert figures.reference < 1.5 < figures.base
 
 
-@pytest.mark.parametrize("metric", ["exact_match", "perplexity"])
+@pytest.mark.parametrize(
+    "metric", ["exact_match", pytest.param("perplexity", marks=pytest.mark.long)]
+)
 def test_a_broken_adapter_is_worse_example_by_example(
     shipped_bundle: Path, tmp_path: Path, metric: str
 ) -> None:
@@ -72,6 +74,7 @@ def test_a_broken_adapter_is_worse_example_by_example(
     report = validate(
         bundle,
         shipped.BASE,
+        depth="quick",
         steps=1,
         examples=[*_examples("echo"), *_examples("mirror")],
         metric=metric,
@@ -86,20 +89,24 @@ def test_a_broken_adapter_is_worse_example_by_example(
 
 def test_a_metric_that_does_not_show_the_adapter_proves_nothing(shipped_bundle: Path) -> None:
     examples = [replace(example, adapter="mirror") for example in _examples("echo")]
-    report = validate(shipped_bundle, shipped.BASE, steps=1, examples=examples)
+    report = validate(shipped_bundle, shipped.BASE, depth="quick", steps=1, examples=examples)
     case = _task(report, "mirror")
     assert case.status == "unproved"
     assert "does not show what the adapter does" in case.reason
     assert not report.passed
     # The logits have proved it all the same.
     assert load_bundle(shipped_bundle).adapter("mirror").proved
-    few = validate(shipped_bundle, shipped.BASE, steps=1, examples=_examples("echo", 3))
+    few = validate(
+        shipped_bundle, shipped.BASE, depth="quick", steps=1, examples=_examples("echo", 3)
+    )
     assert _task(few, "echo").status == "unproved"  # three examples show nothing
 
 
 def test_merged(tmp_path: Path) -> None:
     export(shipped.BASE, {"echo": shipped.ADAPTERS["echo"]}, "merged", tmp_path / "out")
-    report = validate(tmp_path / "out", shipped.BASE, steps=1, examples=_examples("echo"))
+    report = validate(
+        tmp_path / "out", shipped.BASE, depth="quick", steps=1, examples=_examples("echo")
+    )
     assert report.passed, report.table()
     figures = _task(report, "echo").task
     assert figures is not None
