@@ -49,7 +49,9 @@ def test_a_head_of_several_matrices(
 @pytest.mark.parametrize("mode", ["switchable", "merged"])
 @pytest.mark.parametrize("family", examples(["vit", "dinov2"], ["vit"]))
 @pytest.mark.parametrize(
-    "settings", [{}, {"use_dora": True}, {"lora_bias": True}], ids=["lora", "dora", "bias"]
+    "settings",
+    [{}, {"use_dora": True}, pytest.param({"lora_bias": True}, marks=pytest.mark.long)],
+    ids=["lora", "dora", "bias"],
 )
 def test_a_low_rank_pair_on_the_classifier(
     family: str, settings: dict[str, Any], mode: Any, tmp_path: Path

@@ -19,6 +19,7 @@ from lora_edge.bundle.onnx_adapter import read_adapter, write_adapter
 from lora_edge.exporting.export import export
 from lora_edge.parity import validate
 from tests.support import shipped
+from tests.support.examples import examples
 
 # The runtime install has none of these.
 BLOCKED = ("torch", "transformers", "peft", "onnx", "onnx_ir", "onnxscript", "safetensors")
@@ -71,7 +72,7 @@ def test_the_same_verdicts(
     assert there == json.loads(json.dumps(here))
 
 
-@pytest.mark.parametrize("option", ["--prompts", "--onnx-test-data"])
+@pytest.mark.parametrize("option", examples(["--prompts", "--onnx-test-data"], ["--prompts"]))
 def test_what_needs_pytorch_says_so(tmp_path: Path, option: str) -> None:
     directory = tmp_path / "bundle"
     export(shipped.BASE, {}, output=directory, sites="adapters")
