@@ -7,6 +7,7 @@ Knows files; knows nothing of graphs, adapters' maths or runtimes. The layout is
       onnx/model.onnx, onnx/model.onnx_data  (of an encoder-decoder: encoder_model, decoder_model)
       onnx/base.onnx                         the same graph without branches, on the same data
       onnx/exact.onnx                        of few bits, fp16: the graph in float32, the same data
+      onnx/{encoder,decoder}_exact.onnx      the same of an encoder-decoder of few bits
       adapters/NAME/adapter.onnx_adapter     for the runtime
       adapters/NAME/half.onnx_adapter        of fp16: the same in float16, for other runtimes
       adapters/NAME/peft/                    the PEFT files, verbatim: what parity is proved against
@@ -54,6 +55,7 @@ __all__ = [
     "Bundle",
     "FileEntry",
     "Manifest",
+    "exact_file",
     "file_entries",
     "file_entry",
     "hash_file",
@@ -68,6 +70,11 @@ ROWS_GRAPH_FILE = "onnx/rows.onnx"  # with branches whose A and B each row has o
 EXACT_GRAPH_FILE = "onnx/exact.onnx"  # the model in floats, on the same data file
 ENCODER_FILE = "onnx/encoder_model.onnx"
 DECODER_FILE = "onnx/decoder_model.onnx"
+
+
+def exact_file(graph: str) -> str:
+    """Of a graph's file, the one of the same graph in floats, on the same data file."""
+    return graph.replace("model.onnx", "exact.onnx")
 
 
 @dataclass(frozen=True)

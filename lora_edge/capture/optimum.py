@@ -137,17 +137,21 @@ def export_seq2seq(base: Base, directory: Path, task: Task, form: str) -> BaseGr
 def _name_parameters(graph: onnx.ModelProto, model: Any, part: str) -> None:
     """Give initializers the paths that their parameters have in the whole model.
 
+    A parameter that several modules share has one path in all graphs: of the first of them.
+
     Args:
         graph: of a part of the model, whose initializers are called from there.
         model: the whole model.
         part: module path of the part.
     """
-    known = model.state_dict().keys()
-    names = {
-        value.name: f"{part}.{value.name}"
-        for value in graph.graph.initializer
-        if value.name not in known and f"{part}.{value.name}" in known
-    }
+    first = {id(parameter): path for path, parameter in model.named_parameters()}
+    known = {path: first.get(id(x), path) for path, x in model.state_dict(keep_vars=True).items()}
+    held = {value.name for value in graph.graph.initializer}
+    names: dict[str, str] = {}
+    for name in sorted(held):
+        path = known.get(name) or known.get(f"{part}.{name}")
+        if path is not None and path not in held and path not in names.values():
+            names[name] = path
     for value in graph.graph.initializer:
         value.name = names.get(value.name, value.name)
     for node in graph.graph.node:

@@ -21,7 +21,7 @@ from lora_edge.adapter.loading import BaseView
 from lora_edge.base.checkpoint import Base
 from lora_edge.base.layer import Layer
 from lora_edge.bundle.adapter_files import with_heads, write_adapter_folder, write_none
-from lora_edge.bundle.bundle import EXACT_GRAPH_FILE
+from lora_edge.bundle.bundle import exact_file
 from lora_edge.bundle.manifest import AdapterEntry, Manifest
 from lora_edge.bundle.part import Part, SiteEntry
 from lora_edge.bundle.sentence import load_sentence_modules, sentence_files
@@ -84,7 +84,7 @@ def build(
     captured = capture(base, raw, task, form=options.form, backend=options.backend)
     models = {name: passes.load(captured.path(name)) for name in captured.parts}
     weights = _weights(base, captured, models)
-    modules = changeable(captured.modules, task)
+    layers, modules = captured.modules, changeable(captured.modules, task)
     for adapter in adapters:
         check_kinds(adapter.settled(modules), captured.modules, task)
     adapters = [adapter.settled(modules) for adapter in adapters]
@@ -116,28 +116,27 @@ def build(
             say(f"measuring what {adapters[0].name} keeps of its effect in float16")
             quantization, survival = rounded_after_merge(
                 quantization,
-                Merging(changes, modules, captured.tied, weights),
+                Merging(changes, layers, captured.tied, weights),
                 Survey(base, task, adapters[0], captured.parts["decoder"]).effect,
                 "none",
                 options.min_effect,
                 adapters[0].name,
                 say,
             )
-        weights = rounded_weights(weights, quantization, modules)
+        weights = rounded_weights(weights, quantization, layers)
     elif options.rounding is not None:
-        (model,) = models.values()
         # Adapters bring heads of their own, which are no codes.
-        bodies = {path: layer for path, layer in modules.items() if not task.in_head(path)}
+        bodies = {path: layer for path, layer in layers.items() if not task.in_head(path)}
         quantization = quantization_of(
-            options.rounding, base, captured, model, bodies, weights, say
+            options.rounding, base, captured, models, bodies, weights, say
         )
         if options.keep_high == "touched":
-            weights = rounded_weights(weights, quantization, modules)
+            weights = rounded_weights(weights, quantization, layers)
         else:
             say(f"measuring what {adapters[0].name} keeps of its effect when it is rounded")
             quantization, survival = rounded_after_merge(
                 quantization,
-                Merging(changes, modules, captured.tied, weights),
+                Merging(changes, layers, captured.tied, weights),
                 Survey(base, task, adapters[0], captured.parts["decoder"]).effect,
                 options.keep_high,
                 options.min_effect,
@@ -174,12 +173,12 @@ def build(
     if options.half:
         covered = write_half(stage, stored, covered)
     elif fast:
-        write_fast(stage)
+        write_fast(stage, [published(part) for part in captured.parts.values()])
     parts = {
         name: dataclasses.replace(
             part,
             file=published(part),
-            exact=EXACT_GRAPH_FILE if fast else "",
+            exact=exact_file(published(part)) if fast else "",
             inputs=passes.own_inputs(passes.load(stage / published(part))),
             sites={path: x for path, x in covered.items() if captured.part_of(path) == name},
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,9 @@ from numpy.typing import NDArray
 from lora_edge.base.layer import Layer
 from lora_edge.bundle.bundle import (
     BASE_GRAPH_FILE,
-    EXACT_GRAPH_FILE,
-    GRAPH_FILE,
     ROWS_GRAPH_FILE,
     SINGLE_GRAPH_FILE,
+    exact_file,
 )
 from lora_edge.bundle.part import Part, SiteEntry, WeightEntry
 from lora_edge.fit.changes import ParameterChange
@@ -60,8 +59,9 @@ class Graphs:
         """Write each graph with the changes in its weights."""
         from lora_edge import graph as passes
 
-        coded, modules = self._rounded_before(changes, say), self.modules
+        modules = self.modules
         for part, model in self.models.items():
+            coded = self._rounded_before(model, changes, say)
             own = {
                 path: change
                 for path, change in changes.items()
@@ -73,24 +73,26 @@ class Graphs:
             passes.unsplit_attention(model)
             passes.save_with_data(model, self._target(part))
 
-    def _rounded_before(self, changes: Mapping[str, ParameterChange], say: Progress) -> set[str]:
+    def _rounded_before(
+        self, model: Any, changes: Mapping[str, ParameterChange], say: Progress
+    ) -> set[str]:
         """Put codes into a graph that is to be merged into; returns what is merged in them."""
         from lora_edge import graph as passes
 
-        quantization, modules = self.quantization, self.modules
+        quantization, modules = self.quantization, self.captured.modules
         if quantization is None:
             return set()
-        (model,) = self.models.values()
+        layers = passes.present(model, modules, quantization.layers)
         coded: set[str] = set()
         if quantization.merged_first:
-            passes.quantize_layers(model, modules, quantization.layers, quantization, changes)
-            coded = {f"{path}.weight" for path in quantization.layers}
+            passes.quantize_layers(model, modules, layers, quantization, changes)
+            coded = {f"{path}.weight" for path in layers}
         else:
             matrices = {path.removesuffix(".weight") for path in changes}
             if matrices & set(self.captured.tied):
                 matrices |= set(self.captured.tied)  # one weight, of which the other's copy is made
-            touched = [path for path in quantization.layers if path in matrices]
-            others = [path for path in quantization.layers if path not in matrices]
+            touched = [path for path in layers if path in matrices]
+            others = [path for path in layers if path not in matrices]
             passes.quantize_layers(model, modules, others, quantization)
             passes.round_layers(model, modules, touched, quantization)
             if touched:
@@ -112,10 +114,12 @@ class Graphs:
         for part, source in self.models.items():
             path, model = captured.path(part), source
             if quantization is not None:
-                passes.quantize_layers(model, self.modules, quantization.layers, quantization)
+                modules = captured.modules
+                layers = passes.present(model, modules, quantization.layers)
+                passes.quantize_layers(model, modules, layers, quantization)
                 passes.pack(model)
                 path = path.parent / "quantized" / path.name
-                path.parent.mkdir()
+                path.parent.mkdir(exist_ok=True)
                 passes.save_with_data(model, path)
                 model = passes.load(path)
             own = {x: site for x, site in covered.items() if captured.part_of(x) == part}
@@ -149,13 +153,18 @@ class Graphs:
         return self.stage / published(self.captured.parts[part])
 
 
-def write_fast(stage: Path) -> None:
-    """Let a model's quantized layers compute in int8; the graph in floats is kept beside it."""
+def write_fast(stage: Path, graphs: Collection[str]) -> None:
+    """Let quantized layers compute in int8; each graph of a part is kept beside it in floats.
+
+    Args:
+        stage: where the bundle is made.
+        graphs: the files of its parts.
+    """
     from lora_edge import graph as passes
 
-    shutil.copyfile(stage / GRAPH_FILE, stage / EXACT_GRAPH_FILE)
-    files = GRAPH_FILE, BASE_GRAPH_FILE, SINGLE_GRAPH_FILE, ROWS_GRAPH_FILE
-    for path in map(stage.joinpath, files):
+    for file in graphs:
+        shutil.copyfile(stage / file, stage / exact_file(file))
+    for path in map(stage.joinpath, (*graphs, BASE_GRAPH_FILE, SINGLE_GRAPH_FILE, ROWS_GRAPH_FILE)):
         if path.is_file():
             model = passes.load(path)
             passes.compute_in(model, "int8")

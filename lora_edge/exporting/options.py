@@ -60,9 +60,10 @@ def check_precision(options: Options) -> None:
     """
     if options.rounding is None:
         return
-    own = len(options.task.parts) == 1 and options.backend == "trace"
+    # By which backend a task has graphs that are rounded.
+    backend = "trace" if len(options.task.parts) == 1 else "optimum"
     if options.half:
-        if not own:
+        if len(options.task.parts) > 1 or options.backend != backend:
             raise UnsupportedModelError(
                 f"--precision fp16 is for models of one graph, by the trace backend, got "
                 f"{options.task.name}, {options.backend}: a weight is found by the name that the "
@@ -70,13 +71,16 @@ def check_precision(options: Options) -> None:
                 "Use --precision fp32.",
             )
         return
-    if not own or options.form != "fused":
+    if options.backend != backend or options.form != "fused":
+        ways = ["--precision fp32"]
+        ways += [f"--backend {backend}"] if options.backend != backend else []
+        ways += ["--form fused"] if options.form != "fused" else []
         raise UnsupportedModelError(
-            f"--precision {options.precision} is for models of one graph, by the trace backend and "
-            f"not in the portable form, got {options.task.name}, {options.backend}, "
-            f"{options.form}: a layer that is rounded is found by the name that the trace gives "
-            "it, and the operator, MatMulNBits, is ONNX Runtime's own",
-            "Use --precision fp32" + (", or --form fused." if options.form != "fused" else "."),
+            f"--precision {options.precision} is for models of one graph by the trace backend and "
+            "for encoder-decoders by the optimum backend, not in the portable form, got "
+            f"{options.task.name}, {options.backend}, {options.form}: MatMulNBits is ONNX "
+            "Runtime's own operator",
+            f"Use {', or '.join(ways)}.",
         )
     if options.rounding.per_channel and "decoder" in options.task.parts:
         raise UnsupportedModelError(

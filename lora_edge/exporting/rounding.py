@@ -20,7 +20,7 @@ def quantization_of(
     rounding: Rounding,
     base: Base,
     captured: Any,
-    model: Any,
+    models: Mapping[str, Any],
     modules: Mapping[str, Layer],
     weights: Weights,
     say: Progress,
@@ -31,21 +31,28 @@ def quantization_of(
         rounding: what is asked for.
         base: the base.
         captured: its :class:`~lora_edge.capture.BaseGraph`.
-        model: its graph.
+        models: part -> its graph; a foreign one's layers get the names of our own captures.
         modules: module path -> layer, of those that may be rounded.
         weights: parameter path -> value.
         say: called with each line.
 
     Raises:
+        GraphError: a layer of a foreign graph cannot be found.
         UnsupportedModelError: no layer can be rounded.
     """
     from lora_edge import graph as passes
 
+    for name, part in captured.parts.items():
+        if part.form == "foreign":
+            named = {x: y for x, y in modules.items() if captured.part_of(x) == name}
+            named = {path: x for path, x in named.items() if x.kind == "linear"}
+            passes.name_layers(models[name], named, captured.tied, weights)
     head = captured.head
-    linear = passes.quantizable(model, {path: x for path, x in modules.items() if path != head})
+    bodies = {path: x for path, x in modules.items() if path != head}
+    linear = [path for model in models.values() for path in passes.quantizable(model, bodies)]
     vocabulary: tuple[str, ...] = ()
     if rounding.head_bits is not None:
-        vocabulary, left = _vocabulary(captured, model, modules, rounding.block_size)
+        vocabulary, left = _vocabulary(captured, models, modules, rounding.block_size)
         if left:
             say(
                 f"{left} stays in fp32: its weight has other readers, or an embedding's width is "
@@ -68,25 +75,41 @@ def quantization_of(
 
 
 def _vocabulary(
-    captured: Any, model: Any, modules: Mapping[str, Layer], block_size: int
+    captured: Any, models: Mapping[str, Any], modules: Mapping[str, Layer], block_size: int
 ) -> tuple[tuple[str, ...], str]:
     """The token embedding and the layer of a vocabulary's logits, those that can be rounded; and,
-    for people, what cannot."""
+    for people, what cannot. An embedding that two graphs read is codes in both or in none."""
     from lora_edge import graph as passes
 
     part, tied = captured.gives, captured.tied
-    if part.head:
-        found = passes.quantizable_vocabulary(model, modules, part.head, tied, block_size)
-        shared = f", and {tied[0]}, whose weight it shares," if tied else ""
-        return found, "" if part.head in found else f"{part.head}{shared}"
-    # A head of labels stays as it is: adapters bring their own.
     tokens = {
         path: x
         for path, x in modules.items()
-        if x.kind == "embedding" and x.in_features == part.vocab_size
+        if x.kind == "embedding" and x.in_features == captured.reads.vocab_size
     }
-    found = passes.quantizable_embeddings(model, tokens, block_size)
-    return found, ", ".join(path for path in tokens if path not in found)
+    able = {
+        name: passes.quantizable_embeddings(model, tokens, block_size)
+        for name, model in models.items()
+    }
+    if part.head:
+        last = list(models)[-1]
+        able[last] = passes.quantizable_vocabulary(
+            models[last], modules, part.head, tied, block_size
+        )
+    unable = {
+        path
+        for name, model in models.items()
+        for path in passes.present(model, modules, tokens)
+        if path not in able[name]
+    }
+    if unable & set(tied):
+        unable |= set(tied)
+    found = dict.fromkeys(path for paths in reversed(able.values()) for path in paths)
+    left = sorted(unable - set(tied))
+    if part.head and (part.head not in found or part.head in unable):
+        shared = f", and {tied[0]}, whose weight it shares," if tied else ""
+        left.append(f"{part.head}{shared}")
+    return tuple(path for path in found if path not in unable), ", ".join(left)
 
 
 def _share(

@@ -8,9 +8,11 @@ from lora_edge.graph.check import check
 from lora_edge.graph.fuse import fuse
 from lora_edge.graph.half import compute_half, read_from, same_but_for_half, store_half
 from lora_edge.graph.merge import merge
+from lora_edge.graph.named import name_layers
 from lora_edge.graph.pack import pack, unsplit_attention
 from lora_edge.graph.quantize import (
     compute_in,
+    present,
     quantizable,
     quantizable_embeddings,
     quantizable_vocabulary,
@@ -36,8 +38,10 @@ __all__ = [
     "graph_weights",
     "load",
     "merge",
+    "name_layers",
     "own_inputs",
     "pack",
+    "present",
     "quantizable",
     "quantizable_embeddings",
     "quantizable_vocabulary",

@@ -37,7 +37,11 @@ def pack(model: ir.Model) -> None:
     for node in model.graph:
         if node.op_type == MATMUL_NBITS and all(len(x.uses()) == 1 for x in _codes(node)):
             same = (str(node.attributes[x]) for x in ("K", "bits", "block_size", "accuracy_level"))
-            key = (id(node.inputs[0]), len(node.inputs), *same)
+            x = node.inputs[0]
+            # What an encoder gives is read by all layers of a decoder, and each makes its own.
+            every = x is not None and x.is_graph_input()
+            module = str(node.name).rpartition(".")[0] if every else ""
+            key = (id(x), len(node.inputs), module, *same)
             groups.setdefault(key, []).append(node)
     for group in groups.values():
         if len(group) > 1:

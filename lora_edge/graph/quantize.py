@@ -35,6 +35,23 @@ def quantizable(model: ir.Model, layers: Mapping[str, Layer]) -> tuple[str, ...]
     return tuple(_linear(model, layers))
 
 
+def present(model: ir.Model, layers: Mapping[str, Layer], paths: Collection[str]) -> list[str]:
+    """Those of the linear layers and embeddings that the graph has; an encoder-decoder has two.
+
+    Args:
+        model: a graph whose nodes and weights have the names of our own captures.
+        layers: module path -> layer.
+        paths: of those, which are asked for.
+    """
+    named = {m.name for m in multiplications(model)}
+    held = model.graph.initializers
+    return [
+        path
+        for path in paths
+        if (f"{path}.weight" in held if layers[path].kind == "embedding" else path in named)
+    ]
+
+
 def quantizable_vocabulary(
     model: ir.Model,
     layers: Mapping[str, Layer],
@@ -58,7 +75,8 @@ def quantizable_vocabulary(
         return tuple(embeddings) if not tied else ()
     readers = {id(use.node) for use in own.weight.uses()}
     if not tied:
-        return (*([head] if len(readers) == 1 else []), *embeddings)
+        alone = [path for path in embeddings if _read_once(model, path)]
+        return (*([head] if len(readers) == 1 else []), *alone)
     gathers = {id(node) for node in embeddings.values() if node.inputs[0] is own.weight}
     turned = own.node.inputs[1]
     transpose = None if turned is None else turned.producer()
@@ -229,6 +247,11 @@ def _embeddings(
         if by_row and rows in (None, layer.in_features):
             found[path] = nodes[0]
     return found
+
+
+def _read_once(model: ir.Model, path: str) -> bool:
+    """Whether nothing but a layer's own node reads its weight."""
+    return len(model.graph.initializers[f"{path}.weight"].uses()) == 1
 
 
 def _matrix(weight: ir.Value, turned: bool) -> NDArray[np.floating]:

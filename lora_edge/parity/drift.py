@@ -182,7 +182,7 @@ def _perplexity(rows: Sequence[_Run], outputs: Sequence[FloatArray]) -> float:
     """Of the continuations, which are the model's own greedy text; ``nan`` where there are none."""
     total, count = 0.0, 0
     for run, logits in zip(rows, outputs, strict=True):
-        before = logits[len(run.row) - 1 : len(run.row) - 1 + len(run.tail)]
+        before = logits[-1 - len(run.tail) : -1]
         own = before[np.arange(len(run.tail)), list(run.tail)].astype(np.float64)
         total += float(np.sum(log_total(before) - own))
         count += len(run.tail)

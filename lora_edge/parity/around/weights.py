@@ -29,6 +29,7 @@ from lora_edge.bundle.bundle import (
     ROWS_GRAPH_FILE,
     SINGLE_GRAPH_FILE,
     Bundle,
+    exact_file,
 )
 from lora_edge.fit.changes import ParameterChange
 from lora_edge.graph import load, same_but_for_activations, same_but_for_half
@@ -45,7 +46,9 @@ GRAPHS = (
     ROWS_GRAPH_FILE,
     EXACT_GRAPH_FILE,
     ENCODER_FILE,
+    exact_file(ENCODER_FILE),
     DECODER_FILE,
+    exact_file(DECODER_FILE),
 )
 
 _NAMED = 3  # tensors that a reason names
