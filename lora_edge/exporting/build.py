@@ -117,7 +117,7 @@ def build(
             quantization, survival = rounded_after_merge(
                 quantization,
                 Merging(changes, layers, captured.tied, weights),
-                Survey(base, task, adapters[0], captured.parts["decoder"]).effect,
+                Survey(base, task, adapters[0], captured.parts, captured.beginning).effect,
                 "none",
                 options.min_effect,
                 adapters[0].name,
@@ -137,7 +137,7 @@ def build(
             quantization, survival = rounded_after_merge(
                 quantization,
                 Merging(changes, layers, captured.tied, weights),
-                Survey(base, task, adapters[0], captured.parts["decoder"]).effect,
+                Survey(base, task, adapters[0], captured.parts, captured.beginning).effect,
                 options.keep_high,
                 options.min_effect,
                 adapters[0].name,

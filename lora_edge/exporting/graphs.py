@@ -59,9 +59,10 @@ class Graphs:
         """Write each graph with the changes in its weights."""
         from lora_edge import graph as passes
 
-        modules = self.modules
+        modules, floats = self.modules, 0
         for part, model in self.models.items():
-            coded = self._rounded_before(model, changes, say)
+            coded, touched = self._rounded_before(model, changes)
+            floats += touched
             own = {
                 path: change
                 for path, change in changes.items()
@@ -72,33 +73,40 @@ class Graphs:
             passes.merge(model, passes.find_sites(model, layers, self.weights), own, self.weights)
             passes.unsplit_attention(model)
             passes.save_with_data(model, self._target(part))
+        if floats:
+            say(f"{floats} layers stay in fp32: the adapter is in their rounded weights")
 
     def _rounded_before(
-        self, model: Any, changes: Mapping[str, ParameterChange], say: Progress
-    ) -> set[str]:
-        """Put codes into a graph that is to be merged into; returns what is merged in them."""
+        self, model: Any, changes: Mapping[str, ParameterChange]
+    ) -> tuple[set[str], int]:
+        """Put codes into a graph that is to be merged into.
+
+        Returns:
+            Parameters whose changes are in the codes; number of layers that are to be merged into
+            after they were rounded.
+        """
         from lora_edge import graph as passes
 
         quantization, modules = self.quantization, self.captured.modules
         if quantization is None:
-            return set()
+            return set(), 0
         layers = passes.present(model, modules, quantization.layers)
         coded: set[str] = set()
+        touched: list[str] = []
         if quantization.merged_first:
             passes.quantize_layers(model, modules, layers, quantization, changes)
             coded = {f"{path}.weight" for path in layers}
         else:
             matrices = {path.removesuffix(".weight") for path in changes}
-            if matrices & set(self.captured.tied):
-                matrices |= set(self.captured.tied)  # one weight, of which the other's copy is made
+            tied = set(self.captured.tied)
+            if matrices & tied and tied <= set(layers):
+                matrices |= tied  # one weight, of which the other's copy is made
             touched = [path for path in layers if path in matrices]
             others = [path for path in layers if path not in matrices]
             passes.quantize_layers(model, modules, others, quantization)
             passes.round_layers(model, modules, touched, quantization)
-            if touched:
-                say(f"{len(touched)} layers stay in fp32: the adapter is in their rounded weights")
         passes.pack(model)
-        return coded
+        return coded, len(touched)
 
     def write_branched(self, covered: Mapping[str, SiteEntry]) -> dict[str, SiteEntry]:
         """Write each graph with branches; of a decoder, on the same data, one without, one without

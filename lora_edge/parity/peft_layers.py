@@ -66,6 +66,19 @@ def merged_first(
     return plain, values
 
 
+def sharing(model: Any, path: str) -> list[Any]:
+    """The embeddings of a model, beside one of that path, that read its very weight."""
+    own = model.get_submodule(path)
+    return [
+        module
+        for module in model.modules()
+        if isinstance(own, nn.Embedding)
+        and isinstance(module, nn.Embedding)
+        and module is not own
+        and module.weight is own.weight
+    ]
+
+
 def is_turned(layer: Any) -> bool:
     """Whether a layer keeps its weight as ``[in, out]``, as Conv1D does."""
     return not isinstance(layer, nn.Linear | nn.Embedding)

@@ -287,16 +287,19 @@ class ReferenceModels:
 
     def _merged(self, model: Any, by_layer: ByLayer, name: str) -> Any:
         """The model with an adapter's layers merged and rounded; what is not rounded is PEFT's."""
-        from lora_edge.parity.peft_layers import is_turned, merged_first  # imports torch
+        from lora_edge.parity.peft_layers import is_turned, merged_first, sharing  # imports torch
 
         assert self._quantization is not None
         directory, task = self._apart[name]
         changes = merged_changes(built_layers(self.base, task), task, name, directory)
         for path in self._quantization.layers:
             change = changes.get(f"{path}.weight")
+            others = sharing(base_of(model), path)
             layer, values = merged_first(base_of(model), path, change, copied=not self.large)
             blocks = self._quantization.blocks(path, values)
             self._put(by_layer, layer.weight, blocks, transposed=is_turned(layer))
+            for other in others:  # of an encoder-decoder
+                other.weight = layer.weight
         return model
 
     def _put(self, by_layer: ByLayer, weight: Any, blocks: Blocks, *, transposed: bool) -> None:

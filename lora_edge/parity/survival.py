@@ -6,20 +6,21 @@ floats. Says nothing of whether a graph is right: that is the proof's affair.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lora_edge.adapter.load import Adapter
 from lora_edge.base.checkpoint import Base
-from lora_edge.bundle.part import Part
+from lora_edge.bundle.part import Beginning, Part
 from lora_edge.errors import ParityError
 from lora_edge.maths.quantization import Quantization
 from lora_edge.maths.survival import Effect, effect
 from lora_edge.parity.plan.plan import plan, shortest_window
-from lora_edge.parity.plan.states import BASE, Row, only
+from lora_edge.parity.plan.states import BASE, only
 from lora_edge.parity.reference import Reference
+from lora_edge.parity.subjects import of_parts
 from lora_edge.parity.subjects.subject import LARGE, rows_of
 from lora_edge.tasks.task import Task
 
@@ -29,14 +30,22 @@ _STEPS, _STEPS_OF_LARGE = 16, 8  # greedy tokens after each prompt
 class Survey:
     """An adapter's effect in floats, and what is left of it with some rounding or other."""
 
-    def __init__(self, base: Base, task: Task, adapter: Adapter, part: Part) -> None:
+    def __init__(
+        self,
+        base: Base,
+        task: Task,
+        adapter: Adapter,
+        parts: Mapping[str, Part],
+        beginning: Beginning | None = None,
+    ) -> None:
         """Measure the effect in floats: logits of W + ΔW less those of W.
 
         Args:
             base: the base.
-            task: what it does; a text generator's.
+            task: what it does; of a model that generates.
             adapter: the adapter.
-            part: the decoder's facts.
+            parts: its graphs' facts.
+            beginning: what an encoder-decoder's answer begins with.
 
         Raises:
             ParityError: it has no effect.
@@ -45,20 +54,23 @@ class Survey:
         reference = Reference(base, task)
         reference.attach(adapter.name, adapter.directory)
         small = reference.parameters <= LARGE
+        subject = of_parts(parts, beginning)
+        steps = _STEPS if small else _STEPS_OF_LARGE
+        vocab_size, longest = subject.drawn
         probes = plan(
             [adapter.name],
-            vocab_size=part.vocab_size,
-            max_length=part.max_length,
-            steps=_STEPS if small else _STEPS_OF_LARGE,
+            vocab_size=vocab_size,
+            max_length=longest,
+            steps=steps if subject.behind else 1,
             window=shortest_window(base.config),
             reach={adapter.name: rows_of(adapter)},
             depth="quick",
             merged=True,
         )
         (probe,) = (probe for probe in probes if probe.kind == "adapter")
-        further = reference.greedy(probe.rows, only(adapter.name), probe.steps)
-        pairs = zip(probe.rows, further, strict=True)
-        self._rows: list[Row] = [(*row, *found.tokens) for row, found in pairs]
+        count = probe.steps if subject.behind else steps
+        further = subject.greedy(reference, probe.rows, only(adapter.name), count)
+        self._rows = [subject.inputs(*pair) for pair in zip(probe.rows, further, strict=True)]
         self._intended = self._change(reference)
 
     def effect(self, quantization: Quantization) -> Effect:
@@ -80,6 +92,6 @@ class Survey:
     def _change(self, reference: Reference) -> Sequence[NDArray[np.floating]]:
         """The logits with the adapter less those without, of each row."""
         count = len(self._rows)
-        plain = reference.logits(self._rows, [BASE] * count)
-        adapted = reference.logits(self._rows, [only(self._adapter.name)] * count)
+        plain = reference.outputs(self._rows, [BASE] * count)
+        adapted = reference.outputs(self._rows, [only(self._adapter.name)] * count)
         return [own - base for own, base in zip(adapted, plain, strict=True)]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lora_edge.maths.lora import FloatArray
-from lora_edge.parity.plan.states import Inputs, Probe, Row
+from lora_edge.parity.plan.states import Inputs, Probe, Row, State
 from lora_edge.parity.question import Question
 from lora_edge.parity.reference import Reference
 from lora_edge.parity.subjects.subject import SEEDS, Subject, binding_of, continued, noise_of
@@ -37,18 +37,36 @@ class EncoderDecoderSubject(Subject):
 
     def probes(self, question: Question, reference: Reference) -> Sequence[Probe]:
         """16 greedy tokens after what the decoder begins with."""
-        speech = bool(self.reads.sample)
-        steps = _STEPS if question.steps is None else question.steps
-        if self.gives.max_length:
-            steps = min(steps, self.gives.max_length - _LONGEST_BEGINNING)
+        steps = self._within(_STEPS if question.steps is None else question.steps)
+        vocab_size, longest = self.drawn
         probes = self._planned(
-            question,
-            reference,
-            vocab_size=SEEDS if speech else self.reads.vocab_size,
-            max_length=2 if speech else self.reads.max_length or _LONG_ENOUGH,
-            steps=1,
+            question, reference, vocab_size=vocab_size, max_length=longest, steps=1
         )
         return [dataclasses.replace(probe, steps=steps) for probe in probes]
+
+    @property
+    def drawn(self) -> tuple[int, int]:
+        """Of speech, one seed."""
+        if self.reads.sample:
+            return SEEDS, 2
+        return self.reads.vocab_size, self.reads.max_length or _LONG_ENOUGH
+
+    def greedy(
+        self, reference: Reference, rows: Sequence[Row], state: State, steps: int
+    ) -> list[Row]:
+        """Each row after its own beginning, without a cache."""
+        tails: list[Row] = [()] * len(rows)
+        for _ in range(self._within(steps)):
+            asked = [self.inputs(*pair) for pair in zip(rows, tails, strict=True)]
+            found = reference.outputs(asked, [state] * len(rows))
+            pairs = zip(tails, found, strict=True)
+            tails = [(*tail, int(np.argmax(logits[-1]))) for tail, logits in pairs]
+        return tails
+
+    def _within(self, steps: int) -> int:
+        """As many steps as the decoder's positions allow."""
+        longest = self.gives.max_length
+        return min(steps, longest - _LONGEST_BEGINNING) if longest else steps
 
     def inputs(self, row: Row, tail: Row = ()) -> Inputs:
         """What the encoder reads, and the decoder's beginning and tail."""

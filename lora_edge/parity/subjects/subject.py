@@ -115,6 +115,21 @@ class Subject(ABC):
         off = dataclasses.replace(probe, kind="base", states=(BASE,) * len(probe.rows))
         return self.observe(runner, off, tails)
 
+    @property
+    def drawn(self) -> tuple[int, int]:
+        """Below what the numbers of a random prompt are, and how many there may be; 0: any."""
+        return self.reads.vocab_size, self.reads.max_length
+
+    def greedy(
+        self,
+        reference: Reference,  # noqa: ARG002
+        rows: Sequence[Row],
+        state: State,  # noqa: ARG002
+        steps: int,  # noqa: ARG002
+    ) -> list[Row]:
+        """The reference's greedy continuation of each row, past any end token."""
+        return [()] * len(rows)
+
     def propose(
         self,
         runner: Runner,  # noqa: ARG002
