@@ -55,7 +55,7 @@ def bundle_card(manifest: Manifest, cases: Sequence[Mapping[str, Any]] = ()) -> 
             f"{survival_line(manifest)} The proof is of the rounded weights; survival is what they "
             "keep of the adapter.",
         ]
-    lines += _drift(cases, half=manifest.half)
+    lines += _drift(manifest, cases)
     task = TASKS[manifest.task]
     argument = _ARGUMENT.get(task.takes, '["Hello"]')
     example = next((name for name in sorted(manifest.adapters) if name != "none"), "NAME")
@@ -87,16 +87,18 @@ def bundle_card(manifest: Manifest, cases: Sequence[Mapping[str, Any]] = ()) -> 
     return "\n".join(lines) + "\n"
 
 
-def _drift(cases: Sequence[Mapping[str, Any]], *, half: bool) -> list[str]:
+def _drift(manifest: Manifest, cases: Sequence[Mapping[str, Any]]) -> list[str]:
     """What int8 activations or float16 add, where the report has measured it."""
     found = [(case, case["drift"]) for case in cases if case.get("drift")]
     if not found:
         return []
+    proved = " and ".join(f"`{part.exact}`" for part in manifest.parts.values())
+    ships = " and ".join(f"`{part.file}`" for part in manifest.parts.values())
+    what = "computing in float16" if manifest.half else "rounding activations to int8"
     lines = [
         "",
-        "The proof is of `onnx/exact.onnx`, which computes in float32. `onnx/model.onnx` has the "
-        f"same weights and {'computes in float16' if half else 'rounds activations to int8'}, "
-        "which adds, measured at export on the CPU:",
+        f"The proof is of {proved}, computing in float32. What ships is {ships}, on the same "
+        f"weights, {what}. That adds, measured at export on the CPU:",
         "",
         "| | effect that is there | effect error | KL, nats | same best token or label | "
         "cosine of embeddings |",

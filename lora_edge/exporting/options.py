@@ -68,7 +68,9 @@ def check_precision(options: Options) -> None:
                 f"--precision fp16 is for models of one graph, by the trace backend, got "
                 f"{options.task.name}, {options.backend}: a weight is found by the name that the "
                 "trace gives it",
-                "Use --precision fp32.",
+                "Use --precision int8, int4 or fp32."
+                if options.backend == backend
+                else "Use --precision fp32.",
             )
         return
     if options.backend != backend or options.form != "fused":
@@ -90,8 +92,8 @@ def check_precision(options: Options) -> None:
         )
     if options.keep_high != "touched" and "decoder" not in options.task.parts:
         raise UnsupportedModelError(
-            f"--keep-high {options.keep_high} measures an adapter's effect on text-generation, got "
-            f"{options.task.name}",
+            f"--keep-high {options.keep_high} measures an adapter's effect on what a model "
+            f"generates, got {options.task.name}",
             "Use --keep-high touched, or --mode switchable.",
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import shutil
@@ -31,14 +30,15 @@ from lora_edge.runtime.sampling import Sampling
 from lora_edge.tasks.task import Task
 from tests.support.blends import asked_of
 from tests.support.failing import signed
-from tests.support.seq2seq import ALL, ATTENTION, VOCAB, make_seq2seq, make_seq2seq_adapter
-
-HAS_OPTIMUM = importlib.util.find_spec("optimum") is not None
-optimum = [
-    pytest.mark.optimum,
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
-    pytest.mark.skipif(not HAS_OPTIMUM, reason="needs lora-edge[optimum] (transformers 4.57)"),
-]
+from tests.support.seq2seq import (
+    ALL,
+    ATTENTION,
+    VOCAB,
+    give_words,
+    make_seq2seq,
+    make_seq2seq_adapter,
+    optimum,
+)
 
 
 class Exported:
@@ -294,17 +294,8 @@ class TestKindsWithOptimum:
         assert not (tmp_path / "out").exists()
 
     def test_text_in_and_out(self, family: str, tmp_path: Path) -> None:
-        from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
         base = make_seq2seq(family, tmp_path / "base")
-        words = {"<pad>": 0, "</s>": 1} | {f"w{number}": number for number in range(2, VOCAB)}
-        tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="$A </s>", special_tokens=[("</s>", 1)]
-        )
-        tokenizer.add_special_tokens(["<pad>", "</s>"])
-        tokenizer.save(str(base / "tokenizer.json"))
+        give_words(base)
         adapter = make_seq2seq_adapter(base, tmp_path / "a", family, r=3, target_modules=["q"])
         out = tmp_path / "out"
         command = [str(base), "-a", f"a={adapter}", "-o", str(out)]

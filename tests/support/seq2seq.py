@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from tests.support.saving import perturb, save_model
 
@@ -75,6 +78,17 @@ ALL = {
 }
 
 
+optimum = [
+    pytest.mark.optimum,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("optimum") is None,
+        reason="needs lora-edge[optimum] (transformers 4.57)",
+    ),
+]
+"""Marks of what exports an encoder-decoder."""
+
+
 def make_seq2seq(family: str, directory: Path) -> Path:
     """Save a random model whose every parameter is perturbed, so that none is one or zero."""
     name, fields = _MODELS[family]
@@ -86,6 +100,18 @@ def make_seq2seq(family: str, directory: Path) -> Path:
         model.generation_config.begin_suppress_tokens = SUPPRESSED_FIRST
     perturb(model.parameters())
     return save_model(model, directory)
+
+
+def give_words(base: Path) -> None:
+    """Give a T5 a tokenizer, whose words are w2, w3, …"""
+    words = {"<pad>": 0, "</s>": 1} | {f"w{number}": number for number in range(2, VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    tokenizer.add_special_tokens(["<pad>", "</s>"])
+    tokenizer.save(str(base / "tokenizer.json"))
 
 
 def make_seq2seq_adapter(
