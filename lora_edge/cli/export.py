@@ -67,8 +67,8 @@ from lora_edge.tasks.task import TASKS
     ["fp32", "fp16", "int8", "int4"],
     "fp16: weights, activations and cache, for providers that compute in it. int8 and int4: the "
     "linear layers' weights, but for mixtures' experts; not in the portable form; heads of labels "
-    "and adapters stay in fp32; of the layers that a merged one changes, see --keep-high. None of "
-    "the three is for encoder-decoders.",
+    "and adapters stay in fp32; of the layers that a merged one changes, see --keep-high. fp16 "
+    "is not for encoder-decoders.",
 )
 @options.choice(
     "--head-precision",

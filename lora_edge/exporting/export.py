@@ -103,10 +103,10 @@ def export(
             it (a graph in float32 is written beside, on the same data, and is what is proved; what
             float16 adds is measured, and refused beyond a limit); or, of the linear layers' weights
             but for experts and their routers, ``int8`` or ``int4``, codes for blocks of inputs (by
-            the trace backend, not in the portable form; heads of labels and convolutions stay in
-            fp32). The bundle is proved against PyTorch with the same rounded weights, which are
-            also what DoRA's norms are of; of layers that a merged adapter changes, see
-            ``keep_high``.
+            the trace backend, of encoder-decoders by the optimum backend, not in the portable form;
+            heads of labels and convolutions stay in fp32). The bundle is proved against PyTorch
+            with the same rounded weights, which are also what DoRA's norms are of; of layers that a
+            merged adapter changes, see ``keep_high``.
         activations: what the layers of ``int8`` and ``int4`` multiply their codes with: ``int8``
             (faster: each block of activations is rounded to 8 bits; a graph in floats is written
             beside it, on the same data, and is what is proved) or ``fp32``. What int8 activations
