@@ -211,7 +211,8 @@ def quantize(
     step = max(1, _ROWS // max(size_in, 1))
     for first in range(0, size_out, step):
         some = slice(first, first + step)
-        rows = np.asarray(weight[some], np.float32)
+        # However it lies in memory: sums of another order are other sums.
+        rows = np.ascontiguousarray(weight[some], np.float32)
         padded = np.pad(rows, ((0, 0), (0, count * block_size - size_in)))
         blocks = padded.reshape(len(rows), count, block_size)
         if zeros is None:

