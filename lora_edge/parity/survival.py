@@ -17,7 +17,7 @@ from lora_edge.bundle.part import Beginning, Part
 from lora_edge.errors import ParityError
 from lora_edge.maths.quantization import Quantization
 from lora_edge.maths.survival import Effect, effect
-from lora_edge.parity.plan.plan import plan, shortest_window
+from lora_edge.parity.plan.plan import shortest_window
 from lora_edge.parity.plan.states import BASE, only
 from lora_edge.parity.reference import Reference
 from lora_edge.parity.subjects import of_parts
@@ -55,21 +55,13 @@ class Survey:
         reference.attach(adapter.name, adapter.directory)
         small = reference.parameters <= LARGE
         subject = of_parts(parts, beginning)
-        steps = _STEPS if small else _STEPS_OF_LARGE
-        vocab_size, longest = subject.drawn
-        probes = plan(
-            [adapter.name],
-            vocab_size=vocab_size,
-            max_length=longest,
-            steps=steps if subject.behind else 1,
+        probe = subject.survey(
+            adapter.name,
+            _STEPS if small else _STEPS_OF_LARGE,
             window=shortest_window(base.config),
             reach={adapter.name: rows_of(adapter)},
-            depth="quick",
-            merged=True,
         )
-        (probe,) = (probe for probe in probes if probe.kind == "adapter")
-        count = probe.steps if subject.behind else steps
-        further = subject.greedy(reference, probe.rows, only(adapter.name), count)
+        further = subject.greedy(reference, probe)
         self._rows = [subject.inputs(*pair) for pair in zip(probe.rows, further, strict=True)]
         self._intended = self._change(reference)
 

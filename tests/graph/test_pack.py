@@ -149,3 +149,14 @@ def test_branches_of_packed_layers(tmp_path: Path) -> None:
         }
         found.append(_run(model, tmp_path / f"{name}-run", **feeds))
     np.testing.assert_array_equal(*found)
+
+
+def test_layers_of_several_modules_that_read_an_input_stay_apart() -> None:
+    """What an encoder gives is read by all layers of a decoder."""
+    model = _model()
+    for node in model.graph:
+        if node.name in ("q", "k", "v"):
+            node.name = f"{'one' if node.name == 'q' else 'two'}.{node.name}"
+    pack(model)
+    named = {str(node.name) for node in model.graph if node.op_type == "MatMulNBits"}
+    assert named == {"one.q", "two.k+two.v", "other"}

@@ -183,3 +183,12 @@ def test_the_vocabulary_has_bits_of_its_own() -> None:
         weight = values[f"{path}.weight"]
         np.testing.assert_array_equal(rounded(f"{path}.weight"), quantize(weight, bits).weight())  # type: ignore[arg-type]
     assert not measured(Rounding(4, 4), ["a"], ["embedding"], values.get, layers).bits_of
+
+
+@pytest.mark.parametrize("how", HOW, ids=str)
+def test_codes_are_the_same_however_a_weight_lies_in_memory(how: dict[str, Any]) -> None:
+    """A graph may have the transpose of what PyTorch has, and sums depend on their order."""
+    weight = _weight(48, 200)
+    first, second = (quantize(x, 4, **how) for x in (weight, np.asfortranarray(weight)))
+    for one, other in zip(first, second, strict=True):
+        np.testing.assert_array_equal(one, other)

@@ -15,7 +15,7 @@ import numpy as np
 from lora_edge.files.spilled import let_go, spilled
 from lora_edge.maths.lora import FloatArray
 from lora_edge.parity.plan.plan import shortest_window
-from lora_edge.parity.plan.states import Inputs, Probe, Row, State, schedule
+from lora_edge.parity.plan.states import Inputs, Probe, Row, schedule
 from lora_edge.parity.question import Question, is_long
 from lora_edge.parity.reference import Reference
 from lora_edge.parity.subjects.subject import LARGE, Measuring, Subject, binding_of, reach_of
@@ -83,11 +83,10 @@ class DecoderSubject(Subject):
         """Its token ids."""
         return {"input_ids": np.array((*row, *tail), np.int64)}
 
-    def greedy(
-        self, reference: Reference, rows: Sequence[Row], state: State, steps: int
-    ) -> list[Row]:
+    def greedy(self, reference: Reference, probe: Probe) -> list[Row]:
         """With the cache."""
-        return [found.tokens for found in reference.greedy(rows, state, steps)]
+        found = reference.greedy(probe.rows, probe.states[0], probe.steps)
+        return [each.tokens for each in found]
 
     def observe(self, runner: Runner, probe: Probe, tails: Sequence[Row]) -> list[FloatArray]:
         """Prompts at once, tails token by token; rows rest where the probe says so."""

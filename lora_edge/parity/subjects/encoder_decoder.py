@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from lora_edge.maths.lora import FloatArray
-from lora_edge.parity.plan.states import Inputs, Probe, Row, State
+from lora_edge.parity.plan.states import Inputs, Probe, Row
 from lora_edge.parity.question import Question
 from lora_edge.parity.reference import Reference
 from lora_edge.parity.subjects.subject import SEEDS, Subject, binding_of, continued, noise_of
@@ -38,27 +39,28 @@ class EncoderDecoderSubject(Subject):
     def probes(self, question: Question, reference: Reference) -> Sequence[Probe]:
         """16 greedy tokens after what the decoder begins with."""
         steps = self._within(_STEPS if question.steps is None else question.steps)
-        vocab_size, longest = self.drawn
-        probes = self._planned(
-            question, reference, vocab_size=vocab_size, max_length=longest, steps=1
-        )
+        probes = self._planned(question, reference, steps=1, **self._drawn)
         return [dataclasses.replace(probe, steps=steps) for probe in probes]
 
-    @property
-    def drawn(self) -> tuple[int, int]:
-        """Of speech, one seed."""
-        if self.reads.sample:
-            return SEEDS, 2
-        return self.reads.vocab_size, self.reads.max_length or _LONG_ENOUGH
+    def survey(self, name: str, steps: int, **own: Any) -> Probe:
+        """What follows does not stand in the prompt's row."""
+        probe = super().survey(name, 1, **{**self._drawn, **own})
+        return dataclasses.replace(probe, steps=self._within(steps))
 
-    def greedy(
-        self, reference: Reference, rows: Sequence[Row], state: State, steps: int
-    ) -> list[Row]:
+    @property
+    def _drawn(self) -> dict[str, Any]:
+        """Below what the numbers of a random prompt are, and how many there may be."""
+        if self.reads.sample:
+            return {"vocab_size": SEEDS, "max_length": 2}
+        longest = self.reads.max_length or _LONG_ENOUGH
+        return {"vocab_size": self.reads.vocab_size, "max_length": longest}
+
+    def greedy(self, reference: Reference, probe: Probe) -> list[Row]:
         """Each row after its own beginning, without a cache."""
-        tails: list[Row] = [()] * len(rows)
-        for _ in range(self._within(steps)):
-            asked = [self.inputs(*pair) for pair in zip(rows, tails, strict=True)]
-            found = reference.outputs(asked, [state] * len(rows))
+        tails: list[Row] = [()] * len(probe.rows)
+        for _ in range(probe.steps):
+            asked = [self.inputs(*pair) for pair in zip(probe.rows, tails, strict=True)]
+            found = reference.outputs(asked, probe.states)
             pairs = zip(tails, found, strict=True)
             tails = [(*tail, int(np.argmax(logits[-1]))) for tail, logits in pairs]
         return tails

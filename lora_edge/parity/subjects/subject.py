@@ -115,20 +115,16 @@ class Subject(ABC):
         off = dataclasses.replace(probe, kind="base", states=(BASE,) * len(probe.rows))
         return self.observe(runner, off, tails)
 
-    @property
-    def drawn(self) -> tuple[int, int]:
-        """Below what the numbers of a random prompt are, and how many there may be; 0: any."""
-        return self.reads.vocab_size, self.reads.max_length
+    def survey(self, name: str, steps: int, **own: Any) -> Probe:
+        """An adapter's short prompts, and how many tokens follow; ``own`` as of the plan."""
+        read = {"vocab_size": self.reads.vocab_size, "max_length": self.reads.max_length}
+        probes = plan([name], steps=steps, depth="quick", merged=True, **{**read, **own})
+        (probe,) = (probe for probe in probes if probe.kind == "adapter")
+        return probe
 
-    def greedy(
-        self,
-        reference: Reference,  # noqa: ARG002
-        rows: Sequence[Row],
-        state: State,  # noqa: ARG002
-        steps: int,  # noqa: ARG002
-    ) -> list[Row]:
-        """The reference's greedy continuation of each row, past any end token."""
-        return [()] * len(rows)
+    def greedy(self, reference: Reference, probe: Probe) -> list[Row]:  # noqa: ARG002
+        """The reference's greedy continuation of each row of one state, past any end token."""
+        return [()] * len(probe.rows)
 
     def propose(
         self,
