@@ -94,11 +94,11 @@ def _drift(manifest: Manifest, cases: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
     proved = " and ".join(f"`{part.exact}`" for part in manifest.parts.values())
     ships = " and ".join(f"`{part.file}`" for part in manifest.parts.values())
-    what = "computing in float16" if manifest.half else "rounding activations to int8"
+    what = "computes in float16" if manifest.half else "rounds activations to int8"
     lines = [
         "",
-        f"The proof is of {proved}, computing in float32. What ships is {ships}, on the same "
-        f"weights, {what}. That adds, measured at export on the CPU:",
+        f"The proof is of {proved}, computing in float32. What ships, {ships}, has the same "
+        f"weights and {what}, which adds, measured at export on the CPU:",
         "",
         "| | effect that is there | effect error | KL, nats | same best token or label | "
         "cosine of embeddings |",
