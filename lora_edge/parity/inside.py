@@ -21,8 +21,9 @@ from lora_edge.errors import OptionError
 from lora_edge.maths.lora import FloatArray
 from lora_edge.parity.around.asked import OF, TOKENIZER
 from lora_edge.parity.around.golden import load_around
+from lora_edge.parity.case import Case
 from lora_edge.parity.plan.states import Probe
-from lora_edge.parity.report import Case, Session
+from lora_edge.parity.report import Session
 from lora_edge.runtime import Runner
 from lora_edge.runtime.adapters.binding import Binding
 

@@ -16,6 +16,7 @@ from lora_edge.bundle.manifest import survival_line
 from lora_edge.clients.catalog import command_of, label_of
 from lora_edge.errors import DataError
 from lora_edge.names import NONE_ADAPTER
+from lora_edge.parity.case import Case
 from lora_edge.parity.checks import compare
 from lora_edge.parity.compare import Tolerance
 from lora_edge.parity.drift import drifts
@@ -27,7 +28,7 @@ from lora_edge.parity.plan.reach import reach_of
 from lora_edge.parity.record.environment import Opening, machine, versions
 from lora_edge.parity.record.golden import Golden, recorded
 from lora_edge.parity.record.journal import Journal
-from lora_edge.parity.report import Case, Report, Session
+from lora_edge.parity.report import Report, Session
 from lora_edge.parity.subjects import subject_of
 from lora_edge.runtime import Runner
 

@@ -11,7 +11,7 @@ const ort = require("onnxruntime-node");
 const { version } = require("onnxruntime-node/package.json");
 let Tokenizer;
 try {
-  ({ Tokenizer } = await import(pathToFileURL(require.resolve("@huggingface/tokenizers"))));
+  ({ Tokenizer } = require("@huggingface/tokenizers"));
 } catch (error) {
   if (error.code !== "MODULE_NOT_FOUND") throw error;
 }

@@ -1,0 +1,129 @@
+/** The package on onnxruntime-node; LORA_EDGE_BUNDLES has the bundles `text` and `labels`. */
+import assert from "node:assert/strict";
+import { cp, mkdtemp, readFile, writeFile } from "node:fs/promises";
+import { createServer } from "node:http";
+import { createRequire } from "node:module";
+import { tmpdir } from "node:os";
+import path from "node:path";
+import { test } from "node:test";
+
+const require = createRequire(import.meta.url);
+const ort = require("onnxruntime-node");
+const { Tokenizer } = require("@huggingface/tokenizers");
+const { BundleError, open, parseAdapter } = await import(
+  path.join(process.env.LORA_EDGE_JS, "src", "index.js")
+);
+const { toHalf } = await import(path.join(process.env.LORA_EDGE_JS, "src", "half.js"));
+const { sampled } = await import(path.join(process.env.LORA_EDGE_JS, "src", "sampling.js"));
+
+const text = path.join(process.env.LORA_EDGE_BUNDLES, "text");
+const labels = path.join(process.env.LORA_EDGE_BUNDLES, "labels");
+const bundle = await open(text, { ort, Tokenizer });
+const PROMPT = "Word: river Answer:";
+
+test("each adapter does what it was trained to", async () => {
+  assert.deepEqual(bundle.adapters, ["echo", "mirror", "shout"]);
+  const told = {};
+  for (const adapter of bundle.adapters) told[adapter] = await bundle.answer(PROMPT, { adapter });
+  assert.deepEqual(told, { echo: " river river", mirror: " revir", shout: " RIVER!" });
+});
+
+test("rows of a batch have adapters of their own", async () => {
+  const adapters = ["shout", null, { echo: 0.5, mirror: 0.5 }];
+  const ids = await bundle.encode(PROMPT);
+  const together = await bundle.start(3, { adapter: adapters });
+  const batch = await together.extend([ids, ids.slice(0, 3), ids]);
+  for (const [row, adapter] of adapters.entries()) {
+    const alone = await bundle.start(1, { adapter });
+    const [logits] = await alone.extend([row === 1 ? ids.slice(0, 3) : ids]);
+    logits.forEach((x, i) => assert.ok(Math.abs(x - batch[row][i]) < 1e-4));
+  }
+});
+
+test("a row that rests goes on as if nothing had been", async () => {
+  const rows = [[1, 2, 3], [4, 5]];
+  const resting = await bundle.start(2);
+  await resting.extend(rows);
+  await resting.step([7, null]);
+  const [, found] = await resting.step([8, 9]);
+  const awake = await bundle.start(1);
+  const [wanted] = await awake.extend([[4, 5, 9]]);
+  wanted.forEach((x, i) => assert.ok(Math.abs(x - found[i]) < 1e-4));
+  assert.deepEqual(resting.history, [[1, 2, 3, 7, 8], [4, 5, 9]]);
+});
+
+test("tokens stream, and a signal stops them", async () => {
+  const stop = new AbortController();
+  const seen = [];
+  await assert.rejects(async () => {
+    for await (const token of bundle.generate(PROMPT, { adapter: "echo", signal: stop.signal })) {
+      seen.push(token);
+      if (seen.length === 2) stop.abort();
+    }
+  }, { name: "AbortError" });
+  assert.equal(seen.length, 2);
+});
+
+test("labels of heads of unequal sizes", async () => {
+  const heads = await open(labels, { ort, Tokenizer });
+  const found = await heads.classify(["a river", "a river"], { adapter: ["letters", "claims"] });
+  assert.ok(heads.manifest.adapters.letters.labels.includes(found[0].label));
+  assert.ok(heads.manifest.adapters.claims.labels.includes(found[1].label));
+  found.forEach(({ score }) => assert.ok(score > 0 && score <= 1));
+});
+
+test("a bundle at an address is the one in the folder", async () => {
+  const server = createServer(async (request, response) => {
+    response.end(await readFile(path.join(text, request.url)));
+  });
+  await new Promise((ready) => server.listen(0, ready));
+  const address = `http://localhost:${server.address().port}`;
+  const feeds = await (await open(address, { ort, session: false })).feeds("echo");
+  const own = await bundle.feeds("echo");
+  assert.deepEqual(Object.keys(feeds).sort(), Object.keys(own).sort());
+  server.close();
+});
+
+test("what was changed or cut off is refused by name", async () => {
+  const copy = path.join(await mkdtemp(path.join(tmpdir(), "bundle-")), "b");
+  await cp(text, copy, { recursive: true });
+  const file = path.join(copy, "adapters", "echo", "adapter.onnx_adapter");
+  const bytes = await readFile(file);
+  bytes[bytes.length - 3] ^= 1;
+  await writeFile(file, bytes);
+  const changed = await open(copy, { ort });
+  const refused = { name: "BundleError", message: /echo.* differs from its hash/ };
+  await assert.rejects(changed.start(1, { adapter: "echo" }), refused);
+  await changed.start(1, { adapter: "mirror" });
+  for (let end = 0; end < bytes.length; end += 997) {
+    assert.throws(() => parseAdapter(bytes.subarray(0, end)), BundleError);
+  }
+});
+
+test("what is asked wrongly is refused in words", async () => {
+  for (const [adapter, words] of [
+    ["nobody", /there is no adapter 'nobody'; the bundle has echo, mirror, none, shout/],
+    [{ echo: Number.NaN }, /the weight of 'echo' is NaN/],
+    [["echo"], /1 adapters were given for 2 rows/],
+  ]) {
+    await assert.rejects(bundle.start(2, { adapter }), { name: "BundleError", message: words });
+  }
+  const decoding = await bundle.start(1);
+  await assert.rejects(decoding.extend([[1e6]]), /token id 1000000 is outside the vocabulary/);
+  await assert.rejects(decoding.extend([[]]), /row 0 has no tokens/);
+  await assert.rejects(open(text, {}), /ort is missing/);
+});
+
+test("float16 is rounded to nearest, ties to even", () => {
+  const given = [0, -0, 1, -2, 65504, 2 ** -24, 2 ** -25, 1.5 * 2 ** -24, 1 + 2 ** -11, 1 + 3 * 2 ** -11];
+  const bits = [0, 0x8000, 0x3c00, 0xc000, 0x7bff, 1, 0, 2, 0x3c00, 0x3c02];
+  assert.deepEqual(Array.from(toHalf(Float32Array.from(given))), bits);
+  assert.throws(() => toHalf(Float32Array.of(70000)), /float16 ends at 65504/);
+});
+
+test("sampling keeps to top-k and top-p", () => {
+  const logits = Float32Array.of(1, 3, 2, 0);
+  assert.equal(sampled(logits, { temperature: 1, topK: 1 }, () => 0.99), 1);
+  assert.equal(sampled(logits, { temperature: 1, topP: 0.5 }, () => 0.99), 1);
+  assert.equal(sampled(logits, { temperature: 1 }, () => 0.999), 3);
+});
