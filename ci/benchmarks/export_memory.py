@@ -2,13 +2,15 @@
 
     .venv/bin/python ci/benchmarks/export_memory.py [--shapes 135M,1B] [--precision fp32]
     .venv/bin/python ci/benchmarks/export_memory.py --shapes 3B --precision int4
-    .venv/bin/python ci/benchmarks/export_memory.py --shapes 8B --layers 4 --precision int4
+    .venv/bin/python ci/benchmarks/export_memory.py --shapes 8B --layers 8 --precision int4 \
+        --low-memory
 
 Random weights of real sizes, one adapter on all linear layers. Each export is a process of its own
 on one processor. Peak memory is the largest resident size, mapped files included; *private* is the
 part that no file holds. Both are beside the bytes of the model in float32, whatever the checkpoint
 has. Imports are measured in the same process, before the export begins. A second table has the
-stages. Peaks do not depend on what else runs; seconds do.
+stages. Peaks do not depend on what else runs; seconds do. A shape with fewer ``--layers`` is proved
+on as many prompts as the whole shape is.
 """
 
 from __future__ import annotations
@@ -31,9 +33,13 @@ _EXPORT = """
 import json, sys, threading, time
 from pathlib import Path
 base, adapter, output, options = *sys.argv[1:4], json.loads(sys.argv[4])
+share = float(sys.argv[5])  # of the shape's numbers
 import onnx, onnxruntime, peft, torch, transformers
 from transformers import LlamaForCausalLM
 import lora_edge
+from lora_edge.parity import in_parts
+
+in_parts.VERY_LARGE = int(in_parts.VERY_LARGE * share)
 
 def resident(*names):
     text = Path("/proc/self/status").read_text()
@@ -85,7 +91,7 @@ def measure(made: Made, precision: str, *, low_memory: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         paths = [str(base), str(adapter), str(Path(folder) / "bundle")]
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", _EXPORT, *paths, options],
+            [sys.executable, "-W", "ignore", "-c", _EXPORT, *paths, options, str(made.share)],
             env=environment,
             stdout=subprocess.PIPE,
             text=True,

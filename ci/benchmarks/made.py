@@ -44,6 +44,7 @@ class Made:
         self.name = name if layers is None else f"{name}, {layers} layers"
         shape: Shape = SHAPES[name] if dtype is None else replace(SHAPES[name], dtype=dtype)
         self.shape = shape if layers is None else replace(shape, layers=layers)
+        self.share = self.shape.numbers() / shape.numbers()
         kept = [name, dtype or "", "" if layers is None else f"{layers}-layers"]
         self._folder = folder / "-".join(filter(None, kept))
         self._say = say

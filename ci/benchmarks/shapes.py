@@ -48,6 +48,12 @@ class Shape:
     dtype: str = "float32"
     rank: int = 16
 
+    def numbers(self) -> int:
+        """Of all weights, but for norms and biases."""
+        heads = self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        layer = self.hidden * (heads + 3 * self.intermediate)
+        return self.layers * layer + self.vocabulary * self.hidden * (1 if self.tied else 2)
+
     def config(self) -> Any:
         """transformers' config."""
         sizes = {

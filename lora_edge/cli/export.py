@@ -120,7 +120,8 @@ from lora_edge.tasks.task import TASKS
 @click.option(
     "--low-memory",
     is_flag=True,
-    help="Prove a large base in float32 in parts, without a copy of its weights. Takes longer.",
+    help="Prove a large base in float32 in parts, without a copy of its weights, which takes "
+    "longer; and a very large one in few bits on fewer prompts, which the report says.",
 )
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 def command(adapters: tuple[str, ...], output: Path, **given: Any) -> None:

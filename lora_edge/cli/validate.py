@@ -107,7 +107,8 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option(
     "--low-memory",
     is_flag=True,
-    help="With --reference: run the graphs of a large base in float32 in parts. Takes longer.",
+    help="With --reference: run the graphs of a large base in float32 in parts, which takes "
+    "longer; compare fewer prompts of a very large one in few bits, which the report says.",
 )
 @click.option("--json", "json_file", type=_FILE, help="Write the report there.")
 @click.option("--html", "html_file", type=_FILE, help="Write it as one page for people.")

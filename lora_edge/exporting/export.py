@@ -127,8 +127,9 @@ def export(
             need be stay at 8 bits or in fp32 for ``min_effect`` to be reached.
         min_effect: with ``none`` and ``auto``: the least share of the adapter's effect on logits
             that is published; 0.9 when omitted.
-        low_memory: prove a base of more than 50 million numbers in float32 in parts, as
-            :func:`~lora_edge.parity.validate` says. It takes longer.
+        low_memory: prove a bundle in float32 of a base of more than 50 million numbers in parts,
+            which takes longer; and one of few bits of more than 5 billion on fewer prompts, as
+            :func:`~lora_edge.parity.validate` says.
         force: replace an existing bundle.
         progress: called with one line for each stage.
 
@@ -254,6 +255,8 @@ def _prove(staged: Bundle, reference: Reference, say: Progress, *, low_memory: b
 
     say("validating every adapter against PyTorch")
     report = validate(staged, reference, low_memory=low_memory)
+    if report.reach is not None and report.reach.fewer:
+        say(report.reach.fewer)
     if report.exact and not report.passed:
         made = staged.manifest.quantization
         half = made is not None and made.half

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -66,9 +66,46 @@ def measures_drift(golden: Golden) -> bool:
     return golden.probe.kind in {"base", "adapter"} and not golden.probe.part
 
 
+class InFloats(NamedTuple):
+    """What the graph in floats gives for a golden case.
+
+    Attributes:
+        outputs: of each row.
+        plain: without what adapters add; ``None``: no row has one, or the bundle does not hold it.
+    """
+
+    outputs: Sequence[FloatArray]
+    plain: Sequence[FloatArray] | None
+
+
+def in_floats(exact: Runner, goldens: Sequence[Golden]) -> dict[str, InFloats]:
+    """What :func:`drift` is measured from, by the name of the probe.
+
+    Afterwards the bundle need not be open in floats: two sessions are two copies of its weights.
+
+    Args:
+        exact: the bundle, computing in floats.
+        goldens: their prompts and greedy continuations are run, of those that drift is measured on.
+    """
+    subject = subject_of(exact.bundle.manifest)
+    found: dict[str, InFloats] = {}
+
+    def outputs(golden: Golden) -> Sequence[FloatArray]:
+        probe, tails = golden.probe, golden.tails
+        if probe.name not in found:
+            plain = subject.off(exact, probe, tails) if any(probe.states) else None
+            found[probe.name] = InFloats(subject.observe(exact, probe, tails), plain)
+        return found[probe.name].outputs
+
+    for golden in filter(measures_drift, goldens):
+        for case in _measured_on(golden, goldens, outputs):
+            outputs(case)
+    return found
+
+
 def drift(
-    exact: Runner,
     fast: Runner,
+    exact: Mapping[str, InFloats],
     goldens: Sequence[Golden],
     limits: DriftLimits | None = None,
     largest: Mapping[str, Largest] | None = None,
@@ -78,26 +115,36 @@ def drift(
     Where these have few positions, as of labels, rows of long prompts and of batches count too.
 
     Args:
-        exact: the bundle, computing in floats.
-        fast: the same bundle as it ships.
+        fast: the bundle as it ships.
+        exact: of the same goldens, of :func:`in_floats`.
         goldens: their prompts and greedy continuations are run.
         limits: what is allowed; ``None``: what the bundle's precision may.
         largest: name of a probe -> largest number of its values, where float16 is to hold them.
     """
-    half = exact.bundle.manifest.half
+    half = fast.bundle.manifest.half
     limits = limits or (HALF_LIMITS if half else DriftLimits())
-    for golden in goldens:
+    embeds = fast.bundle.manifest.gives.output != "logits"
+    for golden in filter(measures_drift, goldens):
         probe = golden.probe
-        if not measures_drift(golden):
-            continue
-        rows = _rows(exact, fast, golden, probe.states[0])
-        if sum(len(row.wanted) for row in rows) < _FEW:
-            for other in goldens:
-                if other is not golden and probe.states[0] in other.probe.states:
-                    rows += _rows(exact, fast, other, probe.states[0])
+        chosen = _measured_on(golden, goldens, lambda x: exact[x.probe.name].outputs)
+        runs = (_rows(fast, exact[each.probe.name], each, probe.states[0]) for each in chosen)
+        rows = [row for own in runs for row in own]
         found = (largest or {}).get(probe.name, Largest(math.nan, ""))
-        figures = dataclasses.replace(_figures(exact, rows, limits), largest=found.number)
+        figures = dataclasses.replace(_figures(rows, limits, embeds=embeds), largest=found.number)
         yield _case(probe, figures, limits, found, *(_HALF if half else _INT8))
+
+
+def _measured_on(
+    golden: Golden,
+    goldens: Sequence[Golden],
+    outputs: Callable[[Golden], Sequence[FloatArray]],
+) -> list[Golden]:
+    """The case, and where it has few positions, the others in which its state is."""
+    state = golden.probe.states[0]
+    pairs = zip(outputs(golden), golden.probe.states, strict=True)
+    if sum(len(row) for row, own in pairs if own == state) >= _FEW:
+        return [golden]
+    return [golden, *(x for x in goldens if x is not golden and state in x.probe.states)]
 
 
 class _Run(NamedTuple):
@@ -118,26 +165,24 @@ class _Run(NamedTuple):
     found: FloatArray
 
 
-def _rows(exact: Runner, fast: Runner, golden: Golden, state: State) -> list[_Run]:
+def _rows(fast: Runner, exact: InFloats, golden: Golden, state: State) -> list[_Run]:
     """The rows of a golden case that are in this state."""
     probe, tails = golden.probe, golden.tails
-    subject = subject_of(exact.bundle.manifest)
-    wanted = subject.observe(exact, probe, tails)
-    found = subject.observe(fast, probe, tails)
+    wanted = exact.outputs
+    found = subject_of(fast.bundle.manifest).observe(fast, probe, tails)
     if not state:
         expected = [expect(row) for row in wanted]
-    elif (plain := subject.off(exact, probe, tails)) is not None:
-        expected = [expect(*pair) for pair in zip(wanted, plain, strict=True)]
+    elif exact.plain is not None:
+        expected = [expect(*pair) for pair in zip(wanted, exact.plain, strict=True)]
     else:
         expected = [_kept(*pair) for pair in zip(golden.expected, wanted, strict=True)]
     runs = map(_Run, probe.rows, tails, expected, wanted, found)
     return [run for run, own in zip(runs, probe.states, strict=True) if own == state]
 
 
-def _figures(exact: Runner, rows: Sequence[_Run], limits: DriftLimits) -> DriftFigures:
+def _figures(rows: Sequence[_Run], limits: DriftLimits, *, embeds: bool) -> DriftFigures:
     found = [row.found for row in rows]
     figures = measure([row.expected for row in rows], found, _NO_NOISE, Tolerance())
-    embeds = exact.bundle.manifest.gives.output != "logits"
     of_logits = math.nan if embeds else 1.0
     return DriftFigures(
         positions=figures.positions,

@@ -25,16 +25,16 @@ from lora_edge.parity.ask import ask, open_base
 from lora_edge.parity.case import Case
 from lora_edge.parity.checks import Broken, broken_by, compare, switching
 from lora_edge.parity.compare import Tolerance
-from lora_edge.parity.drift import drift, drifts, measures_drift
+from lora_edge.parity.drift import InFloats, drift, drifts, in_floats, measures_drift
 from lora_edge.parity.entries import check_entries
 from lora_edge.parity.evaluate.evaluate import check_examples, evaluate
 from lora_edge.parity.explain.explain import explain
-from lora_edge.parity.in_parts import cut_of
+from lora_edge.parity.in_parts import cut_of, fewer_prompts
 from lora_edge.parity.plan.examples import Example
 from lora_edge.parity.plan.plan import MIXED_ROWS, Depth
 from lora_edge.parity.plan.reach import reach_of
 from lora_edge.parity.question import sources_of
-from lora_edge.parity.ranges import Ranges
+from lora_edge.parity.ranges import Largest, Ranges
 from lora_edge.parity.record.environment import (
     Opening,
     combinations,
@@ -42,6 +42,7 @@ from lora_edge.parity.record.environment import (
     reference_versions,
     session_of,
     versions,
+    weight_bytes,
 )
 from lora_edge.parity.record.golden import Golden, recorded, reduce, shortened
 from lora_edge.parity.record.journal import Journal
@@ -51,8 +52,10 @@ from lora_edge.parity.report import Report, Session
 from lora_edge.runtime import Runner
 
 Say = Callable[[str], None]
+_Seen = tuple[Mapping[str, InFloats], Mapping[str, Largest]]
 
 _QUICK_STEPS = 8
+_LARGE = 64 << 20  # bytes of weights of which there should be no second copy for long
 _SWITCHING, _DRIFT = "switching", "drift"
 
 
@@ -143,9 +146,11 @@ def validate(
             both outputs, and a script that needs numpy and ONNX Runtime alone.
         exact: leave out what int8 activations or float16 add; of a bundle of few bits or of fp16
             the graph in float32 alone is then judged.
-        low_memory: with ``reference``, and of a bundle in float32 of a base of more than 50 million
-            numbers: run its graphs in parts, on weights that are read anew for each. It takes
+        low_memory: with ``reference``, and of a base of more than 50 million numbers. A bundle in
+            float32: run its graphs in parts, on weights that are read anew for each. It takes
             longer, and it is not the whole graph that ONNX Runtime optimizes; the report says so.
+            A bundle of few bits of a base of more than 5 billion: compare the prompts of ``quick``
+            where ``depth`` is ``normal``; the report says so, too.
         progress: called with a line for each probe.
 
     Raises:
@@ -188,6 +193,18 @@ def validate(
             "there is nothing to compare the metric with",
             "Give the base as reference; the goldens of the user's prompts work without it.",
         )
+    model: Reference | None = None
+    base: Base | None = None
+    if isinstance(reference, Reference):
+        model, base = reference, reference.base
+    elif reference is not None:
+        base = reference if isinstance(reference, Base) else resolve_base(reference)
+    fewer = ""
+    if low_memory and base is not None:
+        fewer = fewer_prompts(base, target.manifest.quantization, depth)
+    if fewer:
+        say(fewer)
+        depth = "quick"
     if steps is None and depth == "quick":
         steps = _QUICK_STEPS
     settings = Settings(depth, steps, seed, tuple(prompts), Tolerance())
@@ -200,12 +217,6 @@ def validate(
             "Recorded outputs are compared on the whole graph.",
         )
     opening = Opening(tuple(wanted), dict(provider_options or {}), allow_fallback)
-    model: Reference | None = None
-    base: Base | None = None
-    if isinstance(reference, Reference):
-        model, base = reference, reference.base
-    elif reference is not None:
-        base = reference if isinstance(reference, Base) else resolve_base(reference)
     if examples:
         check_examples(target, examples, metric)
     journal = Journal(
@@ -226,6 +237,7 @@ def validate(
             opening = _in_parts(opening, model, target)
         held = look_inside(target, model, sources, say)
         trim(cycles=model.large)
+    big = weight_bytes(target) > _LARGE
     for index, (name, level) in enumerate(wanted):
         runner = opening.runner(target, name, level)
         session = session_of(runner, level)
@@ -266,18 +278,27 @@ def validate(
         measured = partial(switched, runner, goldens, settings)
         cases += _once(_SWITCHING, session, journal, measured)
         drifting = drifts(target.manifest) and not exact
-        if drifting and name not in (first for first, _ in wanted[:index]):
-            ranging = target.manifest.half and model is not None
-            measured = partial(drifted, runner, session, opening, goldens, say, ranging=ranging)
-            cases += _once(_DRIFT, session, journal, measured)
+        if drifting:
+            unknown = name not in (first for first, _ in wanted[:index])
+            seen: _Seen = ({}, {})
+            if unknown and journal.finished(session.name, _DRIFT) is None:
+                ranging = target.manifest.half and model is not None
+                seen = seen_in_floats(runner, session, goldens, say, ranging=ranging)
+            # A session has a copy of the weights: this one ends before the next is opened.
+            del runner, measured
+            trim(cycles=big)  # a Runner holds itself
+            if unknown:
+                shipped = partial(opening.runner, target, name, level, exact=False)
+                cases += _once(_DRIFT, session, journal, partial(drifted, shipped, seen, goldens))
         if index == 0 and model is not None and examples:
             floors = {name: floor for golden in goldens for name, floor in golden.floors.items()}
-            # Of few bits or float16, what the user's answers come from.
-            ships = opening.runner(target, name, level, exact=False) if drifting else runner
+            if drifting:  # of few bits or float16, what the user's answers come from
+                trim(cycles=big)
+                runner = opening.runner(target, name, level, exact=False)
             cases += [
                 dataclasses.replace(case, session=session.name)
                 for case in evaluate(
-                    ships, model, examples, metric, floors, settings.tolerance, say
+                    runner, model, examples, metric, floors, settings.tolerance, say
                 )
             ]
     found_versions = versions()
@@ -302,7 +323,7 @@ def validate(
             target, base, adapters or {}, opening, settings, exact=exact, low_memory=low_memory
         ),
         repro=left,
-        reach=reach_of(target, goldens),
+        reach=reach_of(target, goldens, fewer),
         survival=survival_line(target.manifest),
     )
     if base is not None:
@@ -354,15 +375,10 @@ def switched(runner: Runner, goldens: Sequence[Golden], settings: Settings) -> l
     return [dataclasses.replace(case, kind="switch") for case in found]
 
 
-def drifted(
-    runner: Runner,
-    session: Session,
-    opening: Opening,
-    goldens: Sequence[Golden],
-    say: Say,
-    *,
-    ranging: bool,
-) -> list[Case]:
+def seen_in_floats(
+    runner: Runner, session: Session, goldens: Sequence[Golden], say: Say, *, ranging: bool
+) -> _Seen:
+    """What drift is measured from, of the graph in floats, and its largest numbers."""
     what = "float16 adds" if runner.bundle.manifest.half else "int8 activations add"
     say(f"measuring what {what} ({session.name})")
     largest = {}
@@ -370,8 +386,12 @@ def drifted(
         ranges = Ranges(runner)
         largest = {x.probe.name: ranges.largest(x) for x in goldens if measures_drift(x)}
         del ranges  # which has a session
-    fast = opening.runner(runner.bundle, session.provider, session.optimization, exact=False)
-    return list(drift(runner, fast, goldens, largest=largest))
+    return in_floats(runner, goldens), largest
+
+
+def drifted(shipped: Callable[[], Runner], seen: _Seen, goldens: Sequence[Golden]) -> list[Case]:
+    exact, largest = seen
+    return list(drift(shipped(), exact, goldens, largest=largest))
 
 
 def _once(

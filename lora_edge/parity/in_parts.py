@@ -1,7 +1,9 @@
-"""How the graphs of a large model run while they are checked: in parts, on mapped weights.
+"""How a large model is checked in little memory: graphs in parts, on mapped weights.
 
 PyTorch reads its weights where the checkpoint is mapped, a layer at a time
 (:mod:`lora_edge.parity.by_layer`); with graphs in parts, neither side has the model in memory.
+A graph of few bits is small beside its base, and runs whole. There it is the time that is long:
+each row decodes all codes again.
 """
 
 from __future__ import annotations
@@ -9,13 +11,18 @@ from __future__ import annotations
 from functools import cached_property, partial
 from typing import Any
 
+from lora_edge.base.checkpoint import Base
 from lora_edge.bundle.bundle import Bundle
 from lora_edge.maths.quantization import Quantization
+from lora_edge.parity.plan.plan import Depth
 from lora_edge.parity.reference import Reference
 from lora_edge.runtime import Runner
 from lora_edge.runtime.opening import open_parts
 from lora_edge.runtime.segmented import Cut
 from lora_edge.runtime.session import ModelSession
+
+VERY_LARGE = 5_000_000_000
+"""Numbers of a base from which on the proof of few bits may take fewer prompts."""
 
 _BYTES = 128 << 20  # of the weights of a part
 
@@ -27,6 +34,23 @@ def cut_of(reference: Reference, quantization: Quantization | None = None) -> Cu
     from lora_edge.graph.segments import segments  # needs onnx, which goldens do without
 
     return partial(segments, limit=_BYTES)
+
+
+def fewer_prompts(base: Base, quantization: Quantization | None, depth: Depth) -> str:
+    """Why a proof in little memory takes the prompts of ``quick``; empty: it does not.
+
+    Args:
+        base: the base.
+        quantization: of the bundle.
+        depth: what was asked for; ``full`` is whole, whatever it takes.
+    """
+    few = quantization is not None and not quantization.half
+    if not few or depth != "normal" or base.size <= VERY_LARGE:
+        return ""
+    return (
+        f"Fewer prompts than usual, those of --quick, because of --low-memory and "
+        f"{base.size / 1e9:.1f} billion numbers"
+    )
 
 
 class RunnerInParts(Runner):

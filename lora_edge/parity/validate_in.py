@@ -7,6 +7,7 @@ import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -20,7 +21,15 @@ from lora_edge.parity.case import Case
 from lora_edge.parity.checks import compare
 from lora_edge.parity.compare import Tolerance
 from lora_edge.parity.drift import drifts
-from lora_edge.parity.engine import Settings, compared, cut, drifted, switched, unproved
+from lora_edge.parity.engine import (
+    Settings,
+    compared,
+    cut,
+    drifted,
+    seen_in_floats,
+    switched,
+    unproved,
+)
 from lora_edge.parity.entries import check_entries
 from lora_edge.parity.inside import InsideRunner, tokens_in
 from lora_edge.parity.plan.plan import Depth
@@ -106,7 +115,9 @@ def validate_in(
             found_versions[name] = runner.client.about
             if drifts(target.manifest) and not exact:
                 asked = [golden for golden in goldens if runner.takes(golden.probe)]
-                cases += _of(session, drifted(runner, session, opening, asked, say, ranging=False))
+                seen = seen_in_floats(runner, session, asked, say, ranging=False)
+                shipped = partial(opening.runner, target, name, "", exact=False)
+                cases += _of(session, drifted(shipped, seen, asked))
     cases += check_entries(target)
     names = tuple(sorted(set(target.manifest.adapters) - {NONE_ADAPTER}))
     cases += unproved(target, names, goldens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,17 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from lora_edge.base.checkpoint import Base
+from lora_edge.base.checkpoint import Base, resolve_base
 from lora_edge.bundle.bundle import Bundle, file_entries, load_bundle
 from lora_edge.capture import capture
-from lora_edge.errors import CaptureError, OptionError
+from lora_edge.errors import CaptureError, OptionError, ParityError
 from lora_edge.exporting.export import export
 from lora_edge.files.json import read_object
 from lora_edge.parity import by_layer, engine, in_parts, validate
 from lora_edge.parity.checks import compare
+from lora_edge.parity.in_parts import fewer_prompts
+from lora_edge.parity.plan.examples import Example
+from lora_edge.parity.record.environment import Opening
 from lora_edge.parity.record.golden import Golden
 from lora_edge.runtime import Runner, segmented
 from tests.support.checks import checked
@@ -120,11 +124,64 @@ def test_models_of_labels_and_few_bits(tmp_path: Path) -> None:
     report = validate(tmp_path / "i", tiny, depth="quick", low_memory=True)
     assert report.passed
     assert report.sessions[0].parts == 1
+    assert report.reach is not None
+    assert report.reach.fewer == ""
     export(
         models / "tiny-bert",
         {"mood": sorted((models / "classifiers").iterdir())[0]},
         output=tmp_path / "b",
     )
+
+
+@pytest.mark.usefixtures("large")
+def test_few_bits_of_a_very_large_base_are_proved_on_fewer_prompts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The report says so; what is asked for as a whole is whole, and so is what is in float32."""
+    base, made = ROOT / "models" / "tiny-llama", tmp_path / "made"
+    monkeypatch.setattr(in_parts, "VERY_LARGE", 1_000_000)  # it has a little more
+    said: list[str] = []
+    shout = {"shout": ROOT / "models" / "adapters" / "shout"}
+    export(base, shout, output=made, precision="int4", low_memory=True, progress=said.append)
+    why = "Fewer prompts than usual, those of --quick, because of --low-memory"
+    assert any(line.startswith(why) for line in said)
+    kept = read_object(next(made.glob("parity/report-*.json")), ParityError, "")
+    assert kept["settings"]["depth"] == "quick"
+    assert kept["reach"]["decoded"] == 8
+    assert kept["reach"]["batches"] == [4, 8]
+    assert kept["reach"]["line"].endswith(f"{kept['reach']['fewer']}.")
+    assert load_bundle(made).adapter("shout").proved
+    assert validate(made).passed
+
+    found = load_bundle(made).manifest.quantization
+    assert fewer_prompts(resolve_base(base), found, "full") == ""
+    assert fewer_prompts(resolve_base(base), None, "normal") == ""
+    monkeypatch.setattr(in_parts, "VERY_LARGE", 2_000_000)
+    assert fewer_prompts(resolve_base(base), found, "normal") == ""
+
+
+def test_one_copy_of_the_weights_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drift is measured with the session that ships, after the one in floats has ended."""
+    monkeypatch.setattr(engine, "_LARGE", 0)
+    opened: list[tuple[bool, weakref.ref[Any]]] = []
+    open_one = Opening.runner
+
+    def watched(self: Opening, *given: Any, exact: bool = True) -> Runner:
+        assert [kind for kind, session in opened if session() is not None] == []
+        runner = open_one(self, *given, exact=exact)
+        opened.append((exact, weakref.ref(runner.session)))
+        return runner
+
+    monkeypatch.setattr(Opening, "runner", watched)
+    base, made = ROOT / "models" / "tiny-llama", tmp_path / "made"
+    export(base, {"shout": ROOT / "models" / "adapters" / "shout"}, output=made, precision="int4")
+    assert [exact for exact, _ in opened] == [True, False]
+    opened.clear()
+    report = validate(
+        made, base, depth="quick", examples=[Example("Word: river Answer:", "RIVER!", "shout")]
+    )
+    assert all(case.status == "passed" for case in report.cases if case.kind != "task")
+    assert [exact for exact, _ in opened] == [True, False, False]
 
 
 @pytest.mark.usefixtures("large")

@@ -34,6 +34,7 @@ class Reach:
         long: number of those that had a prompt of more than 64 tokens.
         blends: the blends and weights that were run.
         others: whether other blends or weights can be asked for.
+        fewer: why fewer prompts were compared than usual; empty: they were not.
     """
 
     prompt: int
@@ -47,6 +48,7 @@ class Reach:
     long: int
     blends: tuple[str, ...]
     others: bool
+    fewer: str = ""
 
     def to_data(self) -> dict[str, Any]:
         """As JSON-ready values, with :meth:`line`."""
@@ -86,11 +88,12 @@ class Reach:
             done.append(f"the blend{'s' * (len(self.blends) > 1)} {_listed(self.blends)}")
         if self.others:
             left.append("other blends and weights" if self.blends else "blends and weights")
-        return f"Reached: {', '.join(done)}. Not reached: {', '.join(left)}."
+        fewer = f" {self.fewer}." if self.fewer else ""
+        return f"Reached: {', '.join(done)}. Not reached: {', '.join(left)}.{fewer}"
 
 
-def reach_of(bundle: Bundle, goldens: Iterable[Golden]) -> Reach:
-    """How far the golden cases go that a run compared."""
+def reach_of(bundle: Bundle, goldens: Iterable[Golden], fewer: str = "") -> Reach:
+    """How far the golden cases go that a run compared; ``fewer``: why they are fewer than usual."""
     manifest = bundle.manifest
     reads = manifest.reads
     by_token = not reads.sample
@@ -126,6 +129,7 @@ def reach_of(bundle: Bundle, goldens: Iterable[Golden]) -> Reach:
         long=len({name for length, _, state in rows if length > _LONG for name, _ in state}),
         blends=tuple(dict.fromkeys(label(s) for p in probes for s in p.states if s in weighted)),
         others=manifest.mode == "switchable" and bool(free),
+        fewer=fewer,
     )
 
 

@@ -96,11 +96,15 @@ def combinations(
     return [(name, level) for name in names for level in dict.fromkeys(levels)]
 
 
+def weight_bytes(bundle: Bundle) -> int:
+    """Bytes of a bundle's graphs and their weights."""
+    files = bundle.manifest.files.items()
+    return sum(entry.bytes for name, entry in files if name.startswith("onnx/"))
+
+
 def _kept_by(bundle: Bundle) -> int:
     """Bytes that a session keeps: no batch of a proof has the next one's size."""
-    files = bundle.manifest.files.items()
-    weights = sum(entry.bytes for name, entry in files if name.startswith("onnx/"))
-    return min(CACHE_BYTES, max(_LEAST, weights // _SHARE))
+    return min(CACHE_BYTES, max(_LEAST, weight_bytes(bundle) // _SHARE))
 
 
 @dataclass(frozen=True)
