@@ -49,7 +49,7 @@ class ByLayer:
         self._halves: set[int] = set()
 
     def round(self, weight: nn.Parameter, blocks: Blocks, *, transposed: bool) -> None:
-        """Compute with rounded values in a weight's place from now on.
+        """Compute with rounded values in a weight's place from now on; the weight is given back.
 
         Args:
             weight: the base's parameter.
@@ -57,6 +57,7 @@ class ByLayer:
             transposed: the parameter is ``[in, out]``.
         """
         self._codes[id(weight)] = blocks, transposed
+        self._mapped.give_back(weight)
 
     def halve(self, weight: nn.Parameter) -> None:
         """Compute with what float16 has of a weight of the base's from now on."""

@@ -192,6 +192,18 @@ def test_what_was_written_is_not_given_back(tmp_path: Path) -> None:
     assert torch.equal(weight, before + 1)
 
 
+def test_what_was_rounded_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or else the whole checkpoint is in memory when all of it is codes."""
+    monkeypatch.setattr(by_layer, "WHOLE", 0)
+    base = _made("llama", tmp_path / "base", torch.bfloat16)
+    given: list[int] = []
+    monkeypatch.setattr(Mapped, "give_back", lambda _, tensor: given.append(id(tensor)))
+    paths = tuple(f"model.layers.{i}.mlp.{x}_proj" for i in (0, 1) for x in ("up", "down"))
+    reference = Reference(base)
+    reference.round(Quantization(4, 32, paths))
+    assert given == [id(reference._shared.get_submodule(path).weight) for path in paths]
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("shape", [(48, 64), (24, 40)])
 def test_codes_are_decoded_as_they_mean(bits: int, shape: tuple[int, int]) -> None:
