@@ -6,8 +6,7 @@ import dataclasses
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -23,18 +22,28 @@ from lora_edge.names import NONE_ADAPTER
 from lora_edge.parity.around import Held, look_around, look_inside
 from lora_edge.parity.ask import ask, open_base
 from lora_edge.parity.case import Case
-from lora_edge.parity.checks import Broken, broken_by, compare, switching
 from lora_edge.parity.compare import Tolerance
-from lora_edge.parity.drift import InFloats, drift, drifts, in_floats, measures_drift
+from lora_edge.parity.drift import drifts
 from lora_edge.parity.entries import check_entries
 from lora_edge.parity.evaluate.evaluate import check_examples, evaluate
 from lora_edge.parity.explain.explain import explain
 from lora_edge.parity.in_parts import cut_of, fewer_prompts
+from lora_edge.parity.in_session import (
+    QUICK_STEPS,
+    Say,
+    Seen,
+    Settings,
+    compared,
+    drifted,
+    recorded_cases,
+    seen_in_floats,
+    switched,
+    unproved,
+)
 from lora_edge.parity.plan.examples import Example
-from lora_edge.parity.plan.plan import MIXED_ROWS, Depth
+from lora_edge.parity.plan.plan import Depth
 from lora_edge.parity.plan.reach import reach_of
 from lora_edge.parity.question import sources_of
-from lora_edge.parity.ranges import Largest, Ranges
 from lora_edge.parity.record.environment import (
     Opening,
     combinations,
@@ -44,44 +53,14 @@ from lora_edge.parity.record.environment import (
     versions,
     weight_bytes,
 )
-from lora_edge.parity.record.golden import Golden, recorded, reduce, shortened
+from lora_edge.parity.record.golden import Golden, recorded
 from lora_edge.parity.record.journal import Journal
 from lora_edge.parity.record.record import record
 from lora_edge.parity.reference import Reference
 from lora_edge.parity.report import Report, Session
-from lora_edge.runtime import Runner
 
-Say = Callable[[str], None]
-_Seen = tuple[Mapping[str, InFloats], Mapping[str, Largest]]
-
-_QUICK_STEPS = 8
 _LARGE = 64 << 20  # bytes of weights of which there should be no second copy for long
 _SWITCHING, _DRIFT = "switching", "drift"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What was asked for; everything but the bundle that the figures depend on."""
-
-    depth: Depth
-    steps: int | None
-    seed: int
-    prompts: tuple[str, ...]
-    tolerance: Tolerance
-
-    @property
-    def all_pairs(self) -> bool:
-        return self.depth == "full"
-
-    def facts(self) -> dict[str, str | int | float | None]:
-        return {
-            "depth": self.depth,
-            "steps": self.steps,
-            "seed": self.seed,
-            "prompts": len(self.prompts),
-            "multiple": self.tolerance.multiple,
-            "sensitivity": self.tolerance.sensitivity,
-        }
 
 
 def validate(
@@ -206,7 +185,7 @@ def validate(
         say(fewer)
         depth = "quick"
     if steps is None and depth == "quick":
-        steps = _QUICK_STEPS
+        steps = QUICK_STEPS
     settings = Settings(depth, steps, seed, tuple(prompts), Tolerance())
     wanted = combinations(provider, optimization, full=depth == "full")
     if low_memory and (reference is None or any(name != "cpu" for name, _ in wanted)):
@@ -247,11 +226,7 @@ def validate(
             cases += [dataclasses.replace(case, session=session.name) for case in around]
         asked: Iterable[Golden] = goldens
         if index == 0 and base is None:
-            asked = goldens = [
-                cut(golden, settings)
-                for golden in recorded(target)
-                if depth != "quick" or not golden.probe.part
-            ]
+            asked = goldens = recorded_cases(target, settings)
         elif index == 0 and model is not None:
             asked = ask(
                 runner,
@@ -280,7 +255,7 @@ def validate(
         drifting = drifts(target.manifest) and not exact
         if drifting:
             unknown = name not in (first for first, _ in wanted[:index])
-            seen: _Seen = ({}, {})
+            seen: Seen = ({}, {})
             if unknown and journal.finished(session.name, _DRIFT) is None:
                 ranging = target.manifest.half and model is not None
                 seen = seen_in_floats(runner, session, goldens, say, ranging=ranging)
@@ -337,63 +312,6 @@ def _in_parts(opening: Opening, reference: Reference, bundle: Bundle) -> Opening
     return dataclasses.replace(opening, cut=cut_of(reference, bundle.manifest.quantization))
 
 
-def compared(
-    runner: Runner,
-    session: Session,
-    asked: Iterable[Golden],
-    journal: Journal,
-    settings: Settings,
-    say: Say,
-) -> Iterator[tuple[Golden, list[Case]]]:
-    """Every golden, reduced, with its cases; whole logits of one probe are in memory at a time."""
-    count = _probes(runner)
-    broken: set[Broken] = set()
-    for golden in asked:
-        probe = golden.probe
-        part = journal.finished(session.name, probe.name)
-        if part is None:
-            say(f"comparing {probe.name} ({session.name})")
-            part = [
-                dataclasses.replace(case, kind=probe.kind, session=session.name)
-                for case in compare(runner, golden, settings.tolerance, broken)
-            ]
-            if golden.expected[0].columns is None:
-                small = reduce(golden, count)
-                journal.finish(session.name, probe.name, part, small)
-                broken |= broken_by(probe, part)
-                del golden
-                trim()
-                yield small, part
-                continue
-            journal.finish(session.name, probe.name, part)
-        broken |= broken_by(probe, part)
-        yield golden, part
-
-
-def switched(runner: Runner, goldens: Sequence[Golden], settings: Settings) -> list[Case]:
-    found = switching(runner, goldens, settings.tolerance, all_pairs=settings.all_pairs)
-    return [dataclasses.replace(case, kind="switch") for case in found]
-
-
-def seen_in_floats(
-    runner: Runner, session: Session, goldens: Sequence[Golden], say: Say, *, ranging: bool
-) -> _Seen:
-    """What drift is measured from, of the graph in floats, and its largest numbers."""
-    what = "float16 adds" if runner.bundle.manifest.half else "int8 activations add"
-    say(f"measuring what {what} ({session.name})")
-    largest = {}
-    if ranging:
-        ranges = Ranges(runner)
-        largest = {x.probe.name: ranges.largest(x) for x in goldens if measures_drift(x)}
-        del ranges  # which has a session
-    return in_floats(runner, goldens), largest
-
-
-def drifted(shipped: Callable[[], Runner], seen: _Seen, goldens: Sequence[Golden]) -> list[Case]:
-    exact, largest = seen
-    return list(drift(shipped(), exact, goldens, largest=largest))
-
-
 def _once(
     name: str, session: Session, journal: Journal, measured: Callable[[], list[Case]]
 ) -> list[Case]:
@@ -403,16 +321,6 @@ def _once(
         part = [dataclasses.replace(case, session=session.name) for case in measured()]
         journal.finish(session.name, name, part)
     return part
-
-
-def _probes(runner: Runner) -> int:
-    """How many golden cases share the bundle's room: base, blend, each adapter, mixed batches."""
-    adapters = len(runner.adapters)
-    return 2 + adapters + -(-adapters // (MIXED_ROWS - 2))
-
-
-def cut(golden: Golden, settings: Settings) -> Golden:
-    return golden if settings.steps is None else shortened(golden, settings.steps)
 
 
 def _key(
@@ -455,20 +363,8 @@ def _command(
         words.append("--exact")
     if low_memory:
         words.append("--low-memory")
-    quick = settings.depth == "quick" and settings.steps == _QUICK_STEPS
+    quick = settings.depth == "quick" and settings.steps == QUICK_STEPS
     if settings.steps is not None and not quick:
         words += ["--steps", str(settings.steps)]
     words += ["--seed", str(settings.seed)]
     return shlex.join(words)
-
-
-def unproved(bundle: Bundle, names: Sequence[str], goldens: Sequence[Golden]) -> Iterable[Case]:
-    planned = [g.probe for g in goldens if not g.probe.given]
-    covered = {probe.adapters[0] for probe in planned if probe.kind == "adapter"}
-    for name in names:
-        if name in covered and bundle.adapter(name).proved:
-            continue
-        case = f"adapter {name}"
-        what = "did not pass when it was last" if name in covered else "was never"
-        reason = f"{case}: it {what} compared with PyTorch; validate with --reference BASE"
-        yield Case(case, (name,), "unproved", reason, kind="proof")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -21,27 +21,27 @@ from lora_edge.parity.case import Case
 from lora_edge.parity.checks import compare
 from lora_edge.parity.compare import Tolerance
 from lora_edge.parity.drift import drifts
-from lora_edge.parity.engine import (
+from lora_edge.parity.entries import check_entries
+from lora_edge.parity.in_session import (
+    QUICK_STEPS,
+    Say,
     Settings,
     compared,
-    cut,
     drifted,
+    recorded_cases,
     seen_in_floats,
     switched,
     unproved,
 )
-from lora_edge.parity.entries import check_entries
 from lora_edge.parity.inside import InsideRunner, tokens_in
 from lora_edge.parity.plan.plan import Depth
 from lora_edge.parity.plan.reach import reach_of
 from lora_edge.parity.record.environment import Opening, machine, versions
-from lora_edge.parity.record.golden import Golden, recorded
+from lora_edge.parity.record.golden import Golden
 from lora_edge.parity.record.journal import Journal
 from lora_edge.parity.report import Report, Session
 from lora_edge.parity.subjects import subject_of
 from lora_edge.runtime import Runner
-
-Say = Callable[[str], None]
 
 _SAME = 1e-3  # logits of one graph, whose activations are rounded, in two runtimes
 
@@ -88,12 +88,8 @@ def validate_in(
         raise DataError("no client was given", "Name one, such as node.")
     target = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
     target.verify_all()
-    settings = Settings(depth, 8 if depth == "quick" else None, 0, (), Tolerance())
-    goldens = [
-        cut(golden, settings)
-        for golden in recorded(target)
-        if depth != "quick" or not golden.probe.part
-    ]
+    settings = Settings(depth, QUICK_STEPS if depth == "quick" else None, 0, (), Tolerance())
+    goldens = recorded_cases(target, settings)
     if not goldens:
         raise DataError(
             f"{target.directory} has no recorded outputs to compare with",
