@@ -201,11 +201,11 @@ def test_what_ran_whole_is_not_gone_on_with_in_parts(
         compared.append(golden.probe.name)
         return compare(runner, golden, *rest)
 
-    monkeypatch.setattr(engine, "compare", cut_off)
+    monkeypatch.setattr(in_session, "compare", cut_off)
     with pytest.raises(KeyboardInterrupt):
         validate(output, base.directory, depth="quick", resume=folder)
     first = list(compared)
-    monkeypatch.setattr(engine, "compare", counted)
+    monkeypatch.setattr(in_session, "compare", counted)
     report = validate(output, base.directory, depth="quick", resume=folder, low_memory=True)
     assert report.passed
     assert compared[2:4] == first  # again, in parts

@@ -97,7 +97,7 @@ def test_one_that_was_cut_off_goes_on(
     for limit in (3, 16, 99):
         with monkeypatch.context() as patch:
             patch.setattr(
-                "lora_edge.parity.engine.compare",
+                "lora_edge.parity.in_session.compare",
                 lambda *given, limit=limit: counted(*given, limit),
             )
             if limit < 99:
