@@ -18,7 +18,7 @@ from lora_edge.capture import capture
 from lora_edge.errors import CaptureError, OptionError, ParityError
 from lora_edge.exporting.export import export
 from lora_edge.files.json import read_object
-from lora_edge.parity import by_layer, engine, in_parts, validate
+from lora_edge.parity import by_layer, engine, in_parts, in_session, validate
 from lora_edge.parity.checks import compare
 from lora_edge.parity.in_parts import fewer_prompts
 from lora_edge.parity.plan.examples import Example
