@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "fit": _BELOW_FIT,
     "targets": set(),
     "bundle": _BELOW_BUNDLE,
-    "clients": set(),
+    "clients": {"targets"},
     "capture": _BELOW_RUN,
     "graph": _BELOW_RUN,
     "runtime": _BELOW_RUN,

@@ -11,9 +11,12 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from lora_edge.errors import OptionError
+from lora_edge.targets.clients import GENAI, NODE, TRANSFORMERS_JS, WEB
+from lora_edge.targets.providers import CPU, OPENVINO
+from lora_edge.targets.target import Package, Target
 
 _HERE = Path(__file__).parent
 _DRIVERS = _HERE / "drivers"
@@ -26,49 +29,44 @@ class ClientKind(NamedTuple):
 
     Attributes:
         name: as ``validate --in`` takes it.
-        runs: what runs the bundle there.
+        target: what is known of the place where the bundle runs.
         driver: the driver's file.
-        program: what runs the driver.
-        needs: what ``--client`` must have: packages of Python or of npm.
         arguments: of the driver.
+        instead: the package that ``--client`` must have, where it is not the target's.
+        beside: what else it must have.
     """
 
     name: str
-    runs: str
+    target: Target
     driver: str
-    program: Literal["python", "node"]
-    needs: str
     arguments: tuple[str, ...] = ()
+    instead: Package | None = None
+    beside: str = ""
 
+    @property
+    def package(self) -> Package:
+        """What ``--client`` must have."""
+        return self.instead or self.target.packages[0]
+
+    @property
+    def needs(self) -> str:
+        """What ``--client`` must have, in words."""
+        return f"{self.package.name}{self.beside}"
+
+
+_BROWSER = ", playwright-core and Chromium"
 
 CLIENTS = (
-    ClientKind(
-        "onnxruntime", "plain ONNX Runtime, of any version, in Python", "plain.py", "python",
-        "onnxruntime",
-    ),
-    ClientKind(
-        "openvino-ep", "ONNX Runtime with the OpenVINO provider", "plain.py", "python",
-        "onnxruntime-openvino", ("--provider", "OpenVINOExecutionProvider"),
-    ),
-    ClientKind(
-        "openvino", "OpenVINO, which reads the graph itself", "plain.py", "python",
-        "openvino", ("--openvino",),
-    ),
-    ClientKind("genai", "onnxruntime-genai", "genai.py", "python", "onnxruntime-genai"),
-    ClientKind("node", "ONNX Runtime in Node", "node.mjs", "node", "onnxruntime-node"),
-    ClientKind(
-        "web", "ONNX Runtime on WebAssembly, in headless Chromium", "web.mjs", "node",
-        "onnxruntime-web, playwright-core and Chromium",
-    ),
-    ClientKind(
-        "webgpu", "ONNX Runtime on WebGPU, in headless Chromium", "web.mjs", "node",
-        "onnxruntime-web, playwright-core and Chromium", ("--webgpu",),
-    ),
-    ClientKind(
-        "transformers.js", "transformers.js in Node", "transformers_js.mjs", "node",
-        "@huggingface/transformers",
-    ),
-)  # fmt: skip
+    ClientKind("onnxruntime", CPU, "plain.py"),
+    ClientKind("openvino-ep", OPENVINO, "plain.py", ("--provider", OPENVINO.ort_name)),
+    # OpenVINO reads the graph itself.
+    ClientKind("openvino", OPENVINO, "plain.py", ("--openvino",), instead=Package("openvino")),
+    ClientKind("genai", GENAI, "genai.py"),
+    ClientKind("node", NODE, "node.mjs"),
+    ClientKind("web", WEB, "web.mjs", beside=_BROWSER),
+    ClientKind("webgpu", WEB, "web.mjs", ("--webgpu",), beside=_BROWSER),
+    ClientKind("transformers.js", TRANSFORMERS_JS, "transformers_js.mjs"),
+)
 """Every runtime that has a driver."""
 
 
@@ -105,7 +103,7 @@ def command_of(name: str, place: str | None = None) -> Sequence[str]:
             f"there is no client {name!r}", f"Clients are {known}, and {COMMAND}PROGRAM."
         )
     driver = str(_DRIVERS / kind.driver)
-    if kind.program == "python":
+    if kind.package.installer == "pip":
         return [place or sys.executable, driver, *kind.arguments]
     node = shutil.which("node")
     if node is None:

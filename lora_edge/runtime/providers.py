@@ -6,7 +6,6 @@ unless the caller allows them, and the placement of every node can be asked for.
 
 from __future__ import annotations
 
-import mmap
 import os
 import re
 from collections import Counter
@@ -20,7 +19,10 @@ import onnxruntime as ort
 from lora_edge.errors import BundleError, OptionError, ProviderError
 from lora_edge.runtime import installed, plugins
 from lora_edge.runtime.native_log import NativeLog, captured, release, without_status
-from lora_edge.targets.target import TARGETS, Target, target, unknown
+from lora_edge.runtime.provider_options import check_options, libraries
+from lora_edge.targets.providers import PROVIDERS, unknown
+from lora_edge.targets.providers import provider as known_provider
+from lora_edge.targets.target import Target
 
 if TYPE_CHECKING:
     from lora_edge.runtime.native.library import Native
@@ -65,8 +67,8 @@ def available() -> tuple[str, ...]:
 def _installed() -> tuple[Target, ...]:
     """The targets that this installation has a provider for: those of the table, then others."""
     names = {*ort.get_available_providers(), *plugins.packages()} - {"AzureExecutionProvider"}
-    known = [each for each in TARGETS if each.ort_name in names]
-    others = [unknown(name) for name in names if target(name) is None]
+    known = [each for each in PROVIDERS if each.ort_name in names]
+    others = [unknown(name) for name in names if known_provider(name) is None]
     return (*known, *sorted(others, key=lambda each: each.name))
 
 
@@ -82,23 +84,25 @@ def resolve(name: str, options: Mapping[str, str] | None = None) -> Provider:
         ProviderError: unknown, or not in this installation; the message lists those that are.
         OptionError: an option that the provider does not know.
     """
-    found = target(name) or _untabled(name)
+    found = known_provider(name) or _untabled(name)
     plugin = found.ort_name != _CPU and found.ort_name in plugins.packages()
     if not plugin and found.ort_name not in ort.get_available_providers():
-        known = target(name) is not None
+        known = known_provider(name) is not None
         what = "is not in this installation of ONNX Runtime" if known else "is unknown"
+        way = installed.way_to(found) or "the ONNX Runtime package that carries it"
         raise ProviderError(
             f"the execution provider {name!r} {what}; available: {', '.join(available())}",
-            installed.conflict()
-            or "Choose one of these, or install the ONNX Runtime package that carries it.",
+            installed.conflict() or f"Choose one of these, or install it: {way}.",
         )
     given = {str(key): str(value) for key, value in (options or {}).items()}
+    defaults = dict(found.defaults)
     if not plugin:
-        _check_options(found, given, _libraries(found.ort_name))
-        return Provider(found, given)
+        check_options(found, given, libraries(found.ort_name))
+        return Provider(found, {**defaults, **given})
     kind = given.pop(_DEVICE, None)
-    _check_options(found, given, [Path(plugins.library(found.ort_name))])
-    return Provider(found, given, tuple(plugins.choose(found.ort_name, kind)))
+    check_options(found, given, [Path(plugins.library(found.ort_name))])
+    devices = tuple(plugins.choose(found.ort_name, kind))
+    return Provider(found, {**defaults, **given}, devices)
 
 
 def _untabled(name: str) -> Target:
@@ -106,43 +110,6 @@ def _untabled(name: str) -> Target:
     wanted = name.lower()
     here = (x for x in _installed() if wanted in (x.name, x.ort_name.lower()))
     return next(here, unknown(name))
-
-
-def _libraries(ort_name: str) -> list[Path]:
-    """The libraries that can hold a provider of this installation: its own, or ONNX Runtime's."""
-    folder = Path(ort.__file__).parent / "capi"
-    files = [*folder.glob("*onnxruntime*")]
-    own = f"providers_{ort_name.removesuffix('ExecutionProvider').lower()}."
-    return [file for file in files if own in file.name] or [
-        file for file in files if file.suffix in (".so", ".pyd", ".dll", ".dylib")
-    ]
-
-
-def _check_options(found: Target, options: Mapping[str, str], libraries: list[Path]) -> None:
-    """Refuse an option that the provider cannot know: its name is nowhere in its library.
-
-    Many providers pass over what they do not know without a word.
-    """
-    if found.ort_name == _CPU and options:
-        raise OptionError(
-            f"the CPU provider takes no options, got {', '.join(sorted(options))}",
-            "Leave them out, or name the provider that they are for.",
-        )
-    some = f"Some that it has: {', '.join(found.options)}. " if found.options else ""
-    for key in options:
-        if libraries and not any(_mentions(file, key) for file in libraries):
-            raise OptionError(
-                f"{found.ort_name} has no option {key!r}",
-                f"{some}The documentation of {found.ort_name} lists its options.",
-            )
-
-
-def _mentions(file: Path, word: str) -> bool:
-    with (
-        file.open("rb") as stream,
-        mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content,
-    ):
-        return word != "" and content.find(word.encode()) >= 0
 
 
 def open_session(
@@ -215,12 +182,14 @@ def open_session(
     left = {} if allow_fallback or not tells else _left_to_cpu(session, graph)
     if left:
         count = sum(left.values())
+        ran = sum((placement(session) or {}).get(provider.target.ort_name, {}).values())
         what = "node that computes" if count == 1 else "nodes that compute"
         named = ", ".join(f"{operator} ({n})" for operator, n in Counter(left).most_common(4))
         more = f" and {len(left) - 4} more" if len(left) > 4 else ""
         known = provider.target
         raise ProviderError(
-            f"{known.ort_name} leaves {count} {what} with floats to the CPU: {named}{more}",
+            f"{known.ort_name} leaves {count} {what} with floats to the CPU: {named}{more}; "
+            f"it runs {ran} nodes",
             _fallback_hint(known),
         )
     return session
@@ -278,13 +247,16 @@ def _started(graph: Path, provider: Provider, options: Any) -> Any:
     if session is None:
         reason = _reason(log) or _first_line(failure)
         fallback = "fallback" in reason
-        hint = _fallback_hint(provider.target) if fallback else _start_hint(log)
+        hint = _fallback_hint(provider.target) if fallback else _start_hint(log, provider.target)
         raise ProviderError(f"{name} cannot run {graph}: {reason}", hint) from failure
     if name not in session.get_providers():
         fallen = f"ONNX Runtime fell back to {', '.join(session.get_providers())}"
-        raise ProviderError(f"{name} did not start: {_reason(log) or fallen}", _start_hint(log))
+        raise ProviderError(
+            f"{name} did not start: {_reason(log) or fallen}", _start_hint(log, provider.target)
+        )
     if log.errors():  # such as a backend that is not found: it then takes no node at all
-        raise ProviderError(f"{name} did not start: {_reason(log)}", _start_hint(log))
+        hint = _start_hint(log, provider.target)
+        raise ProviderError(f"{name} did not start: {_reason(log)}", hint)
     release(log)
     return session
 
@@ -293,23 +265,30 @@ def _reason(log: NativeLog) -> str:
     return next(iter(log.errors()), "")
 
 
-def _start_hint(log: NativeLog) -> str:
+def _start_hint(log: NativeLog, found: Target) -> str:
     if installed.conflict():
         return installed.conflict()
     needed = next((text for text in log.warnings() if "equire" in text), "")
     said = f"ONNX Runtime says: {needed} " if needed else ""
-    return f"{said}Install what is missing, or choose --provider cpu (provider='cpu' in Python)."
+    device = f" Its device is {found.device}." if found.device else ""
+    way = f" ({installed.way_to(found)})" if found.packages else ""
+    return (
+        f"{said}Install what is missing{way}, or choose --provider cpu (provider='cpu' in Python)."
+        f"{device}"
+    )
 
 
 def _fallback_hint(found: Target) -> str:
     """What to do about nodes that a provider leaves to the CPU: allow it, or export for it."""
     export = "a bundle of --form portable has operators that more providers take."
-    if found.constant_weights:
+    if found.runtime_weights is False:
         export = "it multiplies by constant weights only; --mode merged leaves fewer nodes."
     elif found.form is not None:
         export = f"the form to export for it is --form {found.form}."
-    fixed = " It takes fixed shapes only, which no bundle has yet." if found.fixed_shapes else ""
-    return f"{_ALLOW}; {export}{fixed}"
+    fixed = found.dynamic_shapes is False
+    shapes = " It takes fixed shapes only, which no bundle has yet." if fixed else ""
+    newer = f" A newer release may take more: {installed.way_to(found)}." if found.packages else ""
+    return f"{_ALLOW}; {export}{shapes}{newer}"
 
 
 def _left_to_cpu(session: Any, graph: Path) -> dict[str, int]:

@@ -136,7 +136,7 @@ class ModelSession:
         self.tensors = Tensors(
             self.sites,
             target.memory,
-            zero_rank=target.zero_rank,
+            zero_rank=target.zero_size is True,
             dtype=np.float16 if half else np.float32,
         )
         self.fixed = fixed

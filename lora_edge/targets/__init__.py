@@ -1,4 +1,4 @@
-"""What is known of each execution provider that a bundle can run on: data only.
+"""What is known of each place where ONNX Runtime runs a bundle: data only.
 
 Knows names; knows nothing of bundles, and does not import ONNX Runtime.
 """

@@ -1,84 +1,96 @@
-"""One table of the devices: what ONNX Runtime calls each one's provider, and what that takes.
+"""What a row of the tables holds: a place where ONNX Runtime runs, and what it takes.
 
 A field says what is known from a run, or from ONNX Runtime's tools, documentation or source.
-Where nothing is known, it has its default. ``docs/devices.md`` shows the table.
+Where nothing is known, it is ``None``.
 """
 
 from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-_SUFFIX = "ExecutionProvider"
+Form = Literal["fused", "portable"]
+
+SUFFIX = "ExecutionProvider"
 
 
-class Target(NamedTuple):
-    """A kind of device, as one execution provider of ONNX Runtime runs it.
+class Package(NamedTuple):
+    """What brings a target.
 
     Attributes:
-        name: short name, e.g. ``cpu``, ``cuda``.
-        ort_name: ONNX Runtime's name.
-        memory: where tensors are placed, as ``OrtValue`` names it.
-        zero_rank: it takes tensors with a zero-size dimension, so that "no adapter" costs nothing.
-        form: the form of a text generator to export for it; None where that is not known.
-        fixed_shapes: it takes graphs without symbolic dimensions only.
-        constant_weights: it multiplies by constant weights only, so that a merged bundle leaves
-            less to the CPU: no branch's weights are constant.
-        options: names of options of its own; not all of them.
+        name: as its installer takes it.
+        installer: what installs it.
+        beside: of pip's: it goes beside a wheel of ONNX Runtime; else it is such a wheel.
+        systems: where it has the target, as :func:`platform.system` names them; None: not known.
     """
 
     name: str
-    ort_name: str
+    installer: Literal["pip", "npm", "Maven", "CocoaPods"] = "pip"
+    beside: bool = False
+    systems: tuple[str, ...] | None = None
+
+
+ANDROID = Package("com.microsoft.onnxruntime:onnxruntime-android", "Maven", systems=("Android",))
+IOS = Package("onnxruntime-objc", "CocoaPods", systems=("iOS",))
+
+
+class Target(NamedTuple):
+    """A place where ONNX Runtime runs: an execution provider, or a client that runs bundles.
+
+    Attributes:
+        name: short name, e.g. ``cpu``, ``cuda``, ``genai``.
+        runs: what runs there, in a few words.
+        ort_name: ONNX Runtime's name of the provider; empty: a client.
+        packages: what brings it, the best first; empty: nothing that is known.
+        device: how its device is found.
+        memory: where lora-edge places tensors for it, as ``OrtValue`` names it.
+        forms: the forms of a text generator that it takes, the best first.
+        dynamic_shapes: it takes graphs with symbolic dimensions.
+        zero_size: it takes tensors with a zero-size dimension, so that "no adapter" costs nothing.
+        runtime_weights: it multiplies by weights that are inputs, as those of adapters are; if not,
+            a merged bundle leaves less to the CPU.
+        dtypes: floats that it was seen to compute in.
+        quantization: how weights of few bits may be written: ``MatMulNBits``, ``QDQ``,
+            ``dynamic int8``.
+        adapter_api: it has a call that loads and activates ``.onnx_adapter`` files.
+        io_binding: it reads and writes tensors where they are.
+        mixed_rows: rows of one batch may have different adapters.
+        tasks: those that it runs; empty: any.
+        defaults: options of its own that lora-edge sets unless they are given.
+        options: names of options of its own; not all of them.
+        seen: what was run or checked; None: nothing yet.
+        notes: what else is known.
+    """
+
+    name: str
+    runs: str
+    ort_name: str = ""
+    packages: tuple[Package, ...] = ()
+    device: str | None = None
     memory: Literal["cpu", "cuda"] = "cpu"
-    zero_rank: bool = False
-    form: Literal["fused", "portable"] | None = None
-    fixed_shapes: bool = False
-    constant_weights: bool = False
+    forms: tuple[Form, ...] | None = None
+    dynamic_shapes: bool | None = None
+    zero_size: bool | None = None
+    runtime_weights: bool | None = None
+    dtypes: tuple[str, ...] | None = None
+    quantization: tuple[str, ...] | None = None
+    adapter_api: bool | None = None
+    io_binding: bool | None = None
+    mixed_rows: bool | None = None
+    tasks: tuple[str, ...] = ()
+    defaults: tuple[tuple[str, str], ...] = ()
     options: tuple[str, ...] = ()
+    seen: str | None = None
+    notes: tuple[str, ...] = ()
 
+    def called(self, name: str) -> bool:
+        """Whether this is its short name, or ONNX Runtime's own, in any case."""
+        return name != "" and name.lower() in (self.name, self.ort_name.lower())
 
-TARGETS = (
-    Target("cpu", "CPUExecutionProvider", zero_rank=True, form="fused"),
-    Target("cuda", "CUDAExecutionProvider", memory="cuda", options=("device_id", "gpu_mem_limit")),
-    Target(
-        "coreml",
-        "CoreMLExecutionProvider",
-        form="portable",
-        options=(
-            "ModelFormat",
-            "MLComputeUnits",
-            "RequireStaticInputShapes",
-            "ModelCacheDirectory",
-        ),
-    ),
-    Target("directml", "DmlExecutionProvider"),
-    Target("migraphx", "MIGraphXExecutionProvider"),
-    Target("nnapi", "NnapiExecutionProvider", form="portable", fixed_shapes=True),
-    Target("openvino", "OpenVINOExecutionProvider", zero_rank=True, form="portable"),
-    Target(
-        "qnn",
-        "QNNExecutionProvider",
-        form="portable",
-        fixed_shapes=True,
-        options=("backend_path", "soc_model", "htp_arch"),
-    ),
-    Target("tensorrt", "TensorrtExecutionProvider", memory="cuda"),
-    Target("webgpu", "WebGpuExecutionProvider", form="portable"),
-    Target(
-        "xnnpack",
-        "XnnpackExecutionProvider",
-        constant_weights=True,
-        options=("intra_op_num_threads",),
-    ),
-)
-"""Every target that is known by a short name; the CPU first."""
+    def does(self, task: str) -> bool:
+        """Whether it runs a task."""
+        return not self.tasks or task in self.tasks
 
-
-def target(name: str) -> Target | None:
-    """The target of a short name or of ONNX Runtime's own name, in any case; None if unknown."""
-    wanted = name.lower()
-    return next((x for x in TARGETS if wanted in (x.name, x.ort_name.lower())), None)
-
-
-def unknown(ort_name: str) -> Target:
-    """The target of a provider that is not in the table: nothing is taken for granted."""
-    return Target(ort_name.removesuffix(_SUFFIX).lower(), ort_name)
+    @property
+    def form(self) -> Form | None:
+        """The form of a text generator to export for it; None where that is not known."""
+        return self.forms[0] if self.forms else None

@@ -13,7 +13,7 @@ import pytest
 
 from lora_edge.errors import OptionError, ProviderError
 from lora_edge.runtime import plugins, providers
-from lora_edge.targets.target import unknown
+from lora_edge.targets.providers import unknown
 
 PLUGIN = """
 def get_ep_names():

@@ -14,8 +14,9 @@ from lora_edge.cli.run import command as run
 from lora_edge.cli.validate import command as validate
 from lora_edge.errors import BundleError, OptionError, ProviderError
 from lora_edge.runtime import providers
-from lora_edge.targets.target import Target, unknown
-from lora_edge.targets.target import target as find
+from lora_edge.targets.providers import provider as find
+from lora_edge.targets.providers import unknown
+from lora_edge.targets.target import Target
 
 
 def named(name: str) -> Target:
