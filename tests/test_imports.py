@@ -153,6 +153,7 @@ def test_heavy_imports_stay_where_they_belong() -> None:
             "validate",
             "golden",
             "inspect",
+            "targets",
         )
     ],
 )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,6 +47,45 @@ def test_what_is_not_there_is_refused_with_what_is(
     with pytest.raises(ProviderError, match=f"'{name}' {what}.*available: cpu$") as error:
         providers.resolve(name)
     assert error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "system", "way"),
+    [
+        ("cuda", "Linux", "pip uninstall -y onnxruntime; pip install onnxruntime-gpu"),
+        ("qnn", "Linux", "pip install onnxruntime-qnn"),
+        ("openvino", "Linux", "pip uninstall -y onnxruntime; pip install onnxruntime-openvino"),
+        ("coreml", "Darwin", "pip install onnxruntime"),
+        ("directml", "Linux", "onnxruntime-directml of pip, on Windows"),
+        (
+            "xnnpack",
+            "Linux",
+            "com.microsoft.onnxruntime:onnxruntime-android of Maven, on Android, or "
+            "onnxruntime-objc of CocoaPods, on iOS",
+        ),
+        ("abacus", "Linux", "the ONNX Runtime package that carries it"),
+    ],
+)
+def test_what_is_not_there_is_refused_with_what_installs_it(
+    name: str, system: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr(providers.plugins, "packages", dict)
+    monkeypatch.setattr(providers.installed, "wheels", lambda: {"onnxruntime": "1.32.0"})
+    monkeypatch.setattr(platform, "system", lambda: system)
+    with pytest.raises(ProviderError) as error:
+        providers.resolve(name)
+    assert error.value.hint == f"Choose one of these, or install it: {way}."
+
+
+def test_options_of_the_target_are_set_unless_they_are_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CoreMLExecutionProvider"])
+    monkeypatch.setattr(providers, "libraries", lambda _name: [])
+    assert providers.resolve("coreml").options == {"ModelFormat": "MLProgram"}
+    given = {"ModelFormat": "NeuralNetwork", "MLComputeUnits": "CPUOnly"}
+    assert providers.resolve("coreml", given).options == given
 
 
 def test_short_names_are_those_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,6 +175,8 @@ def test_a_provider_that_does_not_start_is_an_error_with_its_cause(
     )
     assert "Require cuDNN 9.* and CUDA 13.*." in error.value.hint
     assert "--provider cpu" in error.value.hint
+    assert "pip install onnxruntime-gpu" in error.value.hint
+    assert "CUDA and cuDNN" in error.value.hint
     assert capfd.readouterr().err == ""  # it is in the error instead
 
 
@@ -172,7 +214,9 @@ def test_only_work_on_floats_may_not_stay_on_the_cpu(
         placed["CPUExecutionProvider"] = [*integers, *floats]
         with pytest.raises(ProviderError, match=floats[0][0]) as error:
             _opened(monkeypatch, portable, lambda: _Fake(placed))
+        assert str(error.value).endswith("; it runs 0 nodes")
         assert "--allow-fallback" in error.value.hint
+        assert "onnxruntime-gpu" in error.value.hint
         _opened(monkeypatch, portable, lambda: _Fake(placed), allow_fallback=True)
 
 
