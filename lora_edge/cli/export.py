@@ -32,10 +32,19 @@ from lora_edge.tasks.task import TASKS
     type=click.Choice(list(TASKS)),
     help="What the model is to do.  [default: what the adapters were trained for, or the base is]",
 )
-@options.choice(
+@click.option(
     "--form",
-    ["fused", "portable"],
-    "Fast operators of ONNX Runtime, or standard ONNX operators only.",
+    type=click.Choice(["fused", "portable"]),
+    help="Fast operators of ONNX Runtime, or standard ONNX operators only.  "
+    "[default: what --target takes, else fused]",
+)
+@click.option(
+    "--target",
+    "targets",
+    metavar="NAME[,NAME…]",
+    default="",
+    help="Where the bundle is to run, as `lora-edge targets` names the places. Chooses --form, and "
+    "refuses what one of them does not take.",
 )
 @options.choice(
     "--backend",
@@ -135,7 +144,8 @@ def command(adapters: tuple[str, ...], output: Path, **given: Any) -> None:
 
     started = time.monotonic()
     base = given.pop("base")
-    given["kinds"] = [kind.strip() for kind in given["kinds"].split(",") if kind.strip()]
+    for name in ("kinds", "targets"):
+        given[name] = [word.strip() for word in given[name].split(",") if word.strip()]
     given["block_size"] = int(given["block_size"])
     bundle = export(
         base,

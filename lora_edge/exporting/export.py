@@ -21,6 +21,7 @@ from lora_edge.bundle.card import bundle_card
 from lora_edge.bundle.manifest import MANIFEST_NAME, ConversionEntry, Manifest, Mode
 from lora_edge.bundle.sentence import write_sentence_modules
 from lora_edge.errors import AdapterError, BaseModelError, ParityError
+from lora_edge.exporting.aim import advice, aimed_at, check_task, form_for
 from lora_edge.exporting.build import build
 from lora_edge.exporting.clients import write_client_files
 from lora_edge.exporting.graphs import Progress
@@ -57,7 +58,8 @@ def export(
     output: str | os.PathLike[str] = "bundle",
     *,
     task: str | None = None,
-    form: Literal["fused", "portable"] = "fused",
+    form: Literal["fused", "portable"] | None = None,
+    targets: Sequence[str] = (),
     backend: Literal["trace", "optimum"] = "trace",
     sites: Literal["all", "adapters"] = "all",
     kinds: Sequence[str] = ("lora",),
@@ -88,7 +90,9 @@ def export(
             ``automatic-speech-recognition`` (these two with the optimum backend only); ``None``:
             what the adapters were trained for, else what the base is.
         form: of a text generator: ``fused`` (``com.microsoft`` operators) or ``portable``
-            (standard operators only).
+            (standard operators only); ``None``: what the ``targets`` take, ``fused`` without any.
+        targets: where the bundle is to run, as ``lora-edge targets`` names the places. They choose
+            the ``form``; what one is known not to take is refused.
         backend: ``trace``, or ``optimum`` (needs ``lora-edge[optimum]``; has a form of its own).
         sites: put branches on ``all`` linear layers of the decoder (the head only if an adapter
             needs it), or only on those that the ``adapters`` change.
@@ -148,7 +152,6 @@ def export(
     opt.path("output", output)
     for name, value, known in (
         ("mode", mode, get_args(Mode)),
-        ("form", form, ("fused", "portable")),
         ("backend", backend, ("trace", "optimum")),
         ("sites", sites, ("all", "adapters")),
         ("activations", activations, get_args(Activations)),
@@ -156,6 +159,9 @@ def export(
         ("algorithm", algorithm, get_args(Algorithm)),
     ):
         opt.one_of(name, value, known)
+    if form is not None:
+        opt.one_of("form", form, ("fused", "portable"))
+    aims = aimed_at(opt.words("targets", targets))
     opt.flag("force", force)
     opt.flag("low_memory", low_memory)
     opt.flag("symmetric", symmetric)
@@ -198,6 +204,9 @@ def export(
             "False but with precision int8 and activations int8",
             "Give --precision int8 too, or leave --per-channel out.",
         )
+    form = form_for(aims, form, backend, precision)
+    for line in advice(aims, mode):
+        say(line)
     few = rounding is not None and rounding.bits != HALF_BITS
     kept = kept_high(keep_high, min_effect, rounded=few, mode=mode)
     with (
@@ -221,6 +230,7 @@ def export(
         where = Path(output)
         with staging(where, marker=MANIFEST_NAME, force=force) as stage, ExitStack() as stack:
             wanted = chosen_task(model, loaded, task, mode, say)
+            check_task(aims, wanted.name)
             loaded = stack.enter_context(fitted(loaded, model, wanted, say))
             options = Options(
                 mode, form, backend, sites, tuple(kinds), wanted, rounding, activations, *kept
