@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from lora_edge.cli.here import Here, here
 from lora_edge.targets.table import TARGETS, target
 from lora_edge.targets.target import Target
-
-if TYPE_CHECKING:
-    from lora_edge.runtime.here import Here
 
 _COLUMNS = 80
 _YES_OR_NO = {
@@ -54,8 +52,6 @@ def command(name: str | None, as_json: bool) -> None:
     With NAME, everything that is known of that target. The targets are execution providers of ONNX
     Runtime, for `run --provider`, and clients that read bundles.
     """
-    from lora_edge.runtime.here import here
-
     if name is None:
         found = [(each, here(each)) for each in TARGETS]
         facts: Any = [_facts(*pair) for pair in found]

@@ -7,14 +7,14 @@ package ``onnxruntime``; pip lets the last one that is installed write over the 
 from __future__ import annotations
 
 import importlib
-import platform
 import sys
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
 from lora_edge.errors import MissingDependencyError
-from lora_edge.targets.target import Package, Target
+from lora_edge.targets.install import line
+from lora_edge.targets.target import Target
 
 _INSTALL = (
     "Install the one for your hardware: pip install 'lora-edge[cpu]', or onnxruntime-gpu, "
@@ -92,23 +92,8 @@ def _twins(found: Mapping[str, str]) -> tuple[str, str]:
 
 
 def way_to(target: Target) -> str:
-    """The line that installs a target here, or what brings it elsewhere; empty: not known."""
-    system = platform.system()
-    fitting = [x for x in target.packages if x.systems is None or system in x.systems]
-    if not fitting:
-        return ", or ".join(_there(package) for package in target.packages)
-    package = fitting[0]
-    twins = sorted({*wheels()} - {package.name}) if target.ort_name else []
-    line = f"{package.installer} install {package.name}"
-    if twins and not package.beside:  # two wheels would write over each other's files
-        return f"pip uninstall -y {' '.join(twins)}; {line}"
-    return line
-
-
-def _there(package: Package) -> str:
-    """Where a package is, that is for other systems than this one."""
-    where = " or ".join("macOS" if x == "Darwin" else x for x in package.systems or ())
-    return f"{package.name} of {package.installer}, on {where}"
+    """The line that installs a target beside or instead of what is installed; empty: not known."""
+    return line(target, wheels())
 
 
 def versions() -> dict[str, str]:

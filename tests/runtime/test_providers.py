@@ -55,7 +55,7 @@ def test_what_is_not_there_is_refused_with_what_is(
         ("cuda", "Linux", "pip uninstall -y onnxruntime; pip install onnxruntime-gpu"),
         ("qnn", "Linux", "pip install onnxruntime-qnn"),
         ("openvino", "Linux", "pip uninstall -y onnxruntime; pip install onnxruntime-openvino"),
-        ("coreml", "Darwin", "pip install onnxruntime"),
+        ("coreml", "Darwin", "pip install --upgrade onnxruntime"),
         ("directml", "Linux", "onnxruntime-directml of pip, on Windows"),
         (
             "xnnpack",

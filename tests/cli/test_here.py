@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -10,12 +12,13 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from lora_edge.errors import MissingDependencyError, ProviderError
+from lora_edge.cli.here import SMALLEST, Here, here
+from lora_edge.errors import ProviderError
 from lora_edge.runtime import installed, providers
-from lora_edge.runtime.here import SMALLEST, Here, here
 from lora_edge.targets.clients import GENAI, MOBILE, NODE
 from lora_edge.targets.providers import CPU
 from lora_edge.targets.table import target
+from tests.support.paths import ROOT
 
 
 def test_the_smallest_graph_is_one() -> None:
@@ -46,23 +49,30 @@ def test_a_provider_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
     def start(graph: Path, _provider: Any, **_options: Any) -> None:
         opened.append(graph.read_bytes())
         if len(opened) > 1:
-            raise ProviderError("its library is missing", "Install it.")
+            raise ProviderError(f"cuda cannot run {graph}: a library is missing", "Find it.")
 
     monkeypatch.setattr(providers, "available", lambda: ("cpu", "cuda"))
     monkeypatch.setattr(providers, "resolve", lambda name: name)
     monkeypatch.setattr(providers, "open_session", start)
     assert here(target("cuda")) == Here(True)
-    assert here(target("cuda")) == Here(False, "its library is missing", "Install it.")
+    failed = here(target("cuda"))
+    assert failed.reason == "cuda cannot run a graph of one node: a library is missing. Find it"
+    assert "pip install onnxruntime-gpu" in failed.way
     assert opened == [SMALLEST] * 2
 
 
-def test_without_onnxruntime_nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing() -> None:
-        raise MissingDependencyError("ONNX Runtime is not installed", "Install it.")
-
-    monkeypatch.setattr(installed, "require", missing)
-    monkeypatch.setattr(installed, "wheels", dict)
-    assert here(CPU) == Here(False, "ONNX Runtime is not installed", "pip install onnxruntime")
+def test_without_onnxruntime_all_is_shown_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "onnxruntime.py").write_text("raise ImportError('libx.so is missing')")
+    done = subprocess.run(
+        [sys.executable, "-m", "lora_edge", "targets", "cpu"],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "cannot be imported: libx.so is missing" in " ".join(done.stdout.split())
+    assert "→ Install it again: pip install --force-reinstall" in done.stdout
 
 
 def test_clients_in_javascript_need_node_and_their_package(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lora_edge.errors import MissingDependencyError, ProviderError
-from lora_edge.runtime import installed
+from lora_edge.targets.install import line
 from lora_edge.targets.target import Target
 
 _CPU = "CPUExecutionProvider"
@@ -41,24 +41,19 @@ def here(target: Target) -> Here:
         return _provider(target)
     installers = {package.installer for package in target.packages}
     if "Maven" in installers:
-        return Here(False, "it runs in apps, on a device", _way(target))
+        return Here(False, "it runs in apps, on a device", line(target))
     return _npm(target) if "npm" in installers else _module(target)
-
-
-def _way(target: Target) -> str:
-    return installed.conflict() or installed.way_to(target)
 
 
 def _provider(target: Target) -> Here:
     try:
-        installed.require()
+        from lora_edge.runtime import installed, providers
     except MissingDependencyError as error:
-        return Here(False, str(error), _way(target))
-    from lora_edge.runtime import providers
-
+        return Here(False, str(error), error.hint)
+    way = installed.conflict() or installed.way_to(target)
     if target.name not in providers.available():
         wheel = " and ".join(f"{name} {version}" for name, version in installed.wheels().items())
-        return Here(False, f"it is not in the installed {wheel or 'ONNX Runtime'}", _way(target))
+        return Here(False, f"it is not in the installed {wheel or 'ONNX Runtime'}", way)
     if target.ort_name == _CPU:
         return Here(True)
     with tempfile.TemporaryDirectory() as folder:
@@ -67,7 +62,8 @@ def _provider(target: Target) -> Here:
         try:
             providers.open_session(graph, providers.resolve(target.name), allow_fallback=True)
         except ProviderError as error:
-            return Here(False, str(error), error.hint)
+            said = str(error).replace(str(graph), "a graph of one node")
+            return Here(False, f"{said}. {error.hint.rstrip('.')}", way)
     return Here(True)
 
 
@@ -76,7 +72,7 @@ def _npm(target: Target) -> Here:
         return Here(False, "there is no node on the PATH", "install Node")
     missing = [each.name for each in target.packages if not _in_modules(each.name)]
     if missing:
-        return Here(False, f"{missing[0]} is not in node_modules of this folder", _way(target))
+        return Here(False, f"{missing[0]} is not in node_modules of this folder", line(target))
     return Here(True)
 
 
@@ -88,9 +84,9 @@ def _module(target: Target) -> Here:
     name = target.packages[0].name
     module = name.replace("-", "_")
     if importlib.util.find_spec(module) is None:
-        return Here(False, f"{name} is not installed", _way(target))
+        return Here(False, f"{name} is not installed", line(target))
     try:
         importlib.import_module(module)
     except (ImportError, OSError) as error:
-        return Here(False, f"{name} cannot be imported: {error}", _way(target))
+        return Here(False, f"{name} cannot be imported: {error}", line(target))
     return Here(True)
