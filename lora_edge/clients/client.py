@@ -8,7 +8,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ _NOT_A_NUMBER = "Its driver and this release do not fit; see docs/clients.md."
 
 
 class Client:
-    """A driver's process with a bundle open; a context manager that ends it.
+    """A driver's process with a bundle open.
 
     Args:
         name: of the runtime.
@@ -103,14 +102,3 @@ class Client:
         """End it."""
         self._process.close()
         self._answers.cleanup()
-
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

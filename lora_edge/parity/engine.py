@@ -14,7 +14,6 @@ from typing import get_args
 from lora_edge import types as opt
 from lora_edge.base.checkpoint import Base, resolve_base
 from lora_edge.bundle.bundle import Bundle, hash_file, load_bundle
-from lora_edge.bundle.manifest import survival_line
 from lora_edge.errors import DataError
 from lora_edge.files.changing import recover
 from lora_edge.files.pages import trim
@@ -24,7 +23,6 @@ from lora_edge.parity.ask import ask, open_base
 from lora_edge.parity.case import Case
 from lora_edge.parity.compare import Tolerance
 from lora_edge.parity.drift import drifts
-from lora_edge.parity.entries import check_entries
 from lora_edge.parity.evaluate.evaluate import check_examples, evaluate
 from lora_edge.parity.explain.explain import explain
 from lora_edge.parity.in_parts import cut_of, fewer_prompts
@@ -36,13 +34,12 @@ from lora_edge.parity.in_session import (
     compared,
     drifted,
     recorded_cases,
+    report_of,
     seen_in_floats,
     switched,
-    unproved,
 )
 from lora_edge.parity.plan.examples import Example
 from lora_edge.parity.plan.plan import Depth
-from lora_edge.parity.plan.reach import reach_of
 from lora_edge.parity.question import sources_of
 from lora_edge.parity.record.environment import (
     Opening,
@@ -276,30 +273,19 @@ def validate(
                     runner, model, examples, metric, floors, settings.tolerance, say
                 )
             ]
-    found_versions = versions()
-    for golden in goldens:
-        found_versions |= golden.versions
-    cases += check_entries(target)
-    if base is None:
-        cases += unproved(target, names, goldens)
-    report = Report(
-        bundle=str(target.directory),
-        mode=target.manifest.mode,
+    report = report_of(
+        target,
+        goldens,
+        cases,
+        sessions,
+        settings,
+        started=started,
         against="goldens" if base is None else "reference",
-        adapters=names,
-        cases=tuple(cases),
-        versions=found_versions,
-        seconds=time.monotonic() - started,
-        sessions=tuple(sessions),
-        machine=machine(),
-        settings=settings.facts(),
-        base=target.manifest.base["name_or_path"],
         command=_command(
             target, base, adapters or {}, opening, settings, exact=exact, low_memory=low_memory
         ),
         repro=left,
-        reach=reach_of(target, goldens, fewer),
-        survival=survival_line(target.manifest),
+        fewer=fewer,
     )
     if base is not None:
         record(target, report, [x for x in goldens if x.probe.kept], answers, say)

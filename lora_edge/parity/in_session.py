@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_edge.bundle.bundle import Bundle
+from lora_edge.bundle.manifest import survival_line
 from lora_edge.files.pages import trim
+from lora_edge.names import NONE_ADAPTER
 from lora_edge.parity.case import Case
 from lora_edge.parity.checks import Broken, broken_by, compare, switching
 from lora_edge.parity.compare import Tolerance
 from lora_edge.parity.drift import InFloats, drift, in_floats, measures_drift
+from lora_edge.parity.entries import check_entries
 from lora_edge.parity.plan.plan import MIXED_ROWS, Depth
+from lora_edge.parity.plan.reach import reach_of
 from lora_edge.parity.ranges import Largest, Ranges
+from lora_edge.parity.record.environment import machine, versions
 from lora_edge.parity.record.golden import Golden, recorded, reduce, shortened
 from lora_edge.parity.record.journal import Journal
-from lora_edge.parity.report import Session
+from lora_edge.parity.report import Against, Report, Session
 from lora_edge.runtime import Runner
 
 Say = Callable[[str], None]
@@ -134,3 +140,56 @@ def unproved(bundle: Bundle, names: Sequence[str], goldens: Sequence[Golden]) ->
         what = "did not pass when it was last" if name in covered else "was never"
         reason = f"{case}: it {what} compared with PyTorch; validate with --reference BASE"
         yield Case(case, (name,), "unproved", reason, kind="proof")
+
+
+def report_of(
+    bundle: Bundle,
+    goldens: Sequence[Golden],
+    cases: Sequence[Case],
+    sessions: Sequence[Session],
+    settings: Settings,
+    *,
+    started: float,
+    against: Against,
+    command: str,
+    ran: Mapping[str, str] | None = None,
+    repro: str = "",
+    fewer: str = "",
+) -> Report:
+    """The report of all sessions of a validation.
+
+    Args:
+        bundle: the bundle.
+        goldens: what was run.
+        cases: what the sessions found.
+        sessions: how the bundle was run.
+        settings: what was asked for.
+        started: on the monotonic clock, in seconds.
+        against: where the expected outputs came from.
+        command: a command line that makes the report again.
+        ran: further packages and versions, or clients and what ran there.
+        repro: folder of the reproduction of the first failure.
+        fewer: why fewer prompts were taken than were asked for.
+    """
+    names = tuple(sorted(set(bundle.manifest.adapters) - {NONE_ADAPTER}))
+    packages = versions()
+    for golden in goldens:
+        packages |= golden.versions
+    proof = unproved(bundle, names, goldens) if against == "goldens" else ()
+    return Report(
+        bundle=str(bundle.directory),
+        mode=bundle.manifest.mode,
+        against=against,
+        adapters=names,
+        cases=(*cases, *check_entries(bundle), *proof),
+        versions={**packages, **(ran or {})},
+        seconds=time.monotonic() - started,
+        sessions=tuple(sessions),
+        machine=machine(),
+        settings=settings.facts(),
+        base=bundle.manifest.base["name_or_path"],
+        command=command,
+        repro=repro,
+        reach=reach_of(bundle, goldens, fewer),
+        survival=survival_line(bundle.manifest),
+    )

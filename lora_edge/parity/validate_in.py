@@ -13,15 +13,12 @@ import numpy as np
 
 from lora_edge import types as opt
 from lora_edge.bundle.bundle import Bundle, load_bundle
-from lora_edge.bundle.manifest import survival_line
 from lora_edge.clients.catalog import command_of, label_of
 from lora_edge.errors import DataError
-from lora_edge.names import NONE_ADAPTER
 from lora_edge.parity.case import Case
 from lora_edge.parity.checks import compare
 from lora_edge.parity.compare import Tolerance
 from lora_edge.parity.drift import drifts
-from lora_edge.parity.entries import check_entries
 from lora_edge.parity.in_session import (
     QUICK_STEPS,
     Say,
@@ -29,14 +26,13 @@ from lora_edge.parity.in_session import (
     compared,
     drifted,
     recorded_cases,
+    report_of,
     seen_in_floats,
     switched,
-    unproved,
 )
 from lora_edge.parity.inside import InsideRunner, tokens_in
 from lora_edge.parity.plan.plan import Depth
-from lora_edge.parity.plan.reach import reach_of
-from lora_edge.parity.record.environment import Opening, machine, versions
+from lora_edge.parity.record.environment import Opening
 from lora_edge.parity.record.golden import Golden
 from lora_edge.parity.record.journal import Journal
 from lora_edge.parity.report import Report, Session
@@ -98,9 +94,7 @@ def validate_in(
     opening = Opening(tuple((name, "") for name in commands), {}, False, clients=commands)
     cases: list[Case] = []
     sessions: list[Session] = []
-    found_versions = versions()
-    for golden in goldens:
-        found_versions |= golden.versions
+    ran: dict[str, str] = {}
     for name in commands:
         runner = opening.runner(target, name, "")
         assert isinstance(runner, InsideRunner)
@@ -108,30 +102,23 @@ def validate_in(
             session, own = _session(runner, goldens, settings, say)
             cases += own
             sessions.append(session)
-            found_versions[name] = runner.client.about
+            ran[name] = runner.client.about
             if drifts(target.manifest) and not exact:
                 asked = [golden for golden in goldens if runner.takes(golden.probe)]
                 seen = seen_in_floats(runner, session, asked, say, ranging=False)
                 shipped = partial(opening.runner, target, name, "", exact=False)
                 cases += _of(session, drifted(shipped, seen, asked))
-    cases += check_entries(target)
-    names = tuple(sorted(set(target.manifest.adapters) - {NONE_ADAPTER}))
-    cases += unproved(target, names, goldens)
-    return Report(
-        bundle=str(target.directory),
-        mode=target.manifest.mode,
+    command = _command(target, clients, depth, exact=exact)
+    return report_of(
+        target,
+        goldens,
+        cases,
+        sessions,
+        settings,
+        started=started,
         against="goldens",
-        adapters=names,
-        cases=tuple(cases),
-        versions=found_versions,
-        seconds=time.monotonic() - started,
-        sessions=tuple(sessions),
-        machine=machine(),
-        settings=settings.facts(),
-        base=target.manifest.base["name_or_path"],
-        command=_command(target, clients, depth, exact=exact),
-        reach=reach_of(target, goldens),
-        survival=survival_line(target.manifest),
+        command=command,
+        ran=ran,
     )
 
 
