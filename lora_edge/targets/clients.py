@@ -67,8 +67,9 @@ NODE = Target(
     runtime_weights=True,
     dtypes=("float32",),
     quantization=("MatMulNBits",),
+    mixed_rows=True,
     seen="onnxruntime-node 1.30 on the CPU: fused, portable, int4, merged and classifiers equal to "
-    "ONNX Runtime in Python",
+    "ONNX Runtime in Python; golden cases of batches with an adapter for each row",
     notes=(_NO_FILES,),
 )
 MOBILE = Target(
