@@ -19,6 +19,7 @@ import onnxruntime as ort
 from lora_edge.errors import BundleError, OptionError, ProviderError
 from lora_edge.runtime import installed, plugins
 from lora_edge.runtime.native_log import NativeLog, captured, release, without_status
+from lora_edge.runtime.provider_hints import fallback_hint, start_hint
 from lora_edge.runtime.provider_options import check_options, libraries
 from lora_edge.targets.providers import PROVIDERS, unknown
 from lora_edge.targets.providers import provider as known_provider
@@ -41,7 +42,6 @@ LEVELS = {
 # Shape picks its entries by a Gather. Of any other the file does not know what it reads.
 _MADE = re.compile(r"Gather Gather(_token_\d+)?$|Shape |Size |Memcpy")
 DATA_FOLDER = "session.model_external_initializers_file_folder_path"
-_ALLOW = "Pass --allow-fallback (allow_fallback=True in Python) to let the CPU run them"
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def open_session(
         raise ProviderError(
             f"{known.ort_name} leaves {count} {what} with floats to the CPU: {named}{more}; "
             f"it runs {ran} nodes",
-            _fallback_hint(known),
+            fallback_hint(known),
         )
     return session
 
@@ -247,15 +247,15 @@ def _started(graph: Path, provider: Provider, options: Any) -> Any:
     if session is None:
         reason = _reason(log) or _first_line(failure)
         fallback = "fallback" in reason
-        hint = _fallback_hint(provider.target) if fallback else _start_hint(log, provider.target)
+        hint = fallback_hint(provider.target) if fallback else start_hint(log, provider.target)
         raise ProviderError(f"{name} cannot run {graph}: {reason}", hint) from failure
     if name not in session.get_providers():
         fallen = f"ONNX Runtime fell back to {', '.join(session.get_providers())}"
         raise ProviderError(
-            f"{name} did not start: {_reason(log) or fallen}", _start_hint(log, provider.target)
+            f"{name} did not start: {_reason(log) or fallen}", start_hint(log, provider.target)
         )
     if log.errors():  # such as a backend that is not found: it then takes no node at all
-        hint = _start_hint(log, provider.target)
+        hint = start_hint(log, provider.target)
         raise ProviderError(f"{name} did not start: {_reason(log)}", hint)
     release(log)
     return session
@@ -263,32 +263,6 @@ def _started(graph: Path, provider: Provider, options: Any) -> Any:
 
 def _reason(log: NativeLog) -> str:
     return next(iter(log.errors()), "")
-
-
-def _start_hint(log: NativeLog, found: Target) -> str:
-    if installed.conflict():
-        return installed.conflict()
-    needed = next((text for text in log.warnings() if "equire" in text), "")
-    said = f"ONNX Runtime says: {needed} " if needed else ""
-    device = f" Its device is {found.device}." if found.device else ""
-    way = f" ({installed.way_to(found)})" if found.packages else ""
-    return (
-        f"{said}Install what is missing{way}, or choose --provider cpu (provider='cpu' in Python)."
-        f"{device}"
-    )
-
-
-def _fallback_hint(found: Target) -> str:
-    """What to do about nodes that a provider leaves to the CPU: allow it, or export for it."""
-    export = "a bundle of --form portable has operators that more providers take."
-    if found.runtime_weights is False:
-        export = "it multiplies by constant weights only; --mode merged leaves fewer nodes."
-    elif found.form is not None:
-        export = f"the form to export for it is --form {found.form}."
-    fixed = found.dynamic_shapes is False
-    shapes = " It takes fixed shapes only, which no bundle has yet." if fixed else ""
-    newer = f" A newer release may take more: {installed.way_to(found)}." if found.packages else ""
-    return f"{_ALLOW}; {export}{shapes}{newer}"
 
 
 def _left_to_cpu(session: Any, graph: Path) -> dict[str, int]:
