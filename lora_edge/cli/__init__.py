@@ -31,6 +31,7 @@ _VERBS = {
     "validate": "Check a bundle against PyTorch, or against its own golden cases.",
     "golden": "Keep your own prompts in a bundle as golden cases.",
     "native": "Build an optional library that makes adapters cost less.",
+    "kit": "Write a small project that runs a bundle: a web page, for Node, in Python.",
     "inspect": "Show what an adapter or a bundle holds.",
     "targets": "Show where bundles run, and what this machine can run.",
 }

@@ -1,0 +1,40 @@
+"""``lora-edge kit``: a small project to start from."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import click
+
+from lora_edge.cli import options
+
+_KINDS = ("web", "node", "python")
+
+
+@click.command()
+@click.argument("bundle")
+@click.argument("kind", type=click.Choice(_KINDS), metavar="|".join(_KINDS))
+@options.path("-o", "--output", required=True, help="The project's folder.")
+@click.option("--force", is_flag=True, help="Replace an earlier kit in the folder.")
+@click.option(
+    "--link",
+    is_flag=True,
+    help="Hard links to the bundle's files, which take no room of their own, in place of copies.",
+)
+def command(bundle: str, kind: str, output: Path, force: bool, link: bool) -> None:
+    """Write a small project that runs BUNDLE: a web page, a program for Node or one in Python.
+
+    web and node are for text-generation, text-classification and feature-extraction; python is
+    for text-generation. The project needs no lora-edge.
+    """
+    from lora_edge.kits.kit import make_kit
+
+    def say(line: str) -> None:
+        click.echo(line, err=True)
+
+    made = make_kit(bundle, kind, output, force=force, link=link, progress=say)
+    click.echo(made.directory)
+    say("next:")
+    for line in (f"cd {shlex.quote(str(made.directory))}", *made.commands):
+        say(f"  {line}")

@@ -1,0 +1,228 @@
+"""A bundle -> a small project that runs it, whole or not at all.
+
+The templates are in ``templates/KIND/``. A file ``NAME.j2`` is filled in and written as ``NAME``;
+every other file is copied. What differs by what the bundle does lies in ``templates/KIND/VERB/``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from lora_edge.bundle.bundle import MANIFEST_NAME, Bundle, load_bundle
+from lora_edge.bundle.manifest import Manifest
+from lora_edge.clients.catalog import scripts
+from lora_edge.errors import BundleError, OptionError
+from lora_edge.files.transaction import staging
+from lora_edge.tasks.task import TASKS
+
+_TEMPLATES = Path(__file__).parent / "templates"
+MARKER = "lora_edge_kit.json"
+"""The file that shows that a folder is a kit; ``--force`` replaces no other folder."""
+NONE = "none"
+_KNOWN_INPUTS = {
+    "input_ids", "attention_mask", "position_ids", "token_type_ids", "num_logits_to_keep",
+}  # fmt: skip
+
+
+class KitKind(NamedTuple):
+    """A kind of project.
+
+    Attributes:
+        name: as ``lora-edge kit`` takes it.
+        verbs: what of a bundle it can do: ``generate``, ``classify``, ``embed``.
+        scripts: it has a copy of the package in JavaScript.
+        commands: what to call in its folder, by verb.
+    """
+
+    name: str
+    verbs: tuple[str, ...]
+    scripts: bool
+    commands: Mapping[str, Sequence[str]]
+
+
+_WORDS = '"Some text"'
+_INSTALL = "npm install --ignore-scripts"
+KITS: Mapping[str, KitKind] = {
+    kit.name: kit
+    for kit in (
+        KitKind(
+            "web",
+            ("generate", "classify", "embed"),
+            True,
+            dict.fromkeys(("generate", "classify", "embed"), ("npm install", "npm start")),
+        ),
+        KitKind(
+            "node",
+            ("generate", "classify", "embed"),
+            True,
+            {
+                "generate": (_INSTALL, f"node main.mjs {_WORDS}"),
+                "classify": (_INSTALL, f"node main.mjs {_WORDS}"),
+                "embed": (_INSTALL, f'node main.mjs {_WORDS} "Another text"'),
+            },
+        ),
+        KitKind(
+            "python",
+            ("generate",),
+            False,
+            {"generate": ("pip install -r requirements.txt", f"python main.py {_WORDS}")},
+        ),
+    )
+}
+"""Every kind, by its name."""
+
+
+class Kit(NamedTuple):
+    """A project that was written.
+
+    Attributes:
+        directory: its folder.
+        commands: what to call in the folder, in order.
+    """
+
+    directory: Path
+    commands: Sequence[str]
+
+
+def make_kit(
+    bundle: str | os.PathLike[str],
+    kind: str,
+    output: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    link: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> Kit:
+    """Write a project that runs a bundle.
+
+    Args:
+        bundle: the bundle's folder. Its files are compared with their hashes, and copied.
+        kind: one of :data:`KITS`.
+        output: the project's folder.
+        force: replace an earlier kit in ``output``.
+        link: make hard links to the bundle's files, where the file system can do that.
+        progress: is told what is done.
+
+    Raises:
+        OptionError: there is no such kind, or it does not do what the bundle does.
+        BundleError: the bundle is missing, damaged or too old; or ``output`` is in the way.
+    """
+    if kind not in KITS:
+        raise OptionError(f"there is no kit {kind!r}", f"Kits are: {', '.join(KITS)}.")
+    kit, source = KITS[kind], load_bundle(bundle)
+    verb = _verb(kit, source)
+    target = Path(output)
+    with staging(target, marker=MARKER, force=force) as stage:
+        if progress is not None:
+            total = sum(entry.bytes for entry in source.manifest.files.values())
+            progress(f"{'linking' if link else 'copying'} the bundle, {_size(total)}")
+        _copy_bundle(source, stage / "bundle", link=link)
+        if kit.scripts:
+            shutil.copytree(scripts() / "src", stage / "lora-edge")
+        known = _facts(source.manifest, verb) | {"commands": kit.commands[verb]}
+        _fill(kit.name, verb, stage, known)
+        made = {"kit": kit.name, "task": source.manifest.task}
+        (stage / MARKER).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+    return Kit(target, kit.commands[verb])
+
+
+def _verb(kit: KitKind, bundle: Bundle) -> str:
+    """What the project does with the bundle; a refusal where it cannot."""
+    manifest = bundle.manifest
+    facts = TASKS[manifest.task]
+    tasks = [name for name in TASKS if _plain(name) and TASKS[name].verb in kit.verbs]
+    if manifest.task not in tasks:
+        raise OptionError(
+            f"the bundle's task is {manifest.task}; the kit {kit.name} takes {', '.join(tasks)}",
+            f"Call it from Python: lora_edge.Runner(bundle).{facts.verb}(...).",
+        )
+    inputs = set(manifest.reads.inputs) - _KNOWN_INPUTS
+    if inputs:
+        raise BundleError(
+            f"the bundle's graph has the input {min(inputs)}, which kits do not feed",
+            "Export the bundle again with this lora-edge.",
+        )
+    if bundle.manifest.files.get("tokenizer.json") is None:
+        raise BundleError(
+            "the bundle has no tokenizer.json, which kits read texts with",
+            "Export the bundle again from a base that has one.",
+        )
+    return facts.verb
+
+
+def _plain(task: str) -> bool:
+    """Whether one graph reads a text and gives one answer for all of it, or its next token."""
+    facts = TASKS[task]
+    return (
+        facts.driver != "encoder-decoder"
+        and facts.takes in ("prompt", "text")
+        and not (facts.by_token and facts.verb == "classify")
+    )
+
+
+def _copy_bundle(bundle: Bundle, target: Path, *, link: bool) -> None:
+    for name in bundle.manifest.files:
+        file = target / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        found = bundle.verify(name)
+        if link:
+            try:
+                os.link(found.resolve(), file)
+                continue
+            except OSError:  # another disk, or a file system without hard links
+                file.unlink(missing_ok=True)
+        shutil.copyfile(found, file)
+    (target / MANIFEST_NAME).write_text(bundle.manifest.to_json(), encoding="utf-8")
+
+
+def _facts(manifest: Manifest, verb: str) -> dict[str, Any]:
+    """What templates know of a bundle."""
+    names = sorted(name for name in manifest.adapters if name != NONE)
+    merged = manifest.mode == "merged"
+    together = [name for name in names if not manifest.adapters[name].alone]
+    files = manifest.files
+    part = manifest.reads.file
+    first = [name for name in files if name == part or name.startswith(f"{part}_data")]
+    return {
+        "verb": verb,
+        "task": manifest.task,
+        "title": Path(manifest.base["name_or_path"]).name or manifest.base["model_type"],
+        "adapters": names,
+        "merged": merged,
+        "blends": together if len(together) > 1 and not merged else [],
+        "size": _size(sum(files[name].bytes for name in first)),
+        "example": names[0] if names and not merged else "",
+    }
+
+
+def _size(count: int) -> str:
+    return f"{max(count / 1e6, 0.1):.1f} MB" if count < 1e8 else f"{count / 1e6:.0f} MB"
+
+
+def _fill(kind: str, verb: str, stage: Path, known: Mapping[str, Any]) -> None:
+    """The templates of a kind, and of what it does, filled in."""
+    root = _TEMPLATES / kind
+    environment = Environment(
+        loader=FileSystemLoader(root),
+        autoescape=lambda name: name is not None and ".html" in name,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    for folder in (root, root / verb):
+        for file in sorted(folder.glob("*")):
+            if file.is_dir() or file.name.startswith("_"):
+                continue
+            if file.suffix == ".j2":
+                template = environment.get_template(str(file.relative_to(root).as_posix()))
+                (stage / file.stem).write_text(template.render(known), encoding="utf-8")
+            else:
+                shutil.copyfile(file, stage / file.name)
