@@ -190,8 +190,11 @@ def _facts(manifest: Manifest, verb: str) -> dict[str, Any]:
     files = manifest.files
     part = manifest.reads.file
     first = [name for name in files if name == part or name.startswith(f"{part}_data")]
+    headed = any("W" in site.parts for site in manifest.sites.values())
     return {
         "verb": verb,
+        # The base has no head: its adapters bring theirs, and without one there are no labels.
+        "headless": headed and not manifest.adapters[NONE].labels,
         "task": manifest.task,
         "title": Path(manifest.base["name_or_path"]).name or manifest.base["model_type"],
         "adapters": names,

@@ -82,8 +82,9 @@ const visits = {
       seen.answers.blend = await text("#answer");
     }
     await pictures("done");
-    await choose("no adapter");
-    await page.locator("#most").fill("400");
+    await choose("shout");
+    await page.locator("#most").fill("4000");
+    await page.locator("#prompt").fill("1");
     await page.locator("#prompt").focus();
     await page.keyboard.press("Control+Enter");
     await page.waitForFunction(() => /^[2-9] tokens|^\d\d+ tokens/.test(document.querySelector("#status").textContent));
@@ -98,7 +99,7 @@ const visits = {
   },
   async classify() {
     await page.locator("#text").fill("stone=enots");
-    for (const name of ["no adapter", ...(await Promise.all(await names()))]) {
+    for (const name of await Promise.all(await names())) {
       await choose(name);
       await send();
       const lines = await page.locator("#labels li").all();

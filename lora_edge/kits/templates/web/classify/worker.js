@@ -12,7 +12,12 @@ function scores(logits, byItself) {
 
 serve({
   async classify(bundle, { text, adapter }) {
-    const [found] = await bundle.outputs([{ input_ids: await bundle.encode(text, { adapter }) }], { adapter });
+    const ids = await bundle.encode(text, { adapter });
+    const longest = bundle.part.max_length || Infinity;
+    if (ids.length > longest) {
+      throw new Error(`The text has ${ids.length} tokens, and the model reads ${longest}.`);
+    }
+    const [found] = await bundle.outputs([{ input_ids: ids }], { adapter });
     const names = bundle.labelsOf(bundle.states(adapter, 1)[0], adapter);
     const config = (await bundle.json("config.json")) ?? {};
     const each = scores(Array.from(found.data), config.problem_type === "multi_label_classification");
