@@ -136,12 +136,13 @@ def make_kit(
 def _verb(kit: KitKind, bundle: Bundle) -> str:
     """What the project does with the bundle; a refusal where it cannot."""
     manifest = bundle.manifest
-    facts = TASKS[manifest.task]
-    tasks = [name for name in TASKS if _plain(name) and TASKS[name].verb in kit.verbs]
-    if manifest.task not in tasks:
+    verbs = {name: facts.verb for name, facts in TASKS.items() if _plain(name)}
+    taken = {name: verb for name, verb in verbs.items() if verb in kit.verbs}
+    verb = taken.get(manifest.task)
+    if verb is None:
         raise OptionError(
-            f"the bundle's task is {manifest.task}; the kit {kit.name} takes {', '.join(tasks)}",
-            f"Call it from Python: lora_edge.Runner(bundle).{facts.verb}(...).",
+            f"the bundle's task is {manifest.task}; the kit {kit.name} takes {', '.join(taken)}",
+            f"Call it from Python: lora_edge.Runner(bundle).{TASKS[manifest.task].verb}(...).",
         )
     inputs = set(manifest.reads.inputs) - _KNOWN_INPUTS
     if inputs:
@@ -149,12 +150,12 @@ def _verb(kit: KitKind, bundle: Bundle) -> str:
             f"the bundle's graph has the input {min(inputs)}, which kits do not feed",
             "Export the bundle again with this lora-edge.",
         )
-    if bundle.manifest.files.get("tokenizer.json") is None:
+    if "tokenizer.json" not in manifest.files:
         raise BundleError(
             "the bundle has no tokenizer.json, which kits read texts with",
             "Export the bundle again from a base that has one.",
         )
-    return facts.verb
+    return verb
 
 
 def _plain(task: str) -> bool:
