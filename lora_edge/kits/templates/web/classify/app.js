@@ -8,6 +8,7 @@ function line({ label, score }) {
   const share = document.createElement("span");
   name.textContent = label;
   meter.value = score;
+  meter.style.setProperty("--share", `${100 * score}%`);
   share.textContent = `${(100 * score).toFixed(1)} %`;
   meter.setAttribute("aria-label", `${label}: ${share.textContent}`);
   item.append(name, meter, share);

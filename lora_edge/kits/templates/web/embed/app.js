@@ -14,6 +14,7 @@ onSubmit(async () => {
   const { cosine, size } = await ask("embed", { texts, adapter: adapter() });
   find("#similarity").textContent = cosine.toFixed(3);
   find("#bar").value = cosine;
+  find("#bar").style.setProperty("--share", `${50 * (1 + cosine)}%`);
   find("#bar").hidden = false;
   const took = Math.round(performance.now() - began);
   say(`The cosine of two embeddings of ${size} numbers, in ${took} ms.`);
