@@ -1,5 +1,6 @@
 /** Adapter files -> what the graph is fed: one adapter as it lies, others side by side. */
 import { parseAdapter } from "./adapter_file.js";
+import { BundleError } from "./errors.js";
 import { toHalf } from "./half.js";
 import { NONE } from "./states.js";
 
@@ -103,6 +104,7 @@ export class Adapters {
     const alike = new Set(states.map((state) => JSON.stringify(state))).size === 1;
     const names = [...new Set(states.flatMap(Object.keys))].sort();
     const entries = this.bundle.manifest.adapters;
+    if (states.some((state) => !Object.keys(state).length)) await this.checkBase();
     const plain = alike && names.length < 2 && Object.values(states[0]).every((x) => x === 1);
     if (plain && !entries[names[0] ?? NONE].invocation.length) {
       return this.asItLies(names[0] ?? NONE, states.length);
@@ -122,6 +124,17 @@ export class Adapters {
       labels: alike ? Array(states.length).fill(labels[0]) : labels,
       byToken: invocations.some((x) => x.length),
     };
+  }
+
+  /** The base has outputs of its own: a task head, where the graph takes one. */
+  async checkBase() {
+    const tensors = await this.tensors(NONE);
+    for (const [path, site] of Object.entries(this.bundle.part.sites)) {
+      if (site.parts.includes("W") && !tensors.has(`lora.${path}.W`)) {
+        const names = this.bundle.adapters.join(", ");
+        throw new BundleError(`the base has no task head ${path}; choose an adapter: ${names}`);
+      }
+    }
   }
 
   async asItLies(name, batch) {

@@ -156,6 +156,14 @@ export class Bundle {
     const feeds = { ...binding.fixed, ...binding.gates([], rows.map(() => [0])) };
     const lengths = rows.map((row) => row.input_ids?.length ?? 0);
     const width = Math.max(...lengths);
+    if (part.max_length && width > part.max_length) {
+      throw new BundleError(`a row has ${width} tokens, the model has ${part.max_length} positions`);
+    }
+    const ids = rows.flatMap((row) => Array.from(row.input_ids ?? []));
+    const odd = ids.find((id) => !Number.isInteger(id) || id < 0 || id >= part.vocab_size);
+    if (odd !== undefined) {
+      throw new BundleError(`token id ${odd} is outside the vocabulary of ${part.vocab_size}`);
+    }
     for (const name of part.inputs) {
       if (name === "pixel_values") {
         const size = part.sample.reduce((a, b) => a * b, 1);
@@ -209,8 +217,19 @@ export class Bundle {
 
   /** The embedding of each text. */
   async embed(texts, { adapter = null } = {}) {
-    const pooling = await poolingOf(this);
-    const found = await this.outputs(await this.rowsOf(texts, adapter), { adapter });
+    const states = this.states(adapter, texts.length);
+    const merged = this.manifest.mode === "merged" ? this.adapters : [];
+    const pooling = await poolingOf(this, [...merged, ...states.flatMap(Object.keys)]);
+    const rows = await this.rowsOf(
+      texts.map((text) => pooling.prompt + text),
+      adapter,
+    );
+    const odd = rows.find((row) => row.input_ids.length > pooling.longest);
+    if (odd) {
+      const count = odd.input_ids.length;
+      throw new BundleError(`a text has ${count} tokens, the model reads ${pooling.longest}: shorten it`);
+    }
+    const found = await this.outputs(rows, { adapter });
     return found.map(({ data, dims }) => pooled(data, dims[1], pooling));
   }
 

@@ -14,6 +14,7 @@ const { BundleError, open, parseAdapter } = await import(
   path.join(process.env.LORA_EDGE_JS, "src", "index.js")
 );
 const { toHalf } = await import(path.join(process.env.LORA_EDGE_JS, "src", "half.js"));
+const { pooled, poolingOf } = await import(path.join(process.env.LORA_EDGE_JS, "src", "pooling.js"));
 const { sampled } = await import(path.join(process.env.LORA_EDGE_JS, "src", "sampling.js"));
 
 const text = path.join(process.env.LORA_EDGE_BUNDLES, "text");
@@ -70,6 +71,10 @@ test("labels of heads of unequal sizes", async () => {
   assert.ok(heads.manifest.adapters.letters.labels.includes(found[0].label));
   assert.ok(heads.manifest.adapters.claims.labels.includes(found[1].label));
   found.forEach(({ score }) => assert.ok(score > 0 && score <= 1));
+  const row = (ids) => heads.outputs([{ input_ids: ids }], { adapter: "letters" });
+  await assert.rejects(row([1e6]), /token id 1000000 is outside the vocabulary/);
+  await assert.rejects(row(Array(9999).fill(1)), /a row has 9999 tokens, the model has/);
+  await assert.rejects(heads.classify(["a"]), /the base has no task head .*; choose an adapter/);
 });
 
 test("a bundle at an address is the one in the folder", async () => {
@@ -126,4 +131,44 @@ test("sampling keeps to top-k and top-p", () => {
   assert.equal(sampled(logits, { temperature: 1, topK: 1 }, () => 0.99), 1);
   assert.equal(sampled(logits, { temperature: 1, topP: 0.5 }, () => 0.99), 1);
   assert.equal(sampled(logits, { temperature: 1 }, () => 0.999), 3);
+});
+
+/** As much of a bundle as `poolingOf` reads. */
+const holding = (files) => ({ manifest: { files }, json: async (name) => files[name] ?? null });
+const MODULES = [
+  { type: "sentence_transformers.models.Transformer", path: "" },
+  { type: "sentence_transformers.models.Pooling", path: "1_Pooling" },
+  { type: "sentence_transformers.models.Normalize", path: "2_Normalize" },
+];
+
+test("embeddings are pooled as the files say", async () => {
+  const files = { "modules.json": MODULES, "1_Pooling/config.json": { pooling_mode_cls_token: true } };
+  const prompts = { prompts: { query: "query: " }, default_prompt_name: "query" };
+  const told = await poolingOf(holding({ ...files, "config_sentence_transformers.json": prompts }));
+  assert.deepEqual(told, { mode: "cls", normalize: true, prompt: "query: ", longest: Infinity });
+  assert.deepEqual(Array.from(pooled(Float32Array.of(3, 4, 9, 9), 2, told)), [0.6, 0.8].map(Math.fround));
+  const mean = await poolingOf(holding({}));
+  assert.deepEqual(Array.from(pooled(Float32Array.of(1, 2, 3, 6), 2, mean)), [2, 4]);
+});
+
+test("what the files ask for and is not done is refused by name", async () => {
+  const pooling = { pooling_mode_mean_tokens: true };
+  const files = { "modules.json": MODULES, "1_Pooling/config.json": pooling };
+  const prompts = { prompts: { query: "q: " }, default_prompt_name: "query" };
+  for (const [more, words, adapters] of [
+    [{ "sentence_bert_config.json": { do_lower_case: true } }, /texts are lowered/],
+    [{ "1_Pooling/config.json": { pooling_mode_max_tokens: true } }, /pooling is not known/],
+    [{ "modules.json": [...MODULES, { type: "x.Dense", path: "3_Dense" }] }, /module 'Dense'/],
+    [
+      {
+        "1_Pooling/config.json": { ...pooling, include_prompt: false },
+        "config_sentence_transformers.json": prompts,
+      },
+      /prompt's tokens are left out/,
+    ],
+    [{ "adapters/a/sentence_transformers/modules.json": [] }, /'a' makes embeddings in a way/, ["a"]],
+  ]) {
+    const refused = { name: "BundleError", message: words };
+    await assert.rejects(poolingOf(holding({ ...files, ...more }), adapters), refused);
+  }
 });
