@@ -6,6 +6,10 @@ import gc
 import os
 
 os.environ["LORA_EDGE_NATIVE"] = "0"
+
+# A fork has no threads but its own: if it collected a session that its parent has left, the end of
+# the session would wait for threads that are not there.
+os.register_at_fork(after_in_child=gc.disable)
 # An export waits for the disk some seventy times. What is synced, and when, is tested where it is
 # decided (tests/files/test_transaction.py); what a machine's crash leaves no test sees.
 os.fsync = lambda _: None
