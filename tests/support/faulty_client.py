@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-DRIVERS = Path(__file__).parents[2] / "lora_edge" / "clients" / "drivers"
-sys.path.insert(0, str(DRIVERS))  # a program of its own, as the driver is
-
-import plain  # noqa: E402
-from talk import talk  # noqa: E402
+from lora_edge.clients.drivers import plain
+from lora_edge.clients.drivers.talk import talk
 
 Change = Callable[[], None]
 

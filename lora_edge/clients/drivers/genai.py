@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import onnxruntime_genai as og
-from talk import talk
 
 
 class Genai:
@@ -99,5 +98,7 @@ def special_tokens(folder: Path) -> str:
 
 
 if __name__ == "__main__":
+    from talk import talk  # beside this file, which is a program of its own
+
     genai = Genai()
     talk({order: getattr(genai, order) for order in ("open", "start", "extend", "encode")})

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from talk import talk
 
 Arrays = dict[str, Any]
 State = Mapping[str, float]
@@ -308,6 +307,8 @@ def first(row: Sequence[int], invocation: Sequence[int]) -> int:
 
 
 if __name__ == "__main__":
+    from talk import talk  # beside this file, which is a program of its own
+
     parser = argparse.ArgumentParser()
     parser.add_argument("--provider")
     parser.add_argument("--openvino", action="store_true")
