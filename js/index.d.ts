@@ -53,11 +53,11 @@ export class Bundle {
   generate(prompt: string | number[], options?: GenerateOptions): AsyncGenerator<number>;
   /** A whole answer as text. */
   answer(prompt: string | number[], options?: GenerateOptions): Promise<string>;
-  /** The best label of each text. */
+  /** Labels of each text, best first. */
   classify(
     texts: string[],
     options?: { adapter?: Adapter },
-  ): Promise<{ label: string; score: number }[]>;
+  ): Promise<{ label: string; score: number }[][]>;
   /** The embedding of each text. */
   embed(texts: string[], options?: { adapter?: Adapter }): Promise<Float32Array[]>;
   /** Outputs of a model without a cache, without padding. */

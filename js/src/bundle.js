@@ -3,7 +3,7 @@ import { Adapters } from "./adapters.js";
 import { Decoding } from "./decoding.js";
 import { BundleError } from "./errors.js";
 import { pooled, poolingOf } from "./pooling.js";
-import { best, sampled } from "./sampling.js";
+import { best, sampled, scores } from "./sampling.js";
 import { sha256, sourceOf } from "./source.js";
 import { NONE, statesOf } from "./states.js";
 
@@ -196,15 +196,18 @@ export class Bundle {
     });
   }
 
-  /** The label of each text, with its probability. */
+  /** Labels of each text with their scores, best first. */
   async classify(texts, { adapter = null } = {}) {
-    const rows = await this.rowsOf(texts, adapter);
-    const found = await this.outputs(rows, { adapter });
-    const names = this.states(adapter, texts.length).map((state) => this.labelsOf(state, adapter));
-    return found.map(({ data }, index) => {
-      const top = best(data);
-      const total = data.reduce((sum, x) => sum + Math.exp(x - data[top]), 0);
-      return { label: names[index][top] ?? String(top), score: 1 / total };
+    const found = await this.outputs(await this.rowsOf(texts, adapter), { adapter });
+    const config = (await this.json("config.json")) ?? {};
+    const byItself = config.problem_type === "multi_label_classification";
+    const states = this.states(adapter, texts.length);
+    return found.map(({ data, dims }, index) => {
+      if (dims.length !== 1) throw new BundleError("this bundle labels tokens, not texts: outputs()");
+      const names = this.labelsOf(states[index], adapter);
+      return scores(data, byItself)
+        .map((score, i) => ({ label: names[i] ?? `LABEL_${i}`, score }))
+        .sort((one, other) => other.score - one.score);
     });
   }
 

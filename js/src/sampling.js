@@ -1,4 +1,4 @@
-/** Logits -> the next token. */
+/** Logits -> the next token, or the scores of labels. */
 
 export function best(logits) {
   let index = 0;
@@ -20,4 +20,14 @@ export function sampled(logits, { temperature, topK = 0, topP = 1 }, random) {
   let left = random() * kept.reduce((a, b) => a + b, 0);
   const chosen = kept.findIndex((share) => (left -= share) < 0);
   return order[chosen < 0 ? kept.length - 1 : chosen];
+}
+
+/** Scores of labels: each by itself, or all of them together. */
+export function scores(logits, byItself) {
+  const each = Array.from(logits);
+  if (byItself) return each.map((x) => 1 / (1 + Math.exp(-x)));
+  const top = Math.max(...each);
+  const shares = each.map((x) => Math.exp(x - top));
+  const total = shares.reduce((a, b) => a + b, 0);
+  return shares.map((x) => x / total);
 }

@@ -15,21 +15,11 @@ from lora_edge import types as opt
 from lora_edge.bundle.bundle import Bundle, load_bundle
 from lora_edge.clients.catalog import command_of, label_of
 from lora_edge.errors import DataError
+from lora_edge.parity import in_session
 from lora_edge.parity.case import Case
 from lora_edge.parity.checks import compare
 from lora_edge.parity.compare import Tolerance
 from lora_edge.parity.drift import drifts
-from lora_edge.parity.in_session import (
-    QUICK_STEPS,
-    Say,
-    Settings,
-    compared,
-    drifted,
-    recorded_cases,
-    report_of,
-    seen_in_floats,
-    switched,
-)
 from lora_edge.parity.inside import InsideRunner, tokens_in
 from lora_edge.parity.plan.plan import Depth
 from lora_edge.parity.record.environment import Opening
@@ -48,7 +38,7 @@ def validate_in(
     *,
     depth: Depth = "normal",
     exact: bool = False,
-    progress: Say | None = None,
+    progress: in_session.Say | None = None,
 ) -> Report:
     """Check that a bundle does in other runtimes what PyTorch does.
 
@@ -84,8 +74,10 @@ def validate_in(
         raise DataError("no client was given", "Name one, such as node.")
     target = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
     target.verify_all()
-    settings = Settings(depth, QUICK_STEPS if depth == "quick" else None, 0, (), Tolerance())
-    goldens = recorded_cases(target, settings)
+    settings = in_session.Settings(
+        depth, in_session.QUICK_STEPS if depth == "quick" else None, 0, (), Tolerance()
+    )
+    goldens = in_session.recorded_cases(target, settings)
     if not goldens:
         raise DataError(
             f"{target.directory} has no recorded outputs to compare with",
@@ -105,11 +97,11 @@ def validate_in(
             ran[name] = runner.client.about
             if drifts(target.manifest) and not exact:
                 asked = [golden for golden in goldens if runner.takes(golden.probe)]
-                seen = seen_in_floats(runner, session, asked, say, ranging=False)
+                seen = in_session.seen_in_floats(runner, session, asked, say, ranging=False)
                 shipped = partial(opening.runner, target, name, "", exact=False)
-                cases += _of(session, drifted(shipped, seen, asked))
+                cases += _of(session, in_session.drifted(shipped, seen, asked))
     command = _command(target, clients, depth, exact=exact)
-    return report_of(
+    return in_session.report_of(
         target,
         goldens,
         cases,
@@ -123,16 +115,21 @@ def validate_in(
 
 
 def _session(
-    runner: InsideRunner, goldens: Sequence[Golden], settings: Settings, say: Say
+    runner: InsideRunner,
+    goldens: Sequence[Golden],
+    settings: in_session.Settings,
+    say: in_session.Say,
 ) -> tuple[Session, list[Case]]:
     """Everything but drift in one client."""
     asked = [golden for golden in goldens if runner.takes(golden.probe)]
     left_out = [golden.probe.name for golden in goldens if not runner.takes(golden.probe)]
     session = runner.seen(left_out)
     cases = list(tokens_in(runner))
-    for golden, part in compared(runner, session, asked, Journal(None, {}), settings, say):
+    for golden, part in in_session.compared(
+        runner, session, asked, Journal(None, {}), settings, say
+    ):
         cases += _blamed(runner, golden, part, settings) if _failed(part) else part
-    return session, [*cases, *_of(session, switched(runner, asked, settings))]
+    return session, [*cases, *_of(session, in_session.switched(runner, asked, settings))]
 
 
 def _failed(cases: Sequence[Case]) -> bool:
@@ -140,7 +137,7 @@ def _failed(cases: Sequence[Case]) -> bool:
 
 
 def _blamed(
-    runner: InsideRunner, golden: Golden, cases: Sequence[Case], settings: Settings
+    runner: InsideRunner, golden: Golden, cases: Sequence[Case], settings: in_session.Settings
 ) -> list[Case]:
     """The cases of a golden that failed, and what lora-edge's own runner makes of it."""
     own = compare(Runner(runner.bundle, exact=runner.exact), golden, settings.tolerance)
