@@ -133,7 +133,7 @@ class Made:
 class _Unproved:
     """What stands for the report of a proof that was not made."""
 
-    passed, failures, exact = True, (), False
+    passed, failures, exact, reach = True, (), False, None
 
     def to_data(self) -> dict[str, Any]:
         return {"cases": []}
