@@ -73,7 +73,8 @@ class Process:
             )
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise ProcessError(f"{self._name}: {answer['error']}", answer.get("hint", ""))
+            hint = answer.get("hint") or "See whether it takes this bundle, and is installed whole."
+            raise ProcessError(f"{self._name}: {answer['error']}", hint)
         return answer
 
     def _tail(self) -> str:

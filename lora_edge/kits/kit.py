@@ -20,12 +20,12 @@ from lora_edge.bundle.manifest import Manifest
 from lora_edge.clients.catalog import scripts
 from lora_edge.errors import BundleError, OptionError
 from lora_edge.files.transaction import staging
+from lora_edge.names import NONE_ADAPTER
 from lora_edge.tasks.task import TASKS
 
 _TEMPLATES = Path(__file__).parent / "templates"
 MARKER = "lora_edge_kit.json"
 """The file that shows that a folder is a kit; ``--force`` replaces no other folder."""
-NONE = "none"
 _KNOWN_INPUTS = {
     "input_ids", "attention_mask", "position_ids", "token_type_ids", "num_logits_to_keep",
 }  # fmt: skip
@@ -185,7 +185,7 @@ def _copy_bundle(bundle: Bundle, target: Path, *, link: bool) -> None:
 
 def _facts(manifest: Manifest, verb: str) -> dict[str, Any]:
     """What templates know of a bundle."""
-    names = sorted(name for name in manifest.adapters if name != NONE)
+    names = sorted(name for name in manifest.adapters if name != NONE_ADAPTER)
     merged = manifest.mode == "merged"
     together = [name for name in names if not manifest.adapters[name].alone]
     files = manifest.files
@@ -195,7 +195,7 @@ def _facts(manifest: Manifest, verb: str) -> dict[str, Any]:
     return {
         "verb": verb,
         # The base has no head: its adapters bring theirs, and without one there are no labels.
-        "headless": headed and not manifest.adapters[NONE].labels,
+        "headless": headed and not manifest.adapters[NONE_ADAPTER].labels,
         "task": manifest.task,
         "title": Path(manifest.base["name_or_path"]).name or manifest.base["model_type"],
         "adapters": names,
