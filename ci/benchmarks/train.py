@@ -73,17 +73,9 @@ class Run:
 
 def make_base(folder: Path) -> Path:
     """A Llama of 17.5 million random parameters, a seventh of them in the output head."""
-    shape = Shape(
-        layers=12,
-        hidden=320,
-        intermediate=864,
-        heads=5,
-        kv_heads=5,
-        vocabulary=8192,
-        positions=512,
-    )
+    sizes = {"layers": 12, "hidden": 320, "intermediate": 864, "heads": 5, "kv_heads": 5}
     base = folder / "base"
-    make_model(base, shape)
+    make_model(base, Shape(**sizes, vocabulary=8192, positions=512))
     return base
 
 

@@ -5,25 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from lora_edge.reports import words
 from lora_edge.reports.baseline import Regression
 from lora_edge.reports.load import Data
-from lora_edge.reports.words import (
-    Case,
-    cosine,
-    drifts,
-    failures,
-    grid,
-    number,
-    ratio,
-    reach_line,
-    share,
-    survival_line,
-    telling_first,
-    times,
-    unsaid_layer,
-    verdict,
-    worst,
-)
 
 _SIGNS = {"passed": "✅", "failed": "❌", "unproved": "⚠️"}
 _MOST = 20  # failures that are listed
@@ -36,24 +20,24 @@ def markdown(data: Data, worse: Sequence[Regression] = ()) -> str:
         data: a report.
         worse: what is worse than an earlier report.
     """
-    bad = telling_first(failures(data))
+    bad = words.telling_first(words.failures(data))
     sign = _SIGNS["passed" if data["passed"] and not worse else "failed"]
     lines = [
-        f"## {sign} lora-edge: {_text(verdict(data))}",
+        f"## {sign} lora-edge: {_text(words.verdict(data))}",
         "",
         f"{_code(data['bundle'])} ({data['mode']}, base {_text(data['base'])}), against "
         f"{'PyTorch' if data['against'] == 'reference' else 'its golden cases'}, "
         f"{data['seconds']:.1f} s",
         "",
-        *([_text(reach_line(data)), ""] if reach_line(data) else []),
-        *([_text(survival_line(data)), ""] if survival_line(data) else []),
+        *([_text(words.reach_line(data)), ""] if words.reach_line(data) else []),
+        *([_text(words.survival_line(data)), ""] if words.survival_line(data) else []),
         *_table(data),
     ]
     if bad:
         lines += ["", "### What did not pass", ""]
         for case in bad[:_MOST]:
             lines.append(f"- {_SIGNS[case['status']]} {_text(case['reason'])}")
-            layer = unsaid_layer(case)
+            layer = words.unsaid_layer(case)
             if layer:
                 lines.append(f"  - the first layer that differs is {_code(layer['path'])}")
         if len(bad) > _MOST:
@@ -77,7 +61,7 @@ def markdown(data: Data, worse: Sequence[Regression] = ()) -> str:
 
 
 def _table(data: Data) -> list[str]:
-    names, used, cells = grid(data["cases"], data["adapters"])
+    names, used, cells = words.grid(data["cases"], data["adapters"])
     lines = ["| adapter | " + " | ".join(used) + " |", "|---|" + "---|" * len(used)]
     for name in names:
         shown = [_cell(cells.get((name, state), [])) for state in used]
@@ -85,16 +69,16 @@ def _table(data: Data) -> list[str]:
     return lines
 
 
-def _cell(cases: Sequence[Case]) -> str:
+def _cell(cases: Sequence[words.Case]) -> str:
     if not cases:
         return ""
-    sign = _SIGNS[worst(cases)]
-    ratios = [value for case in cases if (value := ratio(case)) is not None]
-    return f"{sign} {times(max(ratios))} of limit" if ratios else sign
+    sign = _SIGNS[words.worst(cases)]
+    ratios = [value for case in cases if (value := words.ratio(case)) is not None]
+    return f"{sign} {words.times(max(ratios))} of limit" if ratios else sign
 
 
 def _drift(data: Data) -> list[str]:
-    found = drifts(data["cases"])
+    found = words.drifts(data["cases"])
     if not found:
         return []
     half = any(each["precision"] == "fp16" for each in data["sessions"])
@@ -108,9 +92,18 @@ def _drift(data: Data) -> list[str]:
     ]
     for case in found:
         own = case["drift"]
-        cells = [case["session"], _text(case["name"]), number(own["kl"]), number(own["kl_limit"])]
-        cells += [share(own["retained"]), number(own["effect_error"]), share(own["top1"])]
-        cells += [cosine(own.get("cosine"))]
+        cells = [
+            case["session"],
+            _text(case["name"]),
+            words.number(own["kl"]),
+            words.number(own["kl_limit"]),
+        ]
+        cells += [
+            words.share(own["retained"]),
+            words.number(own["effect_error"]),
+            words.share(own["top1"]),
+        ]
+        cells += [words.cosine(own.get("cosine"))]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -126,12 +119,12 @@ def _figures(data: Data) -> list[str]:
             cells = [
                 case["session"],
                 _text(case["name"]),
-                number(figures["logit_error"]),
-                number(limits["logit"]),
-                number(figures["effect_error"]),
-                number(limits["effect"]),
-                share(figures["top1"]),
-                number(figures["kl"]),
+                words.number(figures["logit_error"]),
+                words.number(limits["logit"]),
+                words.number(figures["effect_error"]),
+                words.number(limits["effect"]),
+                words.share(figures["top1"]),
+                words.number(figures["kl"]),
             ]
             lines.append("| " + " | ".join(cells) + " |")
     return lines

@@ -2,74 +2,66 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from lora_edge.targets.target import ANDROID, IOS, Package, Target
 
+_client = partial(
+    Target,
+    forms=("fused", "portable"),
+    dynamic_shapes=True,
+    runtime_weights=True,
+    dtypes=("float32", "float16"),
+    quantization=("MatMulNBits",),
+)
+_ALL = "the golden cases of fused, portable, int4, float16 and merged bundles"
 _NO_FILES = "It reads no .onnx_adapter file: the driver reads it, and feeds its tensors."
 
-GENAI = Target(
+GENAI = _client(
     "genai",
     "onnxruntime-genai",
     packages=(Package("onnxruntime-genai"),),
     device="that of the providers in genai_config.json; a bundle's names none, which is the CPU",
-    forms=("fused", "portable"),
-    dynamic_shapes=True,
-    runtime_weights=True,
-    dtypes=("float32",),
-    quantization=("MatMulNBits",),
     adapter_api=True,
     tasks=("text-generation",),
-    seen="onnxruntime-genai 0.18 on the CPU: fused, portable, int4 and merged equal to ONNX "
-    "Runtime",
+    seen=f"onnxruntime-genai 0.18 on the CPU: {_ALL}",
     notes=(
         'og.Adapters loads the bundle\'s files; "no adapter" is the adapter none.',
         "Its tokenizer drops the first token that a model asks for, until "
         'update_options(add_special_tokens="true").',
     ),
 )
-WEB = Target(
+WEB = _client(
     "web",
     "ONNX Runtime Web in a browser, on WebAssembly or WebGPU",
     packages=(Package("onnxruntime-web", "npm"),),
     device="what the page names: wasm or webgpu",
-    forms=("fused", "portable"),
-    dynamic_shapes=True,
     zero_size=False,
-    runtime_weights=True,
-    dtypes=("float32",),
-    quantization=("MatMulNBits",),
     adapter_api=False,
-    seen="onnxruntime-web 1.30 in Chromium: WebAssembly within 2e-5 of the CPU, fused, portable, "
-    "int4 and classifiers; WebGPU in software within 2e-4, fused and portable",
+    mixed_rows=True,
+    seen=f"onnxruntime-web 1.30 in Chromium, on WebAssembly: {_ALL} and classifiers; on WebGPU in "
+    "software: fused and portable within 2e-4 of the CPU",
     notes=(
         "WebAssembly takes zero-size dimensions, WebGPU throws: feed the adapter none.",
         _NO_FILES,
     ),
 )
-TRANSFORMERS_JS = Target(
+TRANSFORMERS_JS = _client(
     "transformers.js",
     "transformers.js in Node or a browser",
     packages=(Package("@huggingface/transformers", "npm"),),
-    forms=("fused", "portable"),
-    dynamic_shapes=True,
-    runtime_weights=True,
-    dtypes=("float32",),
     adapter_api=False,
-    seen="transformers.js 4.3 in Node and in Chromium: the tokens of a merged graph",
+    seen=f"transformers.js 4.3 in Node: {_ALL} and classifiers; in Chromium: the tokens of a "
+    "merged graph",
     notes=("Adapters reach the session by wrapping model.forward.",),
 )
-NODE = Target(
+NODE = _client(
     "node",
     "ONNX Runtime in Node",
     packages=(Package("onnxruntime-node", "npm"),),
-    forms=("fused", "portable"),
-    dynamic_shapes=True,
     zero_size=True,
-    runtime_weights=True,
-    dtypes=("float32",),
-    quantization=("MatMulNBits",),
     mixed_rows=True,
-    seen="onnxruntime-node 1.30 on the CPU: fused, portable, int4, merged and classifiers equal to "
-    "ONNX Runtime in Python; golden cases of batches with an adapter for each row",
+    seen=f"onnxruntime-node 1.30 on the CPU: {_ALL} and classifiers",
     notes=(_NO_FILES,),
 )
 MOBILE = Target(

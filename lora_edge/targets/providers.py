@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from lora_edge.targets.target import ANDROID, IOS, SUFFIX, Package, Target
 
+_portable = partial(Target, forms=("portable",), dynamic_shapes=True, runtime_weights=True)
 _GPU = Package("onnxruntime-gpu", systems=("Linux", "Windows"))
 
 CPU = Target(
@@ -27,7 +30,7 @@ CPU = Target(
         "It computes much of a graph in float16 in float32.",
     ),
 )
-OPENVINO = Target(
+OPENVINO = _portable(
     "openvino",
     "Intel CPUs, GPUs and NPUs, by OpenVINO",
     "OpenVINOExecutionProvider",
@@ -35,15 +38,13 @@ OPENVINO = Target(
         Package("onnxruntime-openvino"),
         Package("onnxruntime-ep-openvino", beside=True),
     ),
-    forms=("portable",),
-    dynamic_shapes=True,
     zero_size=True,
-    runtime_weights=True,
-    dtypes=("float32",),
+    dtypes=("float32", "float16"),
     io_binding=True,
     mixed_rows=True,
-    seen="onnxruntime-openvino 1.24.1 on a CPU: 17 of 17 golden cases of the portable form, all "
-    "nodes on OpenVINO",
+    quantization=("MatMulNBits",),
+    seen="onnxruntime-openvino 1.24.1 on a CPU: the golden cases of fused, portable, int4, float16 "
+    "and merged bundles and classifiers; of the portable form all nodes on OpenVINO",
     notes=("GroupQueryAttention of the fused form is left to the CPU.",),
 )
 
@@ -60,15 +61,12 @@ PROVIDERS = (
         options=("device_id", "gpu_mem_limit"),
         notes=("onnxruntime-gpu 1.31.1 needs cuDNN 9 and CUDA 13.",),
     ),
-    Target(
+    _portable(
         "coreml",
         "Apple's Neural Engine, GPUs and CPUs, by Core ML",
         "CoreMLExecutionProvider",
         packages=(Package("onnxruntime", systems=("Darwin",)), IOS),
         device="what Core ML chooses; MLComputeUnits narrows it",
-        forms=("portable",),
-        dynamic_shapes=True,
-        runtime_weights=True,
         defaults=(("ModelFormat", "MLProgram"),),
         options=(
             "ModelFormat",
@@ -132,18 +130,12 @@ PROVIDERS = (
         "the system's loader finds them",
         memory="cuda",
     ),
-    Target(
+    _portable(
         "webgpu",
         "GPUs, by WebGPU outside of a browser",
         "WebGpuExecutionProvider",
-        packages=(
-            Package("onnxruntime-webgpu"),
-            Package("onnxruntime-ep-webgpu", beside=True),
-        ),
-        forms=("portable",),
-        dynamic_shapes=True,
+        packages=(Package("onnxruntime-webgpu"), Package("onnxruntime-ep-webgpu", beside=True)),
         zero_size=False,
-        runtime_weights=True,
         dtypes=("float32",),
         seen="onnxruntime-webgpu 1.27.0 on a GPU in software: the portable form within 2e-4 of the "
         "CPU; the fused form is right for four positions and wrong from the fifth on",

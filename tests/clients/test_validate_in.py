@@ -23,26 +23,13 @@ from lora_edge.parity.report import Report
 from lora_edge.parity.validate_in import validate_in
 from lora_edge.reports import html, junit, markdown
 from tests.reports.test_formats import SCHEMA
+from tests.support import shipped
 from tests.support.examples import examples
 from tests.support.faulty_client import FAULTS
 from tests.support.kinds import make_kinds
-from tests.support.paths import MODELS, ROOT
+from tests.support.paths import ROOT
 
 PLAIN = "onnxruntime"
-ECHO = {name: MODELS / "adapters" / name for name in ("echo", "mirror", "shout")}
-# Fault -> the case that shows it, and what is said of it.
-SAID = {
-    "not fed": ("adapter echo", "the adapter does nothing: the outputs are the base's"),
-    "none for one": ("adapter shout", "the adapter does nothing: the outputs are the base's"),
-    "exchanged": ("adapter echo", "the bundle's mirror does what echo should"),
-    "one factor": ("adapter echo", "of the effect"),
-    "another rank": ("adapter echo", "part of the effect is missing or wrong"),
-    "batch": ("base", "the rows of a batch are not kept apart"),
-    "stale cache": ("base", "the KV cache, or the positions of decode steps"),
-    "fifth position": ("base", "right before position 5 in every row"),
-    "first token lost": ("tokens of texts", "the special tokens are left out"),
-    "another graph": ("base", "onnx/exact.onnx was asked for"),
-}
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +39,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def make(precision: Any) -> Path:
         if precision not in found:
             output = tmp_path_factory.mktemp(precision) / "bundle"
-            lora_edge.export(MODELS / "tiny-llama", ECHO, output=output, precision=precision)
-            found[precision] = output
+            found[precision] = shipped.export_text(output, precision=precision)
         return found[precision]
 
     return make
@@ -92,28 +78,20 @@ def test_every_kind_of_adapter(tmp_path: Path) -> None:
 
 
 def test_heads_of_unequal_sizes(tmp_path: Path) -> None:
-    folder = MODELS / "classifiers"
-    heads = {name: folder / name for name in ("claims", "letters")}
-    lora_edge.export(MODELS / "tiny-bert", heads, output=tmp_path / "out")
-    found = validate_in({PLAIN: None}, tmp_path / "out")
+    found = validate_in({PLAIN: None}, shipped.export_heads(tmp_path / "out"))
     assert found.passed, found.table()
 
 
-@pytest.mark.parametrize("fault", SAID)
+@pytest.mark.parametrize("fault", [name for name, fault in FAULTS.items() if fault.case])
 def test_a_fault_of_a_client_is_found_and_explained(
     fault: str, made: Callable[[str], Path]
 ) -> None:
     found = _failing(fault, made("int4" if fault == "another graph" else "fp32"))
     assert not found.passed
-    name, said = SAID[fault]
-    case = next(case for case in found.failures if case.name == name)
-    assert said in case.reason
+    case = next(case for case in found.failures if case.name == FAULTS[fault].case)
+    assert FAULTS[fault].said in case.reason
     right = "lora-edge's own runner is right with the same files: it is python"
     assert fault in ("first token lost", "another graph") or right in case.reason
-
-
-def test_each_fault_is_tried() -> None:
-    assert {*SAID, "dies"} == set(FAULTS)
 
 
 def test_a_client_that_dies_is_told_with_what_it_said(made: Callable[[str], Path]) -> None:

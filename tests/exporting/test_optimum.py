@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +12,10 @@ from lora_edge.errors import GraphError
 from tests.support.adapters import make_adapter, make_all_linear
 from tests.support.examples import examples
 from tests.support.families import make_base
+from tests.support.seq2seq import optimum
 from tests.support.shipped import ADAPTERS, BASE, assert_within_limits
 
-pytestmark = [
-    pytest.mark.optimum,
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
-    pytest.mark.skipif(
-        importlib.util.find_spec("optimum") is None,
-        reason="needs lora-edge[optimum] (transformers 4.57)",
-    ),
-]
+pytestmark = optimum
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

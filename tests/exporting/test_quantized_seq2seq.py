@@ -18,22 +18,14 @@ from lora_edge.bundle.bundle import Bundle, load_bundle
 from lora_edge.graph.contents import contents
 from lora_edge.names import packed_paths
 from lora_edge.parity.drift import DriftLimits
+from tests.support import seq2seq
 from tests.support.commands import exit_code
 from tests.support.exactness import exact_case
 from tests.support.examples import examples
 from tests.support.failing import signed
 from tests.support.kinds import Made
-from tests.support.seq2seq import (
-    ALL,
-    ATTENTION,
-    VOCAB,
-    give_words,
-    make_seq2seq,
-    make_seq2seq_adapter,
-    optimum,
-)
 
-pytestmark = optimum
+pytestmark = seq2seq.optimum
 PARTS = ("encoder", "decoder")
 HEADS = {
     "t5": ("lm_head", "shared"),
@@ -43,8 +35,8 @@ HEADS = {
 }
 """The output layer and the token embedding; of all but t5-gated they share their weight."""
 ADAPTERS: dict[str, Callable[[str], dict[str, Any]]] = {
-    "every": lambda family: {"target_modules": ALL[family]},
-    "dora": lambda family: {"target_modules": ATTENTION[family], "use_dora": True},
+    "every": lambda family: {"target_modules": seq2seq.ALL[family]},
+    "dora": lambda family: {"target_modules": seq2seq.ATTENTION[family], "use_dora": True},
 }
 KINDS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True, "target_modules": ["q", "wo"]},
@@ -61,11 +53,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Made]
     @functools.cache
     def make(family: str, precision: str) -> Made:
         root = tmp_path_factory.mktemp(family)
-        base = make_seq2seq(family, root / "base")
+        base = seq2seq.make_seq2seq(family, root / "base")
         if family == "t5":
-            give_words(base)
+            seq2seq.give_words(base)
         adapters = {
-            name: make_seq2seq_adapter(base, root / name, family, seed, r=3, **settings(family))
+            name: seq2seq.make_seq2seq_adapter(
+                base, root / name, family, seed, r=3, **settings(family)
+            )
             for seed, (name, settings) in enumerate(ADAPTERS.items(), 1)
         }
         _export(base, adapters, root / "bundle", precision=precision)
@@ -84,7 +78,7 @@ def _inputs(family: str, count: int = 2) -> Any:
     random = np.random.default_rng(5)
     if family == "whisper":
         return random.standard_normal((count, 16, 40)).astype(np.float32)
-    return [random.integers(3, VOCAB, 4 + 3 * row).tolist() for row in range(count)]
+    return [random.integers(3, seq2seq.VOCAB, 4 + 3 * row).tolist() for row in range(count)]
 
 
 def _codes(bundle: Path, part: str, file: str = "model") -> dict[str, tuple[str, int, set[int]]]:
@@ -252,8 +246,10 @@ def test_merged_then_rounded_is_proved(
     family: str, precision: str, keep_high: str, tmp_path: Path
 ) -> None:
     """BART's encoder and decoder have modules of their own for one embedding."""
-    base = make_seq2seq(family, tmp_path / "base")
-    adapter = make_seq2seq_adapter(base, tmp_path / "a", family, 1, r=3, target_modules=ALL[family])
+    base = seq2seq.make_seq2seq(family, tmp_path / "base")
+    adapter = seq2seq.make_seq2seq_adapter(
+        base, tmp_path / "a", family, 1, r=3, target_modules=seq2seq.ALL[family]
+    )
     made = _export(
         base, {"a": adapter}, tmp_path / "out", mode="merged", precision=precision,
         keep_high=keep_high, min_effect=0.85,
@@ -274,8 +270,10 @@ def test_merged_then_rounded_is_proved(
 @pytest.mark.long
 def test_a_lost_effect_is_refused_and_auto_keeps_it(tmp_path: Path) -> None:
     """An adapter of a small change, in few bits: nothing is published below the floor."""
-    base = make_seq2seq("t5", tmp_path / "base")
-    adapter = make_seq2seq_adapter(base, tmp_path / "a", "t5", 1, r=3, target_modules=ALL["t5"])
+    base = seq2seq.make_seq2seq("t5", tmp_path / "base")
+    adapter = seq2seq.make_seq2seq_adapter(
+        base, tmp_path / "a", "t5", 1, r=3, target_modules=seq2seq.ALL["t5"]
+    )
     file = adapter / "adapter_config.json"
     config = json.loads(file.read_text())
     config["lora_alpha"] /= 20
@@ -297,8 +295,8 @@ def test_a_lost_effect_is_refused_and_auto_keeps_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", ["switchable", "touched", "none"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_is_proved(kind: str, how: str, tmp_path: Path) -> None:
-    base = make_seq2seq("t5", tmp_path / "base")
-    adapter = make_seq2seq_adapter(base, tmp_path / "a", "t5", 3, r=3, **KINDS[kind])
+    base = seq2seq.make_seq2seq("t5", tmp_path / "base")
+    adapter = seq2seq.make_seq2seq_adapter(base, tmp_path / "a", "t5", 3, r=3, **KINDS[kind])
     options: dict[str, Any] = {}
     if how != "switchable":
         options = {"mode": "merged", "keep_high": how}
@@ -432,8 +430,10 @@ def test_an_added_dora_has_the_norms_of_the_rounded_weights(
     ids=str,
 )
 def test_every_way_of_rounding_is_proved(family: str, how: dict[str, Any], tmp_path: Path) -> None:
-    base = make_seq2seq(family, tmp_path / "base")
-    adapter = make_seq2seq_adapter(base, tmp_path / "a", family, 1, r=3, target_modules=ALL[family])
+    base = seq2seq.make_seq2seq(family, tmp_path / "base")
+    adapter = seq2seq.make_seq2seq_adapter(
+        base, tmp_path / "a", family, 1, r=3, target_modules=seq2seq.ALL[family]
+    )
     said: list[str] = []
     made = _export(
         base, {"a": adapter}, tmp_path / "out", precision="int4", progress=said.append, **how
@@ -462,7 +462,7 @@ def test_every_way_of_rounding_is_proved(family: str, how: dict[str, Any], tmp_p
 def test_what_does_not_go_is_refused_with_what_does(
     options: dict[str, Any], said: str, hint: str, tmp_path: Path
 ) -> None:
-    base = make_seq2seq("t5", tmp_path / "base")
+    base = seq2seq.make_seq2seq("t5", tmp_path / "base")
     with pytest.raises(lora_edge.LoraEdgeError, match=said) as caught:
         _export(base, {}, tmp_path / "out", **options)
     assert hint in caught.value.hint

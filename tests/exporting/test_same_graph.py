@@ -22,12 +22,9 @@ from safetensors.numpy import load_file
 import lora_edge
 from lora_edge.graph.contents import contents
 from tests.support.examples import examples
-from tests.support.paths import MODELS
-from tests.support.shipped import ADAPTERS, BASE
+from tests.support.shipped import ADAPTERS, BASE, BERT, CLASSIFIERS
 
 PINS = Path(__file__).with_name("same_graph.json")
-BERT = MODELS / "tiny-bert"
-CLASSIFIERS = {name: MODELS / "classifiers" / name for name in ("claims", "letters")}
 EXPORTS: Mapping[str, tuple[Path, Mapping[str, Path], Mapping[str, Any]]] = {
     "switchable": (BASE, ADAPTERS, {}),
     "portable": (BASE, ADAPTERS, {"form": "portable"}),

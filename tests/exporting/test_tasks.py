@@ -27,6 +27,7 @@ from tests.support.encoders import load_encoder, make_encoder, make_encoder_adap
 from tests.support.exactness import exact_case
 from tests.support.examples import examples
 from tests.support.paths import MODELS
+from tests.support.shipped import export_heads
 
 pytestmark = pytest.mark.skipif(
     transformers.__version__ < "5", reason="the small encoders are made with transformers 5"
@@ -245,10 +246,7 @@ def test_embeddings_are_blended_and_pooled(made: Callable[[str], Made]) -> None:
 
 @pytest.fixture(scope="module")
 def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("shipped") / "out"
-    adapters = {name: MODELS / "classifiers" / name for name in ("claims", "letters")}
-    lora_edge.export(MODELS / "tiny-bert", adapters, output=output)
-    return output
+    return export_heads(tmp_path_factory.mktemp("shipped") / "out")
 
 
 def _run(arguments: list[str]) -> int:

@@ -62,15 +62,9 @@ class Worlds:
 
 def _llama(folder: Path, **changes: Any) -> Path:
     """Square projections, and no two layers alike."""
-    fields = {
-        "vocab_size": 97,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_key_value_heads": 4,
-        "head_dim": 8,
-        "max_position_embeddings": _POSITIONS,
-    }
-    return make_base("llama", folder / "base", **{**fields, **changes})
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8}
+    rest = {"num_key_value_heads": 4, "max_position_embeddings": _POSITIONS}
+    return make_base("llama", folder / "base", **{**sizes, **rest, **changes})
 
 
 def _portable(folder: Path) -> tuple[Path, dict[str, Path], dict[str, Any]]:

@@ -15,16 +15,7 @@ from lora_edge.errors import BundleError
 from lora_edge.files.changing import writing
 from lora_edge.files.hidden import LOCK_NAME
 from lora_edge.files.owner import Owner
-from tests.support.transactions import (
-    MARKER,
-    add_part,
-    in_a_process,
-    make_old,
-    names_in,
-    race,
-    record_of,
-    whole_parts,
-)
+from tests.support import transactions
 
 
 def _after(count: int) -> Callable[[str, tuple[Any, ...]], None]:
@@ -45,20 +36,20 @@ def test_killed_anywhere_a_change_is_made_or_not_and_comes_again(tmp_path: Path)
     outcomes = set()
     for count in range(1, 60):
         folder = tmp_path / str(count)
-        make_old(folder, "")
-        add_part(folder, "a")
+        transactions.make_old(folder, "")
+        transactions.add_part(folder, "a")
 
         def die(place: Path, number: int) -> None:
             sys.addaudithook(_after(number))
-            add_part(place, "b", removed="a")
+            transactions.add_part(place, "b", removed="a")
 
-        code = in_a_process(die, folder, count)
-        head = (folder / MARKER).read_text()
+        code = transactions.in_a_process(die, folder, count)
+        head = (folder / transactions.MARKER).read_text()
         assert head in {"a", "b"}
         assert (folder / "parts" / head / "data").read_text() == head
         outcomes.add((code, head))
-        add_part(folder, "c")
-        assert whole_parts(folder) == {head, "c"}
+        transactions.add_part(folder, "c")
+        assert transactions.whole_parts(folder) == {head, "c"}
         if code == 0:
             break
     assert outcomes == {(-signal.SIGKILL, "a"), (-signal.SIGKILL, "b"), (0, "b")}
@@ -68,39 +59,41 @@ def test_killed_anywhere_a_change_is_made_or_not_and_comes_again(tmp_path: Path)
 def test_killed_while_it_ends_what_another_began(tmp_path: Path) -> None:
     """The plan outlives the second death too."""
     folder = tmp_path / "folder"
-    make_old(folder, "")
+    transactions.make_old(folder, "")
 
     def die(number: int, name: str) -> None:
         sys.addaudithook(_after(number))
-        add_part(folder, name)
+        transactions.add_part(folder, name)
 
     placed = folder / "parts" / "a" / "data"
     numbers = iter(range(1, 40))
     while not placed.exists():
-        assert in_a_process(die, next(numbers), "a") == -signal.SIGKILL
-    assert not (folder / MARKER).read_text()
+        assert transactions.in_a_process(die, next(numbers), "a") == -signal.SIGKILL
+    assert not (folder / transactions.MARKER).read_text()
     for number in range(1, 40):
-        done = in_a_process(die, number, "b") == 0
-        assert (folder / MARKER).read_text() in {"", "b"}
+        done = transactions.in_a_process(die, number, "b") == 0
+        assert (folder / transactions.MARKER).read_text() in {"", "b"}
         if done:
             break
-    assert whole_parts(folder) == {"b"}
+    assert transactions.whole_parts(folder) == {"b"}
 
 
 def test_two_that_change_one_folder_at_once_both_do(tmp_path: Path) -> None:
     for number in range(12):
         folder = tmp_path / str(number)
-        make_old(folder, "")
-        assert race(lambda place, own: add_part(place, f"by-{own}"), folder) == [0, 0]
-        assert whole_parts(folder) == {"by-1", "by-2"}
+        transactions.make_old(folder, "")
+        assert transactions.race(
+            lambda place, own: transactions.add_part(place, f"by-{own}"), folder
+        ) == [0, 0]
+        assert transactions.whole_parts(folder) == {"by-1", "by-2"}
 
 
 def test_a_change_that_fails_leaves_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "folder"
-    make_old(folder, "")
-    add_part(folder, "a")
+    transactions.make_old(folder, "")
+    transactions.add_part(folder, "a")
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -108,21 +101,21 @@ def test_a_change_that_fails_leaves_what_was_there(
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
         with pytest.raises(OSError, match="space"):
-            add_part(folder, "b", removed="a")
-    assert whole_parts(folder) == {"a"}
+            transactions.add_part(folder, "b", removed="a")
+    assert transactions.whole_parts(folder) == {"a"}
 
 
 def test_a_file_that_is_in_the_way_is_left(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
-    make_old(folder, "")
+    transactions.make_old(folder, "")
     (folder / "parts" / "a").mkdir(parents=True)
     (folder / "parts" / "a" / "data").write_text("mine")
     with pytest.raises(BundleError, match="parts/a/data exists and does not belong"):
-        add_part(folder, "a")
+        transactions.add_part(folder, "a")
     assert (folder / "parts" / "a" / "data").read_text() == "mine"
     (folder / "parts" / "a" / "data").write_text("a")  # the same as the new one: it is adopted
-    add_part(folder, "a")
-    assert whole_parts(folder) == {"a"}
+    transactions.add_part(folder, "a")
+    assert transactions.whole_parts(folder) == {"a"}
 
 
 @pytest.mark.parametrize(
@@ -138,19 +131,19 @@ def test_a_file_that_is_in_the_way_is_left(tmp_path: Path) -> None:
 def test_a_plan_from_elsewhere_removes_nothing(plan: Any, tmp_path: Path) -> None:
     """A bundle from the network may hold a lock file, which says that its maker died."""
     folder = tmp_path / "folder"
-    make_old(folder, "")
+    transactions.make_old(folder, "")
     (tmp_path / "mine").write_text("mine")
     (folder / "keep").write_text("mine")
     (folder / "out").symlink_to(tmp_path)
     numbers = {"../mine": (tmp_path / "mine").stat().st_ino}
     if isinstance(plan, dict):
-        plan = {"head": MARKER, "sha256": "", "folders": [], "removed": {}} | plan
+        plan = {"head": transactions.MARKER, "sha256": "", "folders": [], "removed": {}} | plan
         if isinstance(plan["placed"], dict):
             number = numbers["../mine"]
             plan["placed"] = {k: v or number for k, v in plan["placed"].items()}
-    (folder / LOCK_NAME).write_text(record_of(Owner.this(), plan=plan))
+    (folder / LOCK_NAME).write_text(transactions.record_of(Owner.this(), plan=plan))
     with writing(folder):
         pass
     assert (tmp_path / "mine").read_text() == "mine"
     assert (folder / "keep").read_text() == "mine"
-    assert names_in(folder) == {MARKER, "keep", "out"}
+    assert transactions.names_in(folder) == {transactions.MARKER, "keep", "out"}

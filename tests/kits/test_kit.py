@@ -21,7 +21,8 @@ from lora_edge.errors import BundleError, OptionError
 from lora_edge.kits.kit import KITS, MARKER, make_kit
 from tests.cli.conftest import cli  # noqa: F401
 from tests.support.commands import Cli
-from tests.support.paths import MODELS, ROOT
+from tests.support.paths import ROOT
+from tests.support.shipped import export_heads, export_text
 
 PROMPT = "Word: river Answer:"
 NAMES = ("echo", "mirror", "shout")
@@ -35,19 +36,13 @@ in_clients = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def generator(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Not to be changed."""
-    output = tmp_path_factory.mktemp("kits") / "bundle"
-    adapters = {name: MODELS / "adapters" / name for name in NAMES}
-    lora_edge.export(MODELS / "tiny-llama", adapters, output=output)
-    return output
+    return export_text(tmp_path_factory.mktemp("kits") / "bundle", *NAMES)
 
 
 @pytest.fixture(scope="module")
 def classifiers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Not to be changed."""
-    output = tmp_path_factory.mktemp("kits") / "classifiers"
-    adapters = {name: MODELS / "classifiers" / name for name in ("claims", "letters")}
-    lora_edge.export(MODELS / "tiny-bert", adapters, output=output)
-    return output
+    return export_heads(tmp_path_factory.mktemp("kits") / "classifiers")
 
 
 def _said(folder: Path, *words: object) -> str:

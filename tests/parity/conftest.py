@@ -58,13 +58,9 @@ def exported(
 @pytest.fixture(scope="session")
 def shipped_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of two of the adapters that ship, not to be changed."""
-    from lora_edge.exporting.export import export
-    from tests.support import shipped
+    from tests.support.shipped import export_text
 
-    output = tmp_path_factory.mktemp("shipped") / "out"
-    adapters = {name: shipped.ADAPTERS[name] for name in ("echo", "mirror")}
-    export(shipped.BASE, adapters, output=output)
-    return output
+    return export_text(tmp_path_factory.mktemp("shipped") / "out", "echo", "mirror")
 
 
 @dataclass(frozen=True)

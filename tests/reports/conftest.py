@@ -20,10 +20,7 @@ from tests.support import shipped
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of the shipped base with two adapters; not to be changed."""
-    output = tmp_path_factory.mktemp("reports") / "good"
-    adapters = {name: shipped.ADAPTERS[name] for name in ("echo", "mirror")}
-    lora_edge.export(shipped.BASE, adapters, output=output)
-    return output
+    return shipped.export_text(tmp_path_factory.mktemp("reports") / "good", "echo", "mirror")
 
 
 @pytest.fixture(scope="session")

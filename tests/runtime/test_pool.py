@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -262,19 +262,9 @@ def test_what_fails_midway_gives_its_buffers_back(tiny: Any, runner: Runner) -> 
 def test_threads_get_their_own_results(tiny: Any, runner: Runner) -> None:
     jobs = [(tiny.rows(4 + n % 5, seed=n), ["alpha", "beta", None][n % 3]) for n in range(24)]
     expected = [runner.generate_ids(rows, name, 8) for rows, name in jobs]
-    found: dict[int, Any] = {}
-
-    def run(first: int) -> None:
-        for index in range(first, len(jobs), 4):
-            rows, name = jobs[index]
-            found[index] = runner.generate_ids(rows, name, 8)
-
-    threads = [threading.Thread(target=run, args=(first,)) for first in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [found[index] for index in range(len(jobs))] == expected
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda job: runner.generate_ids(*job, 8), jobs))
+    assert found == expected
 
 
 def test_other_forms_keep_no_buffers(tiny: Any, bundles: dict[str, Any]) -> None:

@@ -7,8 +7,8 @@ order than the whole, which is what LIMIT allows for.
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -350,20 +350,14 @@ def test_threads_get_their_own_results(tiny: Any, bundles: Any, room: int) -> No
         rows = [begin[n % 2][: 17 + n] + tiny.rows(3 + n % 5, seed=n)[0], *tiny.rows(5, seed=n)]
         jobs.append((rows[: 1 + n % 2], ["alpha", "beta", None][n % 3]))
     expected = [plain.generate_ids(rows, name, 20) for rows, name in jobs]
-    found: dict[int, Any] = {}
 
-    def run(first: int) -> None:
-        for index in range(first, len(jobs), 4):
-            rows, name = jobs[index]
-            found[index] = runner.generate_ids(rows, name, 20)
-            assert runner.resident().prefixes <= room
+    def run(job: tuple[list[list[int]], Any]) -> list[list[int]]:
+        found = runner.generate_ids(*job, 20)
+        assert runner.resident().prefixes <= room
+        return found
 
-    threads = [threading.Thread(target=run, args=(first,)) for first in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [found.get(index) for index in range(len(jobs))] == expected
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(run, jobs)) == expected
     assert runner.resident().prefixes > 0
 
 

@@ -4,14 +4,30 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lora_edge.clients.drivers import plain
 from lora_edge.clients.drivers.talk import talk
 
-Change = Callable[[], None]
+
+class Fault(NamedTuple):
+    """A mistake, the case that shows it, and what is said of it; empty: the session ends."""
+
+    make: Callable[[], None]
+    case: str
+    said: str
+
+
+FAULTS: dict[str, Fault] = {}
+
+
+def _fault(name: str, case: str = "", said: str = "") -> Callable[[Callable[[], None]], None]:
+    def add(make: Callable[[], None]) -> None:
+        FAULTS[name] = Fault(make, case, said)
+
+    return add
 
 
 def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
@@ -19,11 +35,13 @@ def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
     setattr(owner, name, lambda self, *given, **more: around(old, self, *given, **more))
 
 
+@_fault("not fed", "adapter echo", "the adapter does nothing: the outputs are the base's")
 def _not_fed() -> None:
     """The base's inputs are fed, whatever adapter is asked for."""
     _wrap(plain.Bound, "__init__", lambda old, self, b, states: old(self, b, [{} for _ in states]))
 
 
+@_fault("none for one", "adapter shout", "the adapter does nothing: the outputs are the base's")
 def _none_for_one() -> None:
     """One adapter is taken for none."""
 
@@ -34,12 +52,14 @@ def _none_for_one() -> None:
     _wrap(plain.Bound, "__init__", bound)
 
 
+@_fault("exchanged", "adapter echo", "the bundle's mirror does what echo should")
 def _exchanged() -> None:
     """Two adapters' files are exchanged."""
     swapped = {"echo": "mirror", "mirror": "echo"}
     _wrap(plain.Plain, "adapter", lambda old, self, name: old(self, swapped.get(name, name)))
 
 
+@_fault("one factor", "adapter echo", "of the effect")
 def _one_factor() -> None:
     """One layer has another layer's B."""
 
@@ -54,6 +74,7 @@ def _one_factor() -> None:
     _wrap(plain.Plain, "adapter", adapter)
 
 
+@_fault("another rank", "adapter echo", "part of the effect is missing or wrong")
 def _other_rank() -> None:
     """Only half of the ranks arrive."""
 
@@ -68,6 +89,7 @@ def _other_rank() -> None:
     _wrap(plain.Plain, "adapter", adapter)
 
 
+@_fault("batch", "base", "the rows of a batch are not kept apart")
 def _batch() -> None:
     """Every row of a batch has the mask of the first."""
 
@@ -78,6 +100,7 @@ def _batch() -> None:
     _wrap(plain.Decoding, "run", run)
 
 
+@_fault("stale cache", "base", "the KV cache, or the positions of decode steps")
 def _stale_cache() -> None:
     """The keys and values of the step before are fed once more."""
 
@@ -96,6 +119,7 @@ def _stale_cache() -> None:
     _wrap(plain.Decoding, "run", run)
 
 
+@_fault("fifth position", "base", "right before position 5 in every row")
 def _from_the_fifth() -> None:
     """Positions from the fifth on are wrong, as on a provider whose attention kernel is."""
 
@@ -110,10 +134,12 @@ def _from_the_fifth() -> None:
     _wrap(plain.Decoding, "run", run)
 
 
+@_fault("first token lost", "tokens of texts", "the special tokens are left out")
 def _first_token_lost() -> None:
     """The tokenizer leaves out the first token, which begins every text."""
 
 
+@_fault("another graph", "base", "onnx/exact.onnx was asked for")
 def _other_graph() -> None:
     """The graph that rounds its activations runs in place of the one that computes in floats."""
 
@@ -123,30 +149,16 @@ def _other_graph() -> None:
     _wrap(plain.Plain, "open", opened)
 
 
+@_fault("dies")
 def _dies() -> None:
     """The process ends in the middle."""
 
     _wrap(plain.Plain, "extend", lambda *_, **__: sys.exit("out of memory"))
 
 
-FAULTS: dict[str, Change] = {
-    "not fed": _not_fed,
-    "none for one": _none_for_one,
-    "exchanged": _exchanged,
-    "one factor": _one_factor,
-    "another rank": _other_rank,
-    "batch": _batch,
-    "stale cache": _stale_cache,
-    "fifth position": _from_the_fifth,
-    "first token lost": _first_token_lost,
-    "another graph": _other_graph,
-    "dies": _dies,
-}
-
-
 def main(fault: str) -> None:
     """Run the driver with a mistake."""
-    FAULTS[fault]()
+    FAULTS[fault].make()
     client = plain.Plain(openvino=False, provider=None)
     orders = {order: getattr(client, order) for order in ("open", "start", "extend", "outputs")}
     if fault == "first token lost":

@@ -85,6 +85,15 @@ def _set(**fields: Any) -> Callable[[Config], Any]:
     return lambda config: config | fields
 
 
+def _fails(error: str, refusal: str, **fields: Any) -> Row:
+    """Fields of the configuration with which PEFT raises an error."""
+    return _given(f"{_FAILS}{error}", refusal, **fields)
+
+
+def _given(peft: str, refusal: str, why: str = "", **fields: Any) -> Row:
+    return Row("plain", peft, refusal, config=_set(**fields), why=why)
+
+
 def _without(part: str) -> Callable[[Tensors], Tensors]:
     return lambda tensors: {key: x for key, x in tensors.items() if part not in key}
 
@@ -214,67 +223,43 @@ ROWS: dict[str, Row] = {
     "`_fsdp_wrapped_module.` in the keys": _wrapped("_fsdp_wrapped_module", "FSDP", _below),
     "`module.` before all keys": _wrapped("module", "DistributedDataParallel", _before),
     "`module.` below the prefix": _wrapped("module", "DistributedDataParallel", _below),
-    "`target_modules` without one that has tensors": Row(
-        "plain",
+    "`target_modules` without one that has tensors": _given(
         "drops 4 of 8 tensors",
         r"drops 4 of its 8 tensors.*v_proj.*target_modules is \['q_proj'\]",
-        config=_set(target_modules=["q_proj"]),
+        target_modules=["q_proj"],
     ),
-    "`target_modules` with one more": Row(
-        "plain",
-        "lacks 4",
-        "lacks 4 tensors",
-        config=_set(target_modules=["q_proj", "v_proj", "k_proj"]),
+    "`target_modules` with one more": _given(
+        "lacks 4", "lacks 4 tensors", target_modules=["q_proj", "v_proj", "k_proj"]
     ),
-    "`target_modules` of other layers": Row(
-        "plain",
-        "drops 8 of 8 tensors, lacks 4",
-        "drops 8 of its 8",
-        config=_set(target_modules=["o_proj"]),
+    "`target_modules` of other layers": _given(
+        "drops 8 of 8 tensors, lacks 4", "drops 8 of its 8", target_modules=["o_proj"]
     ),
-    "`target_modules` that are not in the base": Row(
-        "plain",
-        f"{_FAILS}NoMatchingPeftModuleError",
-        "drops 8 of its 8",
-        config=_set(target_modules=["query"]),
+    "`target_modules` that are not in the base": _fails(
+        "NoMatchingPeftModuleError", "drops 8 of its 8", target_modules=["query"]
     ),
-    "`target_modules` names a norm": Row(
-        "plain",
-        f"{_FAILS}ValueError",
-        "no low-rank pair",
-        config=_set(target_modules=["q_proj", "v_proj", "input_layernorm"]),
+    "`target_modules` names a norm": _fails(
+        "ValueError", "no low-rank pair", target_modules=["q_proj", "v_proj", "input_layernorm"]
     ),
-    "`target_modules` names a block": Row(
-        "plain",
-        f"{_FAILS}ValueError",
-        "no low-rank pair",
-        config=_set(target_modules=["q_proj", "v_proj", "mlp"]),
+    "`target_modules` names a block": _fails(
+        "ValueError", "no low-rank pair", target_modules=["q_proj", "v_proj", "mlp"]
     ),
-    "`target_modules` is null": Row(
-        "plain",
+    "`target_modules` is null": _given(
         _LOADS,
         "target_modules is not set",
-        config=_set(target_modules=None),
+        target_modules=None,
         why="PEFT chooses by a table of its release",
     ),
     "`target_modules` is a pattern": Row("regex", _LOADS),
-    "a pattern that is the name alone": Row(
-        "plain",
-        f"{_FAILS}NoMatchingPeftModuleError",
-        "drops 8 of its 8 tensors",
-        config=_set(target_modules="q_proj|v_proj"),
+    "a pattern that is the name alone": _fails(
+        "NoMatchingPeftModuleError", "drops 8 of its 8 tensors", target_modules="q_proj|v_proj"
     ),
-    "a pattern of one layer": Row(
-        "plain",
+    "a pattern of one layer": _given(
         "drops 4 of 8 tensors",
         "drops 4 of its 8 tensors",
-        config=_set(target_modules=r"model\.layers\.0\..*\.(q|v)_proj"),
+        target_modules=r"model\.layers\.0\..*\.(q|v)_proj",
     ),
-    "a pattern that is no regular expression": Row(
-        "plain",
-        f"{_FAILS}PatternError",
-        "not a regular expression",
-        config=_set(target_modules="(q_proj"),
+    "a pattern that is no regular expression": _fails(
+        "PatternError", "not a regular expression", target_modules="(q_proj"
     ),
     "`all-linear` in words": Row("all-linear", _LOADS, config=_set(target_modules="all-linear")),
     "`all-linear`, tensors of some": Row(
@@ -287,17 +272,11 @@ ROWS: dict[str, Row] = {
         config=_set(target_modules="all-linear"),
     ),
     "`layers_to_transform`": Row("layer 1", _LOADS),
-    "`layers_to_transform` of fewer layers": Row(
-        "plain",
-        "drops 4 of 8 tensors",
-        r"drops 4.*layers_to_transform is \[1\]",
-        config=_set(layers_to_transform=[1]),
+    "`layers_to_transform` of fewer layers": _given(
+        "drops 4 of 8 tensors", r"drops 4.*layers_to_transform is \[1\]", layers_to_transform=[1]
     ),
-    "`layers_to_transform` is a number": Row(
-        "plain",
-        "drops 4 of 8 tensors",
-        "drops 4.*layers_to_transform is 0",
-        config=_set(layers_to_transform=0),
+    "`layers_to_transform` is a number": _given(
+        "drops 4 of 8 tensors", "drops 4.*layers_to_transform is 0", layers_to_transform=0
     ),
     "`layers_to_transform` beside full paths": Row(
         "plain",
@@ -314,11 +293,8 @@ ROWS: dict[str, Row] = {
         "drops 4 of its 4",
         config=_set(layers_pattern="h"),
     ),
-    "`layers_pattern` alone": Row(
-        "plain",
-        f"{_FAILS}ValueError",
-        "layers_pattern is set without",
-        config=_set(layers_pattern="layers"),
+    "`layers_pattern` alone": _fails(
+        "ValueError", "layers_pattern is set without", layers_pattern="layers"
     ),
     "`layers_to_transform` beside a pattern": Row(
         "regex",
@@ -326,17 +302,13 @@ ROWS: dict[str, Row] = {
         "target_modules is a pattern",
         config=_set(layers_to_transform=[1]),
     ),
-    "`exclude_modules` excludes a layer with tensors": Row(
-        "plain",
+    "`exclude_modules` excludes a layer with tensors": _given(
         "drops 2 of 8 tensors",
         "drops 2 of its 8.*exclude_modules",
-        config=_set(exclude_modules=["layers.0.self_attn.q_proj"]),
+        exclude_modules=["layers.0.self_attn.q_proj"],
     ),
-    "`exclude_modules` is a pattern": Row(
-        "plain",
-        "drops 4 of 8 tensors",
-        "drops 4 of its 8.*exclude_modules",
-        config=_set(exclude_modules=r".*\.0\..*"),
+    "`exclude_modules` is a pattern": _given(
+        "drops 4 of 8 tensors", "drops 4 of its 8.*exclude_modules", exclude_modules=r".*\.0\..*"
     ),
     "`exclude_modules` hits nothing": Row("plain", _LOADS, config=_set(exclude_modules=["wte"])),
     "a rank pattern that hits nothing": Row(
@@ -348,11 +320,8 @@ ROWS: dict[str, Row] = {
     "two alpha patterns, the first decides": Row(
         "plain", _LOADS, config=_set(alpha_pattern={r"layers\.0\..*": 9, "q_proj": 2})
     ),
-    "a rank pattern that contradicts": Row(
-        "plain",
-        f"{_FAILS}RuntimeError",
-        "has rank 3, but the config says 5",
-        config=_set(rank_pattern={"q_proj": 5}),
+    "a rank pattern that contradicts": _fails(
+        "RuntimeError", "has rank 3, but the config says 5", rank_pattern={"q_proj": 5}
     ),
     "`r` of another adapter": Row(
         "plain",
@@ -387,19 +356,15 @@ ROWS: dict[str, Row] = {
         "drops 4 of its 12.*lora_bias is False",
         config=_set(lora_bias=False),
     ),
-    "`modules_to_save` names what the file lacks": Row(
-        "plain",
-        f"{_FAILS}KeyError",
-        "wants the tensor.*norm.weight",
-        config=_set(modules_to_save=["model.norm"]),
+    "`modules_to_save` names what the file lacks": _fails(
+        "KeyError", "wants the tensor.*norm.weight", modules_to_save=["model.norm"]
     ),
     "`modules_to_save` and its tensor": Row("norm saved", _LOADS),
     "`modules_to_save` names nothing": Row("plain", _LOADS, config=_set(modules_to_save=["wpe"])),
-    "`modules_to_save` over adapted layers": Row(
-        "plain",
-        f"{_FAILS}NoMatchingPeftModuleError",
+    "`modules_to_save` over adapted layers": _fails(
+        "NoMatchingPeftModuleError",
         "drops 8 of its 8.*saves it whole",
-        config=_set(modules_to_save=["self_attn"]),
+        modules_to_save=["self_attn"],
     ),
     "a saved tensor that no field names": Row(
         "norm saved",
@@ -428,11 +393,8 @@ ROWS: dict[str, Row] = {
         why="PEFT gives both layers the one that it reads last",
     ),
     "trained token rows": Row("tokens", _LOADS),
-    "`trainable_token_indices` without rows": Row(
-        "plain",
-        f"{_FAILS}KeyError",
-        "no tensor holds trained rows",
-        config=_set(trainable_token_indices=[3]),
+    "`trainable_token_indices` without rows": _fails(
+        "KeyError", "no tensor holds trained rows", trainable_token_indices=[3]
     ),
     "token rows without `trainable_token_indices`": Row(
         "tokens",
@@ -468,12 +430,8 @@ ROWS: dict[str, Row] = {
         "plain", _LOADS, "float32", config=_set(lora_alpha=1e39), why="its logits are NaN"
     ),
     "`lora_alpha` is 0": Row("plain", _LOADS, config=_set(lora_alpha=0)),
-    "a field that PEFT does not know": Row(
-        "plain",
-        _LOADS,
-        "this release does not know it",
-        config=_set(brand_new=3),
-        why="what it means is not known",
+    "a field that PEFT does not know": _given(
+        _LOADS, "this release does not know it", brand_new=3, why="what it means is not known"
     ),
     "no `peft_type`": Row(
         "plain",

@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import lora_edge
 from lora_edge.parity import Report, validate
 from tests.support.paths import MODELS
 
 BASE = MODELS / "tiny-llama"
 ADAPTERS = {path.name: path for path in sorted((MODELS / "adapters").iterdir()) if path.is_dir()}
+BERT = MODELS / "tiny-bert"
+CLASSIFIERS = {name: MODELS / "classifiers" / name for name in ("claims", "letters")}
 LIMIT = 1e-4
 PROMPTS = (
     "Word: river Answer:",
@@ -19,6 +22,20 @@ PROMPTS = (
     "<|user|>garden<|end|><|assistant|>",
 )
 """What the adapters are asked, with words that no training has seen."""
+
+
+def export_text(output: Path, *names: str, **options: Any) -> Path:
+    """A bundle of the text model and of these adapters, or all."""
+    lora_edge.export(
+        BASE, {name: ADAPTERS[name] for name in names or ADAPTERS}, output=output, **options
+    )
+    return output
+
+
+def export_heads(output: Path, **options: Any) -> Path:
+    """A bundle of the classifiers."""
+    lora_edge.export(BERT, CLASSIFIERS, output=output, **options)
+    return output
 
 
 def assert_within_limits(bundle: Path, steps: int) -> None:

@@ -114,35 +114,31 @@ def test_merged(tmp_path: Path) -> None:
 
 
 def test_accuracy_of_labels(tmp_path: Path) -> None:
-    classifiers = {
-        path.name: path for path in (shipped.MODELS / "classifiers").iterdir() if path.is_dir()
-    }
-    output = tmp_path / "out"
-    export(shipped.MODELS / "tiny-bert", classifiers, output=output)
+    output = shipped.export_heads(tmp_path / "out")
     examples = [
         replace(example, adapter=name)
-        for name in classifiers
+        for name in shipped.CLASSIFIERS
         for example in read_examples(shipped.MODELS / "data" / "classes" / f"{name}.jsonl")[:40]
     ]
-    report = validate(output, shipped.MODELS / "tiny-bert", examples=examples)
+    report = validate(output, shipped.BERT, examples=examples)
     assert report.passed, report.table()
-    for name in classifiers:
+    for name in shipped.CLASSIFIERS:
         figures = _task(report, name).task
         assert figures is not None
         assert figures.metric == "accuracy"
         assert figures.bundle == figures.reference > 0.85
     shutil.copytree(output, output.parent / "good")
     broken = _broken(output, "letters", 0)
-    case = _task(validate(broken, shipped.MODELS / "tiny-bert", examples=examples), "letters")
+    case = _task(validate(broken, shipped.BERT, examples=examples), "letters")
     assert case.status == "failed"
     for answer in ("nothing", "²", "7"):
         wrong = [replace(examples[0], answer=answer)]
         with pytest.raises(DataError, match=f"'{answer}' is none of"):
-            validate(output, shipped.MODELS / "tiny-bert", examples=wrong)
+            validate(output, shipped.BERT, examples=wrong)
     # Few labels on few rows say little of the noise: with this seed the first probe's was too low.
-    assert validate(output.parent / "good", shipped.MODELS / "tiny-bert", seed=64).passed
+    assert validate(output.parent / "good", shipped.BERT, seed=64).passed
     with pytest.raises(DataError, match="it has accuracy"):
-        validate(output, shipped.MODELS / "tiny-bert", examples=examples, metric="perplexity")
+        validate(output, shipped.BERT, examples=examples, metric="perplexity")
 
 
 def test_bad_examples(shipped_bundle: Path, tmp_path: Path) -> None:
