@@ -13,7 +13,7 @@ from row import OFF, LackingError, Row, decoding, plan_of, twice
 
 from lora_edge.bench.plan import AGAIN, Entry, Figure, Plan, Taker, Work
 from lora_edge.bench.rivals import Given, Rival, rival
-from lora_edge.bench.standard import Choices, standard_plan
+from lora_edge.bench.standard import MEMORY_TITLES, Choices, standard_plan
 from lora_edge.bundle.bundle import BASE_GRAPH_FILE, DATA_FILE, GRAPH_FILE, Bundle
 
 PLAIN, OFF_PINNED, MERGED, GENAI = "plain", "off, pinned", "merged", "genai's graph"
@@ -68,6 +68,10 @@ ROWS = (
     Row(
         "off-memory", "off, memory above a graph without branches, MiB",
         "plain", _BOTH, "pss", OFF, "", {"": 40.0}, least=False, kind="difference",
+    ),
+    Row(
+        "off-private", "off, memory that no file holds above a graph without branches, MiB",
+        "plain", _BOTH, "private", OFF, "", {"": 40.0}, least=False, kind="difference",
     ),
     Row(
         "loop", "the same graph and adapter in genai's own loop, ours / theirs",
@@ -149,8 +153,11 @@ def plain(made: Made, precision: str) -> Plan:
         Taker(OFF, OFF, "decode", computes="base"),
         Taker("on", "on", "decode", (ON,), computes="adapter"),
     ]
-    memory = Figure("pss", "memory (PSS)", "MiB", _each(takers, "pss"), 128, _MIB, rate=False)
-    return plan_of(bundle, entries, [decoding(takers), memory])
+    memory = [
+        Figure(work, title, "MiB", _each(takers, work), 128, _MIB, rate=False)
+        for work, title in MEMORY_TITLES.items()
+    ]
+    return plan_of(bundle, entries, [decoding(takers), *memory])
 
 
 def genai(made: Made, precision: str) -> Plan:

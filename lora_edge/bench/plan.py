@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Work = Literal["decode", "prefill", "switch", "load", "open", "start", "pss", "peak", "files"]
+Memory = Literal["pss", "private", "peak"]
+Work = Literal["decode", "prefill", "switch", "load", "open", "start", "files", Memory]
 DECODE: Work = "decode"
 AGAIN = " again"
 

@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
-from lora_edge.bench.plan import Entry, Figure, Plan, Settings, Taker
+from lora_edge.bench.plan import Entry, Figure, Memory, Plan, Settings, Taker
 from lora_edge.clients.process import Process
 from lora_edge.errors import ParityError
 
@@ -83,7 +83,7 @@ class _Round:
             taker.entry: (figure, taker)
             for figure in self._plan.figures
             for taker in figure.takers
-            if taker.work in ("pss", "peak")
+            if taker.work in get_args(Memory)
         }
         entries = [x for x in self._plan.entries if x.key in wanted]
         for entry in order_of(entries, self._random):

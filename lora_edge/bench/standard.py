@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_edge.bench.memory import memory
-from lora_edge.bench.plan import AGAIN, Entry, Figure, Plan, Taker, Work
+from lora_edge.bench.plan import AGAIN, Entry, Figure, Memory, Plan, Taker, Work
 from lora_edge.bench.rivals import Rival
 from lora_edge.bundle.bundle import Bundle
 from lora_edge.errors import DataError, OptionError
@@ -27,6 +27,11 @@ FIGURES = {
     "batch": "8 rows at once against one after another",
     "switch": "another adapter that is loaded already",
     "files": "sizes of files",
+}
+MEMORY_TITLES: dict[Memory, str] = {
+    "pss": "memory after a prompt (PSS)",
+    "private": "memory after a prompt that no file holds",
+    "peak": "memory at its peak",
 }
 ROWS = 8
 _PREFILLS = (128, 1024)
@@ -181,18 +186,8 @@ class _Standard:
                 self._left[name] = "this system does not tell it"
                 return []
             return [
-                Figure(
-                    "pss",
-                    "memory after a prompt (PSS)",
-                    "MiB",
-                    self._once("pss"),
-                    tokens,
-                    _MIB,
-                    False,
-                ),
-                Figure(
-                    "peak", "memory at its peak", "MiB", self._once("peak"), tokens, _MIB, False
-                ),
+                Figure(work, title, "MiB", self._once(work), tokens, _MIB, False)
+                for work, title in MEMORY_TITLES.items()
             ]
         return [self._files()]
 

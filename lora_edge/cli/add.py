@@ -9,7 +9,7 @@ from lora_edge.cli import options
 from lora_edge.cli.arguments import named_paths
 
 
-@click.command()
+@options.command()
 @click.argument("bundle")
 @options.adapters(
     "A PEFT directory, a hub id or a folder of MLX-LM, and what to call it.", required=True

@@ -22,7 +22,7 @@ def _names(_context: Any, _parameter: Any, text: str | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(x.strip() for x in (text or "").split(",") if x.strip()))
 
 
-@click.command()
+@options.command()
 @click.argument("bundle")
 @click.option(
     "--against",

@@ -14,7 +14,7 @@ from lora_edge.cli.arguments import conversion_rank, named_paths
 from lora_edge.tasks.task import TASKS
 
 
-@click.command()
+@options.command()
 @click.argument("base")
 @options.adapters(
     "A PEFT directory, a hub id or a folder of MLX-LM, and what to call it; `lora-edge inspect "

@@ -10,7 +10,7 @@ from lora_edge.cli import options
 from lora_edge.cli.arguments import named_paths
 
 
-@click.command()
+@options.command()
 @click.argument("bundle")
 @options.path(
     "--prompts",

@@ -13,6 +13,7 @@ import click
 
 from lora_edge.bundle.bundle import load_bundle
 from lora_edge.bundle.manifest import MANIFEST_NAME, AdapterEntry, Manifest, aspect_names
+from lora_edge.cli import options
 from lora_edge.errors import LoraEdgeError
 from lora_edge.files.hub import is_hub_id
 from lora_edge.tasks.task import TASKS
@@ -29,7 +30,7 @@ _COMPARED = {
 }
 
 
-@click.command()
+@options.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option(
     "--base",

@@ -12,7 +12,7 @@ from lora_edge.cli import options
 _KINDS = ("web", "node", "python")
 
 
-@click.command()
+@options.command()
 @click.argument("bundle")
 @click.argument("kind", type=click.Choice(_KINDS), metavar="|".join(_KINDS))
 @options.path("-o", "--output", required=True, help="The project's folder.")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import click
 
+from lora_edge.cli import options
 
-@click.command()
+
+@options.command()
 @click.argument("action", type=click.Choice(["build", "status", "remove"]))
 @click.option("--compiler", metavar="PATH", help="The C++ compiler (CXX, or c++, g++, clang++).")
 def command(action: str, compiler: str | None) -> None:

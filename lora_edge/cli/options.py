@@ -12,6 +12,28 @@ Option = Callable[[Any], Any]
 """What gives a command an option: a decorator."""
 
 
+class _Command(click.Command):
+    """A verb. An option of one value that is given twice is refused: its last value would win."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not ctx.resilient_parsing:
+            _, _, given = self.make_parser(ctx).parse_args(list(args))
+            for option in given:
+                repeats = isinstance(option, click.Option) and (option.multiple or option.is_flag)
+                if option.param_type_name == "option" and not repeats and given.count(option) > 1:
+                    raise click.UsageError(
+                        f"{max(option.opts, key=len)} is given {given.count(option)} times, "
+                        "expected once",
+                        ctx,
+                    )
+        return super().parse_args(ctx, args)
+
+
+def command() -> Callable[[Callable[..., None]], click.Command]:
+    """A verb of the command line."""
+    return click.command(cls=_Command)
+
+
 def choice(name: str, values: Sequence[str], help: str) -> Option:
     """One of ``values``; the first is the default, and the help says so."""
     return click.option(

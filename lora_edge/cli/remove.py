@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import click
 
+from lora_edge.cli import options
 
-@click.command()
+
+@options.command()
 @click.argument("bundle")
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 def command(bundle: str, names: tuple[str, ...]) -> None:

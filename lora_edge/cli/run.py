@@ -17,7 +17,7 @@ from lora_edge.cli.arguments import named_options, weighted_names
 from lora_edge.errors import DataError
 
 
-@click.command()
+@options.command()
 @click.argument("bundle")
 @click.option(
     "-a",

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from lora_edge.cli import options
 from lora_edge.cli.here import Here, here
 from lora_edge.targets.table import TARGETS, target
 from lora_edge.targets.target import Target
@@ -43,7 +44,7 @@ _LISTED = {
 }
 
 
-@click.command()
+@options.command()
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(name: str | None, as_json: bool) -> None:

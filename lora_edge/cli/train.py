@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lora_edge.training.record import Recipe
 
 
-@click.command()
+@options.command()
 @click.argument("base", required=False)
 @click.argument("data", required=False, type=click.Path(path_type=Path))
 @options.path("-o", "--output", help="The adapter's folder.")

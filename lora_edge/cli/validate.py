@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
 
-@click.command()
+@options.command()
 @click.argument("bundle")
 @click.option("--reference", metavar="BASE", help="Compare with PyTorch: the base's folder or id.")
 @click.option(

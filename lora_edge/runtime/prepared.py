@@ -29,6 +29,7 @@ from lora_edge.bundle.bundle import DATA_FILE, Bundle
 from lora_edge.errors import BundleError
 from lora_edge.files.hashes import hash_file
 from lora_edge.files.json import read_object
+from lora_edge.files.pages import trim
 from lora_edge.files.sample import sample_file
 from lora_edge.files.transaction import write_atomically
 
@@ -113,7 +114,9 @@ class PreparedGraphs:
         if ready is None:
             return start(_source(graph, form), {}, None)
         try:
-            return start(ready, {}, None)
+            session = start(ready, {}, None)
+            trim()  # what packing took, where it was made just now
+            return session
         except BundleError:  # a file that is what it was, and that ONNX Runtime does not take
             shutil.rmtree(self._own, ignore_errors=True)
             return start(_source(graph, form), {}, None)

@@ -40,7 +40,7 @@ def test_a_bundle_is_measured(cli: Cli, bundle: Path, tmp_path: Path) -> None:
     schema = json.loads((ROOT / "lora_edge/reports/bench.schema.json").read_text(encoding="utf-8"))
     jsonschema.validate(data, schema)
     figures = {figure["name"]: figure for figure in data["figures"]}
-    assert set(figures) == {"decode", "pss", "peak", "load", "batch", "switch", "files"}
+    assert set(figures) == {"decode", "pss", "private", "peak", "load", "batch", "switch", "files"}
     names = [entry["name"] for entry in figures["decode"]["entries"]]
     assert names == ["off", "off again", "on: echo", "pinned: echo"]
     assert len(set(data["about"])) == 5
@@ -168,8 +168,8 @@ def test_the_plan_follows_what_the_bundle_holds(bundle: Path) -> None:
     plan = standard_plan(opened, Choices("shout", tokens=8, steps=2), [])
     figures = {figure.name: figure for figure in plan.figures}
     assert list(figures) == [
-        "start", "open", "decode", "pss", "peak", "prefill 128", "long", "load", "batch", "switch",
-        "files",
+        "start", "open", "decode", "pss", "private", "peak", "prefill 128", "long", "load", "batch",
+        "switch", "files",
     ]  # fmt: skip
     assert set(plan.left_out) == {"prefill 1024"}  # the model has 512 positions
     assert figures["decode"].takers[2].adapters == ("shout",)

@@ -8,10 +8,12 @@ import re
 import shutil
 from pathlib import Path
 
+import click
 import pytest
 
 import lora_edge
 from lora_edge.bundle.bundle import file_entry
+from lora_edge.cli import cli as commands
 from tests.support.commands import Cli
 from tests.support.paths import MODELS
 
@@ -31,6 +33,30 @@ def test_run_without_an_adapter_is_the_base(cli: Cli, bundle: Path) -> None:
     off = cli("run", bundle, "-p", PROMPT, "--max-new-tokens", 8).out
     assert off == lora_edge.Runner(bundle).generate([PROMPT], max_new_tokens=8)[0] + "\n"
     assert off != cli("run", bundle, "-a", "shout", "-p", PROMPT, "--max-new-tokens", 8).out
+
+
+def test_an_option_of_one_value_is_given_once(cli: Cli, bundle: Path) -> None:
+    given = ("run", bundle, "-p", PROMPT, "--prompt", "another", "--max-new-tokens", 2)
+    refused = cli(*given)
+    assert (refused.code, refused.out) == (2, "")
+    assert "--prompt is given 2 times, expected once" in refused.err
+    assert cli("run", bundle, "-p", PROMPT, "--stop", "a", "--stop", "b", "--exact").code == 0
+
+
+def test_every_verb_refuses_what_is_given_twice(cli: Cli) -> None:
+    context = click.Context(commands)
+    tried = 0
+    for verb in commands.list_commands(context):
+        command = commands.get_command(context, verb)
+        assert command is not None
+        for option in command.params:
+            if isinstance(option, click.Option) and not (option.multiple or option.is_flag):
+                name = max(option.opts, key=len)
+                refused = cli(verb, name, "1", name, "2")
+                assert refused.code == 2
+                assert f"{name} is given 2 times, expected once" in refused.err
+                tried += 1
+    assert tried > 50
 
 
 def test_run_pins_adapters(cli: Cli, bundle: Path) -> None:
