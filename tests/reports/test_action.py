@@ -102,6 +102,14 @@ def test_green_on_a_good_bundle(job: Job, bundle: Path) -> None:
     assert data["settings"]["depth"] == "quick"
 
 
+def test_in_another_runtime(job: Job, bundle: Path, faulty: Path) -> None:
+    given = {"in": "onnxruntime", "clients": f"onnxruntime={sys.executable}", "options": "--quick"}
+    assert job.run(bundle=bundle, **given) == 0
+    data = json.loads((job.output / "report.json").read_text())
+    assert [session["name"] for session in data["sessions"]] == ["onnxruntime"]
+    assert job.run(bundle=faulty, **given) == 1
+
+
 def test_red_on_a_faulty_one(job: Job, faulty: Path) -> None:
     shutil.copytree(faulty, job.repository / "bundle")
     assert job.run(bundle="bundle") == 1
