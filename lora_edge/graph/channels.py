@@ -20,7 +20,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from lora_edge.graph.merge import add_initializer, take_place
-from lora_edge.graph.sites import DYNAMIC_MATMUL, Multiplication, codes_behind
+from lora_edge.graph.multiplications import DYNAMIC_MATMUL, Multiplication, codes_behind
 from lora_edge.maths.quantization import Blocks
 
 

@@ -1,9 +1,8 @@
 """A graph in float16: weights that are stored so, and what is computed in it.
 
 Two steps. :func:`store_half` keeps every number that a graph computes and casts its weights from
-float16. :func:`compute_half` makes all else float16 too, but for what must not overflow or lose its
-digits: the statistics of norms, softmax and the scores that it reads, masks, and what follows from
-positions alone, such as the rotary's tables.
+float16. :func:`compute_half` makes all else float16 too, but for what
+:mod:`lora_edge.graph.wide` tells to stay.
 
 Converters that exist (``onnxruntime.transformers.float16``, ``onnxconverter_common``) clip weights,
 leave Cast nodes as they are, and need types that nobody infers behind ``com.microsoft`` operators.
@@ -11,7 +10,7 @@ leave Cast nodes as they are, and need types that nobody infers behind ``com.mic
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,29 +19,14 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from lora_edge.errors import GraphError
+from lora_edge.graph.wide import ELEMENTWISE, FLOAT, HALF, constant, float_values, wide_nodes
 from lora_edge.maths.half import overflow
 from lora_edge.names import SELECT, is_past, parse_lora_input
 
-FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 _COPY = ".merged"
 _INLINE = 1024  # bytes; what is larger lies in the data file, which other graphs read too
 
-# Operators whose outputs are no floats, and those whose output is what a later input is.
-_TO_OTHER = frozenset(
-    {"Shape", "Size", "NonZero", "ArgMax", "ArgMin", "And", "Equal", "Greater", "GreaterOrEqual"}
-    | {"IsInf", "IsNaN", "Less", "LessOrEqual", "Not", "Or", "Xor"}
-)
-_LIKE_INPUT = {"Where": 1, "OneHot": 2}
-
-_WIDE = frozenset({"Softmax", "LogSoftmax", "ReduceMean", "ReduceSumSquare", "ReduceL2", "Cos"}) | {
-    "Sin", "Range", "CumSum", "BatchNormalization", "InstanceNormalization", "ConstantOfShape",
-}  # fmt: skip
 _SATURATING = frozenset({"Erf", "Sigmoid", "Tanh"})
-_STATISTICS = frozenset({"ReduceMean", "ReduceSumSquare", "ReduceL2"})
-_ELEMENTWISE = frozenset(
-    {"Abs", "Add", "Cast", "Clip", "Div", "Max", "Min", "Mul", "Neg", "Pow", "Reciprocal", "Sqrt"}
-    | {"Sub", "Where", "Identity"}
-)
 
 
 def store_half(model: ir.Model, weights: Collection[str]) -> None:
@@ -112,8 +96,8 @@ def compute_half(model: ir.Model) -> None:
     Raises:
         GraphError: a constant of the graph that is computed with is more than float16 holds.
     """
-    floats = _float_values(model)
-    _Halving(model, floats, _wide_nodes(model, floats)).run()
+    floats = float_values(model)
+    _Halving(model, floats, wide_nodes(model, floats)).run()
 
 
 def half_values(model: ir.Model) -> list[ir.Value]:
@@ -122,8 +106,8 @@ def half_values(model: ir.Model) -> list[ir.Value]:
     The graph's constants are none of them, nor is what only a function reads that saturates: an
     infinite ``x ** 3`` gives GELU's tanh the 1 that it has anyway.
     """
-    floats = _float_values(model)
-    wide = _wide_nodes(model, floats)
+    floats = float_values(model)
+    wide = wide_nodes(model, floats)
     found: dict[ir.Value, None] = {}
     for node in model.graph:
         if node not in wide and node.op_type != "Constant" and not _is_cast_of_weight(node):
@@ -136,7 +120,7 @@ def half_values(model: ir.Model) -> list[ir.Value]:
             uses = list(value.uses())
             if uses and all(
                 use.node.op_type in _SATURATING
-                or (use.node.op_type in _ELEMENTWISE and use.node.outputs[0] in harmless)
+                or (use.node.op_type in ELEMENTWISE and use.node.outputs[0] in harmless)
                 for use in uses
             ):
                 harmless.add(value)
@@ -166,101 +150,6 @@ def same_but_for_half(exact: ir.Model, half: ir.Model) -> bool:
 def _is_ours(name: str) -> bool:
     """Whether an input of floats is an adapter's or the cache's: others stay float32."""
     return name == SELECT or is_past(name) or parse_lora_input(name) is not None
-
-
-def _float_values(model: ir.Model) -> set[ir.Value]:
-    """The values that are float32 (or, of stored weights, become it), by rules of the operators.
-
-    No shape inference goes through ``com.microsoft`` operators.
-    """
-    found = {
-        value
-        for graph in model.graphs()
-        for value in (*graph.inputs, *graph.initializers.values())
-        if value.dtype in (FLOAT, HALF)
-    }
-    for node in _in_order(model.graph):
-        if _gives_floats(node, found):
-            found.update(node.outputs[:1] if node.op_type == "TopK" else node.outputs)
-    return found
-
-
-def _in_order(graph: ir.Graph) -> Iterator[ir.Node]:
-    """All nodes, those of a node's branches before it."""
-    for node in graph:
-        for attribute in node.attributes.values():
-            if attribute.type == ir.AttributeType.GRAPH:
-                yield from _in_order(attribute.as_graph())
-        yield node
-
-
-def _gives_floats(node: ir.Node, floats: set[ir.Value]) -> bool:
-    if node.op_type in _TO_OTHER:
-        return False
-    if node.op_type == "Cast":
-        return node.attributes["to"].as_int() == FLOAT
-    if node.op_type in ("Constant", "ConstantOfShape"):
-        return _constant_dtype(node) == FLOAT
-    if node.op_type == "If":
-        return any(x in floats for x in node.attributes["then_branch"].as_graph().outputs)
-    index = _LIKE_INPUT.get(node.op_type, 0)
-    value = node.inputs[index] if index < len(node.inputs) else None
-    return value in floats if value is not None else False
-
-
-def _constant_dtype(node: ir.Node) -> ir.DataType | None:
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.TENSOR:
-            return attribute.as_tensor().dtype
-        if attribute.name in ("value_float", "value_floats"):
-            return FLOAT
-    return FLOAT if node.op_type == "ConstantOfShape" else None
-
-
-def _wide_nodes(model: ir.Model, floats: set[ir.Value]) -> set[ir.Node]:
-    """The nodes that go on computing in float32."""
-    nodes = [node for node in model.graph if node.op_type != "Constant"]
-    weights = {x for x in model.graph.initializers.values() if x.dtype == HALF}
-    active: set[ir.Value] = {*weights, *(x for x in model.graph.inputs if x in floats)}
-    statistics: set[ir.Value] = set()
-    wide: set[ir.Node] = set()
-    for node in nodes:
-        inputs = [value for value in node.inputs if value in floats]
-        if any(value in active for value in _read(node)):
-            active.update(value for value in node.outputs if value in floats)
-        elif any(value in floats for value in (*inputs, *node.outputs)):
-            wide.add(node)  # follows from positions and constants alone
-            continue
-        own = [value for value in inputs if value is not None and _constant(value) is None]
-        of_statistics = bool(own) and any(value in statistics for value in own)
-        if node.op_type in _WIDE or of_statistics or node.op_type == "If":
-            wide.add(node)
-        if node.op_type in _STATISTICS or (
-            of_statistics and all(value in statistics for value in own)
-        ):
-            statistics.update(node.outputs)
-        if node.op_type == "Cast" and inputs and node.outputs[0] not in floats:
-            wide.add(node)
-    kept = set(model.graph.outputs)
-    for node in reversed(nodes):
-        if node.op_type in _ELEMENTWISE and node not in wide:
-            uses = [use for value in node.outputs for use in value.uses()]
-            if uses and not kept & set(node.outputs) and all(use.node in wide for use in uses):
-                wide.add(node)
-    return wide
-
-
-def _read(node: ir.Node) -> Iterable[ir.Value]:
-    """What a node reads, its branches' nodes included."""
-    yield from (value for value in node.inputs if value is not None)
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            for inner in attribute.as_graph():
-                yield from _read(inner)
-
-
-def _constant(value: ir.Value) -> ir.TensorProtocol | None:
-    return ir.convenience.get_const_tensor(value)
 
 
 @dataclass
@@ -339,7 +228,7 @@ class _Halving:
 
     def _small(self, value: ir.Value) -> ir.Value:
         """A value in float16: a constant that the graph itself holds is written so."""
-        tensor = _constant(value)
+        tensor = constant(value)
         if tensor is None or tensor.nbytes > _INLINE:
             return self._cast(value, HALF)
         name = f"{value.name}.half"

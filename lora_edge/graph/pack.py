@@ -20,7 +20,7 @@ from onnx_ir.convenience import replace_all_uses_with
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from lora_edge.graph.merge import add_initializer
-from lora_edge.graph.sites import MATMUL_NBITS
+from lora_edge.graph.multiplications import MATMUL_NBITS
 from lora_edge.names import packed_name
 
 _ATTENTION = "GroupQueryAttention"

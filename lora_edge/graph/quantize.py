@@ -18,7 +18,7 @@ from lora_edge.errors import GraphError
 from lora_edge.files.spilled import let_go, moved
 from lora_edge.graph.channels import channels_in, put_channels
 from lora_edge.graph.merge import Change, WideArray, add_initializer, lazily, take_place
-from lora_edge.graph.sites import MATMUL_NBITS, Multiplication, multiplications
+from lora_edge.graph.multiplications import MATMUL_NBITS, Multiplication, multiplications
 from lora_edge.maths.quantization import Activations, Blocks, Quantization
 
 GATHER_NBITS = "GatherBlockQuantized"

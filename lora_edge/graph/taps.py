@@ -16,7 +16,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from lora_edge.graph.sites import NORMS, effective_weight, multiplications
+from lora_edge.graph.multiplications import multiplications
+from lora_edge.graph.sites import NORMS, effective_weight
 from lora_edge.graph.store import load
 from lora_edge.names import lora_input
 
