@@ -12,14 +12,18 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pages import written
 
 import lora_edge
 from lora_edge.errors import LoraEdgeError
+from lora_edge.parity.record.golden import recorded
 from lora_edge.parity.report import Report
 from lora_edge.parity.validate_in import validate_in
+from tests.support.adapters import make_adapter
+from tests.support.families import make_base
+from tests.support.saving import copy_tokenizer
 
 BEGIN, END = "<!-- clients: made by ci/test-clients -->", "<!-- clients: end -->"
 ROOT = Path(__file__).parents[1]
@@ -32,19 +36,88 @@ PLACES: Mapping[str, tuple[str, str]] = {
     "node": ("node", ".client-js"),
     "web": ("web", ".client-js"),
     "transformers.js": ("transformers.js", ".client-js"),
+    "transformers.js-web": ("transformers.js-web", ".client-js"),
     "openvino-ep": ("openvino-ep", ".client-openvino-ep/bin/python"),
     "openvino": ("openvino", ".client-openvino/bin/python"),
 }
 ADAPTERS = {name: MODELS / "adapters" / name for name in ("echo", "mirror", "shout")}
 HEADS = {name: MODELS / "classifiers" / name for name in ("claims", "letters")}
-BUNDLES: Mapping[str, tuple[str, Mapping[str, Path], Mapping[str, Any]]] = {
-    "fused": ("tiny-llama", ADAPTERS, {}),
-    "portable": ("tiny-llama", ADAPTERS, {"form": "portable"}),
-    "int4": ("tiny-llama", ADAPTERS, {"precision": "int4"}),
-    "fp16": ("tiny-llama", ADAPTERS, {"precision": "fp16"}),
-    "merged": ("tiny-llama", {"echo": ADAPTERS["echo"]}, {"mode": "merged"}),
-    "classifiers": ("tiny-bert", HEADS, {}),
+STEPS = 64  # greedy tokens behind each short prompt of a golden case
+
+
+class Random(NamedTuple):
+    """A small random base, with two adapters.
+
+    Attributes:
+        family: model type.
+        changes: to its config.
+        layers: names of the layers that the first adapter is on; the second is on all.
+        adapted: further settings of both adapters.
+    """
+
+    family: str
+    changes: Mapping[str, Any]
+    layers: tuple[str, ...]
+    adapted: Mapping[str, Any]
+
+    def made(self, folder: Path) -> tuple[Path, dict[str, Path]]:
+        """Write base and adapters."""
+        vocabulary = {"vocab_size": 264}  # of the tokenizer that ships
+        base = make_base(self.family, folder / "base", **vocabulary, **self.changes)
+        copy_tokenizer(base)
+        settings = {"few": {"r": 4, "target_modules": [*self.layers]}}
+        settings["all"] = {"r": 3, "target_modules": "all-linear"}
+        return base, {
+            name: make_adapter(base, folder / name, seed, lora_alpha=4, **own, **self.adapted)
+            for seed, (name, own) in enumerate(settings.items(), 1)
+        }
+
+
+class Shipped(NamedTuple):
+    """A model that ships, and adapters of it."""
+
+    name: str
+    adapters: Mapping[str, Path]
+
+    def made(self, folder: Path) -> tuple[Path, Mapping[str, Path]]:  # noqa: ARG002
+        """Base and adapters."""
+        return MODELS / self.name, self.adapters
+
+
+LLAMA = Shipped("tiny-llama", ADAPTERS)
+# A window that prompts and continuations go beyond.
+MISTRAL = Random(
+    "mistral", {"sliding_window": 8, "max_position_embeddings": 512}, ("q_proj", "v_proj"), {}
+)
+GPT2 = Random("gpt2", {"n_positions": 512}, ("c_attn",), {"fan_in_fan_out": True})
+BUNDLES: Mapping[str, tuple[Random | Shipped, Mapping[str, Any]]] = {
+    "fused": (LLAMA, {}),
+    "portable": (LLAMA, {"form": "portable"}),
+    "int4": (LLAMA, {"precision": "int4"}),
+    "fp16": (LLAMA, {"precision": "fp16"}),
+    "merged": (Shipped("tiny-llama", {"echo": ADAPTERS["echo"]}), {"mode": "merged"}),
+    "window": (MISTRAL, {}),
+    "window, portable": (MISTRAL, {"form": "portable"}),
+    "gpt2": (GPT2, {}),
+    "classifiers": (Shipped("tiny-bert", HEADS), {}),
 }
+
+
+def make_bundle(kind: str, folder: Path) -> Path:
+    """Export one of :data:`BUNDLES`; what it is made of lies beside it.
+
+    Raises:
+        SystemExit: a golden case has a shorter continuation than the page says.
+    """
+    source, options = BUNDLES[kind]
+    base, adapters = source.made(folder / "source")
+    lora_edge.export(base, adapters, output=folder / "bundle", **options)
+    bundle = lora_edge.load_bundle(folder / "bundle")
+    cases = [case for case in recorded(bundle) if not case.probe.part]
+    fewest = min(len(tail) for case in cases for tail in case.tails)
+    if bundle.manifest.task == "text-generation" and fewest < STEPS:
+        raise SystemExit(f"{kind}: a golden case goes on for {fewest} tokens, expected {STEPS}")
+    return folder / "bundle"
 
 
 def cell(report: Report) -> str:
@@ -72,15 +145,14 @@ def main(page: Path, wanted: list[str]) -> int:
     chosen = {name: PLACES[name] for name in wanted or PLACES}
     rows, about, wrong = [], {}, 0
     with tempfile.TemporaryDirectory() as folder:
-        for kind, (base, adapters, options) in BUNDLES.items():
-            lora_edge.export(MODELS / base, adapters, output=Path(folder) / kind, **options)
+        bundles = {kind: make_bundle(kind, Path(folder) / kind) for kind in BUNDLES}
         for name, (client, place) in chosen.items():
             cells = []
-            for kind in BUNDLES:
+            for kind, bundle in bundles.items():
                 print(f"{name}: {kind}", file=sys.stderr)
                 try:
                     where = str(ROOT / place) if place else None
-                    report = validate_in({client: where}, Path(folder) / kind)
+                    report = validate_in({client: where}, bundle)
                 except LoraEdgeError as error:
                     refused = client == "genai" and kind == "classifiers"
                     wrong += not refused

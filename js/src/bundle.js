@@ -139,9 +139,9 @@ export class Bundle {
   }
 
   async endTokens() {
-    const generation = (await this.json("generation_config.json")) ?? {};
-    const config = (await this.json("config.json")) ?? {};
-    return [generation.eos_token_id ?? config.eos_token_id ?? []].flat();
+    // The first that is there counts alone, as in transformers.
+    const told = (await this.json("generation_config.json")) ?? (await this.json("config.json"));
+    return [told?.eos_token_id ?? []].flat();
   }
 
   /**

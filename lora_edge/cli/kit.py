@@ -9,7 +9,7 @@ import click
 
 from lora_edge.cli import options
 
-_KINDS = ("web", "node", "python")
+_KINDS = ("web", "node", "python", "cpp", "csharp", "android", "ios")
 
 
 @options.command()
@@ -23,10 +23,11 @@ _KINDS = ("web", "node", "python")
     help="Hard links to the bundle's files, which take no room of their own, in place of copies.",
 )
 def command(bundle: str, kind: str, output: Path, force: bool, link: bool) -> None:
-    """Write a small project that runs BUNDLE: a web page, a program for Node or one in Python.
+    """Write a small project that runs BUNDLE: a page, a program, or part of an app.
 
-    web and node are for text-generation, text-classification and feature-extraction; python is
-    for text-generation. The project needs no lora-edge.
+    web and node are for text-generation, text-classification and feature-extraction, the others for
+    text-generation. The project needs no lora-edge. cpp, csharp, android and ios take token ids;
+    android and ios were not run yet.
     """
     from lora_edge.kits.kit import make_kit
 

@@ -66,6 +66,7 @@ CLIENTS = (
     ClientKind("web", WEB, "web.mjs", beside=_BROWSER),
     ClientKind("webgpu", WEB, "web.mjs", ("--webgpu",), beside=_BROWSER),
     ClientKind("transformers.js", TRANSFORMERS_JS, "transformers_js.mjs"),
+    ClientKind("transformers.js-web", TRANSFORMERS_JS, "transformers_js_web.mjs", beside=_BROWSER),
 )
 """Every runtime that has a driver."""
 

@@ -1,4 +1,4 @@
-"""Small projects to start from: a page, a program for Node, a program in Python.
+"""Small projects to start from: pages, programs, and parts of apps.
 
 Knows bundles' manifests and templates; runs nothing.
 """

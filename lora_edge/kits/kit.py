@@ -16,67 +16,20 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from lora_edge.bundle.bundle import MANIFEST_NAME, Bundle, load_bundle
-from lora_edge.bundle.manifest import Manifest
 from lora_edge.clients.catalog import scripts
 from lora_edge.errors import BundleError, OptionError
 from lora_edge.files.transaction import staging
-from lora_edge.names import NONE_ADAPTER
+from lora_edge.kits.facts import AGAIN, common_facts, compiled_facts, size
+from lora_edge.kits.kinds import KITS, KitKind
 from lora_edge.tasks.task import TASKS
 
 _TEMPLATES = Path(__file__).parent / "templates"
 MARKER = "lora_edge_kit.json"
 """The file that shows that a folder is a kit; ``--force`` replaces no other folder."""
+_VERBS = {facts.verb for facts in TASKS.values()}
 _KNOWN_INPUTS = {
     "input_ids", "attention_mask", "position_ids", "token_type_ids", "num_logits_to_keep",
 }  # fmt: skip
-
-
-class KitKind(NamedTuple):
-    """A kind of project.
-
-    Attributes:
-        name: as ``lora-edge kit`` takes it.
-        verbs: what of a bundle it can do: ``generate``, ``classify``, ``embed``.
-        scripts: it has a copy of the package in JavaScript.
-        commands: what to call in its folder, by verb.
-    """
-
-    name: str
-    verbs: tuple[str, ...]
-    scripts: bool
-    commands: Mapping[str, Sequence[str]]
-
-
-_WORDS = '"Some text"'
-_INSTALL = "npm install --ignore-scripts"
-KITS: Mapping[str, KitKind] = {
-    kit.name: kit
-    for kit in (
-        KitKind(
-            "web",
-            ("generate", "classify", "embed"),
-            True,
-            dict.fromkeys(("generate", "classify", "embed"), ("npm install", "npm start")),
-        ),
-        KitKind(
-            "node",
-            ("generate", "classify", "embed"),
-            True,
-            {
-                "generate": (_INSTALL, f"node main.mjs {_WORDS}"),
-                "classify": (_INSTALL, f"node main.mjs {_WORDS}"),
-                "embed": (_INSTALL, f'node main.mjs {_WORDS} "Another text"'),
-            },
-        ),
-        KitKind(
-            "python",
-            ("generate",),
-            False,
-            {"generate": ("pip install -r requirements.txt", f"python main.py {_WORDS}")},
-        ),
-    )
-}
-"""Every kind, by its name."""
 
 
 class Kit(NamedTuple):
@@ -112,21 +65,24 @@ def make_kit(
 
     Raises:
         OptionError: there is no such kind, or it does not do what the bundle does.
-        BundleError: the bundle is missing, damaged or too old; or ``output`` is in the way.
+        BundleError: the bundle is missing, damaged or too old, or has what the kind cannot do; or
+            ``output`` is in the way.
     """
     if kind not in KITS:
         raise OptionError(f"there is no kit {kind!r}", f"Kits are: {', '.join(KITS)}.")
     kit, source = KITS[kind], load_bundle(bundle)
     verb = _verb(kit, source)
+    known = common_facts(source.manifest, verb) | {"commands": kit.commands[verb]}
+    if kit.compiled:
+        known |= compiled_facts(source, kit)
     target = Path(output)
     with staging(target, marker=MARKER, force=force) as stage:
         if progress is not None:
             total = sum(entry.bytes for entry in source.manifest.files.values())
-            progress(f"{'linking' if link else 'copying'} the bundle, {_size(total)}")
-        _copy_bundle(source, stage / "bundle", link=link)
+            progress(f"{'linking' if link else 'copying'} the bundle, {size(total)}")
+        _copy_bundle(source, stage / kit.place, link=link)
         if kit.scripts:
             shutil.copytree(scripts() / "src", stage / "lora-edge")
-        known = _facts(source.manifest, verb) | {"commands": kit.commands[verb]}
         _fill(kit.name, verb, stage, known)
         made = {"kit": kit.name, "task": source.manifest.task}
         (stage / MARKER).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
@@ -148,9 +104,9 @@ def _verb(kit: KitKind, bundle: Bundle) -> str:
     if inputs:
         raise BundleError(
             f"the bundle's graph has the input {min(inputs)}, which kits do not feed",
-            "Export the bundle again with this lora-edge.",
+            AGAIN,
         )
-    if "tokenizer.json" not in manifest.files:
+    if "tokenizer.json" not in manifest.files and not kit.compiled:
         raise BundleError(
             "the bundle has no tokenizer.json, which kits read texts with",
             "Export the bundle again from a base that has one.",
@@ -180,34 +136,8 @@ def _copy_bundle(bundle: Bundle, target: Path, *, link: bool) -> None:
             except OSError:  # another disk, or a file system without hard links
                 file.unlink(missing_ok=True)
         shutil.copyfile(found, file)
-    (target / MANIFEST_NAME).write_text(bundle.manifest.to_json(), encoding="utf-8")
-
-
-def _facts(manifest: Manifest, verb: str) -> dict[str, Any]:
-    """What templates know of a bundle."""
-    names = sorted(name for name in manifest.adapters if name != NONE_ADAPTER)
-    merged = manifest.mode == "merged"
-    together = [name for name in names if not manifest.adapters[name].alone]
-    files = manifest.files
-    part = manifest.reads.file
-    first = [name for name in files if name == part or name.startswith(f"{part}_data")]
-    headed = any("W" in site.parts for site in manifest.sites.values())
-    return {
-        "verb": verb,
-        # The base has no head: its adapters bring theirs, and without one there are no labels.
-        "headless": headed and not manifest.adapters[NONE_ADAPTER].labels,
-        "task": manifest.task,
-        "title": Path(manifest.base["name_or_path"]).name or manifest.base["model_type"],
-        "adapters": names,
-        "merged": merged,
-        "blends": together if len(together) > 1 and not merged else [],
-        "size": _size(sum(files[name].bytes for name in first)),
-        "example": names[0] if names and not merged else "",
-    }
-
-
-def _size(count: int) -> str:
-    return f"{max(count / 1e6, 0.1):.1f} MB" if count < 1e8 else f"{count / 1e6:.0f} MB"
+    # Its bytes, and not those of a system with other ends of lines: programs know their hash.
+    (target / MANIFEST_NAME).write_bytes(bundle.manifest.to_json().encode())
 
 
 def _fill(kind: str, verb: str, stage: Path, known: Mapping[str, Any]) -> None:
@@ -221,12 +151,18 @@ def _fill(kind: str, verb: str, stage: Path, known: Mapping[str, Any]) -> None:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    for folder in (root, root / verb):
-        for file in sorted(folder.glob("*")):
-            if file.is_dir() or file.name.startswith("_"):
+    for file in sorted(root.rglob("*")):
+        name = place = file.relative_to(root)
+        if file.is_dir() or file.name.startswith("_"):
+            continue
+        if name.parts[0] in _VERBS:
+            if name.parts[0] != verb:
                 continue
-            if file.suffix == ".j2":
-                template = environment.get_template(str(file.relative_to(root).as_posix()))
-                (stage / file.stem).write_text(template.render(known), encoding="utf-8")
-            else:
-                shutil.copyfile(file, stage / file.name)
+            place = name.relative_to(verb)
+        target = stage / place
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if file.suffix == ".j2":
+            text = environment.get_template(name.as_posix()).render(known)
+            target.with_suffix("").write_text(text, encoding="utf-8")
+        else:
+            shutil.copyfile(file, target)

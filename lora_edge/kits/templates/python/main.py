@@ -58,10 +58,9 @@ class Model:
         """The tokens that end a text."""
         for name in ("generation_config.json", "config.json"):
             file = self.folder / name
-            found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-            if found.get("eos_token_id") is not None:
-                ids = found["eos_token_id"]
-                return set(ids) if isinstance(ids, list) else {ids}
+            if file.is_file():  # the first that is there counts alone
+                ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+                return set(ids) if isinstance(ids, list) else set() if ids is None else {ids}
         return set()
 
     def tensors(self, adapter: str) -> dict[str, Any]:
