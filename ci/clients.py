@@ -97,7 +97,7 @@ BUNDLES: Mapping[str, tuple[Random | Shipped, Mapping[str, Any]]] = {
     "fp16": (LLAMA, {"precision": "fp16"}),
     "merged": (Shipped("tiny-llama", {"echo": ADAPTERS["echo"]}), {"mode": "merged"}),
     "window": (MISTRAL, {}),
-    "window, portable": (MISTRAL, {"form": "portable"}),
+    "window portable": (MISTRAL, {"form": "portable"}),
     "gpt2": (GPT2, {}),
     "classifiers": (Shipped("tiny-bert", HEADS), {}),
 }
