@@ -145,9 +145,10 @@ sealed class Model : IDisposable
             fed[name] = Tensor(name, ids, text.Length);
         }
         var own = fed.Values.ToList();
-        foreach (var (name, index) in CacheNames("past_key_values").Select((name, index) => (name, index)))
+        var next = 1;
+        foreach (var name in CacheNames("past_key_values"))
         {
-            fed[name] = text.Cache[index + 1];
+            fed[name] = text.Cache[next++];
         }
         IDisposableReadOnlyCollection<OrtValue> found;
         try
