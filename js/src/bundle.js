@@ -119,7 +119,7 @@ export class Bundle {
     const { adapter = null, maxNewTokens = 64, temperature = 0, signal } = options;
     const ids = typeof prompt === "string" ? await this.encode(prompt, { adapter }) : prompt;
     const decoding = await this.start(1, { adapter });
-    const ends = new Set(options.ends ?? (await this.endTokens()));
+    const ends = new Set(options.ends ?? (await this.endTokens(adapter)));
     const random = options.random ?? Math.random;
     let [logits] = await decoding.extend([ids]);
     for (let count = 0; count < maxNewTokens; count++) {
@@ -138,10 +138,32 @@ export class Bundle {
     return this.decode(ids, options);
   }
 
-  async endTokens() {
+  /** The tokens that end a text: the model's, and that of a tokenizer that an adapter brings. */
+  async endTokens(adapter = null) {
     // The first that is there counts alone, as in transformers.
     const told = (await this.json("generation_config.json")) ?? (await this.json("config.json"));
-    return [told?.eos_token_id ?? []].flat();
+    const merged = this.manifest.mode === "merged";
+    const names = merged ? Object.keys(this.manifest.adapters) : Object.keys(this.states(adapter, 1)[0]);
+    const own = names.filter((name) => this.manifest.adapters[name].text?.includes("tokenizer"));
+    const folders = own.map((name) => (merged ? "" : `adapters/${name}/text/`));
+    const ends = await Promise.all(folders.map((folder) => this.endOf(folder)));
+    return [told?.eos_token_id ?? [], ...ends].flat();
+  }
+
+  /** The end token of a tokenizer, in a list. */
+  async endOf(folder) {
+    const config = (await this.json(`${folder}tokenizer_config.json`)) ?? {};
+    const older = config.added_tokens_decoder ? null : await this.json(`${folder}special_tokens_map.json`);
+    const { eos_token: end } = { ...config, ...older };
+    const text = end?.content ?? end;
+    const { added_tokens: added = [], model } = await this.json(`${folder}tokenizer.json`);
+    const known = added.find(({ content }) => content === text)?.id;
+    if (known !== undefined) return [known];
+    // A unigram's vocabulary is a list of texts and scores.
+    const place = Array.isArray(model.vocab)
+      ? model.vocab.findIndex(([piece]) => piece === text)
+      : (model.vocab[text] ?? -1);
+    return place < 0 ? [] : [place];
   }
 
   /**

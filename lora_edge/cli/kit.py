@@ -8,13 +8,12 @@ from pathlib import Path
 import click
 
 from lora_edge.cli import options
-
-_KINDS = ("web", "node", "python", "cpp", "csharp", "android", "ios")
+from lora_edge.kits.kinds import KITS
 
 
 @options.command()
 @click.argument("bundle")
-@click.argument("kind", type=click.Choice(_KINDS), metavar="|".join(_KINDS))
+@click.argument("kind", type=click.Choice(list(KITS)), metavar="|".join(KITS))
 @options.path("-o", "--output", required=True, help="The project's folder.")
 @click.option("--force", is_flag=True, help="Replace an earlier kit in the folder.")
 @click.option(

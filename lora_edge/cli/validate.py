@@ -51,7 +51,8 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     "inside",
     metavar="CLIENT",
     help="Run the golden cases in another runtime: onnxruntime, openvino-ep, openvino, genai, "
-    "node, web, webgpu, transformers.js, or command:PROGRAM (docs/clients.md).",
+    "node, web, webgpu, transformers.js, transformers.js-web, or command:PROGRAM "
+    "(docs/clients.md).",
 )
 @options.repeatable(
     "--client",

@@ -50,7 +50,8 @@ def compiled_facts(bundle: Bundle, kit: KitKind) -> dict[str, Any]:
             code can have between quotes.
     """
     manifest = bundle.manifest
-    part, adapters = manifest.reads, []
+    part = manifest.reads
+    adapters: list[dict[str, Any]] = []
     assert part.cache is not None  # a decoder's manifest has one
     if manifest.half and not kit.half:
         raise OptionError(

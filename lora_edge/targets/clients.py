@@ -51,8 +51,7 @@ TRANSFORMERS_JS = _client(
     "transformers.js in Node or a browser",
     packages=(Package("@huggingface/transformers", "npm"),),
     adapter_api=False,
-    seen=f"transformers.js 4.3 in Node: {_ALL} and classifiers; in Chromium: the tokens of a "
-    "merged graph",
+    seen=f"transformers.js 4.3 in Node, and in Chromium on WebAssembly: {_ALL} and classifiers",
     notes=("Adapters reach the session by wrapping model.forward.",),
 )
 NODE = _client(
@@ -71,7 +70,11 @@ MOBILE = Target(
     device="what the app names: the CPU, nnapi, coreml or xnnpack",
     forms=("fused", "portable"),
     seen="on a computer: the fused graph in ONNX Runtime's .ort format, equal to the ONNX file",
-    notes=("The CPU of a phone takes either form; nnapi and coreml take the portable one.",),
+    notes=(
+        "The CPU of a phone takes either form; nnapi and coreml take the portable one.",
+        "Java has a call for .onnx_adapter files. Objective-C has none, and no float16 tensors: "
+        "there the app reads the files, and feeds their tensors.",
+    ),
 )
 
 CLIENTS = (GENAI, WEB, TRANSFORMERS_JS, NODE, MOBILE)

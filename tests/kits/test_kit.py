@@ -18,11 +18,13 @@ import pytest
 
 import lora_edge
 from lora_edge.errors import BundleError, OptionError
-from lora_edge.kits.kit import KITS, MARKER, make_kit
+from lora_edge.kits.kinds import KITS
+from lora_edge.kits.kit import MARKER, make_kit
 from tests.cli.conftest import cli  # noqa: F401
 from tests.support.commands import Cli
 from tests.support.paths import ROOT
-from tests.support.shipped import export_heads, export_text
+from tests.support.saving import copy_tokenizer
+from tests.support.shipped import ADAPTERS, BASE, export_heads, export_text
 
 PROMPT = "Word: river Answer:"
 NAMES = ("echo", "mirror", "shout")
@@ -73,7 +75,7 @@ def test_a_kit_has_a_whole_bundle_and_says_what_to_call(
     next_ones = [line.strip() for line in result.err.split("next:")[1].splitlines() if line]
     assert next_ones == [f"cd {tmp_path / 'out'}", *KITS[kind].commands["generate"]]
     assert json.loads((tmp_path / "out" / MARKER).read_text())["kit"] == kind
-    lora_edge.load_bundle(tmp_path / "out" / "bundle").verify_all()
+    lora_edge.load_bundle(tmp_path / "out" / KITS[kind].place).verify_all()
     readme = (tmp_path / "out" / "README.md").read_text()
     assert all(name in readme for name in NAMES)
     assert (tmp_path / "out" / "lora-edge" / "index.js").is_file() is KITS[kind].scripts
@@ -157,6 +159,38 @@ def test_the_kit_in_python_says_what_the_runner_says(generator: Path, tmp_path: 
         told = _said(made, sys.executable, "main.py", PROMPT, "--adapter", name)
         assert told == runner.generate([PROMPT], adapter=name)[0] + "\n"
     assert "import lora_edge" not in (made / "main.py").read_text()
+
+
+@pytest.fixture(scope="module")
+def ending(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle whose adapter shout brings a tokenizer that ends a text with an exclamation mark."""
+    root = tmp_path_factory.mktemp("ending")
+    shout = Path(shutil.copytree(ADAPTERS["shout"], root / "shout"))
+    copy_tokenizer(shout)
+    config = json.loads((shout / "tokenizer_config.json").read_text())
+    (shout / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": "!"}))
+    lora_edge.export(BASE, {"shout": shout, "echo": ADAPTERS["echo"]}, output=root / "bundle")
+    return root / "bundle"
+
+
+def test_an_adapters_own_end_token_ends_the_texts_of_the_kit_in_python(
+    ending: Path, tmp_path: Path
+) -> None:
+    made = make_kit(ending, "python", tmp_path / "out").directory
+    runner = lora_edge.Runner(ending)
+    assert runner.eos_of("shout") > runner.eos_of("echo")
+    wanted = runner.generate([PROMPT], adapter="shout")[0]
+    assert wanted == " RIVER"
+    assert _said(made, sys.executable, "main.py", PROMPT, "--adapter", "shout") == wanted + "\n"
+
+
+@pytest.mark.long
+@in_clients
+def test_an_adapters_own_end_token_ends_the_texts_of_the_kit_in_node(
+    ending: Path, tmp_path: Path
+) -> None:
+    made = _installed(make_kit(ending, "node", tmp_path / "out").directory)
+    assert _said(made, "node", "main.mjs", PROMPT, "--adapter", "shout") == " RIVER\n"
 
 
 def _installed(made: Path) -> Path:

@@ -54,12 +54,26 @@ class Model:
         found.no_padding()
         return found
 
-    def ends(self) -> set[int]:
-        """The tokens that end a text."""
+    def ends(self, adapter: str) -> set[int]:
+        """The tokens that end a text: the model's, and that of the adapter's own tokenizer."""
+        own = set()
+        if "tokenizer" in self.manifest["adapters"][adapter]["text"]:
+            folder = self.folder if self.merged else self.folder / "adapters" / adapter / "text"
+            config = read(folder / "tokenizer_config.json")
+            if "added_tokens_decoder" not in config:
+                config |= read(folder / "special_tokens_map.json")
+            end = config.get("eos_token")
+            text = end["content"] if isinstance(end, dict) else end
+            token = self.tokenizer(adapter).token_to_id(text) if text else None
+            own = set() if token is None else {token}
+        return self.model_ends() | own
+
+    def model_ends(self) -> set[int]:
+        """The tokens that end the model's own texts."""
         for name in ("generation_config.json", "config.json"):
             file = self.folder / name
             if file.is_file():  # the first that is there counts alone
-                ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+                ids = read(file).get("eos_token_id")
                 return set(ids) if isinstance(ids, list) else set() if ids is None else {ids}
         return set()
 
@@ -84,7 +98,7 @@ class Model:
         """New tokens behind a prompt, one by one."""
         fixed = self.tensors(adapter)
         begins = self.start_of(adapter, ids)
-        ends, longest = self.ends(), self.part["max_length"] or sys.maxsize
+        ends, longest = self.ends(adapter), self.part["max_length"] or sys.maxsize
         cache = self.part["cache"]
         empty = np.zeros(
             (1, cache["kv_heads"], 0, cache["head_dim"]), np.float16 if self.half else np.float32
@@ -111,6 +125,11 @@ class Model:
             yield token
             past = {f"past_key_values.{name}": found[f"present.{name}"] for name in names}
             new = [token]
+
+
+def read(file: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no file."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def gated(tensors: dict[str, Any], active: Any) -> dict[str, Any]:
