@@ -87,7 +87,7 @@ def compiled_facts(bundle: Bundle, kit: KitKind) -> dict[str, Any]:
         "ends": _ends(bundle),
         "manifest": _hash(manifest.to_json().encode()),
     }
-    return {"native": native}
+    return {"native": native, "tokenizer": "tokenizer.json" in manifest.files}
 
 
 def _ends(bundle: Bundle) -> list[int]:
