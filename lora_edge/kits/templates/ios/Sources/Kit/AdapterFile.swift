@@ -17,7 +17,7 @@ struct AdapterTensor {
 
 /// Reads an .onnx_adapter file, a FlatBuffer of named tensors: name -> tensor.
 func readAdapter(_ file: URL) throws -> [String: AdapterTensor] {
-    let reader = try FlatBuffer(Data(contentsOf: file))
+    let reader = FlatBuffer(bytes: try Data(contentsOf: file))
     guard reader.bytes.count > 8, reader.bytes[4..<8].elementsEqual("TORT".utf8) else {
         throw KitError("\(file.path) is not an .onnx_adapter file")
     }
@@ -42,10 +42,6 @@ func readAdapter(_ file: URL) throws -> [String: AdapterTensor] {
 
 private struct FlatBuffer {
     let bytes: Data
-
-    init(_ bytes: Data) throws {
-        self.bytes = bytes
-    }
 
     func part(_ start: Int, _ count: Int) throws -> Data {
         guard start >= 0, count >= 0, start + count <= bytes.count else {
