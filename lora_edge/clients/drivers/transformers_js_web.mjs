@@ -22,7 +22,8 @@ async function open({ bundle, graph }) {
   const told = await page.load(async ([at, graphFile]) => {
     const library = await import(`${at}/transformers/transformers.js`);
     const { wasm, versions } = library.env.backends.onnx;
-    const file = `${at}/ort/ort-wasm-simd-threaded.asyncify`;
+    // The one that transformers.js takes by itself, .asyncify, lacks operators of few bits.
+    const file = `${at}/ort/ort-wasm-simd-threaded`;
     wasm.wasmPaths = { mjs: `${file}.mjs`, wasm: `${file}.wasm` };
     wasm.numThreads = 1;
     library.env.useBrowserCache = false;
@@ -30,10 +31,14 @@ async function open({ bundle, graph }) {
     const { open: openBundle } = await import(`${at}/package/index.js`);
     const { orders } = await import(`${at}/drivers/transformers.mjs`);
     const named = () => ["/", "bundle"];
-    globalThis.does = orders(library, openBundle, named, { device: "wasm" }, versions.web);
+    // config.json tells of the data of model.onnx; the graph in floats lies on the same.
+    const externalData = [{ path: "model.onnx_data", data: "onnx/model.onnx_data" }];
+    const other = { use_external_data_format: false, session_options: { externalData } };
+    const options = { device: "wasm", ...(graphFile.endsWith("/model.onnx") ? {} : other) };
+    globalThis.does = orders(library, openBundle, named, options, versions.web);
     return globalThis.does.open({ bundle: `${at}/bundle`, graph: graphFile });
   }, graph);
-  const runs = `onnxruntime-web ${told.about} in ${page.about}, WebAssembly`;
+  const runs = `onnxruntime-web ${told.about} (ort-wasm-simd-threaded) in ${page.about}`;
   return { ...told, about: `transformers.js ${version}, ${runs}` };
 }
 
