@@ -45,7 +45,7 @@ def compiled_facts(bundle: Bundle, kit: KitKind) -> dict[str, Any]:
     """What is written into the source of a program that generates text.
 
     Raises:
-        OptionError: the kit does not take its precision, or an adapter with its own tokenizer.
+        OptionError: the kit does not take its precision.
         BundleError: an adapter has no file for a graph in float16; or a name is not one that source
             code can have between quotes.
     """
@@ -58,17 +58,14 @@ def compiled_facts(bundle: Bundle, kit: KitKind) -> dict[str, Any]:
             f"the bundle is in float16, which the kit {kit.name} cannot feed",
             "Export the bundle without --precision fp16.",
         )
+    model_ends = _ends(bundle)
     for name, entry in sorted(manifest.adapters.items()):
-        if "tokenizer" in entry.text:
-            raise OptionError(
-                f"the adapter {name} brings a tokenizer, and with it an end token that the kit "
-                f"{kit.name} does not know",
-                "Call it from Python: lora_edge.Runner(bundle).generate(...).",
-            )
         file = entry.half if manifest.half else entry.file
         if manifest.mode == "switchable" and not file:
             raise BundleError(f"the adapter {name} has no file in float16", AGAIN)
-        adapters.append({"name": name, "file": file, "invocation": list(entry.invocation)})
+        ends = sorted(model_ends | _own_ends(bundle, name))
+        invocation = list(entry.invocation)
+        adapters.append({"name": name, "file": file, "ends": ends, "invocation": invocation})
     names = [adapter["name"] for adapter in adapters]
     for text in (part.file, *names, *(adapter["file"] for adapter in adapters)):
         if not _SAFE.fullmatch(text):
@@ -84,13 +81,42 @@ def compiled_facts(bundle: Bundle, kit: KitKind) -> dict[str, Any]:
         "half": manifest.half,
         "vocab_size": part.vocab_size,
         "max_length": part.max_length,
-        "ends": _ends(bundle),
         "manifest": _hash(manifest.to_json().encode()),
     }
-    return {"native": native, "tokenizer": "tokenizer.json" in manifest.files}
+    own = [name for name in names if "tokenizer" in manifest.adapters[name].text]
+    return {
+        "native": native,
+        "tokenizer": "tokenizer.json" in manifest.files,
+        "texts": own if manifest.mode == "switchable" else [],
+    }
 
 
-def _ends(bundle: Bundle) -> list[int]:
+def _own_ends(bundle: Bundle, name: str) -> set[int]:
+    """The end token of the tokenizer that an adapter brings."""
+    from tokenizers import Tokenizer  # few adapters need it
+
+    if "tokenizer" not in bundle.manifest.adapters[name].text:
+        return set()
+    folder = "" if bundle.manifest.mode == "merged" else f"adapters/{name}/text/"
+
+    def read(file: str) -> dict[str, Any]:
+        known = f"{folder}{file}" in bundle.manifest.files
+        path = bundle.verify(f"{folder}{file}") if known else None
+        return read_object(path, BundleError, AGAIN, nonfinite=True) if path else {}
+
+    told = read("tokenizer_config.json")
+    if "added_tokens_decoder" not in told:
+        told |= read("special_tokens_map.json")
+    end = told.get("eos_token")
+    text = end.get("content") if isinstance(end, dict) else end
+    if not isinstance(text, str):
+        return set()
+    reader = Tokenizer.from_file(str(bundle.verify(f"{folder}tokenizer.json")))
+    token = reader.token_to_id(text)
+    return set() if token is None else {token}
+
+
+def _ends(bundle: Bundle) -> set[int]:
     """The tokens that end a text: where there is a generation_config.json, it alone counts."""
     for name in ("generation_config.json", "config.json"):
         if name in bundle.manifest.files:
@@ -99,8 +125,8 @@ def _ends(bundle: Bundle) -> list[int]:
             ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
             if any(isinstance(one, bool) or not isinstance(one, int) for one in ids):
                 raise BundleError(f"{name}: eos_token_id is {ids!r:.200}, expected ids", AGAIN)
-            return sorted(ids)
-    return []
+            return set(ids)
+    return set()
 
 
 def _hash(content: bytes) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -16,7 +17,8 @@ import pytest
 
 import lora_edge
 from lora_edge.bundle.bundle import load_bundle
-from lora_edge.clients.catalog import COMMAND
+from lora_edge.cli.validate import command as validate_command
+from lora_edge.clients.catalog import CLIENTS, COMMAND, ClientKind
 from lora_edge.clients.process import ProcessError
 from lora_edge.errors import BundleError, DataError, OptionError
 from lora_edge.parity.report import Report
@@ -66,6 +68,14 @@ def test_plain_onnxruntime_does_what_the_runner_does(
         case.name for case in own.cases if case.kind in kinds
     ]
     assert all(case.session == PLAIN for case in found.cases if case.kind in kinds)
+
+
+@pytest.mark.parametrize("kind", CLIENTS, ids=lambda kind: kind.name)
+def test_a_client_has_its_driver_and_is_named_where_one_looks(kind: ClientKind) -> None:
+    assert (ROOT / "lora_edge" / "clients" / "drivers" / kind.driver).is_file()
+    assert f"| `{kind.name}` |" in (ROOT / "docs" / "clients.md").read_text()
+    (option,) = (x for x in validate_command.params if x.name == "inside")
+    assert kind.name in re.split(r", (?:or )?|: ", str(getattr(option, "help", "")))
 
 
 def test_every_kind_of_adapter(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
@@ -69,6 +70,23 @@ def test_the_source_has_the_facts_of_the_bundle(kind: str, text: Path, tmp_path:
     assert ("Not run yet" in readme) is (kind in ("android", "ios"))
 
 
+@pytest.mark.parametrize("kind", COMPILED)
+def test_the_source_has_each_adapters_own_end_token(
+    kind: str, ending: Path, tmp_path: Path
+) -> None:
+    made = make_kit(ending, kind, tmp_path / "out").directory
+    (source,) = (f for f in made.rglob("*") if f.name.lower().startswith(("facts.", "bundle.h")))
+    ends = {
+        line.split('"')[1]: [int(x) for x in re.findall(r"\d+", line.partition('_adapter"')[2])]
+        for line in source.read_text().splitlines()
+        if '.onnx_adapter"' in line
+    }
+    runner = lora_edge.Runner(ending)
+    wanted = {name: sorted(runner.eos_of(name)) for name in ("echo", "shout")}
+    assert ends == {**wanted, "none": sorted(runner.eos_ids)}
+    assert "adapters/NAME/text/tokenizer.json`: shout." in (made / "README.md").read_text()
+
+
 def test_a_name_that_source_cannot_hold_is_refused(text: Path, tmp_path: Path) -> None:
     manifest = json.loads((text / "lora_edge.json").read_text())
     part = {**manifest["parts"]["decoder"], "file": 'onnx/model".onnx'}
@@ -82,12 +100,6 @@ def test_what_a_compiled_kit_cannot_do_is_refused(text: Path, tmp_path: Path) ->
         make_kit(_edited(text, tmp_path / "half", precision="fp16"), "ios", tmp_path / "out")
     with pytest.raises(BundleError, match="no file in float16"):
         make_kit(tmp_path / "half", "cpp", tmp_path / "out")
-    manifest = json.loads((text / "lora_edge.json").read_text())
-    entry = {**manifest["adapters"]["shout"], "text": ["tokenizer"]}
-    adapters = {**manifest["adapters"], "shout": entry}
-    copy = _edited(text, tmp_path / "own", adapters=adapters)
-    with pytest.raises(OptionError, match=r"shout brings a tokenizer.* cpp does not know"):
-        make_kit(copy, "cpp", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -150,7 +162,7 @@ def _wanted(bundle: Path, prompt: Sequence[int], adapters: Sequence[str]) -> str
     for name in adapters:
         adapter = None if name == "none" or name not in runner.adapters else name
         (ids,) = runner.generate_ids([list(prompt)], adapter=adapter, max_new_tokens=STEPS)
-        kept = [token for token in ids if token not in runner.eos_ids]
+        kept = [token for token in ids if token not in runner.eos_of(adapter)]
         lines.append(f"{name}: {' '.join(map(str, kept))}".rstrip())
     return "\n".join(lines)
 
@@ -230,6 +242,15 @@ def test_an_attention_window_and_learned_positions(family: str, kind: str, tmp_p
     made = make_kit(tmp_path / "bundle", kind, tmp_path / "out").directory
     prompt = [5, 9, 77, 100, 200, 31, 12, 14, 88]  # longer than the window
     _agrees(BUILD[kind](made, LIBRARY), tmp_path / "bundle", prompt, ["all", "none", "all"])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", IN_BOTH)
+def test_an_end_token_that_an_adapter_brings(kind: str, ending: Path, tmp_path: Path) -> None:
+    program = BUILD[kind](make_kit(ending, kind, tmp_path / "out").directory, LIBRARY)
+    _agrees(program, ending, PROMPT, ["shout", "none", "echo"])
+    said = program("--adapter", "shout", *PROMPT).stdout
+    assert said == "shout: 220 49 40 53 36 49\n"  # without its exclamation mark
 
 
 @pytest.mark.long

@@ -23,8 +23,7 @@ from lora_edge.kits.kit import MARKER, make_kit
 from tests.cli.conftest import cli  # noqa: F401
 from tests.support.commands import Cli
 from tests.support.paths import ROOT
-from tests.support.saving import copy_tokenizer
-from tests.support.shipped import ADAPTERS, BASE, export_heads, export_text
+from tests.support.shipped import export_heads, export_text
 
 PROMPT = "Word: river Answer:"
 NAMES = ("echo", "mirror", "shout")
@@ -159,18 +158,6 @@ def test_the_kit_in_python_says_what_the_runner_says(generator: Path, tmp_path: 
         told = _said(made, sys.executable, "main.py", PROMPT, "--adapter", name)
         assert told == runner.generate([PROMPT], adapter=name)[0] + "\n"
     assert "import lora_edge" not in (made / "main.py").read_text()
-
-
-@pytest.fixture(scope="module")
-def ending(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle whose adapter shout brings a tokenizer that ends a text with an exclamation mark."""
-    root = tmp_path_factory.mktemp("ending")
-    shout = Path(shutil.copytree(ADAPTERS["shout"], root / "shout"))
-    copy_tokenizer(shout)
-    config = json.loads((shout / "tokenizer_config.json").read_text())
-    (shout / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": "!"}))
-    lora_edge.export(BASE, {"shout": shout, "echo": ADAPTERS["echo"]}, output=root / "bundle")
-    return root / "bundle"
 
 
 def test_an_adapters_own_end_token_ends_the_texts_of_the_kit_in_python(

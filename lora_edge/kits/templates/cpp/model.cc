@@ -158,7 +158,8 @@ std::vector<int64_t> Model::Generate(const std::vector<int64_t>& prompt,
     }
     most = std::min(most, bundle::kLongest - prompt.size() + 1);
   }
-  const size_t start = StartOf(Find(adapter).invocation, prompt);
+  const bundle::Adapter& chosen = Find(adapter);
+  const size_t start = StartOf(chosen.invocation, prompt);
   // Before its invocation, such an adapter changes nothing.
   const std::string& then = start < prompt.size() ? adapter : bundle::kDefault;
   Sequence text = Begin();
@@ -169,7 +170,7 @@ std::vector<int64_t> Model::Generate(const std::vector<int64_t>& prompt,
   }
   std::vector<int64_t> found;
   while (found.size() < most &&
-         std::find(bundle::kEnds.begin(), bundle::kEnds.end(), token) == bundle::kEnds.end()) {
+         std::find(chosen.ends.begin(), chosen.ends.end(), token) == chosen.ends.end()) {
     found.push_back(token);
     if (found.size() < most) token = Extend(text, &token, 1, then);
   }

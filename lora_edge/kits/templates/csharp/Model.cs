@@ -58,7 +58,8 @@ sealed class Model : IDisposable
             }
             most = Math.Min(most, Facts.Longest - prompt.Length + 1);
         }
-        var start = StartOf(Find(adapter).Invocation, prompt);
+        var chosen = Find(adapter);
+        var start = StartOf(chosen.Invocation, prompt);
         // Before its invocation, such an adapter changes nothing.
         var then = start < prompt.Length ? adapter : Facts.Default;
         var found = new List<long>();
@@ -73,7 +74,7 @@ sealed class Model : IDisposable
             {
                 token = Extend(text, prompt.Skip(start).ToArray(), then);
             }
-            while (found.Count < most && !Facts.Ends.Contains(token))
+            while (found.Count < most && !chosen.Ends.Contains(token))
             {
                 found.Add(token);
                 if (found.Count < most)

@@ -52,7 +52,8 @@ public final class Model {
             }
             wanted = min(most, Facts.longest - prompt.count + 1)
         }
-        let start = startOf(try find(adapter).invocation, in: prompt)
+        let chosen = try find(adapter)
+        let start = startOf(chosen.invocation, in: prompt)
         // Before its invocation, such an adapter changes nothing.
         let then = start < prompt.count ? adapter : Facts.standard
         var cache = try empty()
@@ -74,7 +75,7 @@ public final class Model {
         if start > 0 { token = try extend(Array(prompt[..<start]), Facts.standard) }
         if start < prompt.count { token = try extend(Array(prompt[start...]), then) }
         var tokens: [Int] = []
-        while tokens.count < wanted, !Facts.ends.contains(token) {
+        while tokens.count < wanted, !chosen.ends.contains(token) {
             tokens.append(token)
             if tokens.count < wanted { token = try extend([token], then) }
         }

@@ -48,7 +48,8 @@ class Model(private val folder: File) : AutoCloseable {
             "the prompt has ${prompt.size} tokens, and the model reads ${Facts.LONGEST}"
         }
         val wanted = if (Facts.LONGEST == 0) most else minOf(most, Facts.LONGEST - prompt.size + 1)
-        val start = startOf(found(adapter).invocation, prompt)
+        val chosen = found(adapter)
+        val start = startOf(chosen.invocation, prompt)
         // Before its invocation, such an adapter changes nothing.
         val then = if (start < prompt.size) adapter else Facts.DEFAULT
         val tokens = mutableListOf<Long>()
@@ -56,7 +57,7 @@ class Model(private val folder: File) : AutoCloseable {
             var token = 0L
             if (start > 0) token = text.extend(prompt.copyOfRange(0, start), Facts.DEFAULT)
             if (start < prompt.size) token = text.extend(prompt.copyOfRange(start, prompt.size), then)
-            while (tokens.size < wanted && token !in Facts.ENDS) {
+            while (tokens.size < wanted && token !in chosen.ends) {
                 tokens += token
                 if (tokens.size < wanted) token = text.extend(longArrayOf(token), then)
             }
