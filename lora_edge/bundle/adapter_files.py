@@ -6,7 +6,7 @@ Knows adapters and bundles; knows nothing of graphs, captures or PyTorch.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from lora_edge.adapter.directory import (
 from lora_edge.adapter.load import Adapter
 from lora_edge.bundle.manifest import AdapterEntry
 from lora_edge.bundle.onnx_adapter import write_adapter
-from lora_edge.bundle.part import SiteEntry
+from lora_edge.bundle.part import SiteEntry, StaticGraph
 from lora_edge.errors import AdapterError
 from lora_edge.fit.kinds import alone, kind_of
 from lora_edge.maths.half import overflow
@@ -50,6 +50,26 @@ def check_parts(adapter: Adapter, changes: Changes, layers: Mapping[str, SiteEnt
                 f"bundle's graph has no input {lora_input(path, missing[0])}",
                 "Export again with this adapter (-a), or with --kinds "
                 f"{','.join(sorted({'lora', *kinds}))}.",
+            )
+
+
+def largest_rank(given: Iterable[Changes]) -> int:
+    """The largest rank of all pairs; 0 where there are none."""
+    return max((change.rank for changes in given for change in changes.values()), default=0)
+
+
+def check_rank(name: str, changes: Changes, static: StaticGraph) -> None:
+    """Check that the graph with fixed shapes has room for an adapter.
+
+    Raises:
+        AdapterError: it has not; the layer and both ranks are named.
+    """
+    for path, change in changes.items():
+        if change.rank > static.rank:
+            raise AdapterError(
+                f"adapter {name} has rank {change.rank} at {path}, and the bundle's graph with "
+                f"fixed shapes has room for {static.rank}",
+                f"Export again with this adapter (-a) and --rank {largest_rank([changes])}.",
             )
 
 

@@ -8,6 +8,7 @@ Knows files; knows nothing of graphs, adapters' maths or runtimes. The layout is
       onnx/base.onnx                         the same graph without branches, on the same data
       onnx/exact.onnx                        of few bits, fp16: the graph in float32, the same data
       onnx/{encoder,decoder}_exact.onnx      the same of an encoder-decoder of few bits
+      onnx/static.onnx                       the decoder with fixed shapes, on the same data
       adapters/NAME/adapter.onnx_adapter     for the runtime
       adapters/NAME/half.onnx_adapter        of fp16: the same in float16, for other runtimes
       adapters/NAME/peft/                    the PEFT files, verbatim: what parity is proved against
@@ -51,6 +52,7 @@ __all__ = [
     "MANIFEST_NAME",
     "ROWS_GRAPH_FILE",
     "SINGLE_GRAPH_FILE",
+    "STATIC_GRAPH_FILE",
     "AdapterEntry",
     "Bundle",
     "FileEntry",
@@ -68,6 +70,7 @@ BASE_GRAPH_FILE = "onnx/base.onnx"  # the decoder without branches, on the same 
 SINGLE_GRAPH_FILE = "onnx/single.onnx"  # with branches for one adapter, without gates
 ROWS_GRAPH_FILE = "onnx/rows.onnx"  # with branches whose A and B each row has of its own
 EXACT_GRAPH_FILE = "onnx/exact.onnx"  # the model in floats, on the same data file
+STATIC_GRAPH_FILE = "onnx/static.onnx"  # the decoder with fixed shapes, on the same data file
 ENCODER_FILE = "onnx/encoder_model.onnx"
 DECODER_FILE = "onnx/decoder_model.onnx"
 

@@ -56,6 +56,9 @@ def bundle_card(manifest: Manifest, cases: Sequence[Mapping[str, Any]] = ()) -> 
             "keep of the adapter.",
         ]
     lines += _drift(manifest, cases)
+    for part in manifest.parts.values():
+        if part.static is not None:
+            lines += ["", f"`{part.static.file}` is the same graph with {part.static.line()}."]
     task = TASKS[manifest.task]
     argument = _ARGUMENT.get(task.takes, '["Hello"]')
     example = next((name for name in sorted(manifest.adapters) if name != "none"), "NAME")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from lora_edge.bundle.part import Beginning, Part, Positions, SiteEntry, Token
+from lora_edge.bundle.part import Beginning, Part, Positions, SiteEntry, StaticGraph, Token
 from lora_edge.errors import BundleError
 from lora_edge.files.json import parse_object
 from lora_edge.files.schema import FINITE, RelativePath, Rule, Sha256, between, decode
@@ -213,6 +213,8 @@ class Manifest:
                 raise BundleError(f"{what}: parts.{name}.cache is not of {self.task}", _HINT)
             if not part.inputs:
                 raise BundleError(f"{what}: parts.{name}.inputs is empty", _HINT)
+            if part.static is not None:
+                self._check_static(what, name, part, part.static)
         for key, entry in self.adapters.items():
             if entry.name != key:
                 raise BundleError(
@@ -230,6 +232,23 @@ class Manifest:
                     "of the bundle's",
                     _HINT,
                 )
+
+    def _check_static(self, what: str, name: str, part: Part, static: StaticGraph) -> None:
+        where = f"{what}: parts.{name}.static"
+        if part.cache is None or part.form != "portable":
+            raise BundleError(f"{where} is of a {part.form} graph, expected a portable one", _HINT)
+        if static.file == part.file or static.file not in self.files:
+            raise BundleError(
+                f"{where}.file is {static.file!r}, which is none of the bundle's own", _HINT
+            )
+        if bool(static.rank) != bool(part.sites):
+            raise BundleError(
+                f"{where}.rank is {static.rank}, and the graph has {len(part.sites)} sites", _HINT
+            )
+        if part.max_length and static.room > part.max_length:
+            raise BundleError(
+                f"{where} has {static.room} positions, and the model {part.max_length}", _HINT
+            )
 
 
 _HINT = "Copy the bundle again, or export it again."

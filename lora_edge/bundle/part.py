@@ -88,6 +88,35 @@ class Cache:
 
 
 @dataclass(frozen=True)
+class StaticGraph:
+    """The same graph with a number for every dimension, on the same data; it runs one row.
+
+    Attributes:
+        file: path of the graph, relative to the bundle.
+        seq: tokens of one run; fewer are padded on the right.
+        past: positions of the cache that it reads; its presents are the new tokens' alone.
+        rank: of A and B at every site, lower ones padded with zeros; 0: it has no sites.
+    """
+
+    file: RelativePath
+    seq: Annotated[int, between(1, 1 << 20)]
+    past: Annotated[int, between(1, 1 << 24)]
+    rank: Annotated[int, between(0, 1 << 20)]
+
+    @property
+    def room(self) -> int:
+        """Tokens that a row may have, prompt and continuation."""
+        return self.seq + self.past
+
+    def line(self) -> str:
+        """What is fixed, in words."""
+        rank = f", adapters of rank up to {self.rank}" if self.rank else ""
+        return (
+            f"fixed shapes: one row, {self.seq} tokens of a run behind {self.past} positions{rank}"
+        )
+
+
+@dataclass(frozen=True)
 class Part:
     """One ONNX graph of a bundle, whoever made it.
 
@@ -110,6 +139,8 @@ class Part:
         sites: module path -> layer with inputs for adapters; empty when merged.
         exact: path of the same graph, on the same data, that computes in float32 where ``file``
             computes in float16 or with int8 activations; empty: ``file`` computes in it itself.
+        static: the same graph with fixed shapes, of a decoder in the portable form; None: there is
+            none.
     """
 
     file: RelativePath
@@ -126,6 +157,22 @@ class Part:
     cache: Cache | None = None
     sites: Mapping[str, SiteEntry] = field(default_factory=dict)
     exact: RelativePath | Literal[""] = ""
+    static: StaticGraph | None = None
+
+    @property
+    def is_static(self) -> bool:
+        """Whether ``file`` is the graph with fixed shapes."""
+        return self.static is not None and self.static.file == self.file
+
+    def in_fixed_shapes(self) -> Part:
+        """The part with its graph with fixed shapes in the place of the other.
+
+        Raises:
+            ValueError: it has none.
+        """
+        if self.static is None:
+            raise ValueError("this part has no graph with fixed shapes")
+        return dataclasses.replace(self, file=self.static.file, exact="")
 
     def in_floats(self) -> Part:
         """The part with the graph that computes in floats in the place of the fast one."""

@@ -44,7 +44,25 @@ from lora_edge.tasks.task import TASKS
     metavar="NAME[,NAME…]",
     default="",
     help="Where the bundle is to run, as `lora-edge targets` names the places. Chooses --form, and "
-    "refuses what one of them does not take.",
+    "--static where one takes fixed shapes only; refuses what one of them does not take.",
+)
+@click.option(
+    "--static",
+    is_flag=True,
+    help="Write a graph with fixed shapes too, for NPUs: of a text generator in the portable form "
+    "and fp32, on the same weights and adapters. One row, --seq tokens behind --past positions.",
+)
+@click.option(
+    "--seq", type=click.IntRange(1), help="With --static: tokens of one run.  [default: 16]"
+)
+@click.option(
+    "--past", type=click.IntRange(1), help="With --static: positions of the cache.  [default: 496]"
+)
+@click.option(
+    "--rank",
+    type=click.IntRange(1),
+    help="With --static: rank of the adapters, lower ones are padded.  [default: the largest of "
+    "the adapters]",
 )
 @options.choice(
     "--backend",

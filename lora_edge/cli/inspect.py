@@ -110,6 +110,9 @@ def _bundle(path: Path, manifest: Manifest, size: int) -> Iterator[str]:
         kept = manifest.survival
         how = "" if manifest.half else f"; --keep-high {kept.keep_high}"
         yield from _entry("survival", f"{kept.line()}{how}")
+    for part in manifest.parts.values():
+        if part.static is not None:
+            yield from _entry("static", part.static.line())
     if manifest.mode == "switchable":
         yield from _entry("kinds", f"takes adapters of {', '.join(manifest.kinds) or 'no kind'}")
     yield "adapters"

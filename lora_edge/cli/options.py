@@ -68,6 +68,11 @@ provider_options = repeatable(
     metavar="K=V",
     help="An option of the execution provider itself, such as device_id=1.",
 )
+static = click.option(
+    "--static/--no-static",
+    default=None,
+    help="Run the graph with fixed shapes, or the other.  [default: as the provider takes it]",
+)
 allow_fallback = click.option(
     "--allow-fallback",
     is_flag=True,

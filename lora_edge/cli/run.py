@@ -74,6 +74,7 @@ from lora_edge.errors import DataError
     help="Of a bundle of few bits or of fp16: compute in float32, as it is proved, not with int8 "
     "activations or in float16.",
 )
+@options.static
 @options.repeatable(
     "--pin",
     "pinned",
@@ -100,6 +101,7 @@ def command(
     no_cache: bool,
     pinned: tuple[str, ...],
     exact: bool,
+    static: bool | None,
     **settings: Any,
 ) -> None:
     """Run BUNDLE: complete prompts, label texts or images, or embed texts, as its task is.
@@ -130,6 +132,7 @@ def command(
         session_cache=not no_cache,
         verify=verify,
         exact=exact,
+        static=static,
     )
     task = runner.bundle.manifest.task
     field = TASKS[task].takes.replace("pixel_values", "image")

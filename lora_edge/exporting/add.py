@@ -12,7 +12,12 @@ from lora_edge.adapter.load import Adapter, load_adapter
 from lora_edge.adapter.loading import BaseView
 from lora_edge.adapter.source import peft_directories
 from lora_edge.base.checkpoint import Base, resolve_base
-from lora_edge.bundle.adapter_files import check_parts, with_heads, write_adapter_folder
+from lora_edge.bundle.adapter_files import (
+    check_parts,
+    check_rank,
+    with_heads,
+    write_adapter_folder,
+)
 from lora_edge.bundle.bundle import Bundle, file_entries, load_bundle
 from lora_edge.bundle.manifest import AdapterEntry, Manifest
 from lora_edge.bundle.onnx_adapter import read_adapter
@@ -105,6 +110,9 @@ def _add(
         check_copies(adapter, checkpoint, manifest.tied)
         own = site_changes(adapter, layers, weights, manifest.tied)
         check_parts(adapter, own, layers)
+        for part in manifest.parts.values():
+            if part.static is not None:
+                check_rank(adapter.name, own, part.static)
         changes[adapter.name] = with_heads(own, heads)
         headless = [x for x, site in manifest.sites.items() if "W" in site.parts and x not in own]
         if headless and not heads:

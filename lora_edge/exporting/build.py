@@ -30,6 +30,7 @@ from lora_edge.exporting.graphs import Graphs, Progress, Weights, published, wri
 from lora_edge.exporting.half import check_merged, half_of, write_half
 from lora_edge.exporting.options import Options
 from lora_edge.exporting.rounding import quantization_of
+from lora_edge.exporting.static import with_static
 from lora_edge.exporting.survival import Merging, rounded_after_merge
 from lora_edge.files.pages import trim
 from lora_edge.fit.changes import ParameterChange, parameter_changes, site_changes
@@ -184,6 +185,8 @@ def build(
         )
         for name, part in captured.parts.items()
     }
+    if options.shapes is not None:
+        parts = {name: with_static(stage, x, options, given, say) for name, x in parts.items()}
     for part in parts.values():
         passes.check(stage / part.file)
         if part.exact:

@@ -21,11 +21,12 @@ from lora_edge.bundle.card import bundle_card
 from lora_edge.bundle.manifest import MANIFEST_NAME, ConversionEntry, Manifest, Mode
 from lora_edge.bundle.sentence import write_sentence_modules
 from lora_edge.errors import AdapterError, BaseModelError, ParityError
-from lora_edge.exporting.aim import advice, aimed_at, check_task, form_for
+from lora_edge.exporting.aim import advice, aimed_at, check_task, form_for, shapes_for
 from lora_edge.exporting.build import build
 from lora_edge.exporting.clients import write_client_files
 from lora_edge.exporting.graphs import Progress
 from lora_edge.exporting.options import Options, check_precision, kept_high
+from lora_edge.exporting.static import check_static
 from lora_edge.exporting.texts import own_folders, write_adapter_texts, write_base_text
 from lora_edge.files.portable import check_apart
 from lora_edge.files.transaction import staging
@@ -60,6 +61,10 @@ def export(
     task: str | None = None,
     form: Literal["fused", "portable"] | None = None,
     targets: Sequence[str] = (),
+    static: bool = False,
+    seq: int | None = None,
+    past: int | None = None,
+    rank: int | None = None,
     backend: Literal["trace", "optimum"] = "trace",
     sites: Literal["all", "adapters"] = "all",
     kinds: Sequence[str] = ("lora",),
@@ -92,7 +97,14 @@ def export(
         form: of a text generator: ``fused`` (``com.microsoft`` operators) or ``portable``
             (standard operators only); ``None``: what the ``targets`` take, ``fused`` without any.
         targets: where the bundle is to run, as ``lora-edge targets`` names the places. They choose
-            the ``form``; what one is known not to take is refused.
+            the ``form``, and ``static`` where one takes fixed shapes only; what one is known not to
+            take is refused.
+        static: write a graph with fixed shapes too, of a text generator in the portable form and
+            fp32, on the same weights and adapter files: one row, ``seq`` new tokens behind ``past``
+            positions, A and B of ``rank``. It is proved like the other.
+        seq: tokens of one run; 16 when omitted, or what the model's positions allow.
+        past: positions of its cache; when omitted 496, or what the model's positions leave.
+        rank: when omitted the largest of the adapters, 16 without any.
         backend: ``trace``, or ``optimum`` (needs ``lora-edge[optimum]``; has a form of its own).
         sites: put branches on ``all`` linear layers of the decoder (the head only if an adapter
             needs it), or only on those that the ``adapters`` change.
@@ -162,6 +174,8 @@ def export(
     if form is not None:
         opt.one_of("form", form, ("fused", "portable"))
     aims = aimed_at(opt.words("targets", targets))
+    opt.flag("static", static)
+    shapes = shapes_for(aims, static, seq, past, rank)
     opt.flag("force", force)
     opt.flag("low_memory", low_memory)
     opt.flag("symmetric", symmetric)
@@ -204,7 +218,7 @@ def export(
             "False but with precision int8 and activations int8",
             "Give --precision int8 too, or leave --per-channel out.",
         )
-    form = form_for(aims, form, backend, precision)
+    form = form_for(aims, form, backend, precision, fixed=shapes is not None)
     for line in advice(aims, mode):
         say(line)
     few = rounding is not None and rounding.bits != HALF_BITS
@@ -233,9 +247,19 @@ def export(
             check_task(aims, wanted.name)
             loaded = stack.enter_context(fitted(loaded, model, wanted, say))
             options = Options(
-                mode, form, backend, sites, tuple(kinds), wanted, rounding, activations, *kept
+                mode,
+                form,
+                backend,
+                sites,
+                tuple(kinds),
+                wanted,
+                rounding,
+                activations,
+                *kept,
+                shapes=shapes,
             )
             check_precision(options)
+            check_static(options)
             manifest, reference = build(model, loaded, stage, options, say)
             write_client_files(model, stage, manifest, reference.architecture)
             write_base_text(model, stage, manifest, say)

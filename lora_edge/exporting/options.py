@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from lora_edge import types as opt
 from lora_edge.bundle.manifest import Mode
@@ -20,6 +20,21 @@ Backend = Literal["trace", "optimum"]
 _PRECISION: Mapping[int, Any] = {bits: name for name, bits in BITS.items()}
 
 
+class Shapes(NamedTuple):
+    """What is asked of a graph with fixed shapes; None: what :mod:`~lora_edge.exporting.static`
+    chooses.
+
+    Attributes:
+        seq: tokens of one run.
+        past: positions of its cache.
+        rank: of A and B.
+    """
+
+    seq: int | None = None
+    past: int | None = None
+    rank: int | None = None
+
+
 @dataclass(frozen=True)
 class Options:
     """How a bundle is built; see :func:`lora_edge.exporting.export.export` for what each means.
@@ -28,6 +43,7 @@ class Options:
         task: what the base is to do.
         keep_high: of a merged bundle of few bits; ``touched`` of any other.
         min_effect: least share of the adapter's effect, where its layers are rounded.
+        shapes: of a graph with fixed shapes; None: none is written.
     """
 
     mode: Mode
@@ -40,6 +56,7 @@ class Options:
     activations: Activations = "int8"
     keep_high: KeepHigh = "touched"
     min_effect: float = MIN_EFFECT
+    shapes: Shapes | None = None
 
     @property
     def half(self) -> bool:

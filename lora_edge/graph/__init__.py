@@ -5,6 +5,7 @@ Knows ONNX and numpy; knows nothing of PyTorch, PEFT directories, bundles or run
 
 from lora_edge.graph.branch import branch
 from lora_edge.graph.check import check
+from lora_edge.graph.fixed import fix_shapes
 from lora_edge.graph.fuse import fuse
 from lora_edge.graph.half import compute_half, read_from, same_but_for_half, store_half
 from lora_edge.graph.merge import merge
@@ -34,6 +35,7 @@ __all__ = [
     "compute_in",
     "data_place",
     "find_sites",
+    "fix_shapes",
     "fuse",
     "graph_weights",
     "load",

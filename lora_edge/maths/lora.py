@@ -157,6 +157,12 @@ def zeros(in_features: int, out_features: int, rank: int) -> Factors:
     )
 
 
+def widened(factors: Factors, rank: int) -> Factors:
+    """The same pair at a higher rank: the columns of A and the rows of B that are new are zeros."""
+    nothing = zeros(len(factors.A), factors.B.shape[1], rank - factors.rank)
+    return concatenate([(factors, 1.0), (nothing, 1.0)])
+
+
 def concatenate(parts: Sequence[tuple[Factors, float]]) -> Factors:
     """The weighted sum of effects as one pair: concatenated along R, weights folded into B.
 

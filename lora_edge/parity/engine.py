@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -13,7 +12,7 @@ from typing import get_args
 
 from lora_edge import types as opt
 from lora_edge.base.checkpoint import Base, resolve_base
-from lora_edge.bundle.bundle import Bundle, hash_file, load_bundle
+from lora_edge.bundle.bundle import Bundle, load_bundle
 from lora_edge.errors import DataError
 from lora_edge.files.changing import recover
 from lora_edge.files.pages import trim
@@ -44,10 +43,7 @@ from lora_edge.parity.question import sources_of
 from lora_edge.parity.record.environment import (
     Opening,
     combinations,
-    machine,
-    reference_versions,
     session_of,
-    versions,
     weight_bytes,
 )
 from lora_edge.parity.record.golden import Golden, recorded
@@ -55,6 +51,8 @@ from lora_edge.parity.record.journal import Journal
 from lora_edge.parity.record.record import record
 from lora_edge.parity.reference import Reference
 from lora_edge.parity.report import Report, Session
+from lora_edge.parity.request import command_line, journal_key
+from lora_edge.parity.static import first_whole, fitting, static_runs
 
 _LARGE = 64 << 20  # bytes of weights of which there should be no second copy for long
 _SWITCHING, _DRIFT = "switching", "drift"
@@ -193,11 +191,13 @@ def validate(
             "Recorded outputs are compared on the whole graph.",
         )
     opening = Opening(tuple(wanted), dict(provider_options or {}), allow_fallback)
+    if base is not None:
+        first_whole(target, wanted[0][0])
     if examples:
         check_examples(target, examples, metric)
     journal = Journal(
         None if resume is None else Path(resume),
-        _key(target, base, settings, wanted[0], low_memory=low_memory),
+        journal_key(target, base, settings, wanted[0], low_memory=low_memory),
     )
     names = tuple(sorted(set(target.manifest.adapters) - {NONE_ADAPTER}))
     cases: list[Case] = []
@@ -214,17 +214,18 @@ def validate(
         held = look_inside(target, model, sources, say)
         trim(cycles=model.large)
     big = weight_bytes(target) > _LARGE
-    for index, (name, level) in enumerate(wanted):
-        runner = opening.runner(target, name, level)
-        session = session_of(runner, level)
+    for index, (name, level, static) in enumerate(static_runs(target, wanted)):
+        runner = opening.runner(target, name, level, static=static)
+        if index == 0 and base is None:
+            goldens = recorded_cases(target, settings)
+        fit = fitting(runner, goldens)
+        session = session_of(runner, level, fit.left_out)
         sessions.append(session)
+        asked: Iterable[Golden] = fit.goldens
         if index == 0:
             around, answers = look_around(runner, model, sources, held, say)
             cases += [dataclasses.replace(case, session=session.name) for case in around]
-        asked: Iterable[Golden] = goldens
-        if index == 0 and base is None:
-            asked = goldens = recorded_cases(target, settings)
-        elif index == 0 and model is not None:
+        if index == 0 and model is not None:
             asked = ask(
                 runner,
                 model,
@@ -242,12 +243,14 @@ def validate(
         for golden, part in compared(runner, session, asked, journal, settings, say):
             own += part
             found.append(golden)
-        goldens = found
-        if not any(case.status == "failed" and case.figures for case in cases):
+        if index == 0 or not session.graph:
+            goldens = found
+        explained = any(case.status == "failed" and case.figures for case in cases)
+        if not explained and not session.graph:  # whose prompts are several runs
             wanted_repro = None if repro is None else Path(repro)
             own, left = explain(runner, own, goldens, model, wanted_repro, settings.tolerance, say)
         cases += own
-        measured = partial(switched, runner, goldens, settings)
+        measured = partial(switched, runner, found, settings)
         cases += _once(_SWITCHING, session, journal, measured)
         drifting = drifts(target.manifest) and not exact
         if drifting:
@@ -281,7 +284,7 @@ def validate(
         settings,
         started=started,
         against="goldens" if base is None else "reference",
-        command=_command(
+        command=command_line(
             target, base, adapters or {}, opening, settings, exact=exact, low_memory=low_memory
         ),
         repro=left,
@@ -307,50 +310,3 @@ def _once(
         part = [dataclasses.replace(case, session=session.name) for case in measured()]
         journal.finish(session.name, name, part)
     return part
-
-
-def _key(
-    bundle: Bundle,
-    base: Base | None,
-    settings: Settings,
-    first: tuple[str, str],
-    *,
-    low_memory: bool,
-) -> dict[str, object]:
-    return {
-        "bundle": hash_file(bundle.directory / "lora_edge.json"),
-        "base": None if base is None else base.fingerprint(),
-        "first session": first,  # which is compared with whole logits
-        "low memory": low_memory,
-        "versions": versions() | (reference_versions() if base is not None else {}),
-        "machine": machine(),
-        **dataclasses.asdict(settings),
-    }
-
-
-def _command(
-    bundle: Bundle,
-    base: Base | None,
-    adapters: Mapping[str, str | os.PathLike[str]],
-    opening: Opening,
-    settings: Settings,
-    *,
-    exact: bool,
-    low_memory: bool,
-) -> str:
-    words = ["lora-edge", "validate", str(bundle.directory)]
-    if base is not None:
-        words += ["--reference", base.name_or_path]
-        words += [x for name, path in adapters.items() for x in ("-a", f"{name}={path}")]
-    if settings.depth != "normal":
-        words.append(f"--{settings.depth}")
-    words += opening.words()
-    if exact:
-        words.append("--exact")
-    if low_memory:
-        words.append("--low-memory")
-    quick = settings.depth == "quick" and settings.steps == QUICK_STEPS
-    if settings.steps is not None and not quick:
-        words += ["--steps", str(settings.steps)]
-    words += ["--seed", str(settings.seed)]
-    return shlex.join(words)

@@ -32,7 +32,8 @@ class Session:
         parts: in how many parts its graphs ran, whose weights were in memory in turns.
         client: of another runtime than lora-edge's own, what it is and its version; the provider is
             then its short name, and the optimization is its own affair.
-        left_out: names of the golden cases that the client cannot be asked.
+        left_out: names of the golden cases that the client, or the graph, cannot be asked.
+        graph: the file of the graph that ran, where it is the one with fixed shapes.
     """
 
     provider: str
@@ -42,6 +43,7 @@ class Session:
     parts: int = 1
     client: str = ""
     left_out: tuple[str, ...] = ()
+    graph: str = ""
 
     def to_data(self) -> dict[str, Any]:
         """As JSON-ready values; ``parts`` only where there are several, a client's only of one."""
@@ -49,13 +51,18 @@ class Session:
         if self.parts == 1:
             del data["parts"]
         if not self.client:
-            del data["client"], data["left_out"]
+            del data["client"]
+        if not self.graph:
+            del data["graph"]
+        if not self.client and not self.graph:
+            del data["left_out"]
         return data
 
     @property
     def name(self) -> str:
         """Short and unique in a report, e.g. ``cpu, all``."""
-        return self.provider if self.client else f"{self.provider}, {self.optimization}"
+        fixed = ", fixed shapes" if self.graph else ""
+        return self.provider if self.client else f"{self.provider}, {self.optimization}{fixed}"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_edge.bundle.part import Cache, Part
+from lora_edge.bundle.part import Cache, Part, StaticGraph
 from lora_edge.errors import BundleError, DataError
 from lora_edge.names import (
     ENCODER_MASK,
@@ -93,9 +93,19 @@ class Decoder(ModelSession):
         return self.provider.target.name == "cpu"
 
     @property
+    def static(self) -> StaticGraph | None:
+        """What is fixed of its graph; None: its shapes are not fixed."""
+        return self.part.static if self.part.is_static else None
+
+    @property
     def longest(self) -> int:
-        """Positions that the model has."""
-        return self.part.max_length or _ANY_LENGTH
+        """Positions that the model has, or its graph with fixed shapes."""
+        return self.part.max_length or _ANY_LENGTH if self.static is None else self.static.room
+
+    @property
+    def whose(self) -> str:
+        """What has so few positions, for people."""
+        return "the model" if self.static is None else "the graph with fixed shapes"
 
     @property
     def kept(self) -> Cache:
@@ -138,10 +148,14 @@ class Decoder(ModelSession):
             raise DataError(f"the batch has {batch} rows, expected at least 1", "Give a prompt.")
         if not 1 <= max_length <= self.longest:
             raise DataError(
-                f"{max_length} positions were asked for; the model has {self.longest}",
+                f"{max_length} positions were asked for; {self.whose} has {self.longest}",
                 "Shorten the prompt, or lower max_new_tokens.",
             )
         kind = _CACHES[None if self.part.cache is None else self.part.cache.kind]
+        if self.static is not None:
+            from lora_edge.runtime.static_cache import StaticCache, StaticRows  # few need it
+
+            kind = StaticCache if batch == 1 else StaticRows
         try:
             return kind(self, batch, max_length, self._bound(binding, batch), context or {})
         except MemoryError as error:

@@ -27,13 +27,14 @@ class Steps(Protocol):
         but what it returned before is gone."""
 
 
-def check_room(longest: int, max_new_tokens: int, limit: int) -> None:
+def check_room(longest: int, max_new_tokens: int, limit: int, whose: str = "the model") -> None:
     """Check that a model has positions for what is to be generated.
 
     Args:
         longest: tokens of the longest row.
         max_new_tokens: at most so many new ones.
-        limit: positions of the model; 0: any number.
+        limit: positions of the model, or of its graph; 0: any number.
+        whose: what has the limit.
 
     Raises:
         DataError: it has not.
@@ -46,8 +47,8 @@ def check_room(longest: int, max_new_tokens: int, limit: int) -> None:
     if limit and longest + max_new_tokens > limit:
         room = limit - longest
         raise DataError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's "
-            f"{limit} positions",
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the "
+            f"{limit} positions of {whose}",
             f"Pass max_new_tokens={room} or less." if room > 0 else "Shorten the prompt.",
         )
 

@@ -31,6 +31,11 @@ def fallback_hint(found: Target) -> str:
     elif found.form is not None:
         export = f"the form to export for it is --form {found.form}."
     fixed = found.dynamic_shapes is False
-    shapes = " It takes fixed shapes only, which no bundle has yet." if fixed else ""
+    shapes = (
+        f" It takes fixed shapes only: export with --target {found.name}, which writes a graph "
+        "that has them."
+        if fixed
+        else ""
+    )
     newer = f" A newer release may take more: {installed.way_to(found)}." if found.packages else ""
     return f"{_ALLOW}; {export}{shapes}{newer}"

@@ -22,7 +22,7 @@ from lora_edge.runtime.adapters.binding import Binding, State, Tensors
 from lora_edge.runtime.decoder import Decoder
 from lora_edge.runtime.finite import finite
 from lora_edge.runtime.generation import Generation, begin, check_room
-from lora_edge.runtime.opening import checked_parts, open_parts
+from lora_edge.runtime.opening import checked_parts, open_parts, runs_static
 from lora_edge.runtime.pinned import PinnedSessions
 from lora_edge.runtime.prefixes import Prefixes
 from lora_edge.runtime.providers import LEVELS
@@ -95,6 +95,10 @@ class Runner:
             decoder and a cache, on the CPU provider; elsewhere it does nothing.
         exact: run the graph that computes in floats, which is the one that is proved; slower. A
             bundle whose graph computes in floats itself runs as ever. Not with ``pinned``.
+        static: run the graph with fixed shapes, if the bundle has one: rows one after the other,
+            each of as many tokens as the graph has room for, in one adapter or in a blend of no
+            larger rank than the graph's. None: where the provider takes fixed shapes only. Not
+            with ``pinned``.
         native: where ``lora-edge native build`` has built its library, batches with one adapter or
             with one for each row run on it; ``LORA_EDGE_NATIVE=0`` turns it off too.
 
@@ -126,6 +130,7 @@ class Runner:
         prefix_bytes: int = 0,
         exact: bool = False,
         native: bool = True,
+        static: bool | None = None,
     ) -> None:
         opt.text("provider", provider)
         if threads is not None:
@@ -140,6 +145,8 @@ class Runner:
         prefix_bytes = opt.whole("prefix_bytes", prefix_bytes, 0)
         opt.flag("exact", exact)
         opt.flag("native", native)
+        if static is not None:
+            opt.flag("static", static)
         self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
         if verify == "full":
             self.bundle.verify_all()
@@ -158,10 +165,16 @@ class Runner:
                 "or in float16",
                 "Leave out one of the two.",
             )
+        self._static = runs_static(self.bundle, provider, static)
+        if self._static and pinned:
+            raise DataError(
+                "nothing can be pinned on the graph with fixed shapes", "Leave out one of the two."
+            )
         from lora_edge.runtime.prepared import prepared_graphs  # its imports take time
 
         prepared = prepared_graphs(self.bundle, session_cache)
-        kept = prepared if provider == "cpu" and optimization is None else None
+        whole = optimization is None and not self._static
+        kept = prepared if provider == "cpu" and whole else None
         options["prepared"] = kept
         self._exact, self._options = exact, options
         manifest = self.bundle.manifest
@@ -221,7 +234,7 @@ class Runner:
     @cached_property
     def session(self) -> ModelSession:
         """The session on the bundle's own graphs."""
-        return open_parts(self.bundle, self._options, exact=self._exact)
+        return open_parts(self.bundle, self._options, exact=self._exact, static=self._static)
 
     @property
     def decoder(self) -> Decoder:
@@ -289,6 +302,12 @@ class Runner:
     def part(self) -> Part:
         """The facts of the graph of a bundle that generates text."""
         return self.decoder.part
+
+    @property
+    def room(self) -> int | None:
+        """Tokens that a row may have on the graph with fixed shapes; None: another one runs."""
+        static = self.bundle.manifest.reads.static
+        return static.room if self._static and static is not None else None
 
     @property
     def graph_file(self) -> str:
@@ -728,7 +747,9 @@ class Runner:
         adapters_of = self._active.generation  # before they are bound
         decoder, bound = self._session_for(adapter, batch)
         longest = max(map(len, rows), default=0)
-        check_room(longest, max_new_tokens, decoder.part.max_length)
+        static = decoder.static
+        limit = decoder.part.max_length if static is None else static.room
+        check_room(longest, max_new_tokens, limit, decoder.whose)
         decoding = decoder.start(batch, longest + max_new_tokens, bound)
         return Generation(
             self._prefixes.reused(decoding, adapters_of),

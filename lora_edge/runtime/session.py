@@ -133,12 +133,18 @@ class ModelSession:
         target = self.provider.target
         kinds = {x for each in self.graphs.values() for x in each.inputs.items()}
         half = any(kind == HALF_TENSOR and _is_adapters(name) for name, kind in kinds)
-        self.tensors = Tensors(
-            self.sites,
-            target.memory,
-            zero_rank=target.zero_size is True,
-            dtype=np.float16 if half else np.float32,
-        )
+        static = next((part.static for part in parts.values() if part.is_static), None)
+        if static is None:
+            self.tensors = Tensors(
+                self.sites,
+                target.memory,
+                zero_rank=target.zero_size is True,
+                dtype=np.float16 if half else np.float32,
+            )
+        else:
+            from lora_edge.runtime.adapters.padded import PaddedTensors  # few sessions need it
+
+            self.tensors = PaddedTensors(self.sites, target.memory, static)
         self.fixed = fixed
         self._off = self.tensors.off() if fixed is None else Binding((fixed.state,), {})
 
@@ -175,7 +181,9 @@ class ModelSession:
             raise BundleError(f"{path} lacks {', '.join(missing)}", "Export the bundle again.")
         check_adapter_inputs(graph.inputs, part.sites, path)
         shapes = {name: shape for name, _, shape in (*given, *made)}
-        check_sizes(shapes, {**site_sizes(part.sites, by_row=self.by_row), **_sizes(part)}, path)
+        static = part.static if part.is_static else None
+        sites = site_sizes(part.sites, by_row=self.by_row, static=static)
+        check_sizes(shapes, {**sites, **_sizes(part)}, path)
         return graph
 
     @property
@@ -260,4 +268,11 @@ def _sizes(part: Part) -> Sizes:
         shape = (None, part.cache.kv_heads, None, part.cache.head_dim)
         found |= dict.fromkeys((*past_names(part.cache), *present_names(part.cache)), shape)
         found[part.output] = (None, None, part.vocab_size)
+    if part.cache is not None and part.static is not None and part.is_static:
+        heads, dim, static = part.cache.kv_heads, part.cache.head_dim, part.static
+        found |= dict.fromkeys(past_names(part.cache), (1, heads, static.past, dim))
+        found |= dict.fromkeys(present_names(part.cache), (1, heads, static.seq, dim))
+        found[part.output] = (1, static.seq, part.vocab_size)
+        found |= dict.fromkeys(("input_ids", "position_ids"), (1, static.seq))
+        found["attention_mask"] = (1, static.room)
     return found

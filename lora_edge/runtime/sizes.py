@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_edge.bundle.part import SiteEntry
+from lora_edge.bundle.part import SiteEntry, StaticGraph
 from lora_edge.errors import BundleError
 from lora_edge.names import STACKED_PARTS, lora_input
 
@@ -17,13 +17,21 @@ Sizes = Mapping[str, Sequence[int | None]]
 """Name of an input or output -> its dimensions; None is any."""
 
 
-def site_sizes(sites: Mapping[str, SiteEntry], *, by_row: bool = False) -> Sizes:
-    """The sizes of the adapter inputs that the sites have; of A and B by row, with that axis."""
+def site_sizes(
+    sites: Mapping[str, SiteEntry], *, by_row: bool = False, static: StaticGraph | None = None
+) -> Sizes:
+    """The sizes of the adapter inputs that the sites have; of A and B by row, with that axis.
+
+    ``static``: the graph is this one, with fixed shapes.
+    """
     rows = (None,) if by_row else ()
+    rank = None if static is None else static.rank
     found: dict[str, Sequence[int | None]] = {}
     for path, site in sites.items():
-        found[lora_input(path, "A")] = (*rows, site.in_features, None)
-        found[lora_input(path, "B")] = (*rows, None, site.out_features)
+        found[lora_input(path, "A")] = (*rows, site.in_features, rank)
+        found[lora_input(path, "B")] = (*rows, rank, site.out_features)
+        if static is not None:
+            found[lora_input(path, "gate")] = (1, static.seq, 1)
         for part in STACKED_PARTS:
             found[lora_input(path, part)] = (None, site.out_features)
     return found

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from lora_edge.errors import OptionError
-from lora_edge.exporting.aim import advice, aimed_at, check_task, form_for
+from lora_edge.exporting.aim import advice, aimed_at, check_task, form_for, shapes_for
+from lora_edge.exporting.options import Shapes
 from lora_edge.targets.table import TARGETS, target
 
 
@@ -34,13 +35,24 @@ def test_targets_are_taken_once_and_by_either_name() -> None:
 
 
 @pytest.mark.parametrize("known", TARGETS, ids=lambda known: known.name)
-def test_what_takes_fixed_shapes_only_is_refused_and_nothing_else(known: Any) -> None:
-    if known.dynamic_shapes is not False:
-        assert aimed_at([known.name]) == (known,)
-        return
-    with pytest.raises(OptionError, match="fixed shapes only") as error:
-        aimed_at([known.name])
-    assert f"--form {known.form} without --target {known.name}" in error.value.hint
+def test_what_takes_fixed_shapes_only_gets_them_and_nothing_else(known: Any) -> None:
+    aims = aimed_at([known.name])
+    assert aims == (known,)
+    shapes = shapes_for(aims, False, None, None, None)
+    assert shapes == (Shapes() if known.dynamic_shapes is False else None)
+    if shapes is not None:
+        assert form_for(aims, None, "trace", "fp32", fixed=True) == "portable"
+
+
+def test_fixed_shapes_are_of_the_portable_form() -> None:
+    assert shapes_for((), True, 8, None, 4) == Shapes(8, None, 4)
+    assert shapes_for(aimed_at(["qnn"]), False, None, 48, None) == Shapes(None, 48, None)
+    assert form_for((), None, "trace", "fp32", fixed=True) == "portable"
+    assert form_for(aimed_at(["cpu", "genai"]), None, "trace", "fp32", fixed=True) == "portable"
+    with pytest.raises(OptionError, match="--form fused is not for --static"):
+        form_for((), "fused", "trace", "fp32", fixed=True)
+    with pytest.raises(OptionError, match="past is 48, expected none but"):
+        shapes_for(aimed_at(["cpu"]), False, None, 48, None)
 
 
 def test_targets_without_a_form_in_common_are_refused() -> None:

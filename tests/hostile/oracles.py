@@ -93,6 +93,7 @@ PART = record(
             }
         ),
         "exact": one_of(""),  # the seed computes in floats itself
+        "static": {"type": "null"},  # nor has it fixed shapes
         "sites": mapped(SITE),
     },
 )

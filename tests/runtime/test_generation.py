@@ -106,7 +106,9 @@ def test_a_finished_row_rests() -> None:
 def test_room() -> None:
     check_room(3, 5, 8)
     check_room(10_000, 5, 0)  # any number of positions
-    with pytest.raises(DataError, match="3 tokens and 6 new ones exceed the model's 8") as caught:
+    with pytest.raises(
+        DataError, match="3 tokens and 6 new ones exceed the 8 positions of the model"
+    ) as caught:
         check_room(3, 6, 8)
     assert "max_new_tokens=5" in caught.value.hint
     with pytest.raises(DataError, match="at least 1"):

@@ -28,6 +28,7 @@ from lora_edge.bundle.bundle import (
     GRAPH_FILE,
     ROWS_GRAPH_FILE,
     SINGLE_GRAPH_FILE,
+    STATIC_GRAPH_FILE,
     Bundle,
     exact_file,
 )
@@ -45,6 +46,7 @@ GRAPHS = (
     SINGLE_GRAPH_FILE,
     ROWS_GRAPH_FILE,
     EXACT_GRAPH_FILE,
+    STATIC_GRAPH_FILE,
     ENCODER_FILE,
     exact_file(ENCODER_FILE),
     DECODER_FILE,

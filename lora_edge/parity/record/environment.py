@@ -60,14 +60,17 @@ def reference_versions() -> dict[str, str]:
     return found
 
 
-def session_of(runner: Runner, optimization: str | None) -> Session:
-    """What a report says of an open session."""
+def session_of(runner: Runner, optimization: str | None, left_out: Sequence[str] = ()) -> Session:
+    """What a report says of an open session; ``left_out``: cases that its graph has no room for."""
+    static = any(part.is_static for part in runner.session.parts.values())
     return Session(
         runner.session.provider.target.name,
         optimization or "all",
         runner.bundle.manifest.precision,
         runner.session.placement(),
         runner.session.segments,
+        left_out=tuple(left_out),
+        graph=runner.graph_file if static else "",
     )
 
 
@@ -136,8 +139,24 @@ class Opening:
                 "Name one provider beside cpu, or leave the options out.",
             )
 
-    def runner(self, bundle: Bundle, provider: str, level: str, *, exact: bool = True) -> Runner:
-        """The bundle in one of the sessions; ``exact``: computing in floats, as it is proved."""
+    def runner(
+        self,
+        bundle: Bundle,
+        provider: str,
+        level: str,
+        *,
+        exact: bool = True,
+        static: bool | None = None,
+    ) -> Runner:
+        """The bundle in one of the sessions.
+
+        Args:
+            bundle: the bundle.
+            provider: the session's, and ``level``, its optimizations.
+            level: as above.
+            exact: computing in floats, as it is proved.
+            static: on the graph with fixed shapes; None: as the provider takes it.
+        """
         if provider in self.clients:
             from lora_edge.parity.inside import InsideRunner
 
@@ -149,8 +168,9 @@ class Opening:
             "cache_bytes": _kept_by(bundle),
             "allow_fallback": self.allow_fallback,
             "provider_options": {} if provider == "cpu" else self.options,
+            "static": static,
         }
-        if self.cut is None or provider != "cpu":
+        if self.cut is None or provider != "cpu" or static:
             return Runner(bundle, **options)
         from lora_edge.parity.in_parts import RunnerInParts
 

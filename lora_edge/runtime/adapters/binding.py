@@ -10,7 +10,7 @@ from collections import OrderedDict, deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import onnxruntime as ort
@@ -119,6 +119,7 @@ class Binding:
             row (gates, ``lora.select``, task heads); empty when all rows are alike.
         token_gates: the gates, where they depend on the tokens too.
         labels: number of outputs of each row's task head; empty where no row has its own.
+        each: the binding of each row, for a graph that runs one row; empty for any other.
         spare: IO bindings that it is bound to already and that nobody uses
             (:class:`~lora_edge.runtime.feeds.Feeds`); a deque, whose appends and pops are atomic.
     """
@@ -128,6 +129,7 @@ class Binding:
     rows: Mapping[str, NDArray[np.floating]] = field(default_factory=dict)
     token_gates: TokenGates | None = None
     labels: tuple[int, ...] = ()
+    each: tuple[Binding, ...] = ()
     spare: deque[Any] = field(default_factory=lambda: deque(maxlen=_SPARE), repr=False)
 
     @property
@@ -139,6 +141,8 @@ class Binding:
         """The binding of one row alone, sharing the factors."""
         if self.batch is None:
             return self
+        if self.each:
+            return self.each[index]
         values = dict(self.values)
         shared: dict[int, Any] = {}
         for name, array in self.rows.items():
@@ -179,6 +183,9 @@ class Tensors:
         dtype: of the graph's adapter inputs, to which everything is converted.
     """
 
+    one_row: ClassVar[bool] = False
+    """The graph runs one row."""
+
     def __init__(
         self,
         sites: Mapping[str, SiteEntry],
@@ -199,6 +206,9 @@ class Tensors:
         self._zeros: dict[tuple[int, int, int], tuple[Any, Any]] = {}
         self._empty: dict[tuple[int, int], Any] = {}
         self._gates: OrderedDict[float, Any] = OrderedDict()
+
+    def check_fits(self, changes: Changes, who: str) -> None:
+        """Refuse what a graph with fixed shapes has no room for; any other graph takes all."""
 
     def value(self, array: FloatArray) -> Any:
         """The OrtValue of an array; on the CPU it is a view of the array, which it keeps alive."""
@@ -324,7 +334,8 @@ class Tensors:
         return Binding(((),), {**self.changes({}, [{}]), **self.weight(1.0)})
 
     def _nothing(self, site: SiteEntry) -> tuple[Any, Any]:
-        key = site.in_features, site.out_features, 1 if site.kind == "conv" else self._rank
+        rank = max(self._rank, 1) if site.kind == "conv" else self._rank
+        key = site.in_features, site.out_features, rank
         if key not in self._zeros:
             pair = zeros(*key)
             self._zeros[key] = self.value(pair.A), self.value(pair.B)

@@ -95,6 +95,8 @@ class Snapshot:
             return self.nothing
         if len(set(states)) == 1:
             return self._alike(states[0])
+        if self.tensors.one_row:
+            return Binding(states, {}, each=tuple(self._alike(state) for state in states))
         return self._rows(states)
 
     def by_row(self, states: tuple[State, ...]) -> Binding:
@@ -233,6 +235,7 @@ class Snapshot:
     def _blended(self, state: State) -> tuple[_Resident, int]:
         """A blend, and its bytes."""
         blend = self._blend(state)
+        self.tensors.check_fits(blend, f"the blend of {' and '.join(name for name, _ in state)}")
         values = self.tensors.changes(blend, [blend])
         return _Resident({}, values), _bytes(blend) + self.tensors.copied(values)
 
@@ -256,6 +259,7 @@ class Snapshot:
         changes = self.overrides.get(name)
         if changes is None:
             changes = self._read(name)
+        self.tensors.check_fits(changes, f"adapter {name!r}")
         values = self.tensors.changes(changes, [changes])
         return _Resident(changes, values), _bytes(changes) + self.tensors.copied(values)
 

@@ -1,0 +1,347 @@
+"""Graphs with fixed shapes: what they give is what the graph without fixed shapes gives."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+import lora_edge
+from lora_edge.bundle.bundle import STATIC_GRAPH_FILE, file_entry, load_bundle
+from lora_edge.errors import AdapterError, BundleError, DataError, LoraEdgeError, OptionError
+from lora_edge.runtime.opening import runs_static
+from tests.support.adapters import make_adapter
+from tests.support.kinds import make_kinds
+
+SEQ, PAST = 16, 80
+OF_EFFECT = 1e-5
+# family -> adapters: grouped queries; a sliding window of 8 with scaled embeddings and norms;
+# learned positions and Conv1D.
+KINDS = {
+    "llama": ("plain", "patterns", "dora", "alora"),
+    "gemma3": ("scaled-tokens", "offset-norm"),
+    "gpt2": ("conv1d", "conv1d-dora"),
+}
+INVOCATION = [7, 9, 11]
+Made = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    @functools.cache
+    def export(key: str) -> Path:
+        root = tmp_path_factory.mktemp(key)
+        base, adapters = make_kinds(key, root, KINDS[key])
+        targets, static = (["qnn"], False) if key == "llama" else ([], True)
+        lora_edge.export(
+            base, adapters, output=root / "out", targets=targets, static=static, seq=SEQ, past=PAST
+        )
+        return root / "out"
+
+    return export
+
+
+def both(bundle: Path) -> tuple[lora_edge.Runner, lora_edge.Runner]:
+    """On the graph without fixed shapes, and on the other."""
+    return lora_edge.Runner(bundle, threads=1), lora_edge.Runner(bundle, static=True, threads=1)
+
+
+def rows_of(*lengths: int, seed: int = 0) -> list[list[int]]:
+    random = np.random.default_rng(seed)
+    return [random.integers(0, 256, length).tolist() for length in lengths]
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_logits_and_tokens_are_those_of_the_other_graph(made: Made, family: str) -> None:
+    dynamic, static = both(made(family))
+    assert (dynamic.graph_file, static.graph_file) == ("onnx/model.onnx", STATIC_GRAPH_FILE)
+    # Below, at and above a run's tokens and the cache's positions, and all that there is room for.
+    rows = rows_of(3, SEQ, SEQ + 1, PAST, PAST + 1, PAST + SEQ)
+    rows[1][4:7] = rows[4][30:33] = INVOCATION
+    off = dynamic.logits(rows)
+    for name in (None, *dynamic.adapters):
+        expected, found = dynamic.logits(rows, adapter=name), static.logits(rows, adapter=name)
+        effect = np.abs(off if name is None else expected - off).max()
+        assert effect > 0.05
+        assert np.abs(found - expected).max() <= OF_EFFECT * effect, name
+        tokens = [each.generate_ids(rows[:3], name, 40) for each in (dynamic, static)]
+        assert tokens[0] == tokens[1]
+        assert max(map(len, tokens[0])) == 40
+
+
+def test_a_row_may_be_split_in_any_way_and_rows_may_rest(made: Made) -> None:
+    dynamic, static = both(made("llama"))
+    (row,) = rows_of(PAST + SEQ)
+    states: list[Any] = ["patterns", None, {"plain": 0.5}]
+    expected = dynamic.logits([row] * 3, adapter=states)
+    for sizes in ([96], [1] * 20 + [60] + [1] * 16, [79, 1, 1, 1, 14], [7] * 13 + [5]):
+        decoding = static.start(states, 3, PAST + SEQ)
+        start, found = 0, []
+        for size in sizes:
+            found.append(decoding.extend_all([row[start : start + size]] * 3))
+            start += size
+        assert start == len(row)
+        whole = np.stack([np.concatenate([part[i] for part in found]) for i in range(3)])
+        np.testing.assert_allclose(whole, expected, rtol=0, atol=2e-5)
+    decoding = static.start(states, 3, 40)
+    decoding.prefill([row[:20], row[:3], row[:9]])
+    decoding.step([row[20], None, row[9]])
+    last = decoding.step([None, row[3], None])[1]
+    np.testing.assert_allclose(last, expected[1, 3], rtol=0, atol=2e-5)
+
+
+def test_rows_in_unlike_states_do_not_mix(made: Made) -> None:
+    dynamic, static = both(made("llama"))
+    rows = rows_of(9, 30, 17, 5, 24)
+    rows[4][10:13] = INVOCATION
+    states: list[Any] = ["plain", "dora", None, {"plain": -1.5}, "alora"]
+    expected, found = dynamic.logits(rows, adapter=states), static.logits(rows, adapter=states)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
+    other = dynamic.logits(rows, adapter=[states[1], states[0], *states[2:]])
+    assert np.abs(other - expected)[:2].max() > 0.05
+    assert dynamic.generate_ids(rows, states, 30) == static.generate_ids(rows, states, 30)
+
+
+def test_every_dimension_is_a_number_and_the_weights_are_the_same_file(made: Made) -> None:
+    bundle = made("llama")
+    part = load_bundle(bundle).manifest.parts["decoder"]
+    assert part.static is not None
+    assert (part.static.seq, part.static.past, part.static.rank) == (SEQ, PAST, 5)
+    model = onnx.load(bundle / STATIC_GRAPH_FILE, load_external_data=False)
+    onnx.checker.check_model(str(bundle / STATIC_GRAPH_FILE))
+    graph = model.graph
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        dims = value.type.tensor_type.shape.dim
+        assert all(dim.dim_value > 0 and not dim.dim_param for dim in dims), value.name
+    known = {x.name for x in (*graph.input, *graph.output, *graph.value_info)}
+    assert {name for node in graph.node for name in node.output if name} <= known
+    shapes = {
+        x.name: [d.dim_value for d in x.type.tensor_type.shape.dim]
+        for x in (*graph.input, *graph.output)
+    }
+    assert shapes["input_ids"] == [1, SEQ]
+    assert shapes["attention_mask"] == [1, SEQ + PAST]
+    assert shapes["past_key_values.0.key"] == [1, 2, PAST, 32]
+    assert shapes["present.0.key"] == [1, 2, SEQ, 32]
+    assert shapes["lora.model.layers.0.self_attn.q_proj.A"] == [64, 5]
+    assert shapes["lora.model.layers.0.self_attn.q_proj.gate"] == [1, SEQ, 1]
+    assert {x.name for x in (bundle / "onnx").iterdir()} >= {"static.onnx", "model.onnx_data"}
+    assert len(list((bundle / "onnx").glob("*_data"))) == 1
+    assert (bundle / STATIC_GRAPH_FILE).stat().st_size < 300_000
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_the_export_proves_it_and_so_does_a_validation(made: Made, family: str) -> None:
+    bundle = made(family)
+    (published,) = (bundle / "parity").glob("report-*.json")
+    for data in (json.loads(published.read_text()), lora_edge.validate(bundle).to_data()):
+        assert data["passed"]
+        plain, fixed = data["sessions"]
+        assert (plain["name"], fixed["name"]) == ("cpu, all", "cpu, all, fixed shapes")
+        assert ("graph" in plain, fixed["graph"]) == (False, STATIC_GRAPH_FILE)
+        own = [x for x in data["cases"] if x["session"] == fixed["name"]]
+        names = {x["name"] for x in own if x["status"] == "passed"}
+        assert {"base", *(f"adapter {name}" for name in KINDS[family])} <= names
+        assert any(x["kind"] == "mixed" for x in own)
+        assert any(x["kind"] == "switch" for x in own)
+        for case in own:
+            for error in (case["controls"] or {}).values():
+                assert error > 1e-3
+
+
+def test_what_there_is_no_room_for_is_named(made: Made) -> None:
+    report = lora_edge.validate(made("llama"), depth="normal")
+    (plain, fixed) = report.sessions
+    assert not plain.left_out
+    left = " ".join(fixed.left_out)
+    assert "long" in left  # prompts of a hundred tokens
+    assert "blend" in left  # of rank 8, in 5
+    assert "not run in cpu, all, fixed shapes, which cannot be asked: " in report.table()
+
+
+def test_a_wrong_graph_with_fixed_shapes_fails_in_its_session(made: Made, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(made("gpt2"), tmp_path / "copy"))
+    model = onnx.load(copy / STATIC_GRAPH_FILE, load_external_data=False)
+    named = "transformer.h.1.mlp.c_fc.bias"
+    other = "transformer.h.0.mlp.c_fc.bias"
+    for node in model.graph.node:
+        node.input[:] = [other if name == named else name for name in node.input]
+    onnx.save(model, copy / STATIC_GRAPH_FILE)
+    bundle = load_bundle(copy)
+    with pytest.raises(BundleError, match="differs from its hash"):
+        lora_edge.Runner(copy, static=True).logits([[1, 2]])
+    files = {**bundle.manifest.files, STATIC_GRAPH_FILE: file_entry(copy / STATIC_GRAPH_FILE)}
+    bundle.write_manifest(dataclasses.replace(bundle.manifest, files=files))
+    report = lora_edge.validate(copy)
+    failed = [case for case in report.cases if case.status == "failed"]
+    assert failed
+    assert {case.session for case in failed} == {"cpu, all, fixed shapes"}
+
+
+def test_more_than_there_is_room_for_is_refused(made: Made) -> None:
+    static = lora_edge.Runner(made("llama"), static=True)
+    (row,) = rows_of(60)
+    with pytest.raises(DataError, match="the 96 positions of the graph with fixed shapes") as error:
+        static.generate_ids([row], max_new_tokens=37)
+    assert "max_new_tokens=36" in error.value.hint
+    assert len(static.generate_ids([row], "plain", 36)[0]) == 36
+    with pytest.raises(DataError, match=r"97 positions .* the graph with fixed shapes has 96"):
+        static.logits(rows_of(97))
+    with pytest.raises(DataError, match=r"blend of patterns and plain has rank \d .* room for 5"):
+        static.logits([row], adapter={"plain": 0.5, "patterns": 0.5})
+    with pytest.raises(DataError, match="pinned"):
+        lora_edge.Runner(made("llama"), static=True, pinned=["plain"])
+
+
+def test_a_larger_rank_leaves_room_for_blends_and_for_adapters_to_come(
+    made: Made, tmp_path: Path
+) -> None:
+    bundle = made("llama")
+    base = bundle.parent / "base"
+    own = {name: bundle.parent / name for name in ("plain", "patterns")}
+    wide = lora_edge.export(base, own, output=tmp_path / "wide", static=True, past=50, rank=9)
+    dynamic, static = both(wide.directory)
+    rows = rows_of(20, 4)
+    blend = {"plain": 0.7, "patterns": -0.4}
+    expected, found = (x.logits(rows, adapter=blend) for x in (dynamic, static))
+    effect = np.abs(expected - dynamic.logits(rows)).max()
+    assert np.abs(found - expected).max() <= OF_EFFECT * effect
+    layers = {"target_modules": ["v_proj"], "lora_alpha": 4}
+    fits = make_adapter(base, tmp_path / "fits", r=9, **layers)
+    lora_edge.add(wide.directory, {"fits": fits})
+    assert lora_edge.validate(wide.directory, base, depth="quick").passed
+    larger = make_adapter(base, tmp_path / "larger", r=10, **layers)
+    with pytest.raises(AdapterError, match=r"larger has rank 10 at .*v_proj.* room for 9") as error:
+        lora_edge.add(wide.directory, {"larger": larger})
+    assert "--rank 10" in error.value.hint
+    assert "larger" not in load_bundle(wide.directory).manifest.adapters
+    with pytest.raises(AdapterError, match=r"patterns has rank 5 at .* room for 4"):
+        lora_edge.export(base, own, output=tmp_path / "narrow", static=True, rank=4)
+    assert not (tmp_path / "narrow").exists()
+
+
+def test_a_merged_bundle_has_one_too(made: Made, tmp_path: Path) -> None:
+    root = made("gpt2").parent
+    adapters = {"conv1d": root / "conv1d"}
+    merged = lora_edge.export(
+        root / "base", adapters, "merged", tmp_path / "merged", static=True, seq=8, past=24
+    )
+    part = merged.manifest.parts["decoder"]
+    assert part.static is not None
+    assert (part.static.rank, part.static.room) == (0, 32)
+    dynamic, static = both(merged.directory)
+    rows = rows_of(30, 3)
+    np.testing.assert_allclose(static.logits(rows), dynamic.logits(rows), rtol=0, atol=2e-5)
+
+
+def test_it_runs_where_shapes_must_be_fixed_or_where_it_is_asked_for(made: Made) -> None:
+    bundle = load_bundle(made("llama"))
+    assert runs_static(bundle, "qnn", None)
+    assert runs_static(bundle, "NnapiExecutionProvider", None)
+    assert not runs_static(bundle, "qnn", False)
+    assert not runs_static(bundle, "cpu", None)
+    assert runs_static(bundle, "cpu", True)
+    part = dataclasses.replace(bundle.manifest.parts["decoder"], static=None)
+    without = dataclasses.replace(bundle.manifest, parts={"decoder": part})
+    plain = dataclasses.replace(bundle, manifest=without)
+    assert not runs_static(plain, "qnn", None)
+    with pytest.raises(BundleError, match="no graph with fixed shapes"):
+        runs_static(plain, "cpu", True)
+
+
+def test_a_manifest_of_an_earlier_release_has_none(made: Made) -> None:
+    data = json.loads(load_bundle(made("llama")).manifest.to_json())
+    del data["parts"]["decoder"]["static"]
+    manifest = lora_edge.bundle.manifest.Manifest.from_json(json.dumps(data))  # type: ignore[attr-defined]
+    assert manifest.parts["decoder"].static is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"file": "onnx/other.onnx"}, "none of the bundle's own"),
+        ({"file": "onnx/model.onnx"}, "none of the bundle's own"),
+        ({"rank": 0}, "rank is 0, and the graph has"),
+        ({"past": 1000}, "1016 positions, and the model 128"),
+        ({"seq": 0}, "seq"),
+    ],
+)
+def test_a_manifest_that_contradicts_itself_is_refused(
+    made: Made, changes: dict[str, Any], said: str
+) -> None:
+    from lora_edge.bundle.manifest import Manifest
+
+    data = json.loads(load_bundle(made("llama")).manifest.to_json())
+    data["parts"]["decoder"]["static"] |= changes
+    with pytest.raises(BundleError, match=said):
+        Manifest.from_json(json.dumps(data))
+
+
+def test_a_graph_of_other_sizes_than_the_manifest_says_is_refused(
+    made: Made, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(made("llama"), tmp_path / "copy"))
+    bundle = load_bundle(copy)
+    part = bundle.manifest.parts["decoder"]
+    assert part.static is not None
+    for field, value in (("seq", 8), ("past", 40), ("rank", 4)):
+        static = dataclasses.replace(part.static, **{field: value})
+        parts = {"decoder": dataclasses.replace(part, static=static)}
+        bundle.write_manifest(dataclasses.replace(bundle.manifest, parts=parts))
+        with pytest.raises(BundleError, match="but the manifest says"):
+            lora_edge.Runner(copy, static=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "said", "hint"),
+    [
+        ({"seq": 8}, "seq is 8, expected none but of a graph with fixed shapes", "--static"),
+        ({"static": True, "seq": 0}, "seq is 0", ""),
+        ({"static": True, "past": True}, "past is True, expected a whole number", ""),
+        ({"static": True, "rank": "8"}, "rank is '8', expected a whole number", ""),
+        ({"static": True, "seq": 100, "past": 29}, "are 129, and the model has 128", "--seq"),
+        ({"static": True, "form": "fused"}, "--form fused is not for --static", "portable"),
+        ({"targets": ["qnn"], "form": "fused"}, "--form fused is not for qnn", "portable"),
+        ({"static": True, "backend": "optimum"}, "optimum backend does not make", "--static"),
+        ({"static": True, "precision": "fp16"}, "in fp32, got --precision fp16", "fp32"),
+        ({"static": True, "precision": "int4"}, "no weights in int4", "fp32"),
+        ({"static": True, "rank": 4, "mode": "merged"}, "a merged bundle has no ranks", "--rank"),
+        ({"targets": ["nnapi"], "task": "text-classification"}, "text generators", "--static"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    made: Made, tmp_path: Path, options: dict[str, Any], said: str, hint: str
+) -> None:
+    root = made("gpt2").parent
+    with pytest.raises(LoraEdgeError, match=said) as error:
+        lora_edge.export(
+            root / "base", {"conv1d": root / "conv1d"}, output=tmp_path / "out", **options
+        )
+    assert hint in str(error.value.hint)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_constants_of_a_run_are_what_they_were(made: Made) -> None:
+    """No weight was folded: what the graph itself holds is small."""
+    model = onnx.load(made("llama") / STATIC_GRAPH_FILE, load_external_data=False)
+    inside = [x for x in model.graph.initializer if not x.external_data]
+    assert all(numpy_helper.to_array(x).nbytes <= 1024 for x in inside)
+
+
+def test_pytorch_is_compared_on_a_session_of_any_length(made: Made) -> None:
+    from lora_edge.parity.static import first_whole
+
+    bundle = load_bundle(made("llama"))
+    first_whole(bundle, "cpu")
+    with pytest.raises(OptionError, match="qnn runs the graph with fixed shapes") as error:
+        first_whole(bundle, "qnn")
+    assert "--provider cpu --provider qnn" in error.value.hint
