@@ -49,11 +49,8 @@ def fix_shapes(model: ir.Model, seq: int, past: int, rank: int) -> None:
             graph.outputs[index] = _new_alone(output)
     for value in _made(graph):
         value.shape = None
-    ShapeInferencePass()(model)
-    fold_constants(model)
+    fold_constants(model, onnx_shape_inference=True)  # node by node: what is folded tells shapes
     RemoveUnusedNodesPass()(model)
-    for value in _made(graph):  # what was folded says more
-        value.shape = None
     ShapeInferencePass()(model)
     for value in _made(graph):
         if value.shape is None or not value.shape.is_static():
