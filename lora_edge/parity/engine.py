@@ -218,7 +218,7 @@ def validate(
         runner = opening.runner(target, name, level, static=static)
         if index == 0 and base is None:
             goldens = recorded_cases(target, settings)
-        fit = fitting(runner, goldens)
+        fit = fitting(runner, goldens, depth)
         session = session_of(runner, level, fit.left_out)
         sessions.append(session)
         asked: Iterable[Golden] = fit.goldens

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from lora_edge.bundle.bundle import Bundle
 from lora_edge.errors import DataError, OptionError
+from lora_edge.parity.plan.plan import Depth
 from lora_edge.parity.plan.states import State
 from lora_edge.parity.record.golden import Golden, shortened
 from lora_edge.runtime import Runner
@@ -16,6 +17,9 @@ from lora_edge.runtime.opening import runs_static
 Run = tuple[str, str, bool | None]
 """A provider, a level of optimization, and whether its graph is the one with fixed shapes; None: as
 the provider takes it."""
+
+
+_STEPS = 16  # of a continuation
 
 
 class Fit(NamedTuple):
@@ -59,10 +63,11 @@ def first_whole(bundle: Bundle, provider: str) -> None:
         )
 
 
-def fitting(runner: Runner, goldens: Sequence[Golden]) -> Fit:
+def fitting(runner: Runner, goldens: Sequence[Golden], depth: Depth) -> Fit:
     """What of golden cases a session has room for: all, unless its graph has fixed shapes.
 
-    Rows that are too long, and blends of too large a rank, are left out; continuations are cut.
+    Rows that are too long, and blends of too large a rank, are left out; continuations are cut. But
+    for ``full`` they are short in any case: a step takes as long as a prompt.
     """
     room = runner.room
     if room is None:
@@ -81,8 +86,9 @@ def fitting(runner: Runner, goldens: Sequence[Golden]) -> Fit:
             left.append(name)
             continue
         kept = golden if len(rows) == count else _only(golden, rows)
-        if kept is not golden:
+        if len(rows) < count:
             left.append(f"{name} ({count - len(rows)} of {count} rows)")
+        kept = kept if depth == "full" else shortened(kept, _STEPS)
         longest = max(len(row) for row in kept.probe.rows)
         short = shortened(kept, room - longest)
         if short is not kept:
