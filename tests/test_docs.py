@@ -151,7 +151,11 @@ def _command(verb: str) -> click.Command:
 
 
 def _options(verb: str) -> set[str]:
-    return {name for param in _command(verb).params for name in (*param.opts, "-h", "--help")}
+    return {
+        name
+        for param in _command(verb).params
+        for name in (*param.opts, *param.secondary_opts, "-h", "--help")
+    }
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(_commands(page))])

@@ -77,7 +77,6 @@ def test_a_provider_that_is_not_there_is_refused_with_its_line(cli: Cli, bundle:
     [
         (["abacus"], "no target 'abacus'", "Targets are cpu"),
         (["cpu,qnn", "--precision", "fp16"], "in fp32, got --precision fp16", "fp32"),
-        (["qnn", "--seq", "500", "--past", "40"], "540, and the model has 512", "--seq and"),
         (["cpu", "--rank", "4"], "rank is 4, expected none but", "--static or --target qnn"),
         (["webgpu", "--form", "fused"], "--form fused is not for webgpu", "--form portable"),
         (["coreml", "--precision", "int4"], "no weights in int4", "--precision fp32 or fp16"),
