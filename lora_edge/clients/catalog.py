@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from lora_edge.errors import OptionError
 from lora_edge.targets.clients import GENAI, NODE, TRANSFORMERS_JS, WEB
-from lora_edge.targets.providers import CPU, OPENVINO
+from lora_edge.targets.providers import CPU, OPENVINO, QNN
 from lora_edge.targets.target import Package, Target
 
 _HERE = Path(__file__).parent
@@ -34,6 +34,7 @@ class ClientKind(NamedTuple):
         arguments: of the driver.
         instead: the package that ``--client`` must have, where it is not the target's.
         beside: what else it must have.
+        static: it runs the bundle's graph with fixed shapes.
     """
 
     name: str
@@ -42,6 +43,12 @@ class ClientKind(NamedTuple):
     arguments: tuple[str, ...] = ()
     instead: Package | None = None
     beside: str = ""
+    static: bool = False
+
+    @property
+    def half(self) -> bool:
+        """It computes in float16 alone, whatever the graph says."""
+        return self.target.dtypes == ("float16",)
 
     @property
     def package(self) -> Package:
@@ -61,6 +68,8 @@ CLIENTS = (
     ClientKind("openvino-ep", OPENVINO, "plain.py", ("--provider", OPENVINO.ort_name)),
     # OpenVINO reads the graph itself.
     ClientKind("openvino", OPENVINO, "plain.py", ("--openvino",), instead=Package("openvino")),
+    ClientKind("static", CPU, "static.py", static=True),
+    ClientKind("qnn", QNN, "static.py", ("--qnn",), beside=" and onnxruntime", static=True),
     ClientKind("genai", GENAI, "genai.py"),
     ClientKind("node", NODE, "node.mjs"),
     ClientKind("web", WEB, "web.mjs", beside=_BROWSER),
@@ -76,6 +85,11 @@ def label_of(name: str) -> str:
     if not name.startswith(COMMAND):
         return name
     return " ".join(Path(word).name for word in shlex.split(name.removeprefix(COMMAND))[:2])
+
+
+def kind_of(name: str) -> ClientKind | None:
+    """The runtime of a name; None for a command of the user's own, or an unknown name."""
+    return next((each for each in CLIENTS if each.name == name), None)
 
 
 def scripts() -> Path:
@@ -97,7 +111,7 @@ def command_of(name: str, place: str | None = None) -> Sequence[str]:
     """
     if name.startswith(COMMAND):
         return shlex.split(name.removeprefix(COMMAND))
-    kind = next((each for each in CLIENTS if each.name == name), None)
+    kind = kind_of(name)
     if kind is None:
         known = ", ".join(each.name for each in CLIENTS)
         raise OptionError(

@@ -109,6 +109,7 @@ def drift(
     goldens: Sequence[Golden],
     limits: DriftLimits | None = None,
     largest: Mapping[str, Largest] | None = None,
+    said: tuple[str, str] | None = None,
 ) -> Iterator[Case]:
     """One case for the base and for each adapter, alone, on the short prompts of the goldens.
 
@@ -120,6 +121,7 @@ def drift(
         goldens: their prompts and greedy continuations are run.
         limits: what is allowed; ``None``: what the bundle's precision may.
         largest: name of a probe -> largest number of its values, where float16 is to hold them.
+        said: what adds it, and what does without, in words; ``None``: those of the precision.
     """
     half = fast.bundle.manifest.half
     limits = limits or (HALF_LIMITS if half else DriftLimits())
@@ -131,7 +133,7 @@ def drift(
         rows = [row for own in runs for row in own]
         found = (largest or {}).get(probe.name, Largest(math.nan, ""))
         figures = dataclasses.replace(_figures(rows, limits, embeds=embeds), largest=found.number)
-        yield _case(probe, figures, limits, found, *(_HALF if half else _INT8))
+        yield _case(probe, figures, limits, found, *(said or (_HALF if half else _INT8)))
 
 
 def _measured_on(

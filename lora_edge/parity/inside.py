@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from lora_edge.bundle.bundle import Bundle
 from lora_edge.bundle.part import Part
+from lora_edge.clients.catalog import kind_of
 from lora_edge.clients.client import Client
 from lora_edge.errors import OptionError
 from lora_edge.maths.lora import FloatArray
@@ -42,9 +43,10 @@ class InsideRunner(Runner):
     Attributes:
         client: the driver.
         exact: as given.
+        half: the client computes in float16 alone, whatever the graph says.
 
     Raises:
-        OptionError: the bundle has two graphs.
+        OptionError: the bundle has two graphs, or not the one that the client runs.
         ProcessError: the client cannot be started, or cannot open the bundle.
     """
 
@@ -56,10 +58,19 @@ class InsideRunner(Runner):
                 f"{name}: encoder-decoders are not run in clients",
                 "Leave out --in; lora-edge's own runner runs them.",
             )
-        super().__init__(bundle, exact=exact, session_cache=False)
         part = bundle.manifest.reads
+        kind = kind_of(name)
+        static = part.static if kind is not None and kind.static else None
+        if kind is not None and kind.static and static is None:
+            raise OptionError(
+                f"{name} runs graphs with fixed shapes, and {bundle.directory} has none",
+                "Export it with --target qnn, or --static.",
+            )
+        super().__init__(bundle, exact=exact, session_cache=False, static=static is not None)
         self.exact = exact
-        self.client = Client(name, command, bundle.directory, (exact and part.exact) or part.file)
+        self.half = kind is not None and kind.half
+        graph = (exact and part.exact) or part.file if static is None else static.file
+        self.client = Client(name, command, bundle.directory, graph)
         self._end = weakref.finalize(self, self.client.close)
         self._changed: set[str] = set()
 
@@ -95,12 +106,15 @@ class InsideRunner(Runner):
 
     def seen(self, left_out: Sequence[str]) -> Session:
         """What a report says of it; ``left_out``: cases that it cannot be asked."""
-        precision = self.bundle.manifest.precision
+        precision = "fp16" if self.half else self.bundle.manifest.precision
         told = self.client.about
         left = [*left_out]
         if "encode" in self.client.can and not takes_nul(self):
             left.append("texts with a NUL character")
-        return Session(self.client.name, "", precision, client=told, left_out=tuple(left))
+        graph = self.graph_file if self.room is not None else ""
+        return Session(
+            self.client.name, "", precision, client=told, left_out=tuple(left), graph=graph
+        )
 
     def __enter__(self) -> InsideRunner:
         return self

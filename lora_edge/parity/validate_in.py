@@ -19,13 +19,14 @@ from lora_edge.parity import in_session
 from lora_edge.parity.case import Case
 from lora_edge.parity.checks import compare
 from lora_edge.parity.compare import Tolerance
-from lora_edge.parity.drift import drifts
+from lora_edge.parity.drift import HALF_LIMITS, drift, drifts, in_floats
 from lora_edge.parity.inside import InsideRunner, tokens_in
 from lora_edge.parity.plan.plan import Depth
-from lora_edge.parity.record.environment import Opening
+from lora_edge.parity.record.environment import Opening, session_of
 from lora_edge.parity.record.golden import Golden
 from lora_edge.parity.record.journal import Journal
 from lora_edge.parity.report import Report, Session
+from lora_edge.parity.static import fitting
 from lora_edge.parity.subjects import subject_of
 from lora_edge.runtime import Runner
 
@@ -91,10 +92,15 @@ def validate_in(
         runner = opening.runner(target, name, "")
         assert isinstance(runner, InsideRunner)
         with runner:
+            ran[name] = runner.client.about
+            if runner.half:
+                floats, session, own = in_half(runner, goldens, settings, say)
+                cases += own
+                sessions += [floats, session]
+                continue
             session, own = _session(runner, goldens, settings, say)
             cases += own
             sessions.append(session)
-            ran[name] = runner.client.about
             if drifts(target.manifest) and not exact:
                 asked = [golden for golden in goldens if runner.takes(golden.probe)]
                 seen = in_session.seen_in_floats(runner, session, asked, say, ranging=False)
@@ -121,8 +127,7 @@ def _session(
     say: in_session.Say,
 ) -> tuple[Session, list[Case]]:
     """Everything but drift in one client."""
-    asked = [golden for golden in goldens if runner.takes(golden.probe)]
-    left_out = [golden.probe.name for golden in goldens if not runner.takes(golden.probe)]
+    asked, left_out = asked_in(runner, goldens, settings)
     session = runner.seen(left_out)
     cases = list(tokens_in(runner))
     for golden, part in in_session.compared(
@@ -130,6 +135,49 @@ def _session(
     ):
         cases += _blamed(runner, golden, part, settings) if _failed(part) else part
     return session, [*cases, *_of(session, in_session.switched(runner, asked, settings))]
+
+
+def asked_in(
+    runner: InsideRunner, goldens: Sequence[Golden], settings: in_session.Settings
+) -> tuple[list[Golden], list[str]]:
+    """The golden cases that a client can be asked, and what is left out, by name."""
+    asked = [golden for golden in goldens if runner.takes(golden.probe)]
+    left_out = [golden.probe.name for golden in goldens if not runner.takes(golden.probe)]
+    fit = fitting(runner, asked, settings.depth)
+    return fit.goldens, [*left_out, *fit.left_out]
+
+
+def in_half(
+    runner: InsideRunner,
+    goldens: Sequence[Golden],
+    settings: in_session.Settings,
+    say: in_session.Say,
+) -> tuple[Session, Session, list[Case]]:
+    """A client that computes in float16: its graph on the CPU against PyTorch, and then the client
+    against that, as drift.
+
+    Returns:
+        The session on the CPU, that in the client, and the cases of both.
+    """
+    asked, left_out = asked_in(runner, goldens, settings)
+    exact = Runner(runner.bundle, static=True if runner.room is not None else None)
+    floats = session_of(exact, None, left_out)
+    pairs = in_session.compared(exact, floats, asked, Journal(None, {}), settings, say)
+    cases = [case for _, part in pairs for case in part]
+    session = runner.seen(left_out)
+    say(f"measuring what float16 adds ({session.name})")
+    found = drift(
+        runner,
+        in_floats(exact, asked),
+        asked,
+        HALF_LIMITS,
+        said=(
+            f"{runner.client.name}, which computes in float16,",
+            "the same graph on the CPU is exact",
+        ),
+    )
+    cases += _of(session, list(found))
+    return floats, session, [*cases, *_of(session, in_session.switched(runner, asked, settings))]
 
 
 def _failed(cases: Sequence[Case]) -> bool:

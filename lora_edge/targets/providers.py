@@ -48,6 +48,28 @@ OPENVINO = _portable(
     notes=("GroupQueryAttention of the fused form is left to the CPU.",),
 )
 
+QNN = Target(
+    "qnn",
+    "Qualcomm's NPUs",
+    "QNNExecutionProvider",
+    packages=(Package("onnxruntime-qnn", beside=True),),
+    device="the first NPU, GPU or CPU that the package lists; option device chooses another",
+    forms=("portable",),
+    dynamic_shapes=False,
+    runtime_weights=True,
+    dtypes=("float16",),
+    quantization=("QDQ",),
+    mixed_rows=True,
+    options=("backend_path", "soc_model", "htp_arch"),
+    seen="onnxruntime-qnn 2.7.0 on its emulator: all of 290 nodes of a graph with fixed shapes, "
+    "whose golden cases it runs in float16; 24 of 320 of one with dynamic shapes",
+    notes=(
+        "It needs the option backend_path: onnxruntime_qnn.get_qnn_htp_path(); its emulator also "
+        "soc_model=69 and htp_arch=75.",
+        "It computes a graph of float32 in float16: validate --in qnn judges that apart.",
+    ),
+)
+
 PROVIDERS = (
     CPU,
     Target(
@@ -105,22 +127,7 @@ PROVIDERS = (
         "nodes",
     ),
     OPENVINO,
-    Target(
-        "qnn",
-        "Qualcomm's NPUs",
-        "QNNExecutionProvider",
-        packages=(Package("onnxruntime-qnn", beside=True),),
-        device="the first NPU, GPU or CPU that the package lists; option device chooses another",
-        forms=("portable",),
-        dynamic_shapes=False,
-        runtime_weights=True,
-        dtypes=("float16",),
-        quantization=("QDQ",),
-        mixed_rows=True,
-        options=("backend_path", "soc_model", "htp_arch"),
-        seen="onnxruntime-qnn 2.7.0 on its emulator: all of 290 nodes of a portable graph whose "
-        "dimensions were fixed by hand; 24 of 320 of one with dynamic shapes",
-    ),
+    QNN,
     Target(
         "tensorrt",
         "NVIDIA GPUs, by TensorRT",

@@ -9,6 +9,7 @@ import argparse
 import json
 import struct
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,19 +111,20 @@ class Plain:
     """A bundle, and the sequences that are being decoded."""
 
     def __init__(self, openvino: bool, provider: str | None) -> None:
-        self.openvino, self.provider = openvino, provider
+        self.openvino = openvino
+        self.load: Any = OpenVino if openvino else partial(OnnxRuntime, provider=provider)
 
     def open(self, bundle: str, graph: str) -> Mapping[str, Any]:
         self.folder = Path(bundle)
         self.manifest = json.loads((self.folder / "lora_edge.json").read_text(encoding="utf-8"))
         (self.part,) = self.manifest["parts"].values()
         path = self.folder / graph
-        self.graph: Any = OpenVino(path) if self.openvino else OnnxRuntime(path, self.provider)
+        self.graph: Any = self.load(path)
         self.inputs = self.graph.types
         adapted = next((name for name in self.inputs if name.startswith("lora.")), "")
         self.dtype = np.float16 if adapted and self.graph.half(adapted) else np.float32
         self.tensors: dict[str, Arrays] = {}
-        self.sequences: dict[int, Decoding] = {}
+        self.sequences: dict[int, Any] = {}
         # OpenVINO 2026.4 takes one row where attention is fused.
         alone = self.openvino and self.part["form"] == "fused"
         can = ["blend", *(() if alone else ("batch", "mixed", "rests"))]
