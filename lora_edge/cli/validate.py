@@ -50,9 +50,9 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     "--in",
     "inside",
     metavar="CLIENT",
-    help="Run the golden cases in another runtime: onnxruntime, openvino-ep, openvino, genai, "
-    "node, web, webgpu, transformers.js, transformers.js-web, or command:PROGRAM "
-    "(docs/clients.md).",
+    help="Run the golden cases in another runtime: onnxruntime, static, qnn, openvino-ep, "
+    "openvino, genai, node, web, webgpu, transformers.js, transformers.js-web, or "
+    "command:PROGRAM (docs/clients.md).",
 )
 @options.repeatable(
     "--client",

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import onnx
 import pytest
@@ -18,6 +19,7 @@ from onnx import numpy_helper
 import lora_edge
 from lora_edge.bundle.bundle import STATIC_GRAPH_FILE, file_entry, load_bundle
 from lora_edge.bundle.manifest import Manifest
+from lora_edge.clients import catalog
 from lora_edge.errors import (
     AdapterError,
     BundleError,
@@ -27,7 +29,10 @@ from lora_edge.errors import (
     UnsupportedModelError,
 )
 from lora_edge.parity.static import first_whole
+from lora_edge.parity.validate_in import validate_in
 from lora_edge.runtime.opening import runs_static
+from lora_edge.targets.providers import QNN
+from tests.reports.test_formats import SCHEMA
 from tests.support.adapters import make_adapter
 from tests.support.kinds import make_kinds
 from tests.support.paths import MODELS
@@ -371,3 +376,63 @@ def test_pytorch_is_compared_on_a_session_of_any_length(made: Made) -> None:
     with pytest.raises(OptionError, match="qnn runs the graph with fixed shapes") as error:
         first_whole(bundle, "qnn")
     assert "--provider cpu --provider qnn" in error.value.hint
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_driver_without_lora_edge_does_what_the_page_says(made: Made, family: str) -> None:
+    report = validate_in({"static": None}, made(family), depth="quick")
+    assert report.passed, report.table()
+    jsonschema.validate(json.loads(report.to_json()), SCHEMA)
+    (session,) = report.sessions
+    assert (session.name, session.graph) == ("static", STATIC_GRAPH_FILE)
+    names = {case.name for case in report.cases}
+    assert {"base", *(f"adapter {name}" for name in KINDS[family])} <= names
+    assert any(case.kind == "mixed" for case in report.cases)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.9])
+def test_a_client_that_computes_in_float16_is_judged_as_drift(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    driver = tmp_path / "rounding.py"
+    driver.write_text(f"""
+import sys
+sys.path.insert(0, {str(catalog._DRIVERS)!r})
+import numpy as np
+import static
+from talk import talk
+
+exact = static.adapted
+
+def rounded(bundle, state):
+    invocation, fed = exact(bundle, state)
+    half = {{name: np.float32(np.float16(x * {share})) for name, x in fed.items()}}
+    return invocation, fed | {{name: x for name, x in half.items() if name.endswith(".B")}}
+
+static.adapted = rounded
+one = static.Static(False)
+talk({{order: getattr(one, order) for order in ("open", "start", "extend")}})
+""")
+    kind = catalog.ClientKind("rounding", QNN, str(driver), static=True)
+    monkeypatch.setattr(catalog, "CLIENTS", (*catalog.CLIENTS, kind))
+    report = validate_in({"rounding": None}, made("gpt2"), depth="quick")
+    assert report.exact, report.table()
+    assert [session.name for session in report.sessions] == ["cpu, all, fixed shapes", "rounding"]
+    assert len(report.drift) == 1 + len(KINDS["gpt2"])
+    adapters = [case for case in report.drift if case.adapters]
+    for case in adapters:
+        assert case.drift is not None
+        assert case.drift.retained == pytest.approx(share, abs=0.04)
+        assert case.drift.effect_error > 1e-5
+        assert (case.status == "passed") == (share == 1.0)
+        assert case.status == "passed" or "with rounding, which computes in float16" in case.reason
+    jsonschema.validate(json.loads(report.to_json()), SCHEMA)
+    assert "float16 against float32" in report.table()
+
+
+def test_a_client_of_fixed_shapes_asks_for_them(made: Made) -> None:
+    bundle = load_bundle(made("gpt2"))
+    part = dataclasses.replace(bundle.manifest.parts["decoder"], static=None)
+    plain = dataclasses.replace(bundle.manifest, parts={"decoder": part})
+    with pytest.raises(OptionError, match=r"static runs graphs with fixed shapes, and .* has none"):
+        validate_in({"static": None}, dataclasses.replace(bundle, manifest=plain))
