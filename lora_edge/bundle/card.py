@@ -17,12 +17,17 @@ _OPTION = {
 _ARGUMENT = {"pixel_values": '["photo.png"]', "input_features": "input_features"}
 
 
-def bundle_card(manifest: Manifest, cases: Sequence[Mapping[str, Any]] = ()) -> str:
+def bundle_card(
+    manifest: Manifest,
+    cases: Sequence[Mapping[str, Any]] = (),
+    on_phones: Sequence[str] = (),
+) -> str:
     """Markdown for a bundle's own ``README.md``.
 
     Args:
         manifest: of the bundle.
         cases: of the report of its export's check, as JSON has them.
+        on_phones: what accelerators of phones may take of its graphs, a line each.
     """
     graphs = "two ONNX graphs" if len(manifest.parts) > 1 else "one ONNX graph"
     lines = [
@@ -59,6 +64,14 @@ def bundle_card(manifest: Manifest, cases: Sequence[Mapping[str, Any]] = ()) -> 
     for part in manifest.parts.values():
         if part.static is not None:
             lines += ["", f"`{part.static.file}` is the same graph with {part.static.line()}."]
+    if on_phones:
+        lines += [
+            "",
+            "By ONNX Runtime's usability checker, which goes by tables of operators and runs "
+            "nothing:",
+            "",
+            *(f"- {line}" for line in on_phones),
+        ]
     task = TASKS[manifest.task]
     argument = _ARGUMENT.get(task.takes, '["Hello"]')
     example = next((name for name in sorted(manifest.adapters) if name != "none"), "NAME")

@@ -25,6 +25,7 @@ from lora_edge.exporting.aim import advice, aimed_at, check_task, form_for, shap
 from lora_edge.exporting.build import build
 from lora_edge.exporting.clients import write_client_files
 from lora_edge.exporting.graphs import Progress
+from lora_edge.exporting.mobile import check_size, is_mobile, phones, write_mobile
 from lora_edge.exporting.options import Options, check_precision, kept_high
 from lora_edge.exporting.static import check_static
 from lora_edge.exporting.texts import own_folders, write_adapter_texts, write_base_text
@@ -98,7 +99,9 @@ def export(
             (standard operators only); ``None``: what the ``targets`` take, ``fused`` without any.
         targets: where the bundle is to run, as ``lora-edge targets`` names the places. They choose
             the ``form``, and ``static`` where one takes fixed shapes only; what one is known not to
-            take is refused.
+            take is refused. ``mobile`` also writes the graphs in ONNX Runtime's format, ``.ort``,
+            and replays a golden case on each; ``mobile``, ``nnapi`` and ``coreml`` are told how
+            many nodes these providers may take.
         static: write a graph with fixed shapes too, of a text generator in the portable form and
             fp32, on the same weights and adapter files: one row, ``seq`` new tokens behind ``past``
             positions, A and B of ``rank``. It is proved like the other.
@@ -261,6 +264,8 @@ def export(
             check_precision(options)
             check_static(options)
             manifest, reference = build(model, loaded, stage, options, say)
+            if is_mobile(aims):
+                check_size(stage, tuple(manifest.parts.values()))
             write_client_files(model, stage, manifest, reference.architecture)
             write_base_text(model, stage, manifest, say)
             folders = own_folders(adapters or {}, local)
@@ -268,7 +273,13 @@ def export(
             manifest = write_adapter_texts(stage, manifest, folders, say)
             staged = Bundle(stage, _signed(stage, manifest, conversions))
             report = _prove(staged, reference, say, low_memory=low_memory)
-            _finish(stage, report)
+            staged = load_bundle(stage)
+            if is_mobile(aims):
+                staged = write_mobile(staged, say)
+            lines = phones(staged, aims)
+            for line in lines:
+                say(line)
+            _finish(staged, report, lines)
     return load_bundle(output)
 
 
@@ -314,10 +325,10 @@ def _prove(staged: Bundle, reference: Reference, say: Progress, *, low_memory: b
     return report
 
 
-def _finish(stage: Path, report: Report) -> None:
-    staged = load_bundle(stage)
-    card = bundle_card(staged.manifest, report.to_data()["cases"])
-    (stage / "README.md").write_text(card, encoding="utf-8")
+def _finish(staged: Bundle, report: Report, on_phones: Sequence[str]) -> None:
+    card = bundle_card(staged.manifest, report.to_data()["cases"], on_phones)
+    readme = staged.directory / "README.md"
+    readme.write_text(card, encoding="utf-8")
     # What was there before has its hash.
-    files = {**staged.manifest.files, "README.md": file_entry(stage / "README.md")}
+    files = {**staged.manifest.files, "README.md": file_entry(readme)}
     staged.write_manifest(dataclasses.replace(staged.manifest, files=files))
