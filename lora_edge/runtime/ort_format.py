@@ -5,7 +5,7 @@ The weights are inside, so that it is a copy of them.
 
 from __future__ import annotations
 
-import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,12 +58,10 @@ def write_operators(files: Sequence[Path], target: Path) -> None:
     """
     from onnxruntime.tools.ort_format_model import utils
 
-    logger = logging.getLogger(utils.__name__)
-    quiet, logger.disabled = logger.disabled, True
-    try:
+    utils.log.disabled = True  # it tells the user of a file that is not where it will be
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # it leaves files to be closed by Python
         utils.create_config_from_models(list(files), target, enable_type_reduction=False)
-    finally:
-        logger.disabled = quiet
     lines = target.read_text(encoding="utf-8").splitlines()
     places = {f"# - {file}": f"# - {file.name}" for file in files}  # wherever it was made
     target.write_text("\n".join(places.get(line, line) for line in lines) + "\n", encoding="utf-8")

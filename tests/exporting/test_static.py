@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import jsonschema
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from onnx import numpy_helper
 
@@ -26,12 +28,16 @@ from lora_edge.errors import (
     DataError,
     LoraEdgeError,
     OptionError,
+    ParityError,
     UnsupportedModelError,
 )
+from lora_edge.exporting import mobile
 from lora_edge.parity.static import first_whole
 from lora_edge.parity.validate_in import validate_in
+from lora_edge.runtime import ort_format
 from lora_edge.runtime.opening import runs_static
 from lora_edge.targets.providers import QNN
+from lora_edge.targets.table import target
 from tests.reports.test_formats import SCHEMA
 from tests.support.adapters import make_adapter
 from tests.support.kinds import make_kinds
@@ -50,7 +56,7 @@ KINDS = {
 ASKED: dict[str, dict[str, Any]] = {
     "llama": {"targets": ["qnn"]},
     "gemma3": {"static": True, "rank": 9},
-    "gpt2": {"targets": ["nnapi", "cpu"]},
+    "gpt2": {"targets": ["nnapi", "mobile"]},
 }
 INVOCATION = [7, 9, 11]
 Made = Callable[[str], Path]
@@ -192,14 +198,18 @@ def test_what_there_is_no_room_for_is_named(made: Made) -> None:
     assert "not run in cpu, all, fixed shapes, which cannot be asked: blend" in report.table()
 
 
-def test_a_wrong_graph_with_fixed_shapes_fails_in_its_session(made: Made, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(made("gpt2"), tmp_path / "copy"))
-    model = onnx.load(copy / STATIC_GRAPH_FILE, load_external_data=False)
-    named = "transformer.h.1.mlp.c_fc.bias"
-    other = "transformer.h.0.mlp.c_fc.bias"
+def _exchange_biases(graph: Path, wrong: Path) -> None:
+    """One layer of the graph reads another's bias."""
+    model = onnx.load(graph, load_external_data=False)
+    named, other = (f"transformer.h.{layer}.mlp.c_fc.bias" for layer in (1, 0))
     for node in model.graph.node:
         node.input[:] = [other if name == named else name for name in node.input]
-    onnx.save(model, copy / STATIC_GRAPH_FILE)
+    onnx.save(model, wrong)
+
+
+def test_a_wrong_graph_with_fixed_shapes_fails_in_its_session(made: Made, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(made("gpt2"), tmp_path / "copy"))
+    _exchange_biases(copy / STATIC_GRAPH_FILE, copy / STATIC_GRAPH_FILE)
     bundle = load_bundle(copy)
     with pytest.raises(BundleError, match="differs from its hash"):
         lora_edge.Runner(copy, static=True).logits([[1, 2]])
@@ -390,7 +400,7 @@ def test_a_driver_without_lora_edge_does_what_the_page_says(made: Made, family: 
     assert any(case.kind == "mixed" for case in report.cases)
 
 
-@pytest.mark.parametrize("share", [1.0, 0.9])
+@pytest.mark.parametrize("share", [1.0, 0.8])
 def test_a_client_that_computes_in_float16_is_judged_as_drift(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
 ) -> None:
@@ -419,13 +429,12 @@ talk({{order: getattr(one, order) for order in ("open", "start", "extend")}})
     assert report.exact, report.table()
     assert [session.name for session in report.sessions] == ["cpu, all, fixed shapes", "rounding"]
     assert len(report.drift) == 1 + len(KINDS["gpt2"])
-    adapters = [case for case in report.drift if case.adapters]
-    for case in adapters:
-        assert case.drift is not None
-        assert case.drift.retained == pytest.approx(share, abs=0.04)
-        assert case.drift.effect_error > 1e-5
-        assert (case.status == "passed") == (share == 1.0)
-        assert case.status == "passed" or "with rounding, which computes in float16" in case.reason
+    (case,) = (case for case in report.drift if case.adapters == ("conv1d",))
+    assert case.drift is not None
+    assert case.drift.retained == pytest.approx(share, abs=0.05)
+    assert case.drift.effect_error > 1e-5
+    assert (case.status == "passed") == (share == 1.0)
+    assert case.status == "passed" or "with rounding, which computes in float16" in case.reason
     jsonschema.validate(json.loads(report.to_json()), SCHEMA)
     assert "float16 against float32" in report.table()
 
@@ -436,3 +445,75 @@ def test_a_client_of_fixed_shapes_asks_for_them(made: Made) -> None:
     plain = dataclasses.replace(bundle.manifest, parts={"decoder": part})
     with pytest.raises(OptionError, match=r"static runs graphs with fixed shapes, and .* has none"):
         validate_in({"static": None}, dataclasses.replace(bundle, manifest=plain))
+
+
+def test_a_bundle_for_phones_has_its_graphs_in_onnx_runtimes_format(made: Made) -> None:
+    bundle = load_bundle(made("gpt2"))
+    names = [f"mobile/{x}" for x in ("model.ort", "required_operators.config", "static.ort")]
+    assert sorted(x for x in bundle.manifest.files if x.startswith("mobile/")) == names
+    config = (bundle.directory / names[1]).read_text().splitlines()
+    assert config[:3] == ["# Generated from model/s:", "# - model.ort", "# - static.ort"]
+    assert any(line.startswith("ai.onnx;13;") and "MatMul" in line for line in config)
+    assert not any("/" in line for line in config[1:])
+    part = bundle.manifest.parts["decoder"]
+    assert part.static is not None
+    rows = rows_of(20, 5)
+    for runner, file in zip(both(bundle.directory), ("model.ort", "static.ort"), strict=True):
+        path = f"mobile/{file}"
+        own = dataclasses.replace(
+            part,
+            file=path if file == "model.ort" else part.file,
+            static=None if file == "model.ort" else dataclasses.replace(part.static, file=path),
+        )
+        manifest = dataclasses.replace(bundle.manifest, parts={"decoder": own})
+        again = lora_edge.Runner(
+            dataclasses.replace(bundle, manifest=manifest), static=file == "static.ort", threads=1
+        )
+        assert again.graph_file == path
+        for name in (None, *runner.adapters):
+            expected = runner.logits(rows, adapter=name)
+            np.testing.assert_allclose(again.logits(rows, adapter=name), expected, atol=1e-5)
+    # So each file runs where nothing else of the bundle is.
+    assert ort.InferenceSession((bundle.directory / names[0]).read_bytes()).get_inputs()
+
+
+def test_a_file_for_phones_that_does_something_else_is_found(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = Path(shutil.copytree(made("gpt2"), tmp_path / "copy"))
+    shutil.rmtree(copy / "mobile")
+    write_ort = ort_format.write_ort
+
+    def wrong(graph: Path, target: Path, level: str) -> None:
+        if graph.name == "static.onnx":
+            _exchange_biases(graph, graph.with_name("wrong.onnx"))
+            graph = graph.with_name("wrong.onnx")
+        write_ort(graph, target, level)
+
+    monkeypatch.setattr(ort_format, "write_ort", wrong)
+    with pytest.raises(ParityError, match=r"mobile/static.ort does not do what adapter conv1d"):
+        mobile.write_mobile(load_bundle(copy), lambda _: None)
+
+
+def test_what_phones_may_take_is_said(made: Made) -> None:
+    card = (made("gpt2") / "README.md").read_text()
+    for provider in ("nnapi", "coreml"):
+        found = re.search(rf"- onnx/static.onnx on {provider}: (\d+) of (\d+) nodes, in \d", card)
+        assert found is not None
+        taken, nodes = map(int, found.groups())
+        assert 0.9 * nodes < taken < nodes
+    assert "usability checker" not in (made("llama") / "README.md").read_text()
+    assert mobile.phones(load_bundle(made("llama")), [target("cpu"), target("qnn")]) == []
+    (line,) = mobile.phones(load_bundle(made("llama")), [target("coreml")])
+    assert line.startswith("onnx/static.onnx on coreml: ")
+
+
+def test_weights_that_the_format_has_no_room_for_are_refused(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = load_bundle(made("gpt2"))
+    parts = tuple(bundle.manifest.parts.values())
+    mobile.check_size(bundle.directory, parts)
+    monkeypatch.setattr(ort_format, "MOST_BYTES", 1000)
+    with pytest.raises(UnsupportedModelError, match=r"model.onnx_data has .* has room for 1,000"):
+        mobile.check_size(bundle.directory, parts)
