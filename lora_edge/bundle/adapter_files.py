@@ -24,7 +24,7 @@ from lora_edge.bundle.part import SiteEntry, StaticGraph
 from lora_edge.errors import AdapterError
 from lora_edge.fit.kinds import alone, kind_of
 from lora_edge.maths.half import overflow
-from lora_edge.maths.lora import FloatArray, Head, SiteChange, zeros
+from lora_edge.maths.lora import FloatArray, Head, SiteChange, wider, zeros
 from lora_edge.names import NONE_ADAPTER, SELECT, STACKED_PARTS, lora_input
 
 Changes = Mapping[str, SiteChange]
@@ -64,13 +64,13 @@ def check_rank(name: str, changes: Changes, static: StaticGraph) -> None:
     Raises:
         AdapterError: it has not; the layer and both ranks are named.
     """
-    for path, change in changes.items():
-        if change.rank > static.rank:
-            raise AdapterError(
-                f"adapter {name} has rank {change.rank} at {path}, and the bundle's graph with "
-                f"fixed shapes has room for {static.rank}",
-                f"Export again with this adapter (-a) and --rank {largest_rank([changes])}.",
-            )
+    found = wider(changes, static.rank)
+    if found is not None:
+        raise AdapterError(
+            f"adapter {name} has rank {found[1]} at {found[0]}, and the bundle's graph with fixed "
+            f"shapes has room for {static.rank}",
+            f"Export again with this adapter (-a) and --rank {largest_rank([changes])}.",
+        )
 
 
 def with_heads(changes: Changes, heads: Mapping[str, Head]) -> dict[str, SiteChange]:

@@ -15,7 +15,7 @@ DoRA; ``peft/tuners/lora/layer.py`` and ``dora.py`` for all of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -161,6 +161,11 @@ def widened(factors: Factors, rank: int) -> Factors:
     """The same pair at a higher rank: the columns of A and the rows of B that are new are zeros."""
     nothing = zeros(len(factors.A), factors.B.shape[1], rank - factors.rank)
     return concatenate([(factors, 1.0), (nothing, 1.0)])
+
+
+def wider(changes: Mapping[str, SiteChange], rank: int) -> tuple[str, int] | None:
+    """The first module path whose pair has a larger rank, and that rank; None: there is none."""
+    return next(((path, x.rank) for path, x in changes.items() if x.rank > rank), None)
 
 
 def concatenate(parts: Sequence[tuple[Factors, float]]) -> Factors:

@@ -11,7 +11,7 @@ import numpy as np
 
 from lora_edge.bundle.part import SiteEntry, StaticGraph
 from lora_edge.errors import DataError
-from lora_edge.maths.lora import SiteChange, widened
+from lora_edge.maths.lora import SiteChange, widened, wider
 from lora_edge.runtime.adapters.binding import Changes, Tensors, Values
 
 
@@ -42,14 +42,14 @@ class PaddedTensors(Tensors):
         Raises:
             DataError: it has not; the layer and both ranks are named.
         """
-        for path, change in changes.items():
-            if change.rank > self._rank:
-                raise DataError(
-                    f"{who} has rank {change.rank} at {path}, and the graph with fixed shapes has "
-                    f"room for {self._rank}",
-                    f"Export with --rank {max(x.rank for x in changes.values())}, or run it on the "
-                    "graph without fixed shapes.",
-                )
+        found = wider(changes, self._rank)
+        if found is not None:
+            raise DataError(
+                f"{who} has rank {found[1]} at {found[0]}, and the graph with fixed shapes has "
+                f"room for {self._rank}",
+                f"Export with --rank {max(x.rank for x in changes.values())}, or run it on the "
+                "graph without fixed shapes.",
+            )
 
     def changes(self, together: Changes, stacked: Sequence[Changes]) -> Values:
         return super().changes({path: self._wide(x) for path, x in together.items()}, stacked)
