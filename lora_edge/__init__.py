@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from lora_edge.exporting.remove import remove
     from lora_edge.parity import Report, validate
     from lora_edge.runtime import Runner
+    from lora_edge.runtime.set_adapter import set_adapter
     from lora_edge.training import train
 
 __version__ = "0.1.0"
@@ -54,6 +55,7 @@ _LAZY = {
     "load_adapter": "lora_edge.adapter.load",
     "load_bundle": "lora_edge.bundle.bundle",
     "remove": "lora_edge.exporting.remove",
+    "set_adapter": "lora_edge.runtime.set_adapter",
     "train": "lora_edge.training",
     "validate": "lora_edge.parity",
 }
@@ -85,6 +87,7 @@ __all__ = [
     "load_adapter",
     "load_bundle",
     "remove",
+    "set_adapter",
     "train",
     "validate",
 ]

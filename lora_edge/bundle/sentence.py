@@ -7,8 +7,9 @@ Knows files; knows nothing of sessions or texts.
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -26,6 +27,7 @@ from lora_edge.tasks.task import EMBEDDING
 
 MODULES_FILE = "modules.json"
 PROMPTS_FILE = "config_sentence_transformers.json"
+_TOKENIZER_FILE = "tokenizer_config.json"
 SENTENCE_FOLDER = "sentence_transformers"
 """Below an adapter's folder in a bundle: the files that it brings of its own."""
 TRANSFORMER_FILES = tuple(
@@ -110,7 +112,7 @@ def sentence_files(directory: Path) -> tuple[str, ...]:
     Raises:
         BundleError: ``modules.json`` cannot be read, or names a folder outside.
     """
-    names = [MODULES_FILE, PROMPTS_FILE, "tokenizer_config.json", *TRANSFORMER_FILES]
+    names = [MODULES_FILE, PROMPTS_FILE, _TOKENIZER_FILE, *TRANSFORMER_FILES]
     for kind, path in _modules(directory):
         if kind == "Transformer":
             names += [_join(path, name) for name in TRANSFORMER_FILES]
@@ -224,7 +226,7 @@ def _with_settings(
         if name not in _FREE and not modality and value not in _NEUTRAL.get(name, ()):
             raise UnsupportedModelError(f"{path}: {name} is {value!r}, which is not known", _HINT)
     prompts, default = _prompts(directory)
-    own = model is None or (directory / "tokenizer_config.json").is_file()
+    own = model is None or (directory / _TOKENIZER_FILE).is_file()
     limit = _model_max_length(directory if own or model is None else model)
     longest = settings.get("max_seq_length") or limit
     if longest is not None and (not isinstance(longest, int) or longest < 1):
@@ -235,7 +237,7 @@ def _with_settings(
 
 def _model_max_length(directory: Path) -> int | None:
     """Where texts are cut by the tokenizer's own settings."""
-    path = directory / "tokenizer_config.json"
+    path = directory / _TOKENIZER_FILE
     if not path.is_file():
         return None
     value = read_object(path, BundleError, _COPY, nonfinite=True).get("model_max_length")
@@ -265,6 +267,7 @@ def write_sentence_modules(
     task: str,
     folders: Mapping[str, Path],
     *,
+    merged: bool = False,
     output: Path | None = None,
 ) -> None:
     """Carry the sentence-transformers files of adapters' folders where they say other things.
@@ -274,6 +277,7 @@ def write_sentence_modules(
             written.
         task: what it is for.
         folders: name -> the adapter's own folder.
+        merged: the adapter is in the weights: its files take the place of the base's too.
         output: where the files go; ``None``: into the bundle.
 
     Raises:
@@ -293,6 +297,42 @@ def write_sentence_modules(
         if own == load_sentence_modules(directory):
             continue
         folder = (output or directory) / "adapters" / name / SENTENCE_FOLDER
-        for relative in sentence_files(source):
-            (folder / relative).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / relative, folder / relative)
+        _copy(source, folder, sentence_files(source))
+        if merged:
+            _put_first(folder, directory, own, name)
+
+
+def own_sentence_files(directory: Path) -> tuple[str, ...]:
+    """As :func:`sentence_files`, without the tokenizer's."""
+    return tuple(name for name in sentence_files(directory) if name != _TOKENIZER_FILE)
+
+
+def _put_first(folder: Path, directory: Path, own: SentenceModules, name: str) -> None:
+    """Make the files of a merged adapter the bundle's own, as other libraries read them there.
+
+    Raises:
+        UnsupportedAdapterError: they would say something else there.
+    """
+    if own.max_length is not None:  # which the adapter's tokenizer may say, and stays with it
+        path = folder / next(
+            (x for x in sentence_files(folder) if x.rpartition("/")[2] in TRANSFORMER_FILES),
+            _join(_modules(folder)[0][1], TRANSFORMER_FILES[0]),
+        )
+        settings = read_object(path, BundleError, _COPY) if path.is_file() else {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = json.dumps({**settings, "max_seq_length": own.max_length}, indent=2)
+        path.write_text(whole, encoding="utf-8")
+    for relative in own_sentence_files(directory):
+        (directory / relative).unlink()
+    _copy(folder, directory, own_sentence_files(folder))
+    if load_sentence_modules(directory) != own:
+        raise UnsupportedAdapterError(
+            f"adapter {name} is refused: it cuts no texts, and the base's tokenizer does",
+            "Give max_seq_length in its sentence_bert_config.json, or export it switchable.",
+        )
+
+
+def _copy(source: Path, target: Path, names: Sequence[str]) -> None:
+    for relative in names:
+        (target / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / relative, target / relative)

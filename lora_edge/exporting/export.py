@@ -269,7 +269,7 @@ def export(
             write_client_files(model, stage, manifest, reference.architecture)
             write_base_text(model, stage, manifest, say)
             folders = own_folders(adapters or {}, local)
-            write_sentence_modules(stage, manifest.task, folders)
+            write_sentence_modules(stage, manifest.task, folders, merged=mode == "merged")
             manifest = write_adapter_texts(stage, manifest, folders, say)
             staged = Bundle(stage, _signed(stage, manifest, conversions))
             report = _prove(staged, reference, say, low_memory=low_memory)

@@ -9,7 +9,7 @@ from typing import Any
 from lora_edge.base.checkpoint import Base
 from lora_edge.bundle.bundle import Bundle
 from lora_edge.bundle.clients import GENAI_FILE, TRANSFORMERS_JS, genai_config
-from lora_edge.bundle.sentence import sentence_files
+from lora_edge.bundle.sentence import MODULES_FILE, SENTENCE_FOLDER, own_sentence_files
 from lora_edge.errors import BaseModelError, BundleError
 from lora_edge.files.json import read_json
 from lora_edge.runtime.outputs.image import PROCESSOR_FILE
@@ -24,11 +24,12 @@ _FOREIGN = (TRANSFORMERS_JS, "architectures", "id2label", "label2id")
 def compare_files(bundle: Bundle, base: Base) -> Iterator[tuple[str, str]]:
     """Every file that is copied as it is, and what it says otherwise than the base's."""
     folder = bundle.directory
-    names = (*_COPIED, *sentence_files(base.directory), *sentence_files(folder))
-    for name in dict.fromkeys(names):
-        if name == "tokenizer_config.json":  # what it means is compared with the tokenizer
-            continue
-        theirs, own = base.directory / name, folder / name
+    origin = _sentence_origin(bundle, base)
+    # What a tokenizer's file means is compared with the tokenizer.
+    sentences = {*own_sentence_files(origin), *own_sentence_files(folder)}
+    for name in dict.fromkeys((*_COPIED, *sorted(sentences))):
+        theirs = (origin if name in sentences else base.directory) / name
+        own = folder / name
         if not theirs.is_file() and not own.is_file():
             continue
         if not own.is_file() or not theirs.is_file():
@@ -47,6 +48,15 @@ def compare_files(bundle: Bundle, base: Base) -> Iterator[tuple[str, str]]:
         made = genai_config(bundle.manifest, base.config, generation)
         found = _read(folder / GENAI_FILE, BundleError)
         yield GENAI_FILE, first_difference(GENAI_FILE, found, made)
+
+
+def _sentence_origin(bundle: Bundle, base: Base) -> Path:
+    """Where the bundle's sentence-transformers files come from: a merged adapter's, or the base."""
+    carried = [
+        bundle.directory / "adapters" / name / SENTENCE_FOLDER for name in bundle.manifest.adapters
+    ]
+    found = [x for x in carried if (x / MODULES_FILE).is_file()]
+    return found[0] if found and bundle.manifest.mode == "merged" else base.directory
 
 
 def first_difference(what: str, found: Any, wanted: Any, close: float = 0.0) -> str:
