@@ -32,6 +32,7 @@ _VERBS = {
     "golden": "Keep your own prompts in a bundle as golden cases.",
     "native": "Build an optional library that makes adapters cost less.",
     "kit": "Write a small project that runs a bundle: a web page, for Node, in Python.",
+    "package": "Write bundles as a model package of ONNX Runtime, or check one.",
     "inspect": "Show what an adapter or a bundle holds.",
     "targets": "Show where bundles run, and what this machine can run.",
 }

@@ -18,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from lora_edge.bundle.bundle import MANIFEST_NAME, Bundle, load_bundle
 from lora_edge.clients.catalog import scripts
 from lora_edge.errors import BundleError, OptionError
+from lora_edge.files.placing import place
 from lora_edge.files.transaction import staging
 from lora_edge.kits.facts import AGAIN, common_facts, compiled_facts, size
 from lora_edge.kits.kinds import KITS, KitKind
@@ -126,16 +127,7 @@ def _plain(task: str) -> bool:
 
 def _copy_bundle(bundle: Bundle, target: Path, *, link: bool) -> None:
     for name in bundle.manifest.files:
-        file = target / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        found = bundle.verify(name)
-        if link:
-            try:
-                os.link(found.resolve(), file)
-                continue
-            except OSError:  # another disk, or a file system without hard links
-                file.unlink(missing_ok=True)
-        shutil.copyfile(found, file)
+        place(bundle.verify(name), target / name, link=link)
     # Its bytes, and not those of a system with other ends of lines: programs know their hash.
     (target / MANIFEST_NAME).write_bytes(bundle.manifest.to_json().encode())
 

@@ -1,0 +1,236 @@
+"""A model package of ONNX Runtime: bundles for several execution providers, over shared assets.
+
+``manifest.json`` is ONNX Runtime's. A variant is a bundle for one provider; what bundles may have
+in common lies in folders that are named by a hash of their content::
+
+    DIR/
+      manifest.json                    components, variants, where each one's assets are
+      NAME/                            a variant: graphs, golden cases, lora_edge.json
+      shared_assets/sha256-HASH/       weights; an adapter; the tokenizer and the base's other files
+
+Source of the format: onnxruntime 1.32, ``model_package/README.md``. Knows files; knows nothing of
+sessions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
+
+from lora_edge.bundle.bundle import Bundle
+from lora_edge.bundle.manifest import MANIFEST_NAME, Manifest
+from lora_edge.errors import BundleError
+from lora_edge.files.hashes import hash_file
+from lora_edge.files.json import read_bytes, read_object
+from lora_edge.files.paths import path_inside
+from lora_edge.files.placing import place
+from lora_edge.files.schema import Rule, Sha256, decode
+
+PACKAGE_FILE = "manifest.json"
+SCHEMA_VERSION = "1.0"
+NAMESPACE = "lora_edge"
+"""What is ours in a variant's ``executor_info``."""
+ROOT = "."
+"""The bundle's own folder, among the folders that are assets."""
+
+_SHARED = "shared_assets"
+_HINT = "Copy the whole package again, or make it again with lora-edge package."
+_URI = re.compile(r"sha256:([0-9a-f]{64})")
+AssetUri = Annotated[str, Rule("sha256: and 64 digits", lambda x: bool(_URI.fullmatch(x)))]
+
+
+@dataclass(frozen=True)
+class VariantInfo:
+    """What is said of a variant in ``executor_info.lora_edge``.
+
+    Attributes:
+        manifest: sha256 of the variant's ``lora_edge.json``.
+        assets: folder of the bundle -> URI of the asset that has its files; ``.``: the bundle's.
+        adapters: name -> URI of its ``.onnx_adapter`` file; without those of merged bundles.
+    """
+
+    manifest: Sha256
+    assets: Mapping[str, AssetUri]
+    adapters: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A bundle in a package.
+
+    Attributes:
+        name: of the variant: the short name of its execution provider.
+        folder: what is its own.
+        info: where the rest is.
+        package: the package's folder.
+    """
+
+    name: str
+    folder: Path
+    info: VariantInfo
+    package: Path
+
+    def manifest(self) -> Manifest:
+        """The bundle's manifest.
+
+        Raises:
+            BundleError: it is missing or damaged.
+        """
+        path = self.folder / MANIFEST_NAME
+        data = read_bytes(path, BundleError, _HINT)
+        if hashlib.sha256(data).hexdigest() != self.info.manifest:
+            raise BundleError(f"{path} differs from its hash in {PACKAGE_FILE}", _HINT)
+        return Manifest.from_json(data, str(path))
+
+    def place_of(self, relative: str) -> Path:
+        """Where a file of the bundle lies in the package."""
+        for folder in PurePosixPath(relative).parents:
+            uri = self.info.assets.get(folder.as_posix())
+            if uri is not None:
+                rest = PurePosixPath(relative).relative_to(folder).as_posix()
+                shared = asset_folder(self.package, uri) / rest
+                if shared.is_file():
+                    return shared
+        return self.folder / relative
+
+    def check(self) -> None:
+        """Compare every file of the bundle with its hash.
+
+        Raises:
+            BundleError: one is missing, changed, or lies outside.
+        """
+        for relative, entry in self.manifest().files.items():
+            path = self.place_of(relative)
+            inside = path.relative_to(self.package).as_posix()
+            path_inside(self.package, inside, f"{self.name}: a file", BundleError, _HINT)
+            if not path.is_file():
+                raise BundleError(f"{self.package}: {inside} is missing ({self.name})", _HINT)
+            if path.stat().st_size != entry.bytes or hash_file(path) != entry.sha256:
+                raise BundleError(
+                    f"{self.package}: {inside} differs from its hash in the {MANIFEST_NAME} of "
+                    f"{self.name}",
+                    _HINT,
+                )
+
+    def unpack(self, target: Path, *, link: bool = False) -> Bundle:
+        """Put the bundle together, in an empty folder.
+
+        Args:
+            target: the folder.
+            link: by hard links, where the file system can do that.
+
+        Raises:
+            BundleError: a file is missing or damaged.
+        """
+        self.check()
+        manifest = self.manifest()
+        for relative in (*manifest.files, MANIFEST_NAME):
+            place(self.place_of(relative), target / relative, link=link)
+        return Bundle(target, manifest)
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package on disk.
+
+    Attributes:
+        directory: its folder.
+        variants: name -> variant.
+    """
+
+    directory: Path
+    variants: Mapping[str, Variant]
+
+    def check(self) -> None:
+        """Compare every file and every shared asset with its hash; ONNX Runtime does not.
+
+        Raises:
+            BundleError: names what is missing or was changed, or a file that no one knows.
+        """
+        for variant in self.variants.values():
+            variant.check()
+        for uri in sorted({uri for x in self.variants.values() for uri in x.info.assets.values()}):
+            folder = asset_folder(self.directory, uri)
+            if not folder.is_dir():
+                raise BundleError(f"{folder} is missing", _HINT)
+            if (found := directory_uri(folder)) != uri:
+                raise BundleError(
+                    f"{folder} holds {found}, expected {uri}: a file was changed, added or renamed",
+                    _HINT,
+                )
+
+
+def is_package(directory: str | os.PathLike[str]) -> bool:
+    """Whether a folder is a package, and no bundle."""
+    root = Path(directory)
+    return (root / PACKAGE_FILE).is_file() and not (root / MANIFEST_NAME).is_file()
+
+
+def load_package(directory: str | os.PathLike[str]) -> Package:
+    """Open a package that :mod:`lora_edge.exporting.package` has written; reads its manifest only.
+
+    Raises:
+        BundleError: it is none, or its manifest is damaged.
+    """
+    root = Path(directory)
+    path = root / PACKAGE_FILE
+    if not path.is_file():
+        raise BundleError(
+            f"{root} is no model package: it has no {PACKAGE_FILE}",
+            "Make one with: lora-edge package BUNDLE -o DIR",
+        )
+    data = read_object(path, BundleError, _HINT)
+    variants: dict[str, Variant] = {}
+    for name, body in _bodies(data, path):
+        told = body.get("executor_info")
+        ours = told.get(NAMESPACE) if isinstance(told, dict) else None
+        if not isinstance(ours, dict):
+            raise BundleError(f"{path}: the variant {name!r} is none of lora-edge's", _HINT)
+        info = decode(VariantInfo, ours, f"{path}: {name}", BundleError, _HINT)
+        folder = path_inside(root, name, f"{path}: a variant", BundleError, _HINT)
+        variants[name] = Variant(name, folder, info, root)
+    if not variants:
+        raise BundleError(f"{path} has no variants", _HINT)
+    return Package(root, variants)
+
+
+def _bodies(data: Mapping[str, Any], path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The variants of all components."""
+    components = data.get("components")
+    for component in components.values() if isinstance(components, dict) else ():
+        variants = component.get("variants") if isinstance(component, dict) else None
+        if not isinstance(variants, dict) or not all(
+            isinstance(x, dict) for x in variants.values()
+        ):
+            raise BundleError(f"{path}: a component has no variants in it", _HINT)
+        yield from variants.items()
+
+
+def asset_folder(package: Path, uri: str) -> Path:
+    """Where a shared asset lies."""
+    return package / _SHARED / uri.replace(":", "-")
+
+
+def directory_uri(folder: Path) -> str:
+    """The URI of a folder's content, as ``ModelPackage.compute_directory_hash`` gives it.
+
+    Raises:
+        BundleError: it holds a link.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_symlink() or path.is_file())
+    for path in files:
+        if path.is_symlink():
+            raise BundleError(f"{path} is a link, which no package has", _HINT)
+    return content_uri((x.relative_to(folder).as_posix(), hash_file(x)) for x in files)
+
+
+def content_uri(files: Iterable[tuple[str, str]]) -> str:
+    """The URI of files: (path in their folder, sha256) of each."""
+    lines = sorted((name.encode(), digest) for name, digest in files)
+    text = b"".join(digest.encode() + b"  " + name + b"\n" for name, digest in lines)
+    return f"sha256:{hashlib.sha256(text).hexdigest()}"

@@ -1,0 +1,216 @@
+"""Model packages of ONNX Runtime: what they hold, opened by ONNX Runtime itself; changed bytes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+import lora_edge
+from lora_edge.bundle.package import Package, directory_uri, load_package
+from lora_edge.exporting.package import write_package
+from lora_edge.parity.record.golden import recorded
+from tests.support.commands import exit_code
+from tests.support.modules import load_file
+from tests.support.paths import ROOT
+from tests.support.shipped import export_heads, export_text
+
+example = load_file("example_model_package", ROOT / "examples" / "model_package.py")
+has_packages = pytest.mark.skipif(
+    not hasattr(ort, "ModelPackage"), reason="this onnxruntime has no model packages"
+)
+
+
+class Made:
+    """A bundle for each of two providers, and their package."""
+
+    def __init__(self, root: Path) -> None:
+        self.bundles = {
+            "cpu": export_text(root / "fused", "echo", "shout"),
+            "openvino": export_text(root / "portable", "echo", "shout", form="portable"),
+        }
+        self.directory = root / "package"
+        self.package = write_package(self.bundles, self.directory, link=True)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return Made(tmp_path_factory.mktemp("package"))
+
+
+@pytest.fixture
+def copy(made: Made, tmp_path: Path) -> Package:
+    """One that may be changed."""
+    return load_package(shutil.copytree(made.directory, tmp_path / "copy"))
+
+
+def test_adapters_and_weights_are_there_once(made: Made) -> None:
+    first, second = (made.package.variants[name].info.assets for name in ("cpu", "openvino"))
+    assert first.keys() == second.keys()
+    assert {"onnx", ".", "adapters/echo", "adapters/none", "adapters/shout"} == first.keys()
+    for folder in ("adapters/echo", "adapters/none", "adapters/shout", "."):
+        assert first[folder] == second[folder]
+    names = [x.name for x in made.directory.rglob("adapter.onnx_adapter")]
+    assert len(names) == 3
+    whole = sum(x.stat().st_size for x in made.directory.rglob("*") if x.is_file())
+    both = [x for bundle in made.bundles.values() for x in bundle.rglob("*") if x.is_file()]
+    assert whole < 0.75 * sum(x.stat().st_size for x in both)
+
+
+@has_packages
+def test_onnxruntime_knows_the_hashes_and_the_format(made: Made) -> None:
+    package = ort.ModelPackage.open(str(made.directory))
+    assets = {x["uri"]: Path(x["resolved_path"]) for x in package.get_info()["shared_assets"]}
+    own = {uri for x in made.package.variants.values() for uri in x.info.assets.values()}
+    assert own == set(assets)
+    for uri, folder in assets.items():
+        assert directory_uri(folder) == uri == ort.ModelPackage.compute_directory_hash(str(folder))
+    context = ort.ModelPackageContext(str(made.directory))
+    assert context.get_component_names() == ["decoder"]
+    assert context.get_variant_ep_name("decoder", "openvino") == "OpenVINOExecutionProvider"
+
+
+@has_packages
+def test_golden_cases_in_plain_onnxruntime(made: Made) -> None:
+    """With each adapter: the bundle's numbers to the bit, and PyTorch's."""
+    runner = lora_edge.Runner(made.bundles["cpu"], session_cache=False, native=False)
+    seen = []
+    for golden in recorded(runner.bundle):
+        probe = golden.probe
+        if probe.kind not in ("adapter", "base") or (len(probe.rows) != 1 and probe.part):
+            continue
+        row, expected = list(probe.rows[0]), golden.expected[0]
+        name = probe.adapters[0] if probe.adapters else "none"
+        found = example.logits(made.directory, name, row)
+        np.testing.assert_allclose(found, runner.logits([row], name)[0], atol=1e-6)
+        assert expected.places is None
+        count = len(row)
+        kept = np.take_along_axis(found, expected.columns[:count], axis=1)
+        np.testing.assert_allclose(kept, expected.reference[:count], atol=1e-4)
+        if expected.base is not None:
+            assert np.abs(kept - expected.base[:count]).max() > 1
+        seen.append(name)
+    assert {"echo", "shout", "none"} == set(seen)
+
+
+def test_a_variant_is_the_bundle_again(made: Made, tmp_path: Path) -> None:
+    bundle = made.package.variants["openvino"].unpack(tmp_path / "out")
+    bundle.verify_all()
+    assert lora_edge.validate(bundle, depth="quick").passed
+    theirs = {x.relative_to(made.bundles["openvino"]) for x in made.bundles["openvino"].rglob("*")}
+    assert {x.relative_to(tmp_path / "out") for x in (tmp_path / "out").rglob("*")} <= theirs
+
+
+@pytest.mark.parametrize(
+    ("folder", "file"),
+    [
+        ("onnx", "model.onnx_data"),
+        ("adapters/echo", "adapter.onnx_adapter"),
+        (".", "tokenizer.json"),
+    ],
+)
+def test_a_changed_byte_of_an_asset_is_found(folder: str, file: str, copy: Package) -> None:
+    copy.check()
+    path = copy.variants["cpu"].place_of(file if folder == "." else f"{folder}/{file}")
+    assert "shared_assets" in path.parts
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(lora_edge.BundleError, match=f"{file} differs from its hash"):
+        copy.check()
+
+
+def _edited(package: Package, change: Any) -> Path:
+    path = package.directory / "manifest.json"
+    data = json.loads(path.read_text(encoding="utf-8"))
+    change(data["components"]["decoder"]["variants"])
+    path.write_text(json.dumps(data), encoding="utf-8")
+    return package.directory
+
+
+def test_other_changes_are_found(copy: Package) -> None:
+    added = copy.variants["cpu"].place_of("adapters/echo/adapter.onnx_adapter").parent / "more"
+    added.write_text("x", encoding="utf-8")
+    with pytest.raises(lora_edge.BundleError, match="a file was changed, added or renamed"):
+        copy.check()
+    added.unlink()
+    added.symlink_to(copy.directory / "manifest.json")
+    with pytest.raises(lora_edge.BundleError, match="is a link"):
+        copy.check()
+    added.unlink()
+    graph = copy.variants["cpu"].folder / "onnx" / "model.onnx"
+    whole = graph.read_bytes()
+    graph.write_bytes(whole[:-1])
+    with pytest.raises(lora_edge.BundleError, match=r"model\.onnx differs"):
+        copy.check()
+    graph.unlink()
+    with pytest.raises(lora_edge.BundleError, match=r"model\.onnx is missing \(cpu\)"):
+        copy.check()
+    graph.write_bytes(whole)
+    copy.check()
+    manifest = copy.variants["cpu"].folder / "lora_edge.json"
+    manifest.write_text(manifest.read_text(encoding="utf-8") + " ", encoding="utf-8")
+    with pytest.raises(lora_edge.BundleError, match=r"lora_edge\.json differs from its hash"):
+        copy.check()
+
+
+def test_manifests_that_are_none(copy: Package, tmp_path: Path) -> None:
+    with pytest.raises(lora_edge.BundleError, match="is no model package"):
+        load_package(tmp_path)
+    path = copy.directory / "manifest.json"
+    whole = path.read_text(encoding="utf-8")
+    for change, message in (
+        (lambda x: x["cpu"].pop("executor_info"), "'cpu' is none of lora-edge's"),
+        (lambda x: x.update({"../x": x["cpu"]}), "a variant is '../x'"),
+        (lambda x: x["cpu"]["executor_info"]["lora_edge"]["assets"].update(a="b"), "sha256: and"),
+        (lambda x: x.clear(), "has no variants"),
+    ):
+        path.write_text(whole, encoding="utf-8")
+        with pytest.raises(lora_edge.BundleError, match=message):
+            load_package(_edited(copy, change))
+    path.write_text('{"components": {"a": "folder"}}', encoding="utf-8")
+    with pytest.raises(lora_edge.BundleError, match="a component has no variants in it"):
+        load_package(copy.directory)
+
+
+def test_at_the_command_line(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "package"
+    bundle = str(made.bundles["cpu"])
+    assert exit_code(["package", bundle, "-o", str(target), "--link"]) == 0
+    assert capsys.readouterr().out.strip() == str(target)
+    assert exit_code(["package", "--check", str(target)]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("cpu:\n")
+    assert "\npassed: " in said
+    assert exit_code(["package", bundle, "-o", str(target)]) == 2
+    assert "is not empty" in capsys.readouterr().err
+    for arguments, message in (
+        (["package", f"npu={bundle}", "-o", str(tmp_path / "x")], "no execution provider 'npu'"),
+        (["package", bundle, f"cpu={bundle}", "-o", str(tmp_path / "x")], "two bundles"),
+        (["package", bundle], "give a bundle and -o DIR"),
+        (["package", bundle, "--check", str(target)], "--check takes a package"),
+    ):
+        assert exit_code(arguments) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "x").exists()
+    (target / "cpu" / "config.json").unlink()
+    assert exit_code(["package", "--check", str(target)]) == 2
+    assert "config.json is missing" in capsys.readouterr().err
+
+
+def test_unlike_bundles_are_refused(made: Made, tmp_path: Path) -> None:
+    heads = export_heads(tmp_path / "heads")
+    with pytest.raises(lora_edge.OptionError, match="cpu and openvino are of unlike bases"):
+        write_package({"cpu": made.bundles["cpu"], "openvino": heads}, tmp_path / "out")
+    with pytest.raises(lora_edge.OptionError, match="no bundle was given"):
+        write_package({}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    package = write_package({"cpu": heads}, tmp_path / "labels")
+    assert sorted(package.variants["cpu"].info.adapters) == ["claims", "letters", "none"]
