@@ -2,8 +2,8 @@
 
 python examples/model_package.py PACKAGE NAME 12 7 93     # the adapter, and token ids
 
-For packages of bundles that generate text. Needs numpy and onnxruntime. ONNX Runtime does not compare
-shared assets with their hashes: ``lora-edge package --check PACKAGE`` does.
+For packages of bundles that generate text. Needs numpy and onnxruntime. ONNX Runtime does not
+compare shared assets with their hashes: ``lora-edge package --check PACKAGE`` does.
 """
 
 from __future__ import annotations

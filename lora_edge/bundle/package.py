@@ -8,6 +8,9 @@ in common lies in folders that are named by a hash of their content::
       NAME/                            a variant: graphs, golden cases, lora_edge.json
       shared_assets/sha256-HASH/       weights; an adapter; the tokenizer and the base's other files
 
+Weights of one bundle may be the beginning of another's: the portable graph's are the fused one's
+without the rotary tables. Then the longer file is there for both.
+
 Source of the format: onnxruntime 1.32, ``model_package/README.md``. Knows files; knows nothing of
 sessions.
 """
@@ -32,13 +35,13 @@ from lora_edge.files.placing import place
 from lora_edge.files.schema import Rule, Sha256, decode
 
 PACKAGE_FILE = "manifest.json"
+SHARED_FOLDER = "shared_assets"
 SCHEMA_VERSION = "1.0"
 NAMESPACE = "lora_edge"
 """What is ours in a variant's ``executor_info``."""
 ROOT = "."
 """The bundle's own folder, among the folders that are assets."""
 
-_SHARED = "shared_assets"
 _HINT = "Copy the whole package again, or make it again with lora-edge package."
 _URI = re.compile(r"sha256:([0-9a-f]{64})")
 AssetUri = Annotated[str, Rule("sha256: and 64 digits", lambda x: bool(_URI.fullmatch(x)))]
@@ -110,7 +113,8 @@ class Variant:
             path_inside(self.package, inside, f"{self.name}: a file", BundleError, _HINT)
             if not path.is_file():
                 raise BundleError(f"{self.package}: {inside} is missing ({self.name})", _HINT)
-            if path.stat().st_size != entry.bytes or hash_file(path) != entry.sha256:
+            longer = path.stat().st_size > entry.bytes and path.is_relative_to(self.folder)
+            if longer or hash_file(path, entry.bytes) != entry.sha256:
                 raise BundleError(
                     f"{self.package}: {inside} differs from its hash in the {MANIFEST_NAME} of "
                     f"{self.name}",
@@ -129,8 +133,9 @@ class Variant:
         """
         self.check()
         manifest = self.manifest()
-        for relative in (*manifest.files, MANIFEST_NAME):
-            place(self.place_of(relative), target / relative, link=link)
+        for relative, entry in manifest.files.items():
+            place(self.place_of(relative), target / relative, link=link, size=entry.bytes)
+        place(self.folder / MANIFEST_NAME, target / MANIFEST_NAME, link=False)
         return Bundle(target, manifest)
 
 
@@ -213,7 +218,7 @@ def _bodies(data: Mapping[str, Any], path: Path) -> Iterator[tuple[str, dict[str
 
 def asset_folder(package: Path, uri: str) -> Path:
     """Where a shared asset lies."""
-    return package / _SHARED / uri.replace(":", "-")
+    return package / SHARED_FOLDER / uri.replace(":", "-")
 
 
 def directory_uri(folder: Path) -> str:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from lora_edge import types as opt
-from lora_edge.bundle.bundle import MANIFEST_NAME, Bundle, hash_file, load_bundle
+from lora_edge.bundle.bundle import MANIFEST_NAME, Bundle, FileEntry, hash_file, load_bundle
 from lora_edge.bundle.clients import GENAI_FILE
 from lora_edge.bundle.package import (
     NAMESPACE,
     PACKAGE_FILE,
     ROOT,
     SCHEMA_VERSION,
+    SHARED_FOLDER,
     Package,
     asset_folder,
     content_uri,
@@ -28,6 +29,7 @@ from lora_edge.targets.providers import PROVIDERS, provider
 
 # What differs from bundle to bundle of one base.
 _OWN_FILES = {"README.md", "config.json", GENAI_FILE}
+_GRAPHS = "onnx"
 _DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -60,16 +62,16 @@ def write_package(
     say = progress or opt.silent
     with staging(Path(output), marker=PACKAGE_FILE, force=force) as stage:
         told = {}
-        for name, bundle in opened.items():
-            say(f"{name}: {bundle.directory}")
-            told[name] = _add(name, bundle, stage, link=link)
+        for name in sorted(opened, key=lambda x: _weights(opened[x]), reverse=True):
+            say(f"{name}: {opened[name].directory}")
+            told[name] = _add(name, opened[name], stage, link=link)
         first = next(iter(opened.values())).manifest
         manifest = {
             "schema_version": SCHEMA_VERSION,
             "layout": "portable",
             "package_name": Path(first.base["name_or_path"]).name or first.base["model_type"],
             "components": {
-                part: {"variants": {name: each[part] for name, each in told.items()}}
+                part: {"variants": {name: told[name][part] for name in opened}}
                 for part in first.parts
             },
         }
@@ -113,11 +115,27 @@ def _asset_of(relative: str) -> tuple[str, str] | None:
     if folder == "adapters":
         name, _, rest = rest.partition("/")
         return f"{folder}/{name}", rest
-    if folder == "onnx":
+    if folder == _GRAPHS:
         return (folder, rest) if not rest.endswith(".onnx") else None
     if folder == "parity" or relative in _OWN_FILES:
         return None
     return ROOT, relative
+
+
+def _beginning_with(stage: Path, entries: Mapping[str, FileEntry]) -> str | None:
+    """The asset whose files are of these names and begin with these files."""
+    for folder in (stage / SHARED_FOLDER).glob("*"):
+        if {x.relative_to(folder).as_posix() for x in folder.rglob("*")} == set(entries) and all(
+            hash_file(folder / path, entry.bytes) == entry.sha256 for path, entry in entries.items()
+        ):
+            return folder.name.replace("-", ":")
+    return None
+
+
+def _weights(bundle: Bundle) -> int:
+    """Bytes of a bundle's weights."""
+    files = bundle.manifest.files.items()
+    return sum(x.bytes for path, x in files if (_asset_of(path) or ("",))[0] == _GRAPHS)
 
 
 def _add(name: str, bundle: Bundle, stage: Path, *, link: bool) -> dict[str, Any]:
@@ -132,10 +150,11 @@ def _add(name: str, bundle: Bundle, stage: Path, *, link: bool) -> dict[str, Any
             shared.setdefault(found[0], {})[found[1]] = relative
     assets = {}
     for folder, files in shared.items():
-        hashes = [(path, manifest.files[relative].sha256) for path, relative in files.items()]
-        assets[folder] = content_uri(hashes)
+        entries = {path: manifest.files[relative] for path, relative in files.items()}
+        there = _beginning_with(stage, entries) if folder == _GRAPHS else None
+        assets[folder] = there or content_uri((path, x.sha256) for path, x in entries.items())
         target = asset_folder(stage, assets[folder])
-        if not target.exists():  # else another variant's: the same to the bit
+        if not target.exists():  # else another bundle's: the same to the bit
             for path, relative in files.items():
                 place(bundle.verify(relative), target / path, link=link)
     text = manifest.to_json()
@@ -150,7 +169,7 @@ def _add(name: str, bundle: Bundle, stage: Path, *, link: bool) -> dict[str, Any
         "assets": assets,
         "adapters": adapters,
     }
-    options = {_DATA_FOLDER: assets["onnx"]} if "onnx" in assets else {}
+    options = {_DATA_FOLDER: assets[_GRAPHS]} if _GRAPHS in assets else {}
     known = provider(name)
     return {
         part: {

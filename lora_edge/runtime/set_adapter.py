@@ -24,7 +24,6 @@ from lora_edge.runtime.adapters.active import ActiveAdapters, Choice
 from lora_edge.runtime.adapters.binding import Tensors
 from lora_edge.runtime.opening import checked_parts
 from lora_edge.runtime.session import HALF_TENSOR
-from lora_edge.runtime.text.texts import text_folder
 from lora_edge.targets.providers import provider, unknown
 
 # Where a model keeps another: modules of sentence-transformers, pipelines, encoder-decoders.
@@ -60,7 +59,8 @@ def set_adapter(model: Any, adapter: Choice = None) -> None:
             'Open it with optimum, or as SentenceTransformer(bundle, backend="onnx").',
         )
     session = holders[0].session
-    switch = session.owner if isinstance(session, AdaptedSession) else _Switch(holders)
+    kept = session.owner if isinstance(session, AdaptedSession) else None
+    switch = kept if isinstance(kept, _Switch) else _Switch(holders)
     switch.to(model, adapter)
 
 
@@ -118,7 +118,8 @@ class _Switch:
                 "Use lora_edge.Runner.",
             )
         self._check_texts(model, names)
-        arrays = {name: value.numpy() for name, value in bound.values.items()}
+        # Copies: what numpy() gives may be a view, and dies with the binding.
+        arrays = {name: np.array(value.numpy()) for name, value in bound.values.items()}
         arrays[NUM_LOGITS_TO_KEEP] = np.array(0, np.int64)  # of every column
         for place in zip(self._holders, self._sessions, self._padded_left, strict=True):
             self._feed(*place, arrays)
@@ -153,8 +154,8 @@ class _Switch:
                 )
             if own:
                 warnings.warn(
-                    f"adapter {name!r} brings its own {' and '.join(own)}: read texts with what is "
-                    f"in {self._bundle.directory / text_folder(name)}",
+                    f"adapter {name!r} brings its own {' and '.join(own)}, which are in "
+                    f"{self._bundle.directory / 'adapters' / name}: read texts with them",
                     stacklevel=4,
                 )
 
@@ -164,7 +165,7 @@ class _Switch:
         known = [adapters[name].labels for name in (*names, NONE_ADAPTER)]
         labels = next((x for x in known if len(x) == count), [f"LABEL_{i}" for i in range(count)])
         for each in (model, *self._holders):
-            config = getattr(each, "config", None)
+            config: Any = getattr(each, "config", None)
             if hasattr(config, "id2label"):
                 config.id2label = dict(enumerate(labels))
                 config.label2id = {label: index for index, label in enumerate(labels)}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
+import itertools
 import shutil
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from peft import PeftModel
 
 import lora_edge
 from tests.support.adapters import make_adapter
-from tests.support.encoders import load_encoder, make_encoder, make_encoder_adapter
-from tests.support.saving import copy_tokenizer
+from tests.support.doors import MODES
+from tests.support.encoders import load_encoder
+from tests.support.paths import ROOT
 from tests.support.seq2seq import ALL, give_words, make_seq2seq, make_seq2seq_adapter, optimum
 from tests.support.shipped import ADAPTERS, BASE, BERT, CLASSIFIERS, PROMPTS
 
@@ -33,68 +35,28 @@ CLOSE = 1e-5
 TEXTS = ["Hello river WORD", "the quick word: river", "lemon", "stone and more and more words " * 9]
 
 
-def _write(folder: Path, name: str, content: Any) -> None:
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content), encoding="utf-8")
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bundles of BERT and of an embedding Llama, exported with transformers 5."""
+    python = ROOT / ".venv" / "bin" / "python"
+    if not python.exists():
+        pytest.skip("needs .venv (ci/venv), in which BERT is exported")
+    root = tmp_path_factory.mktemp("doors")
+    command = [python, "-m", "tests.support.doors", root]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return root
 
 
-def _pools(folder: Path, pooling: dict[str, Any], *more: str, version: str = "models.") -> Path:
-    """Give a folder the files of sentence-transformers."""
-    kinds = ("Transformer", "Pooling", *more)
-    modules = [
-        {
-            "idx": index,
-            "name": str(index),
-            "path": f"{index}_{kind}" if index else "",
-            "type": f"sentence_transformers.{version}{kind}",
-        }
-        for index, kind in enumerate(kinds)
-    ]
-    _write(folder, "modules.json", modules)
-    _write(folder, "1_Pooling/config.json", {"word_embedding_dimension": 128, **pooling})
-    return folder
-
-
-class Embedder:
-    """A BERT with sentence-transformers' files, two adapters, and bundles of them."""
-
-    def __init__(self, root: Path) -> None:
-        self.base = Path(shutil.copytree(BERT, root / "base"))
-        pooling = {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}
-        _pools(self.base, {**pooling, "include_prompt": False}, "Normalize")
-        settings = {"max_seq_length": 20, "do_lower_case": True}
-        _write(self.base, "sentence_bert_config.json", settings)
-        prompts = {"prompts": {"query": "query: river "}, "default_prompt_name": None}
-        _write(self.base, "config_sentence_transformers.json", prompts)
-        self.adapters = {
-            name: make_encoder_adapter(
-                self.base, "feature-extraction", root / name, seed=seed, target_modules=targets
-            )
-            for seed, (name, targets) in enumerate(
-                [("one", ["query", "value"]), ("two", ["key", "output.dense"])], 1
-            )
-        }
-        self.switchable, self.merged = root / "switchable", root / "merged"
-        lora_edge.export(
-            self.base, self.adapters, output=self.switchable, task="feature-extraction"
-        )
-        one = {"one": self.adapters["one"]}
-        lora_edge.export(self.base, one, "merged", self.merged, task="feature-extraction")
-
-    def reference(self, name: str | None) -> Any:
-        """PEFT in PyTorch, in sentence-transformers."""
-        return in_pytorch(self.base, None if name is None else self.adapters[name])
-
-
-def in_pytorch(base: Path, adapter: Path | None, modules: Path | None = None) -> Any:
+def in_pytorch(base: Path, adapter: Path | None = None, modules: Path | None = None) -> Any:
     """sentence-transformers on PyTorch, with an adapter merged by PEFT."""
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(modules or base), device="cpu", backend="torch")
     if adapter is not None:
         adapted = PeftModel.from_pretrained(load_encoder(base, "feature-extraction"), adapter)
-        model[0].auto_model = adapted.merge_and_unload()
+        model[0].model = adapted.merge_and_unload()
+        assert model[0].auto_model is model[0].model
     return model
 
 
@@ -105,16 +67,15 @@ def in_onnx(bundle: Path) -> Any:
     return SentenceTransformer(str(bundle), device="cpu", backend="onnx")
 
 
-@pytest.fixture(scope="module")
-def embedder(tmp_path_factory: pytest.TempPathFactory) -> Embedder:
-    return Embedder(tmp_path_factory.mktemp("embedder"))
-
-
 @sentences
 class TestSentenceTransformers:
-    def test_a_merged_bundle_is_loaded_as_it_is(self, embedder: Embedder) -> None:
-        model, reference = in_onnx(embedder.merged), embedder.reference("one")
-        runner = lora_edge.Runner(embedder.merged)
+    @pytest.fixture(scope="class")
+    def root(self, made: Path) -> Path:
+        return made / "sentences"
+
+    def test_a_merged_bundle_is_loaded_as_it_is(self, root: Path) -> None:
+        model, reference = in_onnx(root / "merged"), in_pytorch(root / "base", root / "one")
+        runner = lora_edge.Runner(root / "merged")
         for name in (None, "query"):
             found = model.encode(TEXTS, prompt_name=name)
             assert found.shape == (4, 256)
@@ -124,86 +85,63 @@ class TestSentenceTransformers:
         plain = model.encode(TEXTS)
         np.testing.assert_allclose(np.linalg.norm(plain, axis=1), 1, atol=CLOSE)
         assert np.abs(plain - model.encode(TEXTS, prompt_name="query")).max() > 1e-3
-        assert np.abs(plain - embedder.reference(None).encode(TEXTS)).max() > 1e-3
+        assert np.abs(plain - in_pytorch(root / "base").encode(TEXTS)).max() > 1e-3
 
-    def test_a_switchable_bundle_is_switched(self, embedder: Embedder) -> None:
-        model = in_onnx(embedder.switchable)
+    def test_a_switchable_bundle_is_switched(self, root: Path) -> None:
+        model = in_onnx(root / "switchable")
         with pytest.raises(ValueError, match=r"lora\..* is required"):
             model.encode(TEXTS)  # never the base in silence
-        runner = lora_edge.Runner(embedder.switchable)
+        runner = lora_edge.Runner(root / "switchable")
         seen = []
         for choice in ("one", "two", None, {"one": 0.5, "two": 0.25}, "one"):
             lora_edge.set_adapter(model, choice)
             found = model.encode(TEXTS)
             np.testing.assert_allclose(found, runner.embed(TEXTS, choice), atol=CLOSE)
             if not isinstance(choice, dict):
-                expected = embedder.reference(choice).encode(TEXTS)
+                adapter = root / choice if choice else None
+                expected = in_pytorch(root / "base", adapter).encode(TEXTS)
                 np.testing.assert_allclose(found, expected, atol=CLOSE)
             seen.append(found)
         np.testing.assert_array_equal(seen[0], seen[-1])
-        for index, one in enumerate(seen[:-1]):
-            for other in seen[index + 1 : -1]:
-                assert np.abs(one - other).max() > 1e-3
+        for one, other in itertools.combinations(seen[:-1], 2):
+            assert np.abs(one - other).max() > 1e-3
 
-    def test_what_is_refused_leaves_the_adapter(self, embedder: Embedder) -> None:
-        model = in_onnx(embedder.switchable)
+    def test_what_is_refused_leaves_the_adapter(self, root: Path) -> None:
+        model = in_onnx(root / "switchable")
         lora_edge.set_adapter(model, "two")
         before = model.encode(TEXTS)
         with pytest.raises(lora_edge.AdapterNotFoundError, match="no adapter 'three'"):
             lora_edge.set_adapter(model, "three")
-        np.testing.assert_array_equal(model.encode(TEXTS), before)
-        with pytest.raises(lora_edge.AdapterNotFoundError, match="a merged bundle runs its one"):
-            lora_edge.set_adapter(in_onnx(embedder.merged), {"one": 0.5})
-
-    def test_modules_of_an_adapter(self, embedder: Embedder, tmp_path: Path) -> None:
-        """Merged, they are the bundle's; switchable, the base's would be used, which is refused."""
-        own = Path(shutil.copytree(embedder.adapters["two"], tmp_path / "own"))
-        _pools(own, {"pooling_mode_max_tokens": True, "pooling_mode_mean_tokens": False})
-        _write(own, "sentence_bert_config.json", {"max_seq_length": 9})
-        base = embedder.base
-        merged, switchable = tmp_path / "merged", tmp_path / "switchable"
-        lora_edge.export(base, {"own": own}, "merged", merged, task="feature-extraction")
-        found = in_onnx(merged).encode(TEXTS)
-        np.testing.assert_allclose(found, lora_edge.Runner(merged).embed(TEXTS), atol=CLOSE)
-        modules = Path(shutil.copytree(base, tmp_path / "modules"))
-        for name in ("config_sentence_transformers.json", "2_Normalize"):
-            if (modules / name).is_file():
-                (modules / name).unlink()
-        shutil.copytree(
-            own, modules, ignore=shutil.ignore_patterns("adapter_*"), dirs_exist_ok=True
-        )
-        expected = in_pytorch(base, own, modules).encode(TEXTS)
-        np.testing.assert_allclose(found, expected, atol=CLOSE)
-        assert lora_edge.validate(merged, base).passed
-        lora_edge.export(base, {"own": own}, output=switchable, task="feature-extraction")
-        model = in_onnx(switchable)
         with pytest.raises(lora_edge.DataError, match="own sentence-transformers files"):
             lora_edge.set_adapter(model, "own")
-        lora_edge.set_adapter(model)
-        expected = embedder.reference(None).encode(TEXTS)
-        np.testing.assert_allclose(model.encode(TEXTS), expected, atol=CLOSE)
+        np.testing.assert_array_equal(model.encode(TEXTS), before)
+        with pytest.raises(lora_edge.AdapterNotFoundError, match="a merged bundle runs its one"):
+            lora_edge.set_adapter(in_onnx(root / "merged"), {"one": 0.5})
 
-    def test_texts_that_are_padded_on_the_left(self, tmp_path: Path) -> None:
-        base = make_encoder("llama", "feature-extraction", tmp_path / "base", vocab_size=264)
-        copy_tokenizer(base)
-        settings = json.loads((base / "tokenizer_config.json").read_text(encoding="utf-8"))
-        _write(base, "tokenizer_config.json", {**settings, "padding_side": "left"})
-        _pools(base, {"pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False})
-        adapter = make_encoder_adapter(
-            base, "feature-extraction", tmp_path / "a", target_modules=["q_proj", "down_proj"]
-        )
-        for mode in ("merged", "switchable"):
-            bundle = tmp_path / mode
-            lora_edge.export(base, {"a": adapter}, mode, bundle, task="feature-extraction")  # type: ignore[arg-type]
-            model = in_onnx(bundle)
-            lora_edge.set_adapter(model, "a")
-            found = model.encode(TEXTS[:3])
-            np.testing.assert_allclose(
-                found, in_pytorch(base, adapter).encode(TEXTS[:3]), atol=CLOSE
-            )
-            np.testing.assert_allclose(
-                found, lora_edge.Runner(bundle).embed(TEXTS[:3], "a"), atol=CLOSE
-            )
+    def test_the_modules_of_a_merged_adapter_are_the_bundles(
+        self, root: Path, tmp_path: Path
+    ) -> None:
+        found = in_onnx(root / "own-merged").encode(TEXTS)
+        runner = lora_edge.Runner(root / "own-merged")
+        np.testing.assert_allclose(found, runner.embed(TEXTS), atol=CLOSE)
+        modules = Path(shutil.copytree(BERT, tmp_path / "modules"))
+        not_peft = shutil.ignore_patterns("adapter_*")
+        shutil.copytree(root / "own", modules, ignore=not_peft, dirs_exist_ok=True)
+        expected = in_pytorch(root / "base", root / "own", modules).encode(TEXTS)
+        np.testing.assert_allclose(found, expected, atol=CLOSE)
+        assert found.shape == (4, 128)
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_texts_that_are_padded_on_the_left(self, mode: str, made: Path) -> None:
+        base, adapter, bundle = (made / "left" / name for name in ("base", "a", mode))
+        model = in_onnx(bundle)
+        lora_edge.set_adapter(model, "a")
+        found = model.encode(TEXTS[:3])
+        reference = in_pytorch(base, adapter)
+        assert reference.tokenizer.padding_side == "left"
+        np.testing.assert_allclose(found, reference.encode(TEXTS[:3]), atol=CLOSE)
+        own = lora_edge.Runner(bundle).embed(TEXTS[:3], "a")
+        np.testing.assert_allclose(found, own, atol=CLOSE)
 
 
 def _load(kind: str, bundle: Path, **options: Any) -> Any:
@@ -243,7 +181,10 @@ class TestTextGeneration:
         shout = {"shout": ADAPTERS["shout"]}
         lora_edge.export(BASE, shout, "merged", root / "portable", form="portable")
         lora_edge.export(BASE, shout, "merged", root / "fused")
-        lora_edge.export(BASE, ADAPTERS, output=root / "switchable")
+        alora = make_adapter(
+            BASE, root / "a", r=4, target_modules=["q_proj"], alora_invocation_tokens=[97, 98]
+        )
+        lora_edge.export(BASE, {**ADAPTERS, "invoked": alora}, output=root / "switchable")
         return root
 
     def test_a_merged_portable_bundle_is_loaded_as_it_is(self, root: Path) -> None:
@@ -298,17 +239,13 @@ class TestTextGeneration:
             assert found[: len(own)] == own
             seen.add(tuple(found))
         assert len(seen) == 4
-        model.use_io_binding = True
-        with pytest.raises(lora_edge.DataError, match="IO binding"):
-            _greedy(model, _ids(row))
+        with pytest.raises(lora_edge.DataError, match="invoked is an aLoRA"):
+            lora_edge.set_adapter(model, "invoked")
 
 
-def test_labels(tmp_path: Path) -> None:
+def test_labels(made: Path) -> None:
     """The classifiers that ship, and their names in a pipeline."""
-    merged, switchable = tmp_path / "merged", tmp_path / "switchable"
-    letters = {"letters": CLASSIFIERS["letters"]}
-    lora_edge.export(BERT, letters, "merged", merged)
-    lora_edge.export(BERT, CLASSIFIERS, output=switchable)
+    merged, switchable = (made / "labels" / mode for mode in MODES)
     tokenizer = transformers.AutoTokenizer.from_pretrained(merged)
     texts = ["stone=enots", "stone=STONE and more"]
     given = tokenizer(texts, padding=True, return_tensors="pt")
@@ -337,21 +274,29 @@ def test_labels(tmp_path: Path) -> None:
         lora_edge.set_adapter(model)
 
 
-def test_features(embedder: Embedder) -> None:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(embedder.merged)
+def test_features(made: Path) -> None:
+    root = made / "sentences"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(root / "merged")
     given = tokenizer(TEXTS[:3], padding=True, return_tensors="pt")
-    model = _load("FeatureExtraction", embedder.merged)
-    base = load_encoder(embedder.base, "feature-extraction")
-    reference = PeftModel.from_pretrained(base, embedder.adapters["one"]).eval()
+    base = load_encoder(root / "base", "feature-extraction")
+    reference = PeftModel.from_pretrained(base, root / "one").eval()
     with torch.no_grad():
         expected = reference(**given).last_hidden_state.numpy()
-    mask = given["attention_mask"].numpy()[..., None]
-    found = model(**given).last_hidden_state.numpy()
-    np.testing.assert_allclose(found * mask, expected * mask, atol=CLOSE * 10)
-    own = lora_edge.Runner(embedder.merged).logits(
+    there = given["attention_mask"].numpy().astype(bool)
+    own = lora_edge.Runner(root / "merged").logits(
         given["input_ids"].tolist(), attention_mask=given["attention_mask"].numpy()
     )
-    np.testing.assert_allclose(found * mask, own * mask, atol=CLOSE * 10)
+    for bundle in ("merged", "switchable"):
+        model = _load("FeatureExtraction", root / bundle)
+        lora_edge.set_adapter(model, "one")
+        found = model(**given).last_hidden_state.numpy()
+        np.testing.assert_allclose(found[there], expected[there], atol=CLOSE)
+        np.testing.assert_allclose(found[there], own[there], atol=CLOSE)
+    with pytest.warns(UserWarning, match="'own' brings its own sentence-transformers files"):
+        lora_edge.set_adapter(model, "own")
+    model.use_io_binding = True
+    with pytest.raises(lora_edge.DataError, match="IO binding"):
+        model(**given)
 
 
 def test_encoder_decoders(tmp_path: Path) -> None:
@@ -392,28 +337,19 @@ def _generated(model: Any, given: dict[str, torch.Tensor]) -> list[int]:
     return tokens
 
 
-def test_other_models_are_refused(embedder: Embedder, tmp_path: Path) -> None:
+def test_other_models_are_refused(made: Path, tmp_path: Path) -> None:
+    merged, switchable = (made / "sentences" / mode for mode in MODES)
     with pytest.raises(lora_edge.OptionError, match="model is a Linear, expected one with a"):
         lora_edge.set_adapter(torch.nn.Linear(2, 2), "one")
     alone = tmp_path / "alone"
-    shutil.copytree(embedder.merged / "onnx", alone / "onnx")
-    shutil.copy(embedder.merged / "config.json", alone)
+    shutil.copytree(merged / "onnx", alone / "onnx")
+    shutil.copy(merged / "config.json", alone)
     with pytest.raises(lora_edge.OptionError, match=r"model\.onnx, which is in no bundle"):
         lora_edge.set_adapter(_load("FeatureExtraction", alone), "one")
-    damaged = Path(shutil.copytree(embedder.switchable, tmp_path / "damaged"))
+    damaged = Path(shutil.copytree(switchable, tmp_path / "damaged"))
     model = _load("FeatureExtraction", damaged)
     with (damaged / "adapters/one/adapter.onnx_adapter").open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x55")
     with pytest.raises(lora_edge.BundleError, match="differs from its hash"):
         lora_edge.set_adapter(model, "one")
-
-
-def test_an_alora_is_refused(tmp_path: Path) -> None:
-    adapter = make_adapter(
-        BASE, tmp_path / "a", r=4, target_modules=["q_proj"], alora_invocation_tokens=[97, 98]
-    )
-    lora_edge.export(BASE, {"a": adapter}, output=tmp_path / "out")
-    model = _load("CausalLM", tmp_path / "out")
-    with pytest.raises(lora_edge.DataError, match="a is an aLoRA"):
-        lora_edge.set_adapter(model, "a")
