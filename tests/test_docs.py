@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
+import onnxruntime as ort
 import pytest
 
 import lora_edge
 from lora_edge.cli import cli
+from lora_edge.exporting.package import write_package
 from tests.support.examples import examples
 from tests.support.paths import ROOT
 
@@ -334,6 +336,14 @@ class TestExamples:
         said = [_example("plain_onnxruntime.py", bundle, x, *ids) for x in ("shout", "mirror")]
         expected = runner.logits([ids, ids], adapter=["shout", "mirror"])[:, -1].argmax(-1)
         assert [int(x) for x in said] == expected.tolist()
+
+    @pytest.mark.skipif(not hasattr(ort, "ModelPackage"), reason="needs onnxruntime 1.32")
+    def test_model_package(self, bundle: Path, tmp_path: Path) -> None:
+        write_package({"cpu": bundle}, tmp_path / "package", link=True)
+        runner = lora_edge.Runner(bundle)
+        ids = list(runner.tokenizer.encode("Word: river Answer:"))
+        said = _example("model_package.py", tmp_path / "package", "shout", *ids)
+        assert int(said) == int(runner.logits([ids], adapter="shout")[0, -1].argmax())
 
     def test_validate_in_ci(self, bundle: Path, tmp_path: Path) -> None:
         said = _example("validate_in_ci.py", bundle, tmp_path)

@@ -82,8 +82,7 @@ def _padded_left(root: Path) -> None:
     pools(base, "lasttoken", word_embedding_dimension=32)
     targets = ["q_proj", "down_proj"]
     adapter = make_encoder_adapter(base, _EMBEDDING, root / "a", target_modules=targets)
-    for mode in MODES:
-        _export(base, {"a": adapter}, mode, root / mode)
+    _export(base, {"a": adapter}, "merged", root / "merged")
 
 
 def _labels(root: Path) -> None:
