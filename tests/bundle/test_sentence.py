@@ -11,7 +11,12 @@ import numpy as np
 import pytest
 
 import lora_edge
-from lora_edge.bundle.sentence import SentenceModules, load_sentence_modules, sentence_files
+from lora_edge.bundle.sentence import (
+    SentenceModules,
+    load_sentence_modules,
+    sentence_files,
+    write_sentence_modules,
+)
 from lora_edge.errors import (
     BundleError,
     DataError,
@@ -248,7 +253,15 @@ def test_an_adapter_brings_modules_of_its_own(mode: Any, tmp_path: Path) -> None
     found = runner.embed(texts, "other")
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
     assert hidden.shape[-1] == found.shape[-1]
+    base_says, own = load_sentence_modules(base), load_sentence_modules(other, base)
+    assert load_sentence_modules(target) == (own if mode == "merged" else base_says)
     if mode == "merged":
+        report = lora_edge.validate(target, base, depth="quick")
+        assert report.passed, report.table()
+        (target / "1_Pooling" / "config.json").write_text('{"pooling_mode": "max"}')
+        signed(target)
+        report = lora_edge.validate(target, base, depth="quick")
+        assert [x.name for x in report.failures] == ["file 1_Pooling/config.json"]
         return
     mixed = runner.embed(texts, ["same", "other"])
     np.testing.assert_allclose(mixed[1], found[1], atol=1e-5)
@@ -272,6 +285,25 @@ def test_an_adapter_brings_modules_of_its_own(mode: Any, tmp_path: Path) -> None
     signed(target)
     (case,) = [x for x in lora_edge.validate(target).failures if x.kind == "around"]
     assert case.name == "embeddings"
+
+
+def test_lengths_of_a_merged_adapter(tmp_path: Path) -> None:
+    """Those that its tokenizer says are written beside its modules; none cannot be said there."""
+    pytest.importorskip("peft", reason="exports with it, which is not installed")
+    base = _folder(Path(shutil.copytree(MODELS / "tiny-bert", tmp_path / "base")), MEAN)
+    own = _folder(_adapter(base, tmp_path / "own", 1), {"pooling_mode": "cls"})
+    settings = json.loads((base / "tokenizer_config.json").read_text(encoding="utf-8"))
+    for limit, said in ((9, 9), (None, None)):
+        stage = Path(shutil.copytree(base, tmp_path / f"stage-{limit}"))
+        _write(own, "tokenizer_config.json", {**settings, "model_max_length": limit or int(1e30)})
+        if said is None:
+            with pytest.raises(UnsupportedAdapterError, match="it cuts no texts"):
+                write_sentence_modules(stage, "feature-extraction", {"own": own}, merged=True)
+            continue
+        write_sentence_modules(stage, "feature-extraction", {"own": own}, merged=True)
+        found = load_sentence_modules(stage)
+        assert (found.max_length, found.pooling) == (said, Pooling(("cls",)))
+        assert json.loads((stage / "tokenizer_config.json").read_text())["model_max_length"] == 128
 
 
 MEAN = {"pooling_mode": "mean"}
