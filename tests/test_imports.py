@@ -154,6 +154,7 @@ def test_heavy_imports_stay_where_they_belong() -> None:
             "validate",
             "golden",
             "kit",
+            "package",
             "inspect",
             "targets",
         )

@@ -16,11 +16,7 @@ from lora_edge.kits.kinds import KITS
 @click.argument("kind", type=click.Choice(list(KITS)), metavar="|".join(KITS))
 @options.path("-o", "--output", required=True, help="The project's folder.")
 @click.option("--force", is_flag=True, help="Replace an earlier kit in the folder.")
-@click.option(
-    "--link",
-    is_flag=True,
-    help="Hard links to the bundle's files, which take no room of their own, in place of copies.",
-)
+@options.link
 def command(bundle: str, kind: str, output: Path, force: bool, link: bool) -> None:
     """Write a small project that runs BUNDLE: a page, a program, or part of an app.
 

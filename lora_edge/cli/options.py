@@ -78,3 +78,8 @@ allow_fallback = click.option(
     is_flag=True,
     help="Let the CPU run what the provider does not take.  [default: refuse]",
 )
+link = click.option(
+    "--link",
+    is_flag=True,
+    help="Hard links to the bundle's files, which take no room of their own, in place of copies.",
+)

@@ -17,11 +17,7 @@ from lora_edge.cli.arguments import optional_name
 @click.argument("bundles", nargs=-1, metavar="[PROVIDER=]BUNDLE...")
 @options.path("-o", "--output", help="The package's folder.")
 @click.option("--force", is_flag=True, help="Replace an earlier package in the folder.")
-@click.option(
-    "--link",
-    is_flag=True,
-    help="Hard links to the bundles' files, which take no room of their own, in place of copies.",
-)
+@options.link
 @click.option(
     "--check",
     type=click.Path(path_type=Path, file_okay=False),

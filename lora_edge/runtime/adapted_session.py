@@ -62,27 +62,19 @@ class AdaptedSession:
         found: list[Any] = self.session.run(output_names, {**input_feed, **self.fed}, run_options)
         return found
 
-    def run_with_iobinding(self, *_: Any) -> None:
-        """Refused: a binding does not have the adapters' tensors.
+    def _refuse(self, *_: Any) -> None:
+        """What a binding or OrtValues are run with.
 
         Raises:
-            DataError: always.
+            DataError: always: they do not have the adapters' tensors.
         """
         raise DataError(
-            "an adapter is active on this session, and a run with IO binding would not have it",
-            "Set use_io_binding of the model to False.",
+            "an adapter is active on this session, and a run with IO binding or OrtValues would "
+            "not have it",
+            "Set use_io_binding of the model to False, or call run() with arrays.",
         )
 
-    def run_with_ort_values(self, *_: Any) -> None:
-        """Refused, as :meth:`run_with_iobinding`.
-
-        Raises:
-            DataError: always.
-        """
-        raise DataError(
-            "an adapter is active on this session, and a run with OrtValues would not have it",
-            "Call run() with arrays.",
-        )
+    run_with_iobinding = run_with_ort_values = _refuse
 
 
 def _check_rows(feeds: Arrays) -> None:

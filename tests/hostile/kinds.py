@@ -68,6 +68,16 @@ def _adapter_file(folder: Path) -> None:
     Runner(folder, threads=1).logits([[1, 2, 3]], adapter="alpha")
 
 
+def _package(folder: Path) -> None:
+    """Check a model package, and use its bundles."""
+    from lora_edge.bundle.package import load_package
+
+    package = load_package(folder)
+    package.check()
+    for number, variant in enumerate(package.variants.values()):
+        _run(variant.unpack(folder / f"unpacked-{number}").directory)
+
+
 def _adapter(folder: Path) -> None:
     from lora_edge.adapter.load import examine, load_adapter
     from lora_edge.errors import AdapterError
@@ -273,6 +283,7 @@ KINDS: dict[str, Kind] = {
         signed=True,
     ),
     "graph": Kind("bundle", ("onnx/model.onnx",), mutate.of_bytes, _run, signed=True),
+    "package": Kind("package", ("manifest.json", "cpu/lora_edge.json"), mutate.of_json, _package),
     "bundle-text": Kind(
         "bundle",
         ("tokenizer_config.json", "generation_config.json"),

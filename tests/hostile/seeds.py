@@ -14,6 +14,7 @@ import numpy as np
 
 from lora_edge.bundle.adapter_files import write_none
 from lora_edge.bundle.bundle import file_entries
+from lora_edge.exporting.package import write_package
 from lora_edge.parity.case import Case, Layer, TaskFigures
 from lora_edge.parity.compare import Figures, Floor, Limits, expect
 from lora_edge.parity.plan.states import Probe
@@ -30,6 +31,7 @@ KEY = {"bundle": "x", "seed": 0}
 def make(folder: Path) -> None:
     """A folder for each family of files."""
     _bundle(folder / "bundle")
+    write_package({"cpu": folder / "bundle"}, folder / "package")
     _adapter(folder / "adapter")
     _base(folder / "base")
     (folder / "model").mkdir()
