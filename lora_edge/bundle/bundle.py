@@ -274,6 +274,13 @@ def load_bundle(directory: str | os.PathLike[str]) -> Bundle:
     root = Path(checked_path("bundle", directory))
     manifest = root / MANIFEST_NAME
     if not manifest.is_file():
+        from lora_edge.bundle.package import is_package  # which reads bundles
+
+        if is_package(root):
+            raise BundleError(
+                f"{root} is a model package, and no bundle",
+                f"Check it with: lora-edge package --check {root}",
+            )
         what = "does not exist" if not root.exists() else f"has no {MANIFEST_NAME}"
         raise BundleError(
             f"{root} is not a bundle: it {what}", "Make one with: lora-edge export BASE -o DIR"

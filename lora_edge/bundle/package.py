@@ -173,7 +173,12 @@ class Package:
 def is_package(directory: str | os.PathLike[str]) -> bool:
     """Whether a folder is a package, and no bundle."""
     root = Path(directory)
-    return (root / PACKAGE_FILE).is_file() and not (root / MANIFEST_NAME).is_file()
+    if not (root / PACKAGE_FILE).is_file() or (root / MANIFEST_NAME).is_file():
+        return False
+    try:
+        return "components" in read_object(root / PACKAGE_FILE, BundleError, _HINT)
+    except BundleError:  # another program's file of that name
+        return False
 
 
 def load_package(directory: str | os.PathLike[str]) -> Package:

@@ -171,6 +171,7 @@ def _logits(model: Any, given: dict[str, torch.Tensor]) -> NDArray[np.float32]:
 
 
 ROWS = [[5, 9, 13, 7], [17, 40, 3, 99, 120, 8, 8], [61], [200, 4, 77, 31, 18]]
+EVEN = ([ROWS[0]], [ROWS[1]], [ROWS[0], ROWS[0][::-1]])
 
 
 class TestTextGeneration:
@@ -187,7 +188,6 @@ class TestTextGeneration:
         }
         one = {"one": adapters["one"]}
         lora_edge.export(base, one, "merged", root / "portable", form="portable")
-        lora_edge.export(base, one, "merged", root / "fused")
         adapters["invoked"] = make_adapter(
             base, root / "a", r=4, target_modules=["q_proj"], alora_invocation_tokens=[97, 98]
         )
@@ -214,43 +214,44 @@ class TestTextGeneration:
         assert found == _greedy(reference, given) == runner.generate_ids(ROWS, None, STEPS)
         assert found != _greedy(self.peft(root, None), given)
 
-    def test_a_fused_graph_needs_the_call(self, root: Path) -> None:
+    @pytest.mark.long
+    def test_a_merged_fused_bundle_needs_the_call(self, root: Path) -> None:
+        one = {"one": root / "one"}
+        lora_edge.export(root / "base", one, "merged", root / "fused")
         model = _load("CausalLM", root / "fused")
         with pytest.raises(ValueError, match="num_logits_to_keep is required"):
             _greedy(model, _ids(ROWS[0]))
         lora_edge.set_adapter(model, "one")
         reference = self.peft(root, "one")
-        for rows in ([ROWS[0]], [ROWS[1]], [ROWS[0], ROWS[0][::-1]]):
+        for rows in EVEN:
             given = _ids(*rows)
             np.testing.assert_allclose(
                 _logits(model, given), _logits(reference, given), rtol=CLOSE, atol=CLOSE
             )
             assert _greedy(model, given) == _greedy(reference, given)
+
+    def test_a_switchable_bundle_is_switched(self, root: Path) -> None:
+        model = _load("CausalLM", root / "switchable")
+        runner = lora_edge.Runner(root / "switchable")
+        with pytest.raises(ValueError, match=r"(lora\.|num_logits).* is required"):
+            _greedy(model, _ids(ROWS[1]))
+        seen = set()
+        for choice, rows in zip(("one", "two", None, "one"), (*EVEN, EVEN[0]), strict=True):
+            lora_edge.set_adapter(model, choice)
+            reference, given = self.peft(root, choice), _ids(*rows)
+            expected = _logits(reference, given)
+            np.testing.assert_allclose(_logits(model, given), expected, rtol=CLOSE, atol=CLOSE)
+            found = _greedy(model, given)
+            assert found == _greedy(reference, given)
+            assert found == runner.generate_ids(rows, choice, STEPS)
+            seen.add(str(_greedy(model, _ids(ROWS[1]))))
+        assert len(seen) == 3
         with pytest.raises(lora_edge.DataError, match="padded on the left"):
             _greedy(model, _ids(*ROWS))
         many = {**_ids(ROWS[0], ROWS[0]), "past_key_values": model(**_ids(ROWS[0], ROWS[0]))[1]}
         many["attention_mask"] = torch.ones(2, 8, dtype=torch.long)
         with pytest.raises(lora_edge.DataError, match="2 rows of 4 new tokens stand behind a past"):
             model(**many)
-
-    def test_a_switchable_bundle_is_switched(self, root: Path) -> None:
-        model = _load("CausalLM", root / "switchable")
-        runner = lora_edge.Runner(root / "switchable")
-        given = _ids(ROWS[1])
-        with pytest.raises(ValueError, match=r"(lora\.|num_logits).* is required"):
-            _greedy(model, given)
-        seen = set()
-        for choice in ("one", "two", None, "one"):
-            lora_edge.set_adapter(model, choice)
-            reference = self.peft(root, choice)
-            np.testing.assert_allclose(
-                _logits(model, given), _logits(reference, given), rtol=CLOSE, atol=CLOSE
-            )
-            found = _greedy(model, given)
-            assert found == _greedy(reference, given)
-            assert found == runner.generate_ids([ROWS[1]], choice, STEPS)
-            seen.add(tuple(found[0]))
-        assert len(seen) == 3
         with pytest.raises(lora_edge.DataError, match="invoked is an aLoRA"):
             lora_edge.set_adapter(model, "invoked")
 

@@ -166,6 +166,12 @@ def test_other_changes_are_found(copy: Package) -> None:
         copy.check()
 
 
+def test_a_package_is_no_bundle(made: Made) -> None:
+    with pytest.raises(lora_edge.BundleError, match="is a model package") as caught:
+        lora_edge.Runner(made.directory)
+    assert "package --check" in caught.value.hint
+
+
 def test_manifests_that_are_none(copy: Package, tmp_path: Path) -> None:
     with pytest.raises(lora_edge.BundleError, match="is no model package"):
         load_package(tmp_path)
