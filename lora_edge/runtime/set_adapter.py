@@ -92,8 +92,9 @@ class _Switch:
         graphs = [_graph(session) for session in self._sessions]
         self._bundle = load_bundle(graphs[0][0])
         parts = [_part(self._bundle, *graph) for graph in graphs]
-        exact = any(name == part.exact for (_, name), part in zip(graphs, parts, strict=True))
-        checked_parts(self._bundle, exact=exact)
+        checked_parts(self._bundle)  # the graphs, and the weights of all
+        if any(name == part.exact for (_, name), part in zip(graphs, parts, strict=True)):
+            checked_parts(self._bundle, exact=True)
         self._padded_left = [x.cache is None or x.padding != "right" for x in parts]
         first = self._sessions[0].get_providers()[0]
         target = provider(first) or unknown(first)

@@ -18,6 +18,7 @@ from lora_edge.bundle.package import Package, directory_uri, load_package
 from lora_edge.exporting.package import write_package
 from lora_edge.parity.record.golden import recorded
 from tests.support.commands import exit_code
+from tests.support.failing import signed
 from tests.support.modules import load_file
 from tests.support.paths import ROOT
 from tests.support.shipped import export_heads
@@ -216,6 +217,20 @@ def test_at_the_command_line(
     (target / "cpu" / "config.json").unlink()
     assert exit_code(["package", "--check", str(target)]) == 2
     assert "config.json is missing" in capsys.readouterr().err
+
+
+def test_the_check_replays_golden_cases(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of an adapter that has another's tensors, with hashes that are right."""
+    adapters = bundle / "adapters"
+    shutil.copy(adapters / "rooted" / "adapter.onnx_adapter", adapters / "plain")
+    signed(bundle)
+    target = str(tmp_path / "package")
+    assert exit_code(["package", str(bundle), "-o", target]) == 0
+    load_package(target).check()
+    assert exit_code(["package", "--check", target]) == 1
+    assert "adapter plain" in capsys.readouterr().out
 
 
 def test_unlike_bundles_are_refused(made: Made, bundle: Path, tmp_path: Path) -> None:
