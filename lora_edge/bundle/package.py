@@ -17,6 +17,7 @@ sessions.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import re
@@ -26,22 +27,30 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
 from lora_edge.bundle.bundle import Bundle
+from lora_edge.bundle.clients import GENAI_FILE
 from lora_edge.bundle.manifest import MANIFEST_NAME, Manifest
+from lora_edge.bundle.part import Part
 from lora_edge.errors import BundleError
 from lora_edge.files.hashes import hash_file
 from lora_edge.files.json import read_bytes, read_object
 from lora_edge.files.paths import path_inside
 from lora_edge.files.placing import place
 from lora_edge.files.schema import Rule, Sha256, decode
+from lora_edge.targets.providers import provider
 
 PACKAGE_FILE = "manifest.json"
 SHARED_FOLDER = "shared_assets"
 SCHEMA_VERSION = "1.0"
 NAMESPACE = "lora_edge"
 """What is ours in a variant's ``executor_info``."""
+GRAPHS = "onnx"
+"""The folder of a bundle with graphs and weights."""
 ROOT = "."
 """The bundle's own folder, among the folders that are assets."""
 
+# What differs from bundle to bundle of one base.
+_OWN_FILES = {"README.md", "config.json", GENAI_FILE}
+_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 _HINT = "Copy the whole package again, or make it again with lora-edge package."
 _URI = re.compile(r"sha256:([0-9a-f]{64})")
 AssetUri = Annotated[str, Rule("sha256: and 64 digits", lambda x: bool(_URI.fullmatch(x)))]
@@ -71,12 +80,14 @@ class Variant:
         folder: what is its own.
         info: where the rest is.
         package: the package's folder.
+        told: component -> what the package's manifest says of the variant there.
     """
 
     name: str
     folder: Path
     info: VariantInfo
     package: Path
+    told: Mapping[str, Mapping[str, Any]]
 
     def manifest(self) -> Manifest:
         """The bundle's manifest.
@@ -102,12 +113,23 @@ class Variant:
         return self.folder / relative
 
     def check(self) -> None:
-        """Compare every file of the bundle with its hash.
+        """Compare every file of the bundle with its hash, and what ONNX Runtime is told of it.
 
         Raises:
-            BundleError: one is missing, changed, or lies outside.
+            BundleError: a file is missing, changed, or lies outside; or ONNX Runtime would open
+                another graph, on other weights or another provider.
         """
-        for relative, entry in self.manifest().files.items():
+        manifest = self.manifest()
+        own = dataclasses.replace(self.info, adapters=adapter_uris(manifest, self.info.assets))
+        made = {part: variant_body(self.name, x, own) for part, x in manifest.parts.items()}
+        for part in sorted(made.keys() | self.told.keys()):
+            if self.told.get(part) != made.get(part):
+                raise BundleError(
+                    f"{self.package / PACKAGE_FILE}: what it says of {part}, {self.name} is not "
+                    "what lora-edge writes",
+                    _HINT,
+                )
+        for relative, entry in manifest.files.items():
             path = self.place_of(relative)
             inside = path.relative_to(self.package).as_posix()
             path_inside(self.package, inside, f"{self.name}: a file", BundleError, _HINT)
@@ -196,29 +218,67 @@ def load_package(directory: str | os.PathLike[str]) -> Package:
         )
     data = read_object(path, BundleError, _HINT)
     variants: dict[str, Variant] = {}
-    for name, body in _bodies(data, path):
+    for component, name, body in _bodies(data, path):
         told = body.get("executor_info")
         ours = told.get(NAMESPACE) if isinstance(told, dict) else None
         if not isinstance(ours, dict):
             raise BundleError(f"{path}: the variant {name!r} is none of lora-edge's", _HINT)
         info = decode(VariantInfo, ours, f"{path}: {name}", BundleError, _HINT)
         folder = path_inside(root, name, f"{path}: a variant", BundleError, _HINT)
-        variants[name] = Variant(name, folder, info, root)
+        told_before = variants[name].told if name in variants else {}
+        variants[name] = Variant(name, folder, info, root, {**told_before, component: body})
     if not variants:
         raise BundleError(f"{path} has no variants", _HINT)
     return Package(root, variants)
 
 
-def _bodies(data: Mapping[str, Any], path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The variants of all components."""
+def _bodies(data: Mapping[str, Any], path: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Component, name and content of each variant."""
     components = data.get("components")
-    for component in components.values() if isinstance(components, dict) else ():
+    for key, component in components.items() if isinstance(components, dict) else ():
         variants = component.get("variants") if isinstance(component, dict) else None
         if not isinstance(variants, dict) or not all(
             isinstance(x, dict) for x in variants.values()
         ):
             raise BundleError(f"{path}: a component has no variants in it", _HINT)
-        yield from variants.items()
+        yield from ((key, name, body) for name, body in variants.items())
+
+
+def asset_of(relative: str) -> tuple[str, str] | None:
+    """The folder whose asset has a file, and its path there; None: it is the variant's own."""
+    folder, _, rest = relative.partition("/")
+    if folder == "adapters":
+        name, _, rest = rest.partition("/")
+        return f"{folder}/{name}", rest
+    if folder == GRAPHS:
+        return (folder, rest) if not rest.endswith(".onnx") else None
+    if folder == "parity" or relative in _OWN_FILES:
+        return None
+    return ROOT, relative
+
+
+def adapter_uris(manifest: Manifest, assets: Mapping[str, str]) -> dict[str, str]:
+    """Where the adapters' files are that a bundle's graph takes, by name."""
+    found = {}
+    for name, entry in manifest.adapters.items():
+        folder, path = asset_of(entry.half or entry.file) or ("", "")
+        if path and folder in assets:
+            found[name] = f"{assets[folder]}/{path}"
+    return found
+
+
+def variant_body(name: str, part: Part, info: VariantInfo) -> dict[str, Any]:
+    """What a package's manifest says of a variant in the component of a part."""
+    known = provider(name)
+    options = {_DATA_FOLDER: info.assets[GRAPHS]} if GRAPHS in info.assets else {}
+    return {
+        "variant_directory": name,
+        "ep": known.ort_name if known else name,
+        "executor_info": {
+            "ort": {"model_file": part.file, "session_options": options},
+            NAMESPACE: dataclasses.asdict(info),
+        },
+    }
 
 
 def asset_folder(package: Path, uri: str) -> Path:

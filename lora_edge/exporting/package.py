@@ -10,27 +10,24 @@ from typing import Any
 
 from lora_edge import types as opt
 from lora_edge.bundle.bundle import MANIFEST_NAME, Bundle, FileEntry, hash_file, load_bundle
-from lora_edge.bundle.clients import GENAI_FILE
 from lora_edge.bundle.package import (
-    NAMESPACE,
+    GRAPHS,
     PACKAGE_FILE,
-    ROOT,
     SCHEMA_VERSION,
     SHARED_FOLDER,
     Package,
+    VariantInfo,
+    adapter_uris,
     asset_folder,
+    asset_of,
     content_uri,
     load_package,
+    variant_body,
 )
 from lora_edge.errors import OptionError
 from lora_edge.files.placing import place
 from lora_edge.files.transaction import staging
 from lora_edge.targets.providers import PROVIDERS, provider
-
-# What differs from bundle to bundle of one base.
-_OWN_FILES = {"README.md", "config.json", GENAI_FILE}
-_GRAPHS = "onnx"
-_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 def write_package(
@@ -109,19 +106,6 @@ def _check_alike(bundles: Mapping[str, Bundle]) -> None:
                 )
 
 
-def _asset_of(relative: str) -> tuple[str, str] | None:
-    """The folder whose asset has a file, and its path there; None: it is the variant's own."""
-    folder, _, rest = relative.partition("/")
-    if folder == "adapters":
-        name, _, rest = rest.partition("/")
-        return f"{folder}/{name}", rest
-    if folder == _GRAPHS:
-        return (folder, rest) if not rest.endswith(".onnx") else None
-    if folder == "parity" or relative in _OWN_FILES:
-        return None
-    return ROOT, relative
-
-
 def _beginning_with(stage: Path, entries: Mapping[str, FileEntry]) -> str | None:
     """The asset whose files are of these names and begin with these files."""
     for folder in (stage / SHARED_FOLDER).glob("*"):
@@ -135,7 +119,7 @@ def _beginning_with(stage: Path, entries: Mapping[str, FileEntry]) -> str | None
 def _weights(bundle: Bundle) -> int:
     """Bytes of a bundle's weights."""
     files = bundle.manifest.files.items()
-    return sum(x.bytes for path, x in files if (_asset_of(path) or ("",))[0] == _GRAPHS)
+    return sum(x.bytes for path, x in files if (asset_of(path) or ("",))[0] == GRAPHS)
 
 
 def _add(name: str, bundle: Bundle, stage: Path, *, link: bool) -> dict[str, Any]:
@@ -143,7 +127,7 @@ def _add(name: str, bundle: Bundle, stage: Path, *, link: bool) -> dict[str, Any
     manifest = bundle.manifest
     shared: dict[str, dict[str, str]] = {}
     for relative in manifest.files:
-        found = _asset_of(relative)
+        found = asset_of(relative)
         if found is None:
             place(bundle.verify(relative), stage / name / relative, link=link)
         else:
@@ -151,7 +135,7 @@ def _add(name: str, bundle: Bundle, stage: Path, *, link: bool) -> dict[str, Any
     assets = {}
     for folder, files in shared.items():
         entries = {path: manifest.files[relative] for path, relative in files.items()}
-        there = _beginning_with(stage, entries) if folder == _GRAPHS else None
+        there = _beginning_with(stage, entries) if folder == GRAPHS else None
         assets[folder] = there or content_uri((path, x.sha256) for path, x in entries.items())
         target = asset_folder(stage, assets[folder])
         if not target.exists():  # else another bundle's: the same to the bit
@@ -159,26 +143,6 @@ def _add(name: str, bundle: Bundle, stage: Path, *, link: bool) -> dict[str, Any
                 place(bundle.verify(relative), target / path, link=link)
     text = manifest.to_json()
     (stage / name / MANIFEST_NAME).write_text(text, encoding="utf-8")
-    adapters = {}
-    for key, entry in manifest.adapters.items():
-        if entry.file:
-            folder, path = _asset_of(entry.half or entry.file) or ("", "")
-            adapters[key] = f"{assets[folder]}/{path}"
-    ours = {
-        "manifest": hash_file(stage / name / MANIFEST_NAME),
-        "assets": assets,
-        "adapters": adapters,
-    }
-    options = {_DATA_FOLDER: assets[_GRAPHS]} if _GRAPHS in assets else {}
-    known = provider(name)
-    return {
-        part: {
-            "variant_directory": name,
-            "ep": known.ort_name if known else name,
-            "executor_info": {
-                "ort": {"model_file": facts.file, "session_options": options},
-                NAMESPACE: ours,
-            },
-        }
-        for part, facts in manifest.parts.items()
-    }
+    adapters = adapter_uris(manifest, assets)
+    info = VariantInfo(hash_file(stage / name / MANIFEST_NAME), assets, adapters)
+    return {part: variant_body(name, facts, info) for part, facts in manifest.parts.items()}

@@ -187,6 +187,18 @@ def test_manifests_that_are_none(copy: Package, tmp_path: Path) -> None:
         path.write_text(whole, encoding="utf-8")
         with pytest.raises(lora_edge.BundleError, match=message):
             load_package(_edited(copy, change))
+    path.write_text(whole, encoding="utf-8")
+    session = {"model_file": "onnx/base.onnx", "session_options": {}}
+    for change in (
+        lambda x: x["cpu"]["executor_info"].update(ort=session),
+        lambda x: x["cpu"].update(ep="OpenVINOExecutionProvider"),
+        lambda x: x["cpu"].update(variant_directory="openvino"),
+        lambda x: x["cpu"]["executor_info"]["lora_edge"]["adapters"].popitem(),
+    ):
+        path.write_text(whole, encoding="utf-8")
+        changed = load_package(_edited(copy, change))
+        with pytest.raises(lora_edge.BundleError, match=r"of decoder, cpu is not what"):
+            changed.check()
     path.write_text('{"components": {"a": "folder"}}', encoding="utf-8")
     with pytest.raises(lora_edge.BundleError, match="a component has no variants in it"):
         load_package(copy.directory)
