@@ -13,7 +13,7 @@ from lora_edge.cli import options
 from lora_edge.cli.arguments import optional_name
 
 
-@click.command()
+@options.command()
 @click.argument("bundles", nargs=-1, metavar="[PROVIDER=]BUNDLE...")
 @options.path("-o", "--output", help="The package's folder.")
 @click.option("--force", is_flag=True, help="Replace an earlier package in the folder.")
