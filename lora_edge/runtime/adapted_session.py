@@ -42,6 +42,8 @@ class AdaptedSession:
         self._padded_left = padded_left
 
     def __getattr__(self, name: str) -> Any:
+        if name == "session" or name.startswith("__"):  # of a copy that is being made
+            raise AttributeError(name)
         return getattr(self.session, name)
 
     def get_inputs(self) -> list[Any]:
