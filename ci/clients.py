@@ -32,10 +32,12 @@ MODELS = ROOT / "models"
 # Client -> the name of validate --in, and the environment of ci/client; web's are js.
 PLACES: Mapping[str, tuple[str, str]] = {
     "onnxruntime 1.32": ("onnxruntime", ""),
+    "onnxruntime 1.32, ARM64": ("onnxruntime", ".client-arm64/bin/python"),
     "onnxruntime 1.24": ("onnxruntime", ".client-onnxruntime-1.24/bin/python"),
     "genai": ("genai", ".client-genai/bin/python"),
     "node": ("node", ".client-js"),
     "web": ("web", ".client-js"),
+    "webgpu": ("webgpu", ".client-js"),
     "transformers.js": ("transformers.js", ".client-js"),
     "transformers.js-web": ("transformers.js-web", ".client-js"),
     "openvino-ep": ("openvino-ep", ".client-openvino-ep/bin/python"),
@@ -151,7 +153,8 @@ def cell(report: Report) -> str:
 
 def main(page: Path, wanted: list[str]) -> int:
     """Write the table; the exit status says whether all passed."""
-    chosen = {name: PLACES[name] for name in wanted or PLACES}
+    there = [name for name, (_, place) in PLACES.items() if not place or (ROOT / place).exists()]
+    chosen = {name: PLACES[name] for name in wanted or there}
     rows, about, wrong = [], {}, 0
     with tempfile.TemporaryDirectory() as folder:
         bundles = {kind: make_bundle(kind, Path(folder) / kind) for kind in BUNDLES}

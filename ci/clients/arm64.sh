@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
-# A Python with onnxruntime for ARM64, emulated: FOLDER/bin/python. Called by ci/client.
+# A Python with onnxruntime for ARM64, emulated: FOLDER/bin/python. Called by ci/client with FOLDER and a
+# file of requirements.
 # On Debian, x86-64: its packages are unpacked into FOLDER; nothing is installed. qemu of Debian 12 crashes on
 # importing onnxruntime, so it is Debian 13's.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+mkdir -p "$1/bin"
 folder=$(realpath "$1")
+requirements=$2
 key=/usr/share/keyrings/debian-archive-keyring.gpg
 state=$(mktemp -d)
 trap 'rm -rf "$state"' EXIT
-mkdir -p "$state/lists/partial" "$state/cache/archives/partial" "$folder/bin"
+mkdir -p "$state/lists/partial" "$state/cache/archives/partial"
 
 unpack() {  # suite, architecture, where, packages: as apt checks them
   local suite=$1 architecture=$2 where=$3
@@ -27,7 +30,7 @@ unpack bookworm arm64 "$folder/root" libc6 libgcc-s1 libstdc++6 zlib1g libexpat1
   libssl3 libpython3.11-minimal libpython3.11-stdlib python3.11-minimal
 "${PYTHON:-python3}" -m pip install --quiet --target "$folder/site" --only-binary=:all: --python-version 3.11 \
   --platform manylinux_2_28_aarch64 --platform manylinux_2_27_aarch64 --platform manylinux2014_aarch64 \
-  --requirement ci/clients/arm64.txt
+  --requirement "$requirements"
 cat > "$folder/bin/python" <<END
 #!/bin/sh
 exec "$folder/qemu/usr/bin/qemu-aarch64" -L "$folder/root" -E "PYTHONPATH=$folder/site" \\

@@ -17,6 +17,18 @@ function invokedAt(row, invocation) {
   return NEVER;
 }
 
+/** Pairs of rank 0 become zeros of rank 1: WebGPU takes no dimension of size 0. */
+function ranked(tensors) {
+  for (const [name, { dims }] of tensors) {
+    if (!name.endsWith(".A") || dims[1] !== 0) continue;
+    const other = `${name.slice(0, -1)}B`;
+    const [, columns] = tensors.get(other).dims;
+    tensors.set(name, { dims: [dims[0], 1], data: new Float32Array(dims[0]) });
+    tensors.set(other, { dims: [1, columns], data: new Float32Array(columns) });
+  }
+  return tensors;
+}
+
 /** Matrices `[rows, columns]` side by side. */
 function beside(tensors) {
   const rows = tensors[0].dims[0];
@@ -75,7 +87,7 @@ export class Adapters {
   async tensors(name) {
     if (!this.files.has(name)) {
       const { file } = this.bundle.manifest.adapters[name];
-      const read = async () => parseAdapter(await this.bundle.verified(file), file);
+      const read = async () => ranked(parseAdapter(await this.bundle.verified(file), file));
       this.files.set(
         name,
         read().catch((error) => {

@@ -41,6 +41,16 @@ test("rows of a batch have adapters of their own", async () => {
   }
 });
 
+test("no adapter input has a dimension of size 0, which WebGPU does not take", async () => {
+  for (const adapter of [null, "shout", { shout: 0.5 }, { echo: 0.5, mirror: 0.5 }]) {
+    const feeds = await bundle.feeds(adapter);
+    assert.ok(Object.keys(feeds).some((name) => name.endsWith(".A")));
+    for (const [name, { dims }] of Object.entries(feeds)) {
+      assert.ok(Math.min(...dims) > 0, `${name} is [${dims}]`);
+    }
+  }
+});
+
 test("a row that rests goes on as if nothing had been", async () => {
   const rows = [[1, 2, 3], [4, 5]];
   const resting = await bundle.start(2);

@@ -42,7 +42,7 @@ WEB = _client(
     seen=f"onnxruntime-web 1.30 in Chromium, on WebAssembly: {_ALL} and classifiers; on WebGPU in "
     "software: fused and portable within 2e-4 of the CPU",
     notes=(
-        "WebAssembly takes zero-size dimensions, WebGPU throws: feed the adapter none.",
+        "WebAssembly takes zero-size dimensions, WebGPU throws: rank 0 has to be zeros of rank 1.",
         _NO_FILES,
     ),
 )

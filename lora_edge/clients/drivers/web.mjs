@@ -15,21 +15,12 @@ const { version } = JSON.parse(readFileSync(path.join(runtime, "package.json"), 
 const tokenizers = path.join(modules, "@huggingface", "tokenizers", "dist");
 const gpu = ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader"];
 let page;
-let graph;
 
-async function open(given) {
-  graph = given.graph;
-  const folders = { ort: path.join(runtime, "dist"), tokenizers, bundle: given.bundle };
+async function open({ bundle, graph }) {
+  const folders = { ort: path.join(runtime, "dist"), tokenizers, bundle };
   // WebGPU in software is switched off with the GPU.
   page = await browse(folder, scripts, folders, webgpu ? gpu : [], webgpu ? ["--disable-gpu"] : []);
-  const told = await load();
-  const where = `${page.about}, ${webgpu ? "WebGPU" : "WebAssembly"}`;
-  return { ...told, about: `onnxruntime-web ${version} in ${where}` };
-}
-
-/** A fresh page with the bundle open. */
-const load = () =>
-  page.load(
+  const told = await page.load(
     async ([at, graphFile, hasTokenizer, onGpu]) => {
       const ort = await import(`${at}/ort/${onGpu ? "ort.webgpu.min.mjs" : "ort.wasm.min.mjs"}`);
       ort.env.wasm.wasmPaths = `${at}/ort/`;
@@ -48,11 +39,9 @@ const load = () =>
     existsSync(tokenizers),
     webgpu,
   );
+  const where = `${page.about}, ${webgpu ? "WebGPU" : "WebAssembly"}`;
+  return { ...told, about: `onnxruntime-web ${version} in ${where}` };
+}
 
-/** WebGPU in software loses its buffers after some hundred runs: each case has a fresh page. */
-const start = async (given) => {
-  if (webgpu && given.sequence === 0) await load();
-  return page.ask("start", given);
-};
-const rest = ["extend", "outputs", "encode"].map((order) => [order, (given) => page.ask(order, given)]);
-await talk({ open, start, ...Object.fromEntries(rest) });
+const rest = ["start", "extend", "outputs", "encode"];
+await talk({ open, ...Object.fromEntries(rest.map((order) => [order, (given) => page.ask(order, given)])) });
