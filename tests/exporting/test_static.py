@@ -19,8 +19,10 @@ import pytest
 from onnx import numpy_helper
 
 import lora_edge
+from lora_edge import graph as passes
 from lora_edge.bundle.bundle import STATIC_GRAPH_FILE, file_entry, load_bundle
 from lora_edge.bundle.manifest import Manifest
+from lora_edge.bundle.part import StaticGraph
 from lora_edge.clients import catalog
 from lora_edge.errors import (
     AdapterError,
@@ -34,12 +36,13 @@ from lora_edge.errors import (
 from lora_edge.exporting import mobile
 from lora_edge.parity.static import first_whole
 from lora_edge.parity.validate_in import validate_in
-from lora_edge.runtime import ort_format
+from lora_edge.runtime import Decoder, ort_format
 from lora_edge.runtime.opening import runs_static
 from lora_edge.targets.providers import QNN
 from lora_edge.targets.table import target
 from tests.reports.test_formats import SCHEMA
 from tests.support.adapters import make_adapter
+from tests.support.commands import exit_code
 from tests.support.kinds import make_kinds
 from tests.support.paths import MODELS
 from tests.support.shipped import CLASSIFIERS
@@ -517,3 +520,36 @@ def test_weights_that_the_format_has_no_room_for_are_refused(
     monkeypatch.setattr(ort_format, "MOST_BYTES", 1000)
     with pytest.raises(UnsupportedModelError, match=r"model.onnx_data has .* has room for 1,000"):
         mobile.check_size(bundle.directory, parts)
+
+
+@pytest.mark.parametrize(("seq", "past"), [(5, 3), (1, 20), (4, 4), (7, 15)])
+def test_any_sizes_and_any_split(made: Made, tmp_path: Path, seq: int, past: int) -> None:
+    """A cache smaller than a run, runs of one token, and what is no multiple of anything."""
+    copy = Path(shutil.copytree(made("llama"), tmp_path / "copy"))
+    model = passes.load(copy / "onnx/model.onnx")
+    passes.fix_shapes(model, seq, past, 6)
+    passes.save_graph(model, copy / "onnx/other.onnx")
+    part = load_bundle(copy).manifest.parts["decoder"]
+    own = dataclasses.replace(part, static=StaticGraph("onnx/other.onnx", seq, past, 6))
+    static = Decoder(copy, {"decoder": own.in_fixed_shapes()}, threads=1)
+    dynamic = lora_edge.Runner(copy, threads=1)
+    (row,) = rows_of(seq + past, seed=seq)
+    expected = dynamic.logits([row])[0]
+    random = np.random.default_rng(past)
+    for _ in range(4):
+        decoding, found = static.start(1, len(row)), []
+        while sum(map(len, found)) < len(row):
+            start = sum(map(len, found))
+            found += decoding.extend_all([row[start : start + int(random.integers(1, 9))]])
+        np.testing.assert_allclose(np.concatenate(found), expected, rtol=0, atol=2e-5)
+    with pytest.raises(DataError, match=f"{len(row) + 1} positions .* has {len(row)}"):
+        static.start(1, len(row) + 1)
+
+
+def test_the_command_shows_it(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(["inspect", str(made("gemma3"))]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "static fixed shapes: one row, 16 tokens of a run behind 80 positions" in said
+    assert "rank up to 9" in said
+    card = (made("gemma3") / "README.md").read_text()
+    assert f"`{STATIC_GRAPH_FILE}` is the same graph with fixed shapes: one row" in card
