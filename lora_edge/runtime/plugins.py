@@ -8,7 +8,8 @@ loaded into the process when a provider is asked for that ONNX Runtime itself do
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+import platform
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -18,6 +19,8 @@ from lora_edge.errors import OptionError, ProviderError
 
 _NO_PLUGINS = frozenset({"onnxruntime_genai", "onnxruntime_extensions"})
 _BEST_FIRST = ("NPU", "GPU", "CPU")
+# Of QNN's emulator, which has no NPU to ask: an NPU of generation 75.
+_EMULATED = {"soc_model": "69", "htp_arch": "75"}
 
 
 @cache
@@ -59,6 +62,21 @@ def _devices(name: str) -> tuple[Any, ...]:
 def library(name: str) -> str:
     """Path of the library of a plugin's provider."""
     return str(packages()[name].get_library_path())
+
+
+def defaults(name: str, kind: str | None, given: Collection[str]) -> dict[str, str]:
+    """Options that a plugin's provider cannot do without, and that its package knows: QNN's.
+
+    Args:
+        name: ONNX Runtime's name of the provider.
+        kind: of the device that was asked for; a GPU is no HTP.
+        given: names of options that were given; nothing is added to a choice of a backend.
+    """
+    htp = getattr(packages()[name], "get_qnn_htp_path", None)
+    if not callable(htp) or kind == "gpu" or {"backend_path", "backend_type"} & set(given):
+        return {}
+    emulator = platform.machine().lower() in ("x86_64", "amd64")
+    return {"backend_path": str(htp())} | (_EMULATED if emulator else {})
 
 
 def choose(name: str, kind: str | None) -> Sequence[Any]:

@@ -102,6 +102,7 @@ def resolve(name: str, options: Mapping[str, str] | None = None) -> Provider:
     kind = given.pop(_DEVICE, None)
     check_options(found, given, [Path(plugins.library(found.ort_name))])
     devices = tuple(plugins.choose(found.ort_name, kind))
+    defaults |= plugins.defaults(found.ort_name, kind, given)
     return Provider(found, {**defaults, **given}, devices)
 
 

@@ -64,8 +64,8 @@ QNN = Target(
     seen="onnxruntime-qnn 2.7.0 on its emulator: all of 290 nodes of a graph with fixed shapes, "
     "whose golden cases it runs in float16; 24 of 320 of one with dynamic shapes",
     notes=(
-        "It needs the option backend_path: onnxruntime_qnn.get_qnn_htp_path(); its emulator also "
-        "soc_model=69 and htp_arch=75.",
+        "lora-edge sets backend_path to the HTP of onnxruntime-qnn, and on x86-64, where that is "
+        "an emulator, soc_model=69 and htp_arch=75, unless a backend is given.",
         "It computes a graph of float32 in float16: validate --in qnn judges that apart.",
     ),
 )

@@ -130,3 +130,21 @@ def test_the_devices_are_given_to_the_session(
     providers.open_session(tmp_path / "model.onnx", provider)
     assert given == [(list(provider.devices), {"beads": "10"})]
     assert registered
+
+
+def test_qnn_gets_its_htp_unless_another_backend_is_chosen(
+    registered: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "QNNExecutionProvider"
+    assert plugins.defaults("AbacusExecutionProvider", None, ()) == {}
+    assert plugins.defaults(name, None, ()) == {}  # a package that does not say where it is
+    package = plugins.packages()[name]
+    monkeypatch.setattr(package, "get_qnn_htp_path", lambda: "/htp.so", raising=False)
+    monkeypatch.setattr(plugins.platform, "machine", lambda: "aarch64")
+    assert plugins.defaults(name, "npu", ("profiling_level",)) == {"backend_path": "/htp.so"}
+    monkeypatch.setattr(plugins.platform, "machine", lambda: "AMD64")
+    emulated = {"backend_path": "/htp.so", "soc_model": "69", "htp_arch": "75"}
+    assert plugins.defaults(name, None, ()) == emulated
+    assert plugins.defaults(name, "gpu", ()) == {}
+    assert plugins.defaults(name, None, ("backend_path",)) == {}
+    assert registered == []

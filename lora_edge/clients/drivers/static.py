@@ -21,7 +21,7 @@ else:  # beside this file, which is a program of its own
     from plain import STACKED, Arrays, OnnxRuntime, Plain, State, first
 
 QNN = "QNNExecutionProvider"
-# Of the emulator on x86-64, which has no device of its own to ask: a Snapdragon 8 Elite's.
+# Of the emulator on x86-64, which has no NPU to ask: an NPU of generation 75.
 EMULATED = {"soc_model": "69", "htp_arch": "75"}
 
 
