@@ -36,6 +36,7 @@ from lora_edge.errors import (
 from lora_edge.exporting import mobile
 from lora_edge.parity.static import first_whole
 from lora_edge.parity.validate_in import validate_in
+from lora_edge.reports import html, junit
 from lora_edge.runtime import Decoder, ort_format
 from lora_edge.runtime.opening import runs_static
 from lora_edge.targets.providers import QNN
@@ -199,6 +200,9 @@ def test_what_there_is_no_room_for_is_named(made: Made) -> None:
     assert not plain.left_out
     assert fixed.left_out
     assert "not run in cpu, all, fixed shapes, which cannot be asked: blend" in report.table()
+    data = json.loads(report.to_json())
+    assert "not asked: blend 0.7 conv1d" in html(data, [])
+    assert "cpu, all, fixed shapes" in junit(data, [])
 
 
 def _exchange_biases(graph: Path, wrong: Path) -> None:
