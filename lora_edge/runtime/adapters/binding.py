@@ -183,8 +183,7 @@ class Tensors:
         dtype: of the graph's adapter inputs, to which everything is converted.
     """
 
-    one_row: ClassVar[bool] = False
-    """The graph runs one row."""
+    one_row: ClassVar[bool] = False  # the graph runs one
 
     def __init__(
         self,
