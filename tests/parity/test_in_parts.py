@@ -166,9 +166,9 @@ def test_one_copy_of_the_weights_at_a_time(tmp_path: Path, monkeypatch: pytest.M
     opened: list[tuple[bool, weakref.ref[Any]]] = []
     open_one = Opening.runner
 
-    def watched(self: Opening, *given: Any, exact: bool = True) -> Runner:
+    def watched(self: Opening, *given: Any, exact: bool = True, **more: Any) -> Runner:
         assert [kind for kind, session in opened if session() is not None] == []
-        runner = open_one(self, *given, exact=exact)
+        runner = open_one(self, *given, exact=exact, **more)
         opened.append((exact, weakref.ref(runner.session)))
         return runner
 
