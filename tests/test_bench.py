@@ -114,6 +114,7 @@ def test_a_difference_is_reached_where_every_process_reaches_it() -> None:
     assert line(30, 39)["verdict"] == "reached"
     assert line(30, 41)["verdict"] == "not resolved"
     assert line(41, 50)["verdict"] == "missed"
+    assert "| -9.50 [-10.0, -9.00] |" in table.table([line(-9, -10)])
 
 
 def test_who_is_missing_is_named_with_the_reason() -> None:

@@ -133,6 +133,8 @@ def spread(found: Mapping[str, Any], *, known: bool = False) -> str:
 
 def shown(value: float) -> str:
     """A figure with three digits or more."""
+    if value < 0:
+        return f"-{shown(-value)}"
     if value >= 100:
         return f"{value:,.0f}"
     return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}" if value > 0 else "0"
