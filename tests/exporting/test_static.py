@@ -413,8 +413,6 @@ def test_a_client_that_computes_in_float16_is_judged_as_drift(
 ) -> None:
     driver = tmp_path / "rounding.py"
     driver.write_text(f"""
-import sys
-sys.path.insert(0, {str(catalog._DRIVERS)!r})
 import numpy as np
 import static
 from talk import talk
@@ -430,6 +428,7 @@ static.adapted = rounded
 one = static.Static(False)
 talk({{order: getattr(one, order) for order in ("open", "start", "extend")}})
 """)
+    monkeypatch.setenv("PYTHONPATH", str(catalog._DRIVERS))
     kind = catalog.ClientKind("rounding", QNN, str(driver), static=True)
     monkeypatch.setattr(catalog, "CLIENTS", (*catalog.CLIENTS, kind))
     report = validate_in({"rounding": None}, made("gpt2"), depth="quick")
